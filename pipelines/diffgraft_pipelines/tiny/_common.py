@@ -74,6 +74,11 @@ def picture(side: int = SIDE, seed: int = 0) -> Image.Image:
     return Image.fromarray(small).resize((side, side), Image.Resampling.BICUBIC)
 
 
+def video(frames: int, side: int = SIDE) -> list[Image.Image]:
+    """Pictures, one a frame."""
+    return [picture(side, seed) for seed in range(frames)]
+
+
 def mask(side: int = SIDE) -> Image.Image:
     """White where to paint: the right half."""
     image = Image.new("L", (side, side), 0)
@@ -105,7 +110,7 @@ def clip_text(tokenizer: CLIPTokenizer, *, projection: int | None = None, hidden
     return CLIPTextModel(config) if projection is None else CLIPTextModelWithProjection(config)
 
 
-def clip_vision() -> CLIPVisionModelWithProjection:
+def clip_vision(side: int = 32) -> CLIPVisionModelWithProjection:
     """A two-layer CLIP picture encoder."""
     config = CLIPVisionConfig(
         hidden_size=32,
@@ -113,15 +118,15 @@ def clip_vision() -> CLIPVisionModelWithProjection:
         intermediate_size=64,
         num_hidden_layers=2,
         num_attention_heads=4,
-        image_size=32,
-        patch_size=8,
+        image_size=side,
+        patch_size=side // 4,
     )
     return CLIPVisionModelWithProjection(config)
 
 
-def clip_image_processor() -> CLIPImageProcessor:
+def clip_image_processor(side: int = 32) -> CLIPImageProcessor:
     """The processor of :func:`clip_vision`."""
-    return CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+    return CLIPImageProcessor(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
 
 
 def t5_tokenizer() -> T5Tokenizer:

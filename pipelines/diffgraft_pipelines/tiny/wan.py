@@ -76,7 +76,7 @@ def _image(name: str, second: bool = False) -> Tiny:
 
 
 def _video(name: str) -> Tiny:
-    return _pipeline(name, video=[c.picture(SIDE, seed) for seed in range(FRAMES)], strength=0.8)
+    return _pipeline(name, video=c.video(FRAMES, SIDE), strength=0.8)
 
 
 make = c.maker(
