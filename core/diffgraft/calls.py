@@ -1,0 +1,313 @@
+"""What a hook sees: one small immutable call object per hook point.
+
+Arguments are read by parameter name (``call["timestep"]``) however the pipeline passed them, and changed on a copy
+(``next(call.replace(timestep=t))``), so calling ``next`` twice never applies a change twice.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from diffgraft.config import PluginConfig
+    from diffgraft.family import Family
+    from diffgraft.plugin import Entry
+    from diffgraft.run import Run
+
+
+@dataclass(frozen=True)
+class Step:
+    """Where a run is.
+
+    index   count of ``scheduler.step`` calls since ``set_timesteps``: never looked up from a timestep's value
+    total   how many there will be (image-to-image runs only the tail of the schedule; Heun counts each of its two stages)
+    t       the scheduler's timestep, a 0-dim tensor (reading its value would wait for the GPU)
+    sigma   the scheduler's sigma at this step, a 0-dim tensor, or None where the scheduler has none
+    """
+
+    index: int
+    total: int
+    t: Tensor
+    sigma: Tensor | None
+
+    @property
+    def is_last(self) -> bool:
+        return self.index == self.total - 1
+
+
+class BlockInfo(NamedTuple):
+    """A hookable block: ``path`` on the denoiser ("up_blocks.2.resnets.1"), ``kind`` ("up", "up.resnet", "double"...), ``index`` of the
+    (top-level) block within its group, ``layer`` index inside the block or -1, ``order`` running number over the denoiser, and the module."""
+
+    path: str
+    kind: str
+    index: int
+    layer: int
+    order: int
+    takes: tuple[str, ...]
+    returns: tuple[str, ...]
+    model: str
+    module: nn.Module
+
+    @property
+    def is_layer(self) -> bool:
+        return self.layer >= 0
+
+
+class AttentionInfo(NamedTuple):
+    """A hookable attention layer: ``path`` on the denoiser, running number, whether it attends to the text, and the module."""
+
+    path: str
+    order: int
+    is_cross: bool
+    model: str
+    module: nn.Module
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a plugin's ``check`` may look at before anything is touched."""
+
+    pipe: Any
+    family: Family
+    denoisers: Mapping[str, nn.Module]
+    blocks: tuple[BlockInfo, ...]
+
+
+class Call:
+    """One call at one hook point, as the plugins see it. Treat it as immutable: ``replace`` gives a changed copy."""
+
+    __slots__ = ("run", "entry", "branch", "inner", "names", "args", "kwargs")
+
+    def __init__(
+        self,
+        run: Run,
+        inner: Callable[..., Any],
+        names: Mapping[str, int],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        branch: str | None = None,
+    ) -> None:
+        self.run = run
+        self.entry: Entry = None  # type: ignore[assignment]  # set by the chain, before a plugin sees the call
+        self.branch = branch
+        self.inner = inner
+        self.names = names
+        self.args = args
+        self.kwargs = kwargs
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """The argument called ``name``, or ``default`` when the pipeline did not pass it."""
+        if name in self.kwargs:
+            return self.kwargs[name]
+        position = self.names.get(name)
+        return self.args[position] if position is not None and position < len(self.args) else default
+
+    def __getitem__(self, name: str) -> Any:
+        if name in self.kwargs:
+            return self.kwargs[name]
+        position = self.names.get(name)
+        if position is None or position >= len(self.args):
+            raise KeyError(f"{name!r} was not passed; passed: {', '.join(self.arguments())}")
+        return self.args[position]
+
+    def arguments(self) -> dict[str, Any]:
+        """All passed arguments by parameter name."""
+        return dict(zip(self.names, self.args, strict=False)) | self.kwargs
+
+    def replace(self, **changes: Any) -> Any:
+        """A copy with these arguments changed."""
+        new = copy.copy(self)
+        args, kwargs = list(self.args), dict(self.kwargs)
+        for name, value in changes.items():
+            position = self.names.get(name)
+            if name not in kwargs and position is not None and position < len(args):
+                args[position] = value
+            else:
+                kwargs[name] = value
+        new.args, new.kwargs = tuple(args), kwargs
+        return new
+
+    @property
+    def step(self) -> Step:
+        return self.run.step
+
+    @property
+    def family(self) -> Family:
+        return self.run.family
+
+    @property
+    def pipe(self) -> Any:
+        return self.run.pipe
+
+    @property
+    def config(self) -> Any:
+        return self.entry.plugin.config
+
+    @property
+    def state(self) -> Any:
+        """The plugin's own state for this run and branch: fresh at every run, freed at its end."""
+        return self.run.state(self.entry, self.branch)
+
+    @property
+    def shared(self) -> Any:
+        """The plugin's own state for this run, shared by all branches and hook points."""
+        return self.run.state(self.entry, None)
+
+    def count(self, key: str, n: int = 1) -> None:
+        """Add to a counter of the run's report ("skipped")."""
+        self.run.report_of(self.entry).count(key, self.branch or "run", n)
+
+    def note(self, text: str) -> None:
+        """Say something once in the run's report."""
+        notes = self.run.report_of(self.entry).notes
+        if text not in notes:
+            notes.append(text)
+
+
+class RunCall(Call):
+    """One ``pipe(...)`` call. Arguments by name; ``next`` runs the pipeline and returns its output."""
+
+    __slots__ = ()
+
+
+class ScheduleCall(Call):
+    """``scheduler.set_timesteps``; ``next`` returns the :class:`Schedule` that the scheduler made."""
+
+    __slots__ = ("scheduler",)
+    scheduler: Any
+
+
+class Schedule(NamedTuple):
+    """timesteps [n] and sigmas [n + 1] (None where the scheduler has none) of a run."""
+
+    timesteps: Tensor
+    sigmas: Tensor | None
+
+
+class DenoiseCall(Call):
+    """One denoiser forward; ``next`` returns the prediction [rows, ...], a tensor.
+
+    ``model`` the denoiser, ``model_name`` its attribute on the pipeline, ``branches`` the guidance branches in this call: the batch holds one
+    equal part of rows for each.
+    """
+
+    __slots__ = ("model", "model_name", "branches")
+    model: nn.Module
+    model_name: str
+    branches: tuple[str, ...]
+
+    @property
+    def sample(self) -> Tensor:
+        """The denoiser's noisy input [rows, ...]: scaled by the scheduler, doubled for batched guidance."""
+        return self[self.run.family.sample]  # type: ignore[no-any-return]
+
+    @property
+    def timestep(self) -> Tensor:
+        """The denoiser's timestep, a 0-dim tensor or [rows]."""
+        return self[self.run.family.timestep]  # type: ignore[no-any-return]
+
+    @property
+    def latents(self) -> Tensor:
+        """The pipeline's latents x_t [batch, ...] as ``scheduler.step`` will get them.
+
+        Before ``scale_model_input`` where that is called (``edits`` must name "latents" for that), without guidance copies.
+        """
+        run = self.run
+        if run.carried is not None:
+            return run.carried
+        x = run.unscaled if run.unscaled is not None else self.sample
+        return x[: x.shape[0] // len(self.branches)]
+
+    def with_latents(self, latents: Tensor) -> DenoiseCall:
+        """A copy whose denoiser input is made of ``latents``; ``scheduler.step`` gets them too.
+
+        A pipeline keeps its latents in a local variable, so the core carries the edit from here to the step.
+        """
+        run = self.run
+        run.carried = latents
+        old = self.sample
+        x = torch.cat([latents] * len(self.branches))
+        if run.scale_model_input is not None:
+            x = run.scale_model_input(x, run.step.t)
+        differing = [d for d in range(1, x.ndim) if x.shape[d] != old.shape[d]]
+        if differing:  # inpainting, image-to-video, Kontext: conditioning beside the latents, on one axis
+            d = differing[0]
+            x = torch.cat([x, old.narrow(d, x.shape[d], old.shape[d] - x.shape[d]).to(x.dtype)], dim=d)
+        return self.replace(**{run.family.sample: x.to(old.dtype)})  # type: ignore[no-any-return]
+
+
+class BlockCall(Call):
+    """One block's forward; ``next`` returns what the block returns (tensor or tuple, see ``info.returns``)."""
+
+    __slots__ = ("info",)
+    info: BlockInfo
+
+
+class AttentionCall(Call):
+    """One attention layer's processor call; ``next`` calls the processor that was there. ``attn`` is the attention module."""
+
+    __slots__ = ("info",)
+    info: AttentionInfo
+
+    @property
+    def attn(self) -> nn.Module:
+        return self.info.module
+
+
+class GuideCall(Call):
+    """The branches of one step and the pipeline's own combination of them.
+
+    ``branches`` predictions by name, in the layout of ``combined``; ``combined`` the pipeline's result, rescale included; ``scale`` the
+    guidance scale (a number, or None where the pipeline has none). ``next`` returns ``combined`` exactly as it was computed.
+    """
+
+    __slots__ = ("branches", "combined", "scale")
+    branches: dict[str, Tensor]
+    combined: Tensor
+    scale: float | None
+
+    @property
+    def cond(self) -> Tensor:
+        return self.branches["cond"]
+
+    @property
+    def uncond(self) -> Tensor:
+        return self.branches["uncond"]
+
+
+class StepCall(Call):
+    """``scheduler.step``; arguments ``model_output``, ``timestep``, ``sample``; ``next`` returns a :class:`StepOutput`."""
+
+    __slots__ = ("scheduler",)
+    scheduler: Any
+
+    @property
+    def model_output(self) -> Tensor:
+        return self["model_output"]  # type: ignore[no-any-return]
+
+    @property
+    def sample(self) -> Tensor:
+        return self["sample"]  # type: ignore[no-any-return]
+
+
+@dataclass(frozen=True)
+class StepOutput:
+    """``sample`` x_{t-1}; ``x0`` the scheduler's estimate of the clean sample, None where it gives none."""
+
+    sample: Tensor
+    x0: Tensor | None = None
+
+
+class ModulesCall(Call):
+    """Surgery at attach time: ``denoisers`` by attribute name; ``swap`` exchanges a submodule until the plugin is removed."""
+
+    __slots__ = ("denoisers", "swap")
+    denoisers: Mapping[str, nn.Module]
+    swap: Callable[[nn.Module, str, nn.Module], None]

@@ -1,0 +1,57 @@
+"""What each plugin did in a run, in numbers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass
+class PluginReport:
+    """One plugin's part: ``fired`` calls per hook point, ``counts`` per key and branch, ``notes`` in words."""
+
+    fired: dict[str, int] = field(default_factory=dict)
+    counts: dict[str, dict[str, int]] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    state_bytes: int = 0
+
+    def count(self, key: str, branch: str, n: int = 1) -> None:
+        per_branch = self.counts.setdefault(key, {})
+        per_branch[branch] = per_branch.get(branch, 0) + n
+
+    def total(self, key: str) -> int:
+        """Sum of a counter over the branches; 0 when it was never counted."""
+        return sum(self.counts.get(key, {}).values())
+
+
+@dataclass
+class Report:
+    """One ``pipe(...)`` call.
+
+    steps          ``scheduler.step`` calls
+    denoiser_calls denoiser forwards that the pipeline asked for, per branch
+    seconds        wall time of the whole call
+    completed      False when an exception or an interrupt ended it
+    plugins        name -> :class:`PluginReport`, outermost first
+    """
+
+    steps: int = 0
+    denoiser_calls: dict[str, int] = field(default_factory=dict)
+    seconds: float = 0.0
+    completed: bool = False
+    plugins: dict[str, PluginReport] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        calls = ", ".join(f"{branch} {n}" for branch, n in self.denoiser_calls.items()) or "not counted"
+        state = "" if self.completed else ", did not finish"
+        lines = [f"{self.steps} steps in {self.seconds:.2f} s{state}; denoiser calls: {calls}"]
+        for name, part in self.plugins.items():
+            counts = "; ".join(
+                f"{key} " + ", ".join(f"{n} ({branch})" for branch, n in branches.items())
+                for key, branches in part.counts.items()
+            )
+            fired = ", ".join(f"{point} x{n}" for point, n in part.fired.items()) or "never called"
+            lines.append(f"  {name}: {counts or 'nothing counted'} [{fired}; state {part.state_bytes / 2**20:.1f} MiB]")
+            lines += [f"    {note}" for note in part.notes]
+        if not self.plugins:
+            lines.append("  no plugin was active")
+        return "\n".join(lines)

@@ -1,0 +1,398 @@
+"""One run: which step, which branch, whose state - and the functions that the slots lead to.
+
+Read downward: ``PluginStack.__call__`` makes a :class:`Run`, opens the slots of a :class:`Wiring` and calls the pipeline. The pipeline's own calls to
+``set_timesteps``, the denoiser, its blocks, its attention processors and ``scheduler.step`` then arrive here, go through the plugins' onion
+(:func:`compose`) and end in what was there before.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from diffgraft.calls import (
+    AttentionCall,
+    BlockCall,
+    Call,
+    DenoiseCall,
+    GuideCall,
+    Schedule,
+    ScheduleCall,
+    Step,
+    StepCall,
+    StepOutput,
+)
+from diffgraft.errors import NeverFired, Unsupported
+from diffgraft.report import PluginReport, Report
+from diffgraft.slots import write_schedule
+
+if TYPE_CHECKING:
+    from diffgraft.family import Family
+    from diffgraft.plugin import Entry
+
+Chain = Callable[[Any], Any]
+
+_thread = threading.local()
+
+
+def active_run() -> Run | None:
+    """The innermost run of this thread: a wrapper fires only for the run that opened it."""
+    return getattr(_thread, "run", None)
+
+
+def compose(entries: Sequence[Entry], point: str, terminal: Chain) -> Chain:
+    """The onion of one hook point: first entry outermost, ``terminal`` in the middle. Without entries it is ``terminal`` itself."""
+    chain = terminal
+    for entry in reversed(entries):
+        chain = _layer(entry, point, getattr(entry.plugin, point), chain)
+    return chain
+
+
+def _layer(entry: Entry, point: str, method: Callable[[Any, Chain], Any], inner: Chain) -> Chain:
+    def around(call: Call) -> Any:
+        outer, call.entry = call.entry, entry  # whose ``call.state`` and ``call.config`` it is
+        fired = call.run.report_of(entry).fired
+        fired[point] = fired.get(point, 0) + 1
+        try:
+            return method(call, inner)
+        finally:
+            call.entry = outer
+
+    return around
+
+
+def call_inner(call: Call) -> Any:
+    """The middle of most onions: what was there before."""
+    return call.inner(*call.args, **call.kwargs)
+
+
+class Run:
+    """One ``pipe(...)`` call in progress."""
+
+    def __init__(self, pipe: Any, family: Family, entries: Sequence[Entry]) -> None:
+        self.pipe = pipe
+        self.family = family
+        self.entries = entries
+        self.arguments: Mapping[str, Any] = {}
+        self.report = Report(plugins={entry.name: PluginReport() for entry in entries})
+        self.reached: set[str] = set()
+        """Hook points whose slots were reached, whether or not an outer plugin let the call through."""
+        self._states: dict[tuple[Entry, str | None], Any] = {}
+        self.branch: str | None = None
+        self.predictions: dict[str, Tensor] = {}
+        self.context: str | None = None
+        self.carried: Tensor | None = None
+        self.unscaled: Tensor | None = None
+        self.scale_model_input: Callable[..., Tensor] | None = None
+        self._begin_schedule()
+
+    # state and report -------------------------------------------------------------------------------------------------------------
+
+    def state(self, entry: Entry, branch: str | None) -> Any:
+        key = (entry, branch)
+        found = self._states.get(key)
+        if found is None:
+            found = self._states[key] = entry.plugin.State()
+        return found
+
+    def report_of(self, entry: Entry) -> PluginReport:
+        return self.report.plugins[entry.name]
+
+    def begin_pass(self, arguments: Mapping[str, Any]) -> None:
+        """The pipeline is about to run (again): fresh state for all, but a plugin that wraps ``run`` keeps its shared one over its passes."""
+        self.arguments = arguments
+        for entry, branch in list(self._states):
+            if branch is not None or "run" not in entry.plugin.points():
+                del self._states[entry, branch]
+        self._begin_schedule()
+
+    def end(self) -> None:
+        """Free everything that the run held."""
+        for (entry, _), state in self._states.items():
+            self.report_of(entry).state_bytes += tensor_bytes(state)
+        self._states.clear()
+        self.predictions.clear()
+        self.carried = self.unscaled = self.scale_model_input = None
+        self.arguments = {}
+
+    def ensure_fired(self, result: Any) -> None:
+        """Raises NeverFired when a point that a plugin implements was never reached."""
+        for entry in self.entries:
+            for point in entry.plugin.points():
+                if point in {"run", "modules"} or point in self.reached:
+                    continue
+                if point in {"block", "attention"} and (point not in self.promised or "denoiser" not in self.reached):
+                    continue  # it selected none, or an outer plugin answered every denoiser call
+                if point == "guide" and not self.guided:
+                    self.report_of(entry).notes.append("inactive: guidance was off in this run, there was nothing to guide")
+                    continue
+                raise NeverFired(
+                    f"{entry.name}: its {point!r} hook was never reached in this run, so it did nothing there. The picture is in "
+                    "this error's `result`. Something replaced what diffgraft wraps during the run (a callback? another library?).",
+                    result,
+                )
+            if not self.report_of(entry).fired and self.reached:
+                self.report_of(entry).notes.append("never called: a plugin further out answered every call")
+
+    promised: frozenset[str] = frozenset()
+    guided = False
+
+    # the timestep schedule --------------------------------------------------------------------------------------------------------
+
+    def _begin_schedule(self) -> None:
+        self.index = 0
+        self._step: Step | None = None
+        self._begin: int | None = None
+        self._calls_in_step = 0
+        self.predictions = {}
+        self.carried = self.unscaled = None
+
+    @property
+    def step(self) -> Step:
+        if self._step is None:
+            scheduler = self.pipe.scheduler
+            timesteps = scheduler.timesteps
+            begin = self._begin or 0
+            position = min(begin + self.index, len(timesteps) - 1)
+            sigmas = getattr(scheduler, "sigmas", None)
+            total = getattr(self.pipe, "_num_timesteps", None) or len(timesteps) - begin
+            sigma = sigmas[position] if isinstance(sigmas, Tensor) and position < len(sigmas) else None
+            self._step = Step(self.index, total, timesteps[position], sigma)
+        return self._step
+
+    def _locate(self, timestep: Any) -> None:
+        """Where in the schedule this run begins (image-to-image cuts the front off).
+
+        ``begin_index`` says it where the scheduler has one. Else the first timestep that the pipeline uses is a view into
+        ``scheduler.timesteps``: its storage offset is its position - no value is compared, so equal timesteps do not confuse it.
+        """
+        scheduler = self.pipe.scheduler
+        begin = getattr(scheduler, "begin_index", None)
+        timesteps = scheduler.timesteps
+        if begin is None and isinstance(timestep, Tensor) and isinstance(timesteps, Tensor):
+            if timestep.untyped_storage().data_ptr() == timesteps.untyped_storage().data_ptr():
+                begin = (timestep.storage_offset() - timesteps.storage_offset()) // max(timesteps.stride(0), 1)
+        self._begin = begin or 0
+
+    # what the slots lead to -------------------------------------------------------------------------------------------------------
+
+    def set_timesteps(self, chain: Chain, inner: Any, names: Mapping[str, int], args: Any, kwargs: Any) -> None:
+        self.reached.add("schedule")
+        scheduler = self.pipe.scheduler
+        call = ScheduleCall(self, inner, names, args, kwargs)
+        call.scheduler = scheduler
+        schedule = chain(call)
+        if schedule.timesteps is not scheduler.timesteps or schedule.sigmas is not getattr(scheduler, "sigmas", None):
+            write_schedule(scheduler, schedule.timesteps, schedule.sigmas)
+        self._begin_schedule()
+
+    def denoise(self, wiring: Wiring, model_name: str, inner: Any, names: Mapping[str, int], args: Any, kwargs: Any) -> Any:
+        self.reached.add("denoise")
+        call = DenoiseCall(self, inner, names, args, kwargs)
+        if self._begin is None:
+            self._locate(call.get(self.family.timestep))
+        branch, branches = self._branch_of_call()
+        call.branch, call.branches = branch, branches
+        call.model, call.model_name = getattr(self.pipe, model_name), model_name
+        calls = self.report.denoiser_calls
+        calls[branch] = calls.get(branch, 0) + 1
+        return_dict = call.get("return_dict", True)
+        if return_dict:
+            call = call.replace(return_dict=False)
+        self.branch = branch
+        try:
+            prediction = wiring.denoise(call)
+        finally:
+            self.branch = None
+        if wiring.guide is not None:
+            self.predictions.update(zip(branches, prediction.chunk(len(branches)), strict=True))
+        return wiring.output_class(sample=prediction) if return_dict else (prediction,)
+
+    def _branch_of_call(self) -> tuple[str, tuple[str, ...]]:
+        """(branch, branches in the batch) of the denoiser call that begins now."""
+        guidance = self.family.guidance
+        number, self._calls_in_step = self._calls_in_step, self._calls_in_step + 1
+        if guidance.layout == "batched" and self.guidance_active():
+            return "both", guidance.order
+        if guidance.layout == "sequential":
+            name = self.context or (guidance.order[number] if number < len(guidance.order) else f"call{number}")
+            return name, (name,)
+        return "cond", ("cond",)
+
+    def guidance_active(self) -> bool:
+        """Whether batched guidance is on now; read live, because it can be cut in mid-run."""
+        guidance = self.family.guidance
+        if guidance.active is not None:
+            return bool(getattr(self.pipe, guidance.active))
+        return (self.arguments.get(guidance.scale) or 0) > 1
+
+    def guidance_scale(self) -> float | None:
+        """The guidance scale in force now, or None."""
+        name = self.family.guidance.scale
+        return getattr(self.pipe, f"_{name}", None) or self.arguments.get(name)
+
+    def block(self, chain: Chain, info: Any, inner: Any, names: Mapping[str, int], args: Any, kwargs: Any) -> Any:
+        self.reached.add("block")
+        call = BlockCall(self, inner, names, args, kwargs, self.branch)
+        call.info = info
+        return chain(call)
+
+    def attention(self, chain: Chain, info: Any, inner: Any, names: Mapping[str, int], args: Any, kwargs: Any) -> Any:
+        self.reached.add("attention")
+        call = AttentionCall(self, inner, names, args, kwargs, self.branch)
+        call.info = info
+        return chain(call)
+
+    def scheduler_step(self, wiring: Wiring, inner: Any, names: Mapping[str, int], args: Any, kwargs: Any) -> Any:
+        self.reached.add("step")
+        scheduler = self.pipe.scheduler
+        call = StepCall(self, inner, names, args, kwargs)
+        call.scheduler = scheduler
+        if self._begin is None:
+            self._locate(call.get("timestep"))
+        if self.carried is not None:
+            call = call.replace(sample=_fill_rows(self.carried, call.sample.shape[0]))
+        if wiring.guide is not None and len(self.predictions) > 1:
+            call = self._guide(wiring.guide, call)
+        if wiring.step is None:
+            result = call_inner(call)
+        else:
+            result = _step_result(wiring.step, call)
+        self.report.steps += 1
+        self.index += 1
+        self._step = None
+        self._calls_in_step = 0
+        self.predictions = {}
+        self.carried = self.unscaled = None
+        return result
+
+    def _guide(self, chain: Chain, step: StepCall) -> StepCall:
+        self.reached.add("guide")
+        self.guided = True
+        combined = step.model_output
+        rows = next(iter(self.predictions.values())).shape[0]
+        call = GuideCall(self, None, {}, (), {})  # type: ignore[arg-type]
+        call.combined = combined[:rows] if combined.shape[0] != rows else combined  # class-conditional DiT steps both halves
+        call.branches = {name: self._to_combined_layout(x, call.combined) for name, x in self.predictions.items()}
+        call.scale = self.guidance_scale()
+        guided = chain(call)
+        if guided is call.combined:
+            return step
+        return step.replace(model_output=_fill_rows(guided.to(combined.dtype), combined.shape[0]))  # type: ignore[no-any-return]
+
+    def _to_combined_layout(self, x: Tensor, combined: Tensor) -> Tensor:
+        """A branch's raw prediction in the layout of the pipeline's combination, as the family says."""
+        how = self.family.branch_prediction
+        if how == "drop_sigma" and x.shape[1] == 2 * combined.shape[1]:
+            x = x.chunk(2, dim=1)[0]
+        elif how == "first_tokens" and x.shape[1] > combined.shape[1]:
+            x = x[:, : combined.shape[1]]
+        if x.shape != combined.shape:
+            raise Unsupported(
+                f"family {self.family.name!r} does not say how a branch prediction {tuple(x.shape)} becomes the scheduler's "
+                f"{tuple(combined.shape)} (branch_prediction={how!r}), so guidance plugins cannot work on it"
+            )
+        return x
+
+
+def _fill_rows(x: Tensor, rows: int) -> Tensor:
+    return x if x.shape[0] == rows else torch.cat([x] * (rows // x.shape[0]))
+
+
+def _step_result(chain: Chain, call: StepCall) -> Any:
+    """Run the step onion and give the result back in the form that the pipeline asked for."""
+    raw: list[Any] = []
+    call.inner = _remember(call.inner, raw)
+    out = chain(call)
+    if raw and out.sample is _sample_of(raw[-1]):
+        return raw[-1]
+    if call.get("return_dict", True):
+        result = type(raw[-1])(**{**raw[-1], "prev_sample": out.sample}) if raw else _output(prev_sample=out.sample)
+        return result
+    return (out.sample, *(raw[-1][1:] if raw else ()))
+
+
+def _remember(inner: Callable[..., Any], raw: list[Any]) -> Callable[..., Any]:
+    def stepping(*args: Any, **kwargs: Any) -> Any:
+        raw.append(inner(*args, **kwargs))
+        return raw[-1]
+
+    return stepping
+
+
+def _sample_of(raw: Any) -> Tensor:
+    return raw[0] if isinstance(raw, tuple) else raw.prev_sample  # type: ignore[no-any-return]
+
+
+def step_terminal(call: StepCall) -> StepOutput:
+    """The middle of the ``step`` onion: the scheduler's own step, in one form."""
+    raw = call_inner(call)
+    if isinstance(raw, tuple):
+        x0 = raw[1] if len(raw) > 1 else None
+    else:
+        x0 = getattr(raw, "pred_original_sample", None)
+    return StepOutput(_sample_of(raw), x0)
+
+
+def schedule_terminal(call: ScheduleCall) -> Schedule:
+    """The middle of the ``schedule`` onion."""
+    call_inner(call)
+    return Schedule(call.scheduler.timesteps, getattr(call.scheduler, "sigmas", None))
+
+
+def denoise_terminal(call: DenoiseCall) -> Tensor:
+    """The middle of the ``denoise`` onion: the denoiser itself."""
+    call.run.reached.add("denoiser")
+    return call_inner(call)[0]  # type: ignore[no-any-return]
+
+
+def guide_terminal(call: GuideCall) -> Tensor:
+    """The middle of the ``guide`` onion: the pipeline's own combination, as it was computed."""
+    return call.combined
+
+
+def _output(prev_sample: Tensor) -> Any:
+    from diffusers.schedulers.scheduling_utils import SchedulerOutput
+
+    return SchedulerOutput(prev_sample=prev_sample)
+
+
+def tensor_bytes(value: Any) -> int:
+    """Bytes of all tensors held in a state object."""
+    if isinstance(value, Tensor):
+        return value.untyped_storage().nbytes()
+    if isinstance(value, Mapping):
+        return sum(tensor_bytes(item) for item in value.values())
+    if isinstance(value, (list, tuple)):
+        return sum(tensor_bytes(item) for item in value)
+    return sum(tensor_bytes(item) for item in vars(value).values()) if hasattr(value, "__dict__") else 0
+
+
+class Wiring:
+    """The composed onions of one stack; None where no plugin implements the point, so that its cost is nothing."""
+
+    def __init__(self, entries: Sequence[Entry], output_class: type[Any]) -> None:
+        def at(point: str) -> list[Entry]:
+            return [entry for entry in entries if point in entry.plugin.points()]
+
+        self.output_class = output_class
+        self.schedule = compose(at("schedule"), "schedule", schedule_terminal)
+        self.denoise = compose(at("denoise"), "denoise", denoise_terminal)
+        self.guide = compose(at("guide"), "guide", guide_terminal) if at("guide") else None
+        self.step = compose(at("step"), "step", step_terminal) if at("step") else None
+
+
+@contextmanager
+def running(run: Run) -> Iterator[None]:
+    """Make ``run`` the active one of this thread."""
+    outer = active_run()
+    _thread.run = run
+    try:
+        yield
+    finally:
+        _thread.run = outer

@@ -1,0 +1,120 @@
+"""The only file that writes to objects which are not ours.
+
+A :class:`Slot` puts one wrapper into one instance's ``__dict__`` (or a module's ``_modules``) and takes it out again. It remembers whether the
+key was there, so that closing deletes what opening made. Slots on one key stack, and close in any order: closing one below another
+hands its predecessor up. Nothing is ever written to a class.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, MutableMapping
+from typing import Any
+
+from diffgraft.errors import Unsupported
+
+_ABSENT: Any = object()
+
+
+class Slot:
+    """One value in one foreign mapping while open.
+
+    ``inner`` is what the attribute gave before (a bound method, a processor, a module); a wrapper calls it.
+    """
+
+    def __init__(self, home: MutableMapping[str, Any], key: str, inner: Callable[[], Any]) -> None:
+        self.home = home
+        self.key = key
+        self.read_inner = inner
+        self.value: Any = _ABSENT
+        self.inner: Any = None
+        self.found: Any = _ABSENT
+        self.lead: Callable[..., Any] | None = None
+        """Where a wrapper leads while its run is in progress."""
+
+    def put(self, value: Any) -> None:
+        """Set what this slot shows while it is open."""
+        self.value = value
+        _tag(value, self)
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the value is really there now: others may have put theirs over it, or thrown it away."""
+        return self.home.get(self.key, _ABSENT) is self.value
+
+    def open(self) -> None:
+        if self.is_open:
+            return
+        self.inner = self.read_inner()
+        self.found = self.home.get(self.key, _ABSENT)
+        self.home[self.key] = self.value
+
+    def close(self) -> None:
+        if self.is_open:
+            if self.found is _ABSENT:
+                del self.home[self.key]
+            else:
+                self.home[self.key] = self.found
+        else:
+            above = self.home.get(self.key)
+            while (slot := _slot_of(above)) is not None:
+                if slot.found is self.value:  # ours is under another slot: hand it what we found
+                    slot.found, slot.inner = self.found, self.inner
+                    break
+                above = slot.found
+            # otherwise a foreign hand (offload hooks, set_attn_processor) has replaced it: what is there now is theirs
+        self.found = _ABSENT  # `inner` stays: whoever still holds our wrapper gets through it
+
+
+_TAG = "_diffgraft_slot"
+
+
+def _tag(value: Any, slot: Slot) -> None:
+    value.__dict__[_TAG] = slot
+
+
+def _slot_of(value: Any) -> Slot | None:
+    return getattr(value, "__dict__", {}).get(_TAG)
+
+
+def method_slot(target: Any, name: str) -> Slot:
+    """A slot on the method ``name`` of one instance."""
+    return Slot(target.__dict__, name, lambda: getattr(target, name))
+
+
+def wraps_method(target: Any, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    """Give ``function`` the name and signature of ``target.name``: diffusers inspects both."""
+    return functools.update_wrapper(function, getattr(target, name))
+
+
+def set_class(pipe: Any, cls: type) -> None:
+    """Give one pipeline another class of the same layout, past its own ``__setattr__``."""
+    object.__setattr__(pipe, "__class__", cls)
+
+
+def write_schedule(scheduler: Any, timesteps: Any, sigmas: Any) -> None:
+    """Put an edited schedule into a scheduler.
+
+    Raises:
+        Unsupported: the scheduler derives its step size from ``num_inference_steps`` alone (DDIM, PNDM), so it cannot follow the edit.
+    """
+    name = type(scheduler).__name__
+    has_sigmas = getattr(scheduler, "sigmas", None) is not None
+    custom = getattr(scheduler, "custom_timesteps", None) is not None
+    if not has_sigmas and not custom:
+        raise Unsupported(f"{name} cannot follow an edited schedule: it steps by num_train_timesteps / num_inference_steps; use a sigma scheduler")
+    if has_sigmas and len(sigmas) != len(scheduler.sigmas) - len(scheduler.timesteps) + len(timesteps):
+        raise Unsupported(f"{name}: {len(timesteps)} timesteps do not go with {len(sigmas)} sigmas")
+    scheduler.timesteps = timesteps
+    if has_sigmas:
+        scheduler.sigmas = sigmas
+    if custom:
+        scheduler.custom_timesteps = True
+    scheduler.num_inference_steps = len(timesteps)
+
+
+def write_global(owner: Any, name: str, value: Any) -> Any:
+    """Write an attribute that diffusers itself changes process-wide (the attention backend); returns what was there."""
+    before = getattr(owner, name)
+    setattr(owner, name, value)
+    return before
