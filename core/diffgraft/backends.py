@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from diffgraft.errors import Unsupported, nearest
 from diffgraft.slots import write_global
+from diffgraft.wiring import denoisers_of
 
 if TYPE_CHECKING:
     from diffgraft.stack import PluginStack
@@ -25,7 +26,7 @@ def use_attention_backend(stack: PluginStack, backend: str) -> Callable[[], None
     known = [item.value for item in AttentionBackendName]
     if backend not in known:
         raise Unsupported(f"attention_backend={backend!r} is unknown{nearest(backend, known)} Known: {', '.join(known)}")
-    denoisers = list(stack.denoisers().values())
+    denoisers = list(denoisers_of(stack.pipe, stack.family).values())
     processors = [
         processor
         for denoiser in denoisers

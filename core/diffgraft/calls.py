@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
-    from diffgraft.config import PluginConfig
     from diffgraft.family import Family
     from diffgraft.plugin import Entry
     from diffgraft.run import Run
@@ -42,8 +41,12 @@ class Step:
 
 
 class BlockInfo(NamedTuple):
-    """A hookable block: ``path`` on the denoiser ("up_blocks.2.resnets.1"), ``kind`` ("up", "up.resnet", "double"...), ``index`` of the
-    (top-level) block within its group, ``layer`` index inside the block or -1, ``order`` running number over the denoiser, and the module."""
+    """A hookable block.
+
+    ``path`` on the denoiser ("up_blocks.2.resnets.1"), ``kind`` ("up", "up.resnet", "double"...), ``index`` of the (top-level) block within
+    its group, ``layer`` index inside the block or -1, ``order`` running number over the denoisers, ``takes`` and ``returns`` as the family
+    says, ``model`` the denoiser's attribute name, and the ``module``.
+    """
 
     path: str
     kind: str
@@ -83,7 +86,7 @@ class Target:
 class Call:
     """One call at one hook point, as the plugins see it. Treat it as immutable: ``replace`` gives a changed copy."""
 
-    __slots__ = ("run", "entry", "branch", "inner", "names", "args", "kwargs")
+    __slots__ = ("args", "branch", "entry", "inner", "kwargs", "names", "run")
 
     def __init__(
         self,
@@ -198,7 +201,7 @@ class DenoiseCall(Call):
     equal part of rows for each.
     """
 
-    __slots__ = ("model", "model_name", "branches")
+    __slots__ = ("branches", "model", "model_name")
     model: nn.Module
     model_name: str
     branches: tuple[str, ...]

@@ -29,7 +29,8 @@ def load_pipeline(
 
     Args:
         pipeline: a bundled name ("emoji-sd"), a folder, a Hub id, or a live pipeline.
-        plugins: names, ``(name, {knob: value})`` pairs, a ``{name: {knob: value}}`` mapping, plugin classes or instances; the first is outermost.
+        plugins: names, ``(name, {knob: value})`` pairs, a ``{name: {knob: value}}`` mapping, plugin classes or instances;
+            the first is outermost.
         attention_backend: a name of diffusers' attention dispatcher ("native", "xformers", "flash"...); undone by ``unload``.
         from_pretrained: handed to ``DiffusionPipeline.from_pretrained`` (``torch_dtype=...``, ``variant=...``).
 

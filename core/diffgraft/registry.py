@@ -108,7 +108,9 @@ def find(name: str) -> type[Plugin]:
             f"If it is published, `pip install {dist}` brings it."
         )
     if not info.allowed:
-        raise PluginNotFound(f"plugin {name!r} is installed ({info.dist}) but {ALLOW}={os.environ[ALLOW]!r} does not allow it; add it there")
+        raise PluginNotFound(
+            f"plugin {name!r} is installed ({info.dist}) but {ALLOW}={os.environ[ALLOW]!r} does not allow it; add it there"
+        )
     if info.broken:
         raise BrokenPlugin(f"plugin {name!r} of {info.dist} {info.version} cannot be used: {info.broken}")
     try:
@@ -142,7 +144,7 @@ def check_class(cls: object, what: str) -> None:
 
 @cache
 def load_families() -> tuple[dict[str, Family], dict[str, str]]:
-    """(families by name, error by entry-point name). Families are data: loading them imports no torch, and a broken one breaks no other."""
+    """(families by name, error by entry-point name). Loading them imports no torch, and a broken one breaks no other."""
     found: dict[str, Family] = {}
     faults: dict[str, str] = {}
     for entry in sorted(entry_points(group=FAMILIES), key=lambda e: e.name):

@@ -1,7 +1,7 @@
 """One run: which step, which branch, whose state - and the functions that the slots lead to.
 
-Read downward: ``PluginStack.__call__`` makes a :class:`Run`, opens the slots of a :class:`Wiring` and calls the pipeline. The pipeline's own calls to
-``set_timesteps``, the denoiser, its blocks, its attention processors and ``scheduler.step`` then arrive here, go through the plugins' onion
+Read downward: ``PluginStack.__call__`` makes a :class:`Run`, opens the slots of its ``Wiring`` and calls the pipeline. The pipeline's
+own calls to ``set_timesteps``, the denoiser, its blocks, its attention processors and ``scheduler.step`` then arrive here, go through the plugins' onion
 (:func:`compose`) and end in what was there before.
 """
 
@@ -13,6 +13,8 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
+from diffusers.schedulers.scheduling_utils import SchedulerOutput
 from torch import Tensor
 
 from diffgraft.calls import (
@@ -82,9 +84,11 @@ class Run:
         self.report = Report(plugins={entry.name: PluginReport() for entry in entries})
         self.reached: set[str] = set()
         """Hook points whose slots were reached, whether or not an outer plugin let the call through."""
+        self._promised: set[str] = set()
         self._states: dict[tuple[Entry, str | None], Any] = {}
         self.branch: str | None = None
         self.predictions: dict[str, Tensor] = {}
+        self._last_call: Any = None
         self.context: str | None = None
         self.carried: Tensor | None = None
         self.unscaled: Tensor | None = None
@@ -103,8 +107,13 @@ class Run:
     def report_of(self, entry: Entry) -> PluginReport:
         return self.report.plugins[entry.name]
 
+    def promise(self, point: str, some: bool) -> None:
+        """At least one block (or attention layer) was selected, so the point must be reached."""
+        if some:
+            self._promised.add(point)
+
     def begin_pass(self, arguments: Mapping[str, Any]) -> None:
-        """The pipeline is about to run (again): fresh state for all, but a plugin that wraps ``run`` keeps its shared one over its passes."""
+        """The pipeline is about to run (again): fresh state for all; a plugin that wraps ``run`` keeps its shared one over its passes."""
         self.arguments = arguments
         for entry, branch in list(self._states):
             if branch is not None or "run" not in entry.plugin.points():
@@ -117,7 +126,7 @@ class Run:
             self.report_of(entry).state_bytes += tensor_bytes(state)
         self._states.clear()
         self.predictions.clear()
-        self.carried = self.unscaled = self.scale_model_input = None
+        self.carried = self.unscaled = self.scale_model_input = self._last_call = None
         self.arguments = {}
 
     def ensure_fired(self, result: Any) -> None:
@@ -126,9 +135,9 @@ class Run:
             for point in entry.plugin.points():
                 if point in {"run", "modules"} or point in self.reached:
                     continue
-                if point in {"block", "attention"} and (point not in self.promised or "denoiser" not in self.reached):
+                if point in {"block", "attention"} and (point not in self._promised or "denoiser" not in self.reached):
                     continue  # it selected none, or an outer plugin answered every denoiser call
-                if point == "guide" and not self.guided:
+                if point == "guide":
                     self.report_of(entry).notes.append("inactive: guidance was off in this run, there was nothing to guide")
                     continue
                 raise NeverFired(
@@ -138,9 +147,6 @@ class Run:
                 )
             if not self.report_of(entry).fired and self.reached:
                 self.report_of(entry).notes.append("never called: a plugin further out answered every call")
-
-    promised: frozenset[str] = frozenset()
-    guided = False
 
     # the timestep schedule --------------------------------------------------------------------------------------------------------
 
@@ -175,7 +181,8 @@ class Run:
         begin = getattr(scheduler, "begin_index", None)
         timesteps = scheduler.timesteps
         if begin is None and isinstance(timestep, Tensor) and isinstance(timesteps, Tensor):
-            if timestep.untyped_storage().data_ptr() == timesteps.untyped_storage().data_ptr():
+            shares = timestep.untyped_storage().data_ptr() == timesteps.untyped_storage().data_ptr()
+            if shares:
                 begin = (timestep.storage_offset() - timesteps.storage_offset()) // max(timesteps.stride(0), 1)
         self._begin = begin or 0
 
@@ -191,7 +198,7 @@ class Run:
             write_schedule(scheduler, schedule.timesteps, schedule.sigmas)
         self._begin_schedule()
 
-    def denoise(self, wiring: Wiring, model_name: str, inner: Any, names: Mapping[str, int], args: Any, kwargs: Any) -> Any:
+    def denoise(self, onions: Onions, model_name: str, inner: Any, names: Mapping[str, int], args: Any, kwargs: Any) -> Any:
         self.reached.add("denoise")
         call = DenoiseCall(self, inner, names, args, kwargs)
         if self._begin is None:
@@ -206,12 +213,13 @@ class Run:
             call = call.replace(return_dict=False)
         self.branch = branch
         try:
-            prediction = wiring.denoise(call)
+            prediction = onions.denoise(call)
         finally:
             self.branch = None
-        if wiring.guide is not None:
+        if onions.guide is not None:
+            self._last_call = call
             self.predictions.update(zip(branches, prediction.chunk(len(branches)), strict=True))
-        return wiring.output_class(sample=prediction) if return_dict else (prediction,)
+        return Transformer2DModelOutput(sample=prediction) if return_dict else (prediction,)
 
     def _branch_of_call(self) -> tuple[str, tuple[str, ...]]:
         """(branch, branches in the batch) of the denoiser call that begins now."""
@@ -229,12 +237,24 @@ class Run:
         guidance = self.family.guidance
         if guidance.active is not None:
             return bool(getattr(self.pipe, guidance.active))
-        return (self.arguments.get(guidance.scale) or 0) > 1
+        given = not guidance.requires or any(self.arguments.get(name) is not None for name in guidance.requires)
+        return given and (self.arguments.get(guidance.scale) or 0) > 1
 
-    def guidance_scale(self) -> float | None:
-        """The guidance scale in force now, or None."""
-        name = self.family.guidance.scale
-        return getattr(self.pipe, f"_{name}", None) or self.arguments.get(name)
+    def guidance_scale(self, model_name: str) -> float | None:
+        """The guidance scale in force now for one denoiser, or None."""
+        guidance = self.family.guidance
+        if guidance.second_scale is not None and model_name == self.family.denoisers[-1]:
+            second = self.arguments.get(guidance.second_scale)
+            if second is not None:
+                return second  # type: ignore[no-any-return]
+        live = getattr(self.pipe, f"_{guidance.scale}", None)
+        return live if live is not None else self.arguments.get(guidance.scale)
+
+    def note_scaling(self, inner: Any, names: Mapping[str, int], args: Any, kwargs: Any) -> Any:
+        """``scheduler.scale_model_input``: remember what it was given, for plugins that edit the latents."""
+        self.unscaled = kwargs["sample"] if "sample" in kwargs else args[0]
+        self.scale_model_input = inner
+        return inner(*args, **kwargs)
 
     def block(self, chain: Chain, info: Any, inner: Any, names: Mapping[str, int], args: Any, kwargs: Any) -> Any:
         self.reached.add("block")
@@ -248,7 +268,7 @@ class Run:
         call.info = info
         return chain(call)
 
-    def scheduler_step(self, wiring: Wiring, inner: Any, names: Mapping[str, int], args: Any, kwargs: Any) -> Any:
+    def scheduler_step(self, onions: Onions, inner: Any, names: Mapping[str, int], args: Any, kwargs: Any) -> Any:
         self.reached.add("step")
         scheduler = self.pipe.scheduler
         call = StepCall(self, inner, names, args, kwargs)
@@ -257,12 +277,12 @@ class Run:
             self._locate(call.get("timestep"))
         if self.carried is not None:
             call = call.replace(sample=_fill_rows(self.carried, call.sample.shape[0]))
-        if wiring.guide is not None and len(self.predictions) > 1:
-            call = self._guide(wiring.guide, call)
-        if wiring.step is None:
+        if onions.guide is not None and len(self.predictions) > 1:
+            call = self._guide(onions.guide, call)
+        if onions.step is None:
             result = call_inner(call)
         else:
-            result = _step_result(wiring.step, call)
+            result = _step_result(onions.step, call)
         self.report.steps += 1
         self.index += 1
         self._step = None
@@ -273,13 +293,12 @@ class Run:
 
     def _guide(self, chain: Chain, step: StepCall) -> StepCall:
         self.reached.add("guide")
-        self.guided = True
         combined = step.model_output
         rows = next(iter(self.predictions.values())).shape[0]
         call = GuideCall(self, None, {}, (), {})  # type: ignore[arg-type]
         call.combined = combined[:rows] if combined.shape[0] != rows else combined  # class-conditional DiT steps both halves
         call.branches = {name: self._to_combined_layout(x, call.combined) for name, x in self.predictions.items()}
-        call.scale = self.guidance_scale()
+        call.scale = self.guidance_scale(self._last_call.model_name)
         guided = chain(call)
         if guided is call.combined:
             return step
@@ -292,6 +311,9 @@ class Run:
             x = x.chunk(2, dim=1)[0]
         elif how == "first_tokens" and x.shape[1] > combined.shape[1]:
             x = x[:, : combined.shape[1]]
+        elif how == "unpacked_tail" and x.ndim == 3:
+            sizes = [self._last_call[name] for name in ("num_frames", "height", "width")]
+            x = x.unflatten(1, sizes).movedim(-1, 1)[:, :, 1:]  # tokens -> channels, frames, height, width; the first frame is given
         if x.shape != combined.shape:
             raise Unsupported(
                 f"family {self.family.name!r} does not say how a branch prediction {tuple(x.shape)} becomes the scheduler's "
@@ -312,8 +334,7 @@ def _step_result(chain: Chain, call: StepCall) -> Any:
     if raw and out.sample is _sample_of(raw[-1]):
         return raw[-1]
     if call.get("return_dict", True):
-        result = type(raw[-1])(**{**raw[-1], "prev_sample": out.sample}) if raw else _output(prev_sample=out.sample)
-        return result
+        return type(raw[-1])(**{**raw[-1], "prev_sample": out.sample}) if raw else SchedulerOutput(prev_sample=out.sample)
     return (out.sample, *(raw[-1][1:] if raw else ()))
 
 
@@ -356,12 +377,6 @@ def guide_terminal(call: GuideCall) -> Tensor:
     return call.combined
 
 
-def _output(prev_sample: Tensor) -> Any:
-    from diffusers.schedulers.scheduling_utils import SchedulerOutput
-
-    return SchedulerOutput(prev_sample=prev_sample)
-
-
 def tensor_bytes(value: Any) -> int:
     """Bytes of all tensors held in a state object."""
     if isinstance(value, Tensor):
@@ -373,14 +388,13 @@ def tensor_bytes(value: Any) -> int:
     return sum(tensor_bytes(item) for item in vars(value).values()) if hasattr(value, "__dict__") else 0
 
 
-class Wiring:
+class Onions:
     """The composed onions of one stack; None where no plugin implements the point, so that its cost is nothing."""
 
-    def __init__(self, entries: Sequence[Entry], output_class: type[Any]) -> None:
+    def __init__(self, entries: Sequence[Entry]) -> None:
         def at(point: str) -> list[Entry]:
             return [entry for entry in entries if point in entry.plugin.points()]
 
-        self.output_class = output_class
         self.schedule = compose(at("schedule"), "schedule", schedule_terminal)
         self.denoise = compose(at("denoise"), "denoise", denoise_terminal)
         self.guide = compose(at("guide"), "guide", guide_terminal) if at("guide") else None

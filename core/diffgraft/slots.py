@@ -1,7 +1,7 @@
 """The only file that writes to objects which are not ours.
 
-A :class:`Slot` puts one wrapper into one instance's ``__dict__`` (or a module's ``_modules``) and takes it out again. It remembers whether the
-key was there, so that closing deletes what opening made. Slots on one key stack, and close in any order: closing one below another
+A :class:`Slot` puts one wrapper into one instance's ``__dict__`` (or a module's ``_modules``) and takes it out again. It remembers whether
+the key was there, so that closing deletes what opening made. Slots on one key stack, and close in any order: closing one below another
 hands its predecessor up. Nothing is ever written to a class.
 """
 
@@ -102,7 +102,9 @@ def write_schedule(scheduler: Any, timesteps: Any, sigmas: Any) -> None:
     has_sigmas = getattr(scheduler, "sigmas", None) is not None
     custom = getattr(scheduler, "custom_timesteps", None) is not None
     if not has_sigmas and not custom:
-        raise Unsupported(f"{name} cannot follow an edited schedule: it steps by num_train_timesteps / num_inference_steps; use a sigma scheduler")
+        raise Unsupported(
+            f"{name} cannot follow an edited schedule: it steps by num_train_timesteps / num_inference_steps; use a sigma scheduler"
+        )
     if has_sigmas and len(sigmas) != len(scheduler.sigmas) - len(scheduler.timesteps) + len(timesteps):
         raise Unsupported(f"{name}: {len(timesteps)} timesteps do not go with {len(sigmas)} sigmas")
     scheduler.timesteps = timesteps

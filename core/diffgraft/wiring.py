@@ -1,0 +1,194 @@
+"""From the plugins of a stack to open slots: which objects of a pipeline are wrapped, and where each wrapper leads.
+
+Slots are open only while a run is in progress. They are kept from run to run and their wrappers with them, because ``torch.compile``
+guards on the identity of what it finds in ``forward``; only where they lead is set anew.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from diffgraft.calls import AttentionInfo, BlockInfo
+from diffgraft.family import Family
+from diffgraft.plugin import Entry
+from diffgraft.run import Chain, Onions, Run, active_run, call_inner, compose
+from diffgraft.slots import Slot, method_slot, wraps_method
+
+Names = Mapping[str, int]
+Lead = Callable[[Callable[..., Any], Names, tuple[Any, ...], dict[str, Any]], Any]
+
+
+def denoisers_of(pipe: Any, family: Family) -> dict[str, nn.Module]:
+    """The denoisers of a pipeline by attribute name (Wan 2.2 may have two)."""
+    found = {name: getattr(pipe, name, None) for name in family.denoisers}
+    return {name: module for name, module in found.items() if module is not None}
+
+
+def _root(denoiser: nn.Module) -> nn.Module:
+    return getattr(denoiser, "_orig_mod", denoiser)  # under torch.compile
+
+
+def blocks_of(family: Family, denoisers: Mapping[str, nn.Module]) -> tuple[BlockInfo, ...]:
+    """All hookable blocks in running order, each followed by the layers inside it."""
+    found: list[BlockInfo] = []
+    for model, denoiser in denoisers.items():
+        for group in family.blocks:
+            part = getattr(_root(denoiser), group.path, None)
+            if part is None:  # a U-Net without a mid block
+                continue
+            blocks = list(part) if isinstance(part, nn.ModuleList) else [part]
+            for index, block in enumerate(blocks):
+                path = group.path if block is part else f"{group.path}.{index}"
+                found.append(BlockInfo(path, group.kind, index, -1, len(found), group.takes, group.returns, model, block))
+                for layers in group.layers:
+                    kind = f"{group.kind}.{layers.removesuffix('s')}"
+                    for number, layer in enumerate(getattr(block, layers, None) or ()):
+                        if layer is not None:
+                            where = f"{path}.{layers}.{number}"
+                            found.append(BlockInfo(where, kind, index, number, len(found), (), (), model, layer))
+    return tuple(found)
+
+
+def attention_of(denoisers: Mapping[str, nn.Module]) -> tuple[AttentionInfo, ...]:
+    """All attention layers that have a processor, in module order."""
+    found: list[AttentionInfo] = []
+    for model, denoiser in denoisers.items():
+        for path, module in _root(denoiser).named_modules():
+            if callable(getattr(module, "processor", None)):
+                cross = getattr(module, "is_cross_attention", path.endswith("attn2"))
+                found.append(AttentionInfo(path, len(found), bool(cross), model, module))
+    return tuple(found)
+
+
+class Wiring:
+    """The slots of one pipeline's stack."""
+
+    def __init__(self, pipe: Any, family: Family) -> None:
+        self.pipe = pipe
+        self.family = family
+        self._kept: dict[tuple[int, str], Slot] = {}
+
+    def connect(self, run: Run, entries: Sequence[Entry]) -> list[Slot]:
+        """The slots that a run of ``entries`` needs, led to ``run``; nothing is open yet. A point without a plugin gets none."""
+        points = {point for entry in entries for point in entry.plugin.points()}
+        onions = Onions(entries)
+        slots = self._scheduler(run, onions, entries)
+        if points & {"denoise", "block", "attention", "guide"}:
+            slots += self._denoisers(run, onions)
+        denoisers = denoisers_of(self.pipe, self.family)
+        if "block" in points:
+            chosen = _select(entries, "block", blocks_of(self.family, denoisers))
+            slots += [self._method(info.module, "forward", partial(run.block, chain, info), inside=True) for info, chain in chosen]
+            run.promise("block", bool(chosen))
+        if "attention" in points:
+            layers = _select(entries, "attention", attention_of(denoisers))
+            slots += [self._processor(info, partial(run.attention, chain, info)) for info, chain in layers]
+            run.promise("attention", bool(layers))
+        return slots
+
+    def _scheduler(self, run: Run, onions: Onions, entries: Sequence[Entry]) -> list[Slot]:
+        slots: list[Slot] = []
+        scheduler = self.pipe.scheduler
+        for entry in entries:
+            if (cls := entry.plugin.scheduler) is not None:
+                scheduler = cls.from_config(scheduler.config, **entry.plugin.scheduler_options())
+                slot = Slot(self.pipe.__dict__, "scheduler", lambda: self.pipe.__dict__["scheduler"])
+                slot.put(scheduler)
+                slots.append(slot)
+                run.report_of(entry).fired["scheduler"] = 1
+        slots.append(self._method(scheduler, "set_timesteps", partial(run.set_timesteps, onions.schedule)))
+        slots.append(self._method(scheduler, "step", partial(run.scheduler_step, onions)))
+        if any("latents" in entry.plugin.effects.edits for entry in entries) and hasattr(scheduler, "scale_model_input"):
+            slots.append(self._method(scheduler, "scale_model_input", run.note_scaling))
+        return slots
+
+    def _denoisers(self, run: Run, onions: Onions) -> list[Slot]:
+        slots = []
+        for name, module in denoisers_of(self.pipe, self.family).items():
+            slots.append(self._method(module, "forward", partial(run.denoise, onions, name)))
+            if self.family.guidance.layout == "sequential" and hasattr(module, "cache_context"):
+                slots.append(self._method(module, "cache_context", partial(_named_context, run)))
+        return slots
+
+    def _method(self, target: Any, name: str, lead: Lead, inside: bool = False) -> Slot:
+        """A slot on a method. ``inside``: fires only within a denoiser call (a ControlNet may share the module)."""
+        slot = self._kept.get((id(target), name))
+        if slot is None or slot.home is not target.__dict__:
+            slot = self._kept[id(target), name] = method_slot(target, name)
+            slot.put(wraps_method(target, name, self._wrapper(slot, positions(getattr(target, name)), inside)))
+        slot.lead = lead
+        return slot
+
+    def _wrapper(self, slot: Slot, names: Names, inside: bool) -> Callable[..., Any]:
+        @torch.compiler.disable(recursive=False)
+        def wrapper(*args: Any, **kwargs: Any) -> Any:
+            run = active_run()
+            if run is None or run.pipe is not self.pipe or slot.lead is None or (inside and run.branch is None):
+                return slot.inner(*args, **kwargs)  # another pipeline that shares this module, or one who kept our wrapper
+            return slot.lead(slot.inner, names, args, kwargs)
+
+        return wrapper
+
+    def _processor(self, info: AttentionInfo, lead: Lead) -> Slot:
+        module = info.module
+        slot = Slot(module.__dict__, "processor", lambda: module.processor)
+        names = positions(module.processor.__call__)  # type: ignore[operator,union-attr]
+        slot.put(ProcessorProxy(module.processor, self._wrapper(slot, names, inside=True)))
+        slot.lead = lead
+        return slot
+
+
+def _select(entries: Sequence[Entry], point: str, infos: Sequence[Any]) -> list[tuple[Any, Chain]]:
+    """(info, onion) for each block or layer that at least one plugin selects."""
+    wanted: dict[int, list[Entry]] = {}
+    for entry in entries:
+        if point in entry.plugin.points():
+            select = entry.plugin.select_blocks if point == "block" else entry.plugin.select_attention
+            for info in select(infos):
+                wanted.setdefault(info.order, []).append(entry)
+    return [(info, compose(wanted[info.order], point, call_inner)) for info in infos if info.order in wanted]
+
+
+@contextmanager
+def _named_context(run: Run, inner: Callable[..., Any], names: Names, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Any]:
+    """``model.cache_context("cond")``: the pipeline itself names the branch."""
+    run.context = args[0] if args else kwargs["name"]
+    try:
+        with inner(*args, **kwargs) as entered:
+            yield entered
+    finally:
+        run.context = None
+
+
+class ProcessorProxy:
+    """Stands in for an attention processor during a run; to ``isinstance`` and attribute access it is the processor itself."""
+
+    def __init__(self, processor: Any, wrapper: Callable[..., Any]) -> None:
+        self.__dict__["_processor"] = processor
+        self.__dict__["_wrapper"] = wrapper
+        # Attention.forward reads the signature of `processor.__call__` to decide which arguments it may pass
+        self.__dict__["__call__"] = wraps_method(processor, "__call__", lambda *args, **kwargs: wrapper(*args, **kwargs))
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._wrapper(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["_processor"], name)
+
+    @property
+    def __class__(self) -> type:  # type: ignore[override,misc]
+        return type(self.__dict__["_processor"])
+
+
+def positions(function: Callable[..., Any]) -> dict[str, int]:
+    """Parameter name -> position, of the positional parameters of a bound method."""
+    parameters = inspect.signature(function).parameters.values()
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return {p.name: i for i, p in enumerate(p for p in parameters if p.kind in kinds)}
