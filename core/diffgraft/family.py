@@ -16,10 +16,11 @@ class BlockGroup:
 
     ``path`` is an attribute of the denoiser: a ``ModuleList`` or a single module (``mid_block``). ``takes`` and ``returns`` name, in order,
     the tensors that flow into and out of a block's ``forward`` (parameter names; the output names of a block that returns a tuple).
-    ``layers`` are the ``ModuleList`` attributes *inside* each block (``resnets``, ``attentions``, ``downsamplers``...); each layer is a hookable
-    block of its own, of kind ``<kind>.<list name without the final s>`` (``down.resnet``).
-    A group of U-Net blocks is described by its largest block: one without attention lacks the list ``attentions`` (or holds None) and takes no
-    ``encoder_hidden_states``. A layer returns a tensor, an attention layer a tuple with that tensor (diffusers calls it with ``return_dict=False``).
+    ``layers`` are the ``ModuleList`` attributes *inside* each block (``resnets``, ``attentions``, ``downsamplers``...); each layer is a
+    hookable block of its own, of kind ``<kind>.<list name without the final s>`` (``down.resnet``).
+    A group of U-Net blocks is described by its largest block: one without attention lacks the list ``attentions`` (or holds None) and
+    takes no ``encoder_hidden_states``. A layer returns a tensor, or a tuple with that tensor (attention layers called with
+    ``return_dict=False``).
     """
 
     path: str
@@ -35,9 +36,9 @@ class Guidance:
 
     ``batched``: one denoiser call whose batch holds the branches, in ``order``. ``sequential``: one call per branch, in ``order``.
     ``none``: no guidance at all. ``active`` names the pipeline property that says whether guidance is on *now* (it can be cut in mid-run);
-    where a pipeline has none, guidance is on when the call argument ``scale`` is above 1 and, if ``requires`` is not empty, one of the arguments
-    named there is given (Flux: no true CFG without a negative prompt). ``scale`` is the argument's name; ``second_scale`` the one that the second
-    denoiser uses (None given: the same). ``doubled``: the pipeline steps the scheduler with one copy of the guided prediction a branch, so
+    where a pipeline has none, guidance is on when the call argument ``scale`` is above 1 and, if ``requires`` is not empty, one of the
+    arguments named there is given (Flux: no true CFG without a negative prompt). ``scale`` is the argument's name; ``second_scale`` the one
+    that the second denoiser uses (None given: the same). ``doubled``: the pipeline steps the scheduler with one copy of the guided prediction a branch, so
     ``model_output`` and the sample have as many rows as the denoiser's batch (DiT).
     """
 
@@ -67,11 +68,12 @@ class Family:
     conditioning  parameters that take text or class conditioning
     prediction    "scheduler" (``scheduler.config.prediction_type`` says: epsilon, v_prediction, sample) or "flow"
     latents       layout of the sample given to ``scheduler.step``: "bchw", "bcfhw", "bfchw", "packed" (tokens) or "pixels"
-    appended      what the pipeline may put behind the noisy sample before it hands it to the denoiser (then the denoiser's sample is larger than the
-                  latents on that axis): "none", "channels" (mask, start picture; on the axis that ``latents`` names c, the last one of packed
-                  latents) or "tokens" (reference picture of packed latents, axis 1)
+    appended      what the pipeline may put behind the noisy sample before it hands it to the denoiser (then the denoiser's sample is larger
+                  than the latents on that axis): "none", "channels" (mask, start picture; on the axis that ``latents`` names c, the last one
+                  of packed latents) or "tokens" (reference picture of packed latents, axis 1)
     branch_prediction  what the pipeline does to a branch's raw denoiser output before it reaches the layout of ``model_output``:
-                  "same"; "drop_sigma" (a denoiser with twice the channels: the second half is a learned variance); "first_tokens" (keep as many tokens as the sample has);
+                  "same"; "drop_sigma" (a denoiser with twice the channels: the second half is a learned variance);
+                  "first_tokens" (keep as many tokens as the sample has);
                   "unpacked_tail" (tokens unpacked to bcfhw by the denoiser's ``num_frames``, ``height``, ``width``, without the first frame)
     tiny          "module:function" of a seeded random tiny pipeline, ``function(class_name, seed) -> Tiny``, for tests
     """

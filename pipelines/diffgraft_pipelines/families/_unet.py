@@ -8,8 +8,7 @@ from diffgraft.family import BlockGroup
 def unet_blocks(*inner: str, text: bool = True) -> tuple[BlockGroup, ...]:
     """The three groups of a U-Net whose blocks interleave the lists ``inner`` (``resnets``, ``attentions``...).
 
-    A block without attention takes no ``encoder_hidden_states``; the first up block has no upsampler after the last one, and so on:
-    what a block lacks is skipped.
+    What a block lacks is skipped: without attention no ``encoder_hidden_states``, in the last one no ``upsamplers``.
     """
     cond = ("encoder_hidden_states",) if text else ()
     return (

@@ -1,4 +1,4 @@
-"""DiT: class-conditional transformer; the conditional half comes first and both halves go through ``scheduler.step``."""
+"""DiT, class-conditional: the conditional half comes first and both halves go through ``scheduler.step``."""
 
 from __future__ import annotations
 

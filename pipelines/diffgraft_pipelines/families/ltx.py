@@ -1,4 +1,8 @@
-"""LTX-Video. Image to video gives the denoiser all frames as tokens, but steps the scheduler on the unpacked later frames only."""
+"""LTX-Video.
+
+Image to video gives the denoiser the tokens of all frames, but steps the scheduler on unpacked latents without the
+first frame.
+"""
 
 from __future__ import annotations
 

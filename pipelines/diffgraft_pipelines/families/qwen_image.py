@@ -1,6 +1,6 @@
 """Qwen-Image. The edit pipelines append the reference picture's tokens and are a family of their own.
 
-``edit`` has no tiny pipeline: it scales every reference picture to 1024 x 1024 pixels, and its processor needs torchvision.
+``edit`` has no tiny pipeline: every reference picture is scaled to 1024 x 1024, and its processor needs torchvision.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ family = Family(
         BlockGroup(
             "transformer_blocks",
             "block",
-            ("hidden_states", "encoder_hidden_states", "encoder_hidden_states_mask", "temb"),
+            ("hidden_states", "encoder_hidden_states", "temb"),
             ("encoder_hidden_states", "hidden_states"),
         ),
     ),

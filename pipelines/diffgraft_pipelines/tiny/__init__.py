@@ -1,4 +1,4 @@
-"""Tiny seeded random pipelines of every family, for tests: real diffusers objects, offline, well under a second a run."""
+"""Tiny seeded random pipelines of every family, for tests: real diffusers objects, offline, fast."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from diffgraft_pipelines.families import FAMILIES
 def make(class_name: str, seed: int = 0) -> Tiny:
     """The tiny pipeline of a diffusers class, with the arguments of a call.
 
-    A variant follows the class name after ``@``: ``WanPipeline@2.2`` (two transformers), ``StableDiffusionInpaintPipeline@9``.
+    A variant follows the class name after ``@``: ``WanPipeline@2.2`` and ``WanImageToVideoPipeline@2.2`` (two
+    transformers), ``StableDiffusionInpaintPipeline@9`` (inpainting U-Net with nine channels).
     """
     for family in FAMILIES:
         if class_name.partition("@")[0] in family.pipelines and family.tiny is not None:

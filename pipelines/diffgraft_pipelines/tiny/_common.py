@@ -1,4 +1,4 @@
-"""Parts that the tiny pipelines share: seeded weights, offline tokenizers, small text encoders, VAEs and input pictures."""
+"""What the tiny pipelines share: seeded weights, offline tokenizers, small encoders, VAEs and input pictures."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def seeded(seed: int) -> Iterator[None]:
 
 
 def randomise(module: torch.nn.Module) -> None:
-    """Give constant parameters (zero convolutions, adaLN modulation, norm weights...) random values, so that every input matters."""
+    """Random values for constant parameters (zero convolutions, adaLN modulation...), so that every input matters."""
     with torch.no_grad():
         for parameter in module.parameters():
             if parameter.numel() > 1 and bool((parameter == parameter.flatten()[0]).all()):

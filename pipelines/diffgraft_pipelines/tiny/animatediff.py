@@ -10,6 +10,7 @@ from diffgraft_pipelines.tiny import _common as c
 from diffgraft_pipelines.tiny import sd
 
 FRAMES = 4
+SIDE = 32
 
 
 def _pipeline(name: str, **kwargs: object) -> Tiny:
@@ -32,15 +33,15 @@ def _pipeline(name: str, **kwargs: object) -> Tiny:
 
 
 def _text(name: str) -> Tiny:
-    return _pipeline(name, num_frames=FRAMES, height=c.SIDE, width=c.SIDE)
+    return _pipeline(name, num_frames=FRAMES, height=SIDE, width=SIDE)
 
 
 def _video(name: str) -> Tiny:
-    return _pipeline(name, video=c.video(FRAMES), height=c.SIDE, width=c.SIDE, strength=0.8)
+    return _pipeline(name, video=c.video(FRAMES, SIDE), height=SIDE, width=SIDE, strength=0.8)
 
 
 def _control(name: str) -> Tiny:
-    return _pipeline(name, num_frames=FRAMES, height=c.SIDE, width=c.SIDE, conditioning_frames=c.video(FRAMES))
+    return _pipeline(name, num_frames=FRAMES, height=SIDE, width=SIDE, conditioning_frames=c.video(FRAMES, SIDE))
 
 
 make = c.maker(

@@ -1,4 +1,4 @@
-"""Tiny CogVideoX pipelines: three blocks, nine frames; text to video with added positions (2B), the others rotary (5B)."""
+"""Tiny CogVideoX pipelines: three blocks, nine frames; added positions (2B) for text to video, else rotary (5B)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from diffgraft_pipelines.tiny import _common as c
 CHANNELS = 4
 SIDE = 32
 FRAMES = 9
-TOKENS = 24
+TOKENS = 32
 
 
 def _pipeline(name: str, in_channels: int = CHANNELS, **kwargs: object) -> Tiny:

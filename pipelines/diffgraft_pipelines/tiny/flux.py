@@ -39,8 +39,10 @@ def _pipeline(name: str, in_channels: int = PACKED, **kwargs: object) -> Tiny:
     )
     if "Fill" not in name:
         kwargs |= {"negative_prompt": c.NEGATIVE, "true_cfg_scale": 3.0}
-    kwargs |= {"guidance_scale": 3.5, "max_sequence_length": 16}
-    return c.finish(pipe, prompt=c.PROMPT, height=c.SIDE, width=c.SIDE, **kwargs)
+    kwargs |= {"guidance_scale": 3.5, "max_sequence_length": 40}
+    if name != "FluxKontextInpaintPipeline":  # its size is the picture's
+        kwargs |= {"height": c.SIDE, "width": c.SIDE}
+    return c.finish(pipe, prompt=c.PROMPT, **kwargs)
 
 
 def _image(name: str) -> Tiny:
@@ -61,9 +63,7 @@ def _kontext(name: str) -> Tiny:
 
 
 def _kontext_inpaint(name: str) -> Tiny:
-    tiny = _kontext(name)
-    tiny.kwargs |= {"mask_image": c.mask(), "strength": 0.8}
-    return tiny
+    return _pipeline(name, image=c.picture(), mask_image=c.mask(), strength=0.8, max_area=c.SIDE**2, _auto_resize=False)
 
 
 make = c.maker(

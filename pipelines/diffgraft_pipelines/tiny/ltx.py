@@ -48,7 +48,7 @@ def _pipeline(name: str, **kwargs: object) -> Tiny:
         height=SIDE,
         width=SIDE,
         num_frames=9,
-        max_sequence_length=24,
+        max_sequence_length=32,
         **kwargs,
     )
 

@@ -35,7 +35,7 @@ def _pipeline(name: str) -> Tiny:
         guidance_scale=4.5,
         height=c.SIDE,
         width=c.SIDE,
-        max_sequence_length=24,
+        max_sequence_length=32,
         clean_caption=False,
         use_resolution_binning=False,
     )

@@ -12,12 +12,14 @@ from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Q
 from diffgraft_pipelines.tiny import _common as c
 
 CHANNELS = 4
-SYSTEM = "system Describe the image by detailing the color, shape, size, texture, quantity, text, spatial relationships"
-SYSTEM += " of the objects and background: user assistant\n"
+SYSTEM = (
+    "system\nDescribe the image by detailing the color, shape, size, texture, quantity, text, spatial relationships"
+)
+SYSTEM += " of the objects and background:\nuser\nassistant\n"
 
 
 def tokenizer() -> Qwen2Tokenizer:
-    """Knows the words of the pipeline's system prompt, which then has as many tokens as the pipeline cuts off; else bytes."""
+    """Bytes, and the words of the pipeline's system prompt: it must have as many tokens as the pipeline cuts off."""
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     result = Qwen2Tokenizer(vocab={token: i for i, token in enumerate(special)}, merges=[])
     trainer = BpeTrainer(

@@ -44,7 +44,7 @@ def _pipeline(name: str, **kwargs: object) -> Tiny:
         guidance_scale=5.0,
         height=c.SIDE,
         width=c.SIDE,
-        max_sequence_length=16,
+        max_sequence_length=32,
         **kwargs,
     )
 

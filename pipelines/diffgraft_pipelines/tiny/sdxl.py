@@ -44,9 +44,9 @@ def _pipeline(name: str, **kwargs: object) -> Tiny:
     if "ControlNet" in name:
         parts["controlnet"] = ControlNetModel.from_unet(parts["unet"], conditioning_embedding_out_channels=(4, 4, 8, 8))
     pipe = getattr(diffusers, name)(**parts, add_watermarker=False)
-    return c.finish(
-        pipe, prompt=c.PROMPT, negative_prompt=c.NEGATIVE, guidance_scale=5.0, height=c.SIDE, width=c.SIDE, **kwargs
-    )
+    if name != "StableDiffusionXLImg2ImgPipeline":  # its size is the picture's
+        kwargs |= {"height": c.SIDE, "width": c.SIDE}
+    return c.finish(pipe, prompt=c.PROMPT, negative_prompt=c.NEGATIVE, guidance_scale=5.0, **kwargs)
 
 
 def _image(name: str) -> Tiny:

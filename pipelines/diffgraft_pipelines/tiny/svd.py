@@ -13,6 +13,7 @@ from diffusers import (
 from diffgraft_pipelines.tiny import _common as c
 
 FRAMES = 3
+SIDE = 32
 
 
 def _pipeline(_name: str) -> Tiny:
@@ -60,7 +61,7 @@ def _pipeline(_name: str) -> Tiny:
         feature_extractor=c.clip_image_processor(224),
     )
     return c.finish(
-        pipe, image=c.picture(), height=c.SIDE, width=c.SIDE, num_frames=FRAMES, max_guidance_scale=3.0, fps=7
+        pipe, image=c.picture(SIDE), height=SIDE, width=SIDE, num_frames=FRAMES, max_guidance_scale=3.0, fps=7
     )
 
 

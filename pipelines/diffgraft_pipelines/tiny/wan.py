@@ -15,7 +15,7 @@ FRAMES = 5
 
 
 def _transformer(image: bool, second: bool) -> WanTransformer3DModel:
-    """``image``: the denoiser also gets a mask and the start picture, and in 2.1 (not ``second``) the picture's CLIP features."""
+    """``image``: also takes a mask and the start picture, and in 2.1 (not ``second``) the picture's CLIP features."""
     return WanTransformer3DModel(
         num_attention_heads=2,
         attention_head_dim=12,
@@ -62,7 +62,7 @@ def _pipeline(name: str, second: bool = False, **kwargs: object) -> Tiny:
         guidance_scale=5.0,
         height=SIDE,
         width=SIDE,
-        max_sequence_length=16,
+        max_sequence_length=32,
         **kwargs,
     )
 
