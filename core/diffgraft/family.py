@@ -38,8 +38,8 @@ class Guidance:
     ``none``: no guidance at all. ``active`` names the pipeline property that says whether guidance is on *now* (it can be cut in mid-run);
     where a pipeline has none, guidance is on when the call argument ``scale`` is above 1 and, if ``requires`` is not empty, one of the
     arguments named there is given (Flux: no true CFG without a negative prompt). ``scale`` is the argument's name; ``second_scale`` the one
-    that the second denoiser uses (None given: the same). ``doubled``: the pipeline steps the scheduler with one copy of the guided prediction a branch, so
-    ``model_output`` and the sample have as many rows as the denoiser's batch (DiT).
+    that the second denoiser uses (None given: the same). ``doubled``: the pipeline steps the scheduler with one copy of the guided
+    prediction a branch, so ``model_output`` and the sample have as many rows as the denoiser's batch (DiT).
     """
 
     layout: Literal["batched", "sequential", "none"]
@@ -69,12 +69,12 @@ class Family:
     prediction    "scheduler" (``scheduler.config.prediction_type`` says: epsilon, v_prediction, sample) or "flow"
     latents       layout of the sample given to ``scheduler.step``: "bchw", "bcfhw", "bfchw", "packed" (tokens) or "pixels"
     appended      what the pipeline may put behind the noisy sample before it hands it to the denoiser (then the denoiser's sample is larger
-                  than the latents on that axis): "none", "channels" (mask, start picture; on the axis that ``latents`` names c, the last one
+                  than the latents on that axis): "none", "channels" (mask, start picture; on the axis that ``latents`` names c, the last
                   of packed latents) or "tokens" (reference picture of packed latents, axis 1)
     branch_prediction  what the pipeline does to a branch's raw denoiser output before it reaches the layout of ``model_output``:
                   "same"; "drop_sigma" (a denoiser with twice the channels: the second half is a learned variance);
                   "first_tokens" (keep as many tokens as the sample has);
-                  "unpacked_tail" (tokens unpacked to bcfhw by the denoiser's ``num_frames``, ``height``, ``width``, without the first frame)
+                  "unpacked_tail" (tokens unpacked to bcfhw by the denoiser's ``num_frames``, ``height``, ``width`` without the first frame)
     tiny          "module:function" of a seeded random tiny pipeline, ``function(class_name, seed) -> Tiny``, for tests
     """
 
