@@ -40,7 +40,8 @@ class Step:
         return self.index == self.total - 1
 
 
-class BlockInfo(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class BlockInfo:
     """A hookable block.
 
     ``path`` on the denoiser ("up_blocks.2.resnets.1"), ``kind`` ("up", "up.resnet", "double"...), ``index`` of the (top-level) block within
@@ -63,7 +64,8 @@ class BlockInfo(NamedTuple):
         return self.layer >= 0
 
 
-class AttentionInfo(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class AttentionInfo:
     """A hookable attention layer: ``path`` on the denoiser, running number, whether it attends to the text, and the module."""
 
     path: str
@@ -197,8 +199,8 @@ class Schedule(NamedTuple):
 class DenoiseCall(Call):
     """One denoiser forward; ``next`` returns the prediction [rows, ...], a tensor.
 
-    ``model`` the denoiser, ``model_name`` its attribute on the pipeline, ``branches`` the guidance branches in this call: the batch holds one
-    equal part of rows for each.
+    ``model`` the denoiser, ``model_name`` its attribute on the pipeline, ``branches`` the guidance branches in this call: the batch holds
+    one equal part of rows for each.
     """
 
     __slots__ = ("branches", "model", "model_name")
@@ -240,7 +242,7 @@ class DenoiseCall(Call):
         if run.scale_model_input is not None:
             x = run.scale_model_input(x, run.step.t)
         differing = [d for d in range(1, x.ndim) if x.shape[d] != old.shape[d]]
-        if differing:  # inpainting, image-to-video, Kontext: conditioning beside the latents, on one axis
+        if differing and run.family.appended != "none":  # inpainting, image-to-video, Kontext: conditioning behind the latents
             d = differing[0]
             x = torch.cat([x, old.narrow(d, x.shape[d], old.shape[d] - x.shape[d]).to(x.dtype)], dim=d)
         return self.replace(**{run.family.sample: x.to(old.dtype)})  # type: ignore[no-any-return]

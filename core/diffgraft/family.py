@@ -14,13 +14,14 @@ from typing import Literal
 class BlockGroup:
     """Blocks of one kind, in the order in which the denoiser runs them.
 
-    ``path`` is an attribute of the denoiser: a ``ModuleList`` or a single module (``mid_block``). ``takes`` and ``returns`` name, in order,
-    the tensors that flow into and out of a block's ``forward`` (parameter names; the output names of a block that returns a tuple).
-    ``layers`` are the ``ModuleList`` attributes *inside* each block (``resnets``, ``attentions``, ``downsamplers``...); each layer is a
-    hookable block of its own, of kind ``<kind>.<list name without the final s>`` (``down.resnet``).
+    path     an attribute of the denoiser: a ``ModuleList`` or a single module (``mid_block``)
+    takes, returns  in order, the tensors that flow into and out of a block's ``forward`` (parameter names; the output names of a block
+             that returns a tuple)
+    layers   the ``ModuleList`` attributes *inside* each block (``resnets``, ``attentions``...); each layer is a hookable block of its
+             own, of kind ``<kind>.<list name without the final s>`` (``down.resnet``)
+
     A group of U-Net blocks is described by its largest block: one without attention lacks the list ``attentions`` (or holds None) and
-    takes no ``encoder_hidden_states``. A layer returns a tensor, or a tuple with that tensor (attention layers called with
-    ``return_dict=False``).
+    takes no ``encoder_hidden_states``. A layer returns a tensor, an attention layer a tuple with that tensor.
     """
 
     path: str
@@ -34,12 +35,15 @@ class BlockGroup:
 class Guidance:
     """How the pipeline runs classifier-free guidance.
 
-    ``batched``: one denoiser call whose batch holds the branches, in ``order``. ``sequential``: one call per branch, in ``order``.
-    ``none``: no guidance at all. ``active`` names the pipeline property that says whether guidance is on *now* (it can be cut in mid-run);
-    where a pipeline has none, guidance is on when the call argument ``scale`` is above 1 and, if ``requires`` is not empty, one of the
-    arguments named there is given (Flux: no true CFG without a negative prompt). ``scale`` is the argument's name; ``second_scale`` the one
-    that the second denoiser uses (None given: the same). ``doubled``: the pipeline steps the scheduler with one copy of the guided
-    prediction a branch, so ``model_output`` and the sample have as many rows as the denoiser's batch (DiT).
+    layout   "batched": one denoiser call whose batch holds the branches, in ``order``; "sequential": one call per branch, in ``order``;
+             "none": no guidance at all
+    scale    the call argument that holds the guidance scale
+    active   the pipeline property that says whether guidance is on *now* (it can be cut in mid-run); where a pipeline has none, guidance
+             is on when ``scale`` is above 1 and, if ``requires`` is not empty, one of the arguments named there is given (Flux: no true
+             CFG without a negative prompt)
+    second_scale  the argument that the second denoiser uses (None given: the same)
+    doubled  the pipeline steps the scheduler with one copy of the guided prediction a branch, so ``model_output`` and the sample have as
+             many rows as the denoiser's batch (DiT)
     """
 
     layout: Literal["batched", "sequential", "none"]
@@ -64,17 +68,17 @@ class Family:
     guidance      see :class:`Guidance`
     sample        parameter of the denoiser's ``forward`` that takes the noisy sample
     timestep      parameter that takes the timestep
-    timestep_scale  what the pipeline multiplies the scheduler's timestep with before it hands it to the denoiser (Flux: 1/1000)
+    timestep_scale  what the pipeline multiplies the scheduler's timestep with before the denoiser gets it (Flux: 1/1000)
     conditioning  parameters that take text or class conditioning
     prediction    "scheduler" (``scheduler.config.prediction_type`` says: epsilon, v_prediction, sample) or "flow"
     latents       layout of the sample given to ``scheduler.step``: "bchw", "bcfhw", "bfchw", "packed" (tokens) or "pixels"
-    appended      what the pipeline may put behind the noisy sample before it hands it to the denoiser (then the denoiser's sample is larger
-                  than the latents on that axis): "none", "channels" (mask, start picture; on the axis that ``latents`` names c, the last
-                  of packed latents) or "tokens" (reference picture of packed latents, axis 1)
+    appended      what the pipeline may put behind the noisy sample for the denoiser, whose sample is then larger than the latents on that
+                  axis: "none", "channels" (mask, start picture; on the axis that ``latents`` names c, the last one of packed latents)
+                  or "tokens" (reference picture of packed latents, axis 1)
     branch_prediction  what the pipeline does to a branch's raw denoiser output before it reaches the layout of ``model_output``:
-                  "same"; "drop_sigma" (a denoiser with twice the channels: the second half is a learned variance);
-                  "first_tokens" (keep as many tokens as the sample has);
-                  "unpacked_tail" (tokens unpacked to bcfhw by the denoiser's ``num_frames``, ``height``, ``width`` without the first frame)
+                  "same"; "drop_sigma" (a denoiser with twice the channels: the second half is a learned variance); "first_tokens" (keep
+                  as many tokens as the sample has); "unpacked_tail" (tokens unpacked to bcfhw by the denoiser's ``num_frames``,
+                  ``height``, ``width``, without the first frame)
     tiny          "module:function" of a seeded random tiny pipeline, ``function(class_name, seed) -> Tiny``, for tests
     """
 

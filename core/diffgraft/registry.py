@@ -8,6 +8,7 @@ import os
 from dataclasses import dataclass, fields
 from functools import cache
 from importlib.metadata import Distribution, EntryPoint, entry_points
+from typing import Any
 
 from packaging.requirements import Requirement
 
@@ -42,7 +43,7 @@ def installed() -> dict[str, PluginInfo]:
     found: dict[str, PluginInfo] = {}
     for entry in sorted(entry_points(group=PLUGINS), key=lambda e: e.name):
         dist = entry.dist
-        meta = dist.metadata if dist else {}
+        meta: Any = dist.metadata if dist else {}
         broken = metadata_fault(entry, dist)
         if entry.name in found and found[entry.name].entry != entry:
             broken = f"two installed packages offer it: {found[entry.name].dist} and {dist.name if dist else '?'}; uninstall one"
@@ -195,7 +196,7 @@ def find_bundled(name: str) -> Bundled:
     known = bundled()
     if name not in known:
         raise PipelineNotFound(
-            f"{name!r} is no bundled pipeline{nearest(name, known)} Bundled: {', '.join(known) or 'none (pip install diffgraft-pipelines)'}. "
-            "Otherwise give a folder that exists or a Hub id 'owner/name'."
+            f"{name!r} is no bundled pipeline{nearest(name, known)} "
+            f"Bundled: {', '.join(known) or 'none (pip install diffgraft-pipelines)'}. Otherwise give a folder that exists or a Hub id 'owner/name'."
         )
     return known[name]

@@ -1,8 +1,8 @@
 """One run: which step, which branch, whose state - and the functions that the slots lead to.
 
 Read downward: ``PluginStack.__call__`` makes a :class:`Run`, opens the slots of its ``Wiring`` and calls the pipeline. The pipeline's
-own calls to ``set_timesteps``, the denoiser, its blocks, its attention processors and ``scheduler.step`` then arrive here, go through the plugins' onion
-(:func:`compose`) and end in what was there before.
+own calls to ``set_timesteps``, the denoiser, its blocks, its attention processors and ``scheduler.step`` then arrive here, go through the
+plugins' onion (:func:`compose`) and end in what was there before.
 """
 
 from __future__ import annotations
@@ -296,7 +296,7 @@ class Run:
         combined = step.model_output
         rows = next(iter(self.predictions.values())).shape[0]
         call = GuideCall(self, None, {}, (), {})  # type: ignore[arg-type]
-        call.combined = combined[:rows] if combined.shape[0] != rows else combined  # class-conditional DiT steps both halves
+        call.combined = combined[:rows] if self.family.guidance.doubled else combined
         call.branches = {name: self._to_combined_layout(x, call.combined) for name, x in self.predictions.items()}
         call.scale = self.guidance_scale(self._last_call.model_name)
         guided = chain(call)
@@ -319,7 +319,7 @@ class Run:
                 f"family {self.family.name!r} does not say how a branch prediction {tuple(x.shape)} becomes the scheduler's "
                 f"{tuple(combined.shape)} (branch_prediction={how!r}), so guidance plugins cannot work on it"
             )
-        return x
+        return x.to(combined.dtype)  # some pipelines combine in float32
 
 
 def _fill_rows(x: Tensor, rows: int) -> Tensor:
@@ -380,7 +380,7 @@ def guide_terminal(call: GuideCall) -> Tensor:
 def tensor_bytes(value: Any) -> int:
     """Bytes of all tensors held in a state object."""
     if isinstance(value, Tensor):
-        return value.untyped_storage().nbytes()
+        return int(value.untyped_storage().nbytes())
     if isinstance(value, Mapping):
         return sum(tensor_bytes(item) for item in value.values())
     if isinstance(value, (list, tuple)):

@@ -134,7 +134,7 @@ class Wiring:
                 return slot.inner(*args, **kwargs)  # another pipeline that shares this module, or one who kept our wrapper
             return slot.lead(slot.inner, names, args, kwargs)
 
-        return wrapper
+        return wrapper  # type: ignore[no-any-return]
 
     def _processor(self, info: AttentionInfo, lead: Lead) -> Slot:
         module = info.module
@@ -182,8 +182,8 @@ class ProcessorProxy:
     def __getattr__(self, name: str) -> Any:
         return getattr(self.__dict__["_processor"], name)
 
-    @property
-    def __class__(self) -> type:  # type: ignore[override,misc]
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:  # type: ignore[override]
         return type(self.__dict__["_processor"])
 
 

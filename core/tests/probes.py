@@ -1,0 +1,77 @@
+"""Small plugins and helpers that the core's tests share."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from diffgraft import Effects, Paper, Plugin, PluginConfig
+from diffgraft_pipelines.tiny import make
+
+PAPER = Paper("a probe", "0000.00000", "nothing")
+
+
+class Probe(Plugin):
+    """Base of the probes: any family, neutral as it stands."""
+
+    name = "probe"
+    paper = PAPER
+    families = ("*",)
+    neutral: ClassVar[dict[str, Any]] = {}
+
+
+class Everything(Probe):
+    """Does nothing at every hook point, on every block."""
+
+    name = "everything"
+
+    def run(self, call, next):
+        return next(call)
+
+    def schedule(self, call, next):
+        return next(call)
+
+    def denoise(self, call, next):
+        return next(call)
+
+    def block(self, call, next):
+        return next(call)
+
+    def attention(self, call, next):
+        return next(call)
+
+    def guide(self, call, next):
+        return next(call)
+
+    def step(self, call, next):
+        return next(call)
+
+    def modules(self, call, next):
+        return next(call)
+
+    def select_blocks(self, blocks):
+        return blocks
+
+
+def tiny(name: str) -> tuple[Any, dict[str, Any]]:
+    made = make(name)
+    return made.pipe, made.kwargs
+
+
+def generate(pipe: Any, kwargs: dict[str, Any], seed: int = 0, **more: Any) -> torch.Tensor:
+    """The first output of a run, as a tensor."""
+    out = pipe(**{**kwargs, **more}, generator=torch.Generator().manual_seed(seed))[0]
+    return out if isinstance(out, torch.Tensor) else torch.as_tensor(out)
+
+
+def trace(pipe: Any) -> dict[str, Any]:
+    """What a pipeline looks like from outside: attribute names of every part, and which objects are its submodules and processors."""
+    seen: dict[str, Any] = {"class": type(pipe), "pipe": sorted(pipe.__dict__), "scheduler": sorted(pipe.scheduler.__dict__)}
+    for part, component in pipe.components.items():
+        if isinstance(component, torch.nn.Module):
+            for path, module in component.named_modules():
+                seen[f"{part}.{path}"] = (sorted(module.__dict__), id(module), id(getattr(module, "processor", None)))
+    return seen
+
+
+__all__ = ["PAPER", "Effects", "Everything", "PluginConfig", "Probe", "generate", "tiny", "trace"]

@@ -1,0 +1,27 @@
+# Sourced by examples/run.sh and tests/run.sh: one virtual environment with everything of this checkout in it, editable.
+# Uses the active virtual environment, or makes .venv here. A second call with unchanged pyproject files skips the set-up.
+#   diffgraft_setup run    what a user needs
+#   diffgraft_setup test   and what the tests need
+diffgraft_setup() {
+  local kind=$1 extra="" stamp sum
+  [ "$kind" = test ] && extra="[test]"
+  if [ -z "${VIRTUAL_ENV:-}" ]; then
+    [ -x .venv/bin/python ] || python3 -m venv .venv
+    # shellcheck disable=SC1091
+    . .venv/bin/activate
+  fi
+  sum=$(cat core/pyproject.toml pipelines/pyproject.toml plugins/*/pyproject.toml examples/setup.sh | cksum)
+  stamp="$VIRTUAL_ENV/.diffgraft-$kind"
+  [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$sum $PWD" ] && return 0
+
+  echo "Setting up $VIRTUAL_ENV (a few minutes the first time)"
+  local pip=(python -m pip --disable-pip-version-check install --quiet)
+  # torch first and alone: a range given by another package would bring a newer build with gigabytes of CUDA libraries
+  python -c "import torch" 2>/dev/null || "${pip[@]}" "torch==2.13.0"
+  "${pip[@]}" "flit_core>=3.9,<4"
+  # the glob is the list: a new folder in plugins/ needs no entry anywhere
+  local packages=()
+  for folder in core pipelines plugins/*/; do packages+=(-e "./${folder%/}$extra"); done
+  "${pip[@]}" --no-build-isolation "${packages[@]}"
+  echo "$sum $PWD" >"$stamp"
+}
