@@ -1,0 +1,153 @@
+"""What every training stage shares: device and precision, resumable checkpoints, weight averages, a progress loop."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch import Tensor, nn
+
+console = Console()
+SAVE_EVERY = 250
+"""Steps between checkpoints."""
+LOG_EVERY = 50
+
+
+def make_accelerator(device: str) -> Accelerator:
+    """bf16 autocast on CPU and on CUDA; `device` is "auto", "cpu" or "cuda"."""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda, but torch sees no CUDA device; use --device cpu")
+    return Accelerator(mixed_precision="bf16", cpu=device == "cpu")
+
+
+def cosine(step: int, steps: int, warmup: int = 100) -> float:
+    """Learning-rate factor: a linear warm-up, then a half cosine down to 1 % at `steps`."""
+    if step < warmup:
+        return (step + 1) / warmup
+    return 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warmup) / max(1, steps - warmup))))
+
+
+def step_generator(seed: int, step: int) -> torch.Generator:
+    """The random numbers of one step: the same after a resume as without one."""
+    return torch.Generator().manual_seed(seed * 1_000_003 + step)
+
+
+def write_atomic(path: Path, write: Callable[[Path], Any]) -> None:
+    """Write a file so that an interruption leaves the old one or the new one, never half of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    write(partial)
+    os.replace(partial, path)
+
+
+class Averages:
+    """Exponential moving averages of the weights of several modules (fp32)."""
+
+    def __init__(self, modules: dict[str, nn.Module], decay: float) -> None:
+        self.decay = decay
+        self.values = {n: {k: v.detach().clone() for k, v in m.state_dict().items()} for n, m in modules.items()}
+
+    @torch.no_grad()
+    def update(self, modules: dict[str, nn.Module], step: int) -> None:
+        """Move towards the present weights; the first steps average over a shorter time."""
+        decay = min(self.decay, (1 + step) / (10 + step))
+        for name, module in modules.items():
+            for key, value in module.state_dict().items():
+                average = self.values[name][key]
+                if value.is_floating_point():
+                    average.lerp_(value, 1 - decay)
+                else:
+                    average.copy_(value)
+
+
+@dataclass
+class Stage:
+    """One training loop: modules with a loss, trained by step count, resumable from `folder/<name>.pt`."""
+
+    name: str
+    folder: Path
+    modules: dict[str, nn.Module]
+    steps: int
+    learning_rate: float
+    accelerator: Accelerator
+    ema: float = 0.998
+    weight_decay: float = 0.01
+
+    def run(self, loss: Callable[[int], Tensor]) -> dict[str, dict[str, Tensor]]:
+        """Train with `loss(step)` and return the averaged weights of each module; a finished stage returns at once."""
+        path = self.folder / f"{self.name}.pt"
+        for module in self.modules.values():
+            module.to(self.accelerator.device).train()
+        parameters = [p for m in self.modules.values() for p in m.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(parameters, lr=self.learning_rate, betas=(0.9, 0.99), weight_decay=self.weight_decay)
+        averages = Averages(self.modules, self.ema)
+        step, seconds = 0, 0.0
+        if path.exists():
+            state = torch.load(path, map_location=self.accelerator.device, weights_only=True)
+            for name, module in self.modules.items():
+                module.load_state_dict(state["modules"][name])
+            optimizer.load_state_dict(state["optimizer"])
+            averages.values, step, seconds = state["averages"], state["step"], state["seconds"]
+            console.print(f"{self.name}: goes on at step {step} of {self.steps}")
+
+        def save() -> None:
+            state = {
+                "modules": {n: m.state_dict() for n, m in self.modules.items()},
+                "optimizer": optimizer.state_dict(),
+                "averages": averages.values,
+                "step": step,
+                "seconds": seconds,
+            }
+            write_atomic(path, lambda p: torch.save(state, p))
+
+        columns = (
+            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+            TimeRemainingColumn(), TextColumn("{task.fields[note]}"),
+        )  # fmt: skip
+        recent = 0.0
+        with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+            task = progress.add_task(self.name, total=self.steps, completed=step, note="")
+            mark = time.perf_counter()
+            while step < self.steps:
+                for group in optimizer.param_groups:
+                    group["lr"] = self.learning_rate * cosine(step, self.steps)
+                with self.accelerator.autocast():
+                    value = loss(step)
+                optimizer.zero_grad(set_to_none=True)
+                self.accelerator.backward(value)
+                torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+                optimizer.step()
+                averages.update(self.modules, step)
+                recent += value.item()
+                step += 1
+                progress.advance(task)
+                if step % LOG_EVERY == 0 or step == self.steps:
+                    now = time.perf_counter()
+                    seconds, mark = seconds + now - mark, now
+                    note = f"loss {recent / LOG_EVERY:.4f}"
+                    progress.update(task, note=note)
+                    if not console.is_terminal:
+                        console.print(f"{self.name} {step}/{self.steps} {note} {seconds:.0f} s", highlight=False)
+                    recent = 0.0
+                if step % SAVE_EVERY == 0 or step == self.steps:
+                    save()
+        note_seconds(self.folder, self.name, seconds, self.steps)
+        return averages.values
+
+
+def note_seconds(folder: Path, stage: str, seconds: float, steps: int) -> None:
+    """Keep how long a stage took, for the model card."""
+    path = folder / "seconds.json"
+    times = json.loads(path.read_text()) if path.exists() else {}
+    times[stage] = {"seconds": round(seconds), "steps": steps}
+    write_atomic(path, lambda p: p.write_text(json.dumps(times, indent=1)))

@@ -1,0 +1,88 @@
+"""The pool of rendered training scenes: pictures, labels and captions, made once and kept on disk."""
+
+from __future__ import annotations
+
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ..emoji import scenes
+from .common import console, write_atomic
+
+CHUNK = 2000
+
+
+@dataclass
+class Pool:
+    """`pictures` (N, 3, 64, 64) uint8, `labels` (N, 4) class indices, `centers` (N, 2) object centres in pixels."""
+
+    pictures: Tensor
+    labels: Tensor
+    centers: Tensor
+
+    def captions(self, index: Tensor, rng: np.random.Generator) -> list[str]:
+        """A freshly drawn caption for each scene in `index`."""
+        return [scenes.caption(decode_labels(row), rng) for row in self.labels[index].tolist()]
+
+
+CLASSES: tuple[tuple[str, ...], ...] = (
+    tuple(scenes.OBJECTS), tuple(scenes.BACKGROUNDS), tuple(scenes.SIZES), tuple(scenes.PLACES),
+)  # fmt: skip
+
+
+def encode_labels(labels: scenes.Labels) -> list[int]:
+    """Complete labels as four class indices."""
+    values = (labels.object, labels.background, labels.size, labels.place)
+    return [names.index(str(value)) for names, value in zip(CLASSES, values, strict=True)]
+
+
+def decode_labels(row: list[int]) -> scenes.Labels:
+    """The inverse of `encode_labels`."""
+    return scenes.Labels(*(names[i] for names, i in zip(CLASSES, row, strict=True)))
+
+
+def render_chunk(job: tuple[int, int, int, bool]) -> tuple[np.ndarray, list[list[int]], list[tuple[float, float]]]:
+    """Scenes `start` to `stop` - 1 of the pool of `seed`, from the training or the held-out combinations."""
+    seed, start, stop, held_out = job
+    combinations = scenes.split()[1 if held_out else 0]
+    pictures, labels, centers = [], [], []
+    for index in range(start, stop):
+        rng = np.random.default_rng([seed, index])
+        scene = scenes.sample_scene(combinations[int(rng.integers(len(combinations)))], rng)
+        pictures.append(np.asarray(scenes.render(scene)))
+        labels.append(encode_labels(scene.labels))
+        centers.append((scene.x, scene.y))
+    return np.stack(pictures), labels, centers
+
+
+def load_pool(folder: Path, count: int, seed: int, held_out: bool = False) -> Pool:
+    """The pool from `folder`, rendered first where it is not there yet."""
+    path = folder / f"{'held-out' if held_out else 'training'}-{count}-{seed}.pt"
+    if not path.exists():
+        scenes.load_artwork()
+        console.print(f"rendering {count} scenes")
+        jobs = [(seed, start, min(start + CHUNK, count), held_out) for start in range(0, count, CHUNK)]
+        with ProcessPoolExecutor() as workers:
+            parts = list(workers.map(render_chunk, jobs))
+        state = {
+            "pictures": torch.from_numpy(np.concatenate([p[0] for p in parts])).permute(0, 3, 1, 2).contiguous(),
+            "labels": torch.tensor([row for p in parts for row in p[1]]),
+            "centers": torch.tensor([row for p in parts for row in p[2]]),
+        }
+        write_atomic(path, lambda p: torch.save(state, p))
+    return Pool(**torch.load(path, weights_only=True, mmap=True))
+
+
+def to_float(pictures: Tensor) -> Tensor:
+    """uint8 0..255 to float -1..1."""
+    return pictures.float() / 127.5 - 1
+
+
+def to_images(pictures: Tensor) -> list[Image.Image]:
+    """uint8 (N, 3, H, W) as PIL pictures."""
+    return [Image.fromarray(p) for p in pictures.permute(0, 2, 3, 1).numpy()]

@@ -1,0 +1,149 @@
+"""The bundled checkpoint emoji-sd: its scenes, captions, split, judge and weights."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import diffgraft_pipelines
+import numpy as np
+import pytest
+from diffgraft_pipelines.emoji import scenes
+
+FOLDER = Path(diffgraft_pipelines.__file__).parent / "bundled" / "emoji-sd"
+EXAMPLE = scenes.Labels("dog face", "blue", "small", "left")
+
+
+@pytest.fixture(scope="module")
+def artwork() -> None:
+    try:
+        scenes.find_font()
+    except scenes.ArtworkMissing as missing:
+        pytest.skip(str(missing))
+
+
+def test_importing_the_emoji_package_does_not_import_torch() -> None:
+    code = "import sys, diffgraft_pipelines.emoji, diffgraft_pipelines.emoji.scenes; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_split_is_disjoint_complete_and_fixed() -> None:
+    training, held_out = scenes.split()
+    assert not set(training) & set(held_out)
+    total = len(scenes.OBJECTS) * len(scenes.BACKGROUNDS) * len(scenes.SIZES) * len(scenes.PLACES)
+    assert len(set(training) | set(held_out)) == len(training) + len(held_out) == total
+    assert len(held_out) == round(scenes.HELD_OUT_SHARE * total)
+    scenes.split.cache_clear()
+    assert scenes.split() == (training, held_out)
+
+
+def test_every_caption_parses_back_to_what_it_says() -> None:
+    combinations = [*scenes.split()[0][::17], *scenes.split()[1]]
+    for labels in combinations:
+        for template, _ in scenes.TEMPLATES:
+            parsed = scenes.parse_caption(scenes.fill(template, labels))
+            for name in ("object", "background", "size", "place"):
+                said = "{" + name + "}" in template or (name == "place" and "{phrase}" in template)
+                assert getattr(parsed, name) == (getattr(labels, name) if said else None)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "part"),
+    [
+        ("", "names no object"),
+        ("a blue background", "names no object"),
+        ("a dog face and a frog", "'and' is not understood"),
+        ("a dog face, frog", "two objects"),
+        ("a photo of an astronaut", "'photo' is not understood"),
+        ("a small big frog", "two sizes"),
+        ("a blue frog", "'blue' is not understood"),
+    ],
+)
+def test_prompts_outside_the_grammar_are_refused(prompt: str, part: str) -> None:
+    with pytest.raises(ValueError, match=part):
+        scenes.parse_caption(prompt)
+
+
+def test_scenes_are_deterministic_and_stay_inside_their_class() -> None:
+    for labels in scenes.split()[1][:200]:
+        scene = scenes.sample_scene(labels, np.random.default_rng([7, 1]))
+        assert scene == scenes.sample_scene(labels, np.random.default_rng([7, 1]))
+        low, high = scenes.SIZES[str(labels.size)]
+        assert low <= scene.side <= high
+        dx, dy = scene.x - scenes.SIZE / 2, scene.y - scenes.SIZE / 2
+        if labels.place == "center":
+            assert max(abs(dx), abs(dy)) <= 4
+        else:
+            ax, ay = scenes.PLACES[str(labels.place)]
+            along, across = dx * ax + dy * ay, abs(dx * ay) + abs(dy * ax)
+            assert along >= 9
+            assert along > across + 4
+
+
+def test_renders_are_deterministic_and_differ_by_seed(artwork: None) -> None:
+    def picture(seed: int) -> np.ndarray:
+        return np.asarray(scenes.render(scenes.sample_scene(EXAMPLE, np.random.default_rng(seed))))
+
+    assert picture(1).shape == (64, 64, 3)
+    assert np.array_equal(picture(1), picture(1))
+    assert np.abs(picture(1).astype(int) - picture(2)).mean() > 2
+
+
+def test_a_missing_font_names_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(scenes.FONT_ENV, "no-such-file.ttf")
+    with pytest.raises(scenes.ArtworkMissing, match="no-such-file"):
+        scenes.find_font()
+    monkeypatch.delenv(scenes.FONT_ENV)
+    monkeypatch.setattr(scenes, "_FONT_DIRS", ())
+    with pytest.raises(scenes.ArtworkMissing, match="apt-get install fonts-noto-color-emoji"):
+        scenes.find_font()
+
+
+def test_judge_on_true_renders(artwork: None) -> None:
+    from diffgraft_pipelines.emoji.judge import FIELDS, Judge
+
+    judge = Judge.from_pretrained(FOLDER / "judge")
+    labels = scenes.split()[1][:128]
+    prompts = [scenes.caption(each) for each in labels]
+    images = [scenes.render(scenes.sample_scene(each, np.random.default_rng([9, i]))) for i, each in enumerate(labels)]
+    scores = judge.score(images, prompts)
+    assert list(scores) == list(FIELDS)
+    for name in FIELDS:
+        assert sum(bool(s) for s in scores[name]) >= 0.97 * len(images), name
+    assert sum(bool(s) for s in judge.score(images[1:], prompts[:-1])["object"]) < 0.1 * len(images)
+    assert judge.score(images[:1], [f"a {labels[0].object}"])["place"] == [None]
+    features = judge.features(images[:5])
+    assert features.shape[0] == 5
+    assert features.isfinite().all()
+    with pytest.raises(ValueError, match="one prompt for each image"):
+        judge.score(images, prompts[:1])
+
+
+def test_judge_says_where_it_looked(tmp_path: Path) -> None:
+    from diffgraft_pipelines.emoji.judge import Judge
+
+    with pytest.raises(FileNotFoundError, match="no judge in"):
+        Judge.from_pretrained(tmp_path)
+
+
+def test_bundled_folder_is_a_plain_small_pipeline_that_follows_its_prompt() -> None:
+    import torch
+    from diffgraft_pipelines.emoji.judge import Judge
+    from diffusers import StableDiffusionPipeline
+
+    files = [path for path in FOLDER.rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) < 40e6
+    assert {"README.md", "LICENSE-APACHE-2.0.txt", "LICENSE-OFL-1.1.txt"} <= {path.name for path in files}
+    index = json.loads((FOLDER / "model_index.json").read_text())
+    assert index["_class_name"] == "StableDiffusionPipeline"
+    assert index["requires_safety_checker"] is False
+    pipe = StableDiffusionPipeline.from_pretrained(FOLDER, local_files_only=True)
+    pipe.set_progress_bar_config(disable=True)
+    prompts = ["a big apple in the center on a blue background", "a small frog on the left on a yellow background"]
+    images = pipe(prompts, num_inference_steps=12, guidance_scale=5.0, generator=torch.Generator().manual_seed(0)).images
+    assert [image.size for image in images] == [(64, 64)] * 2
+    scores = Judge.from_pretrained(FOLDER / "judge").score(images, prompts)
+    assert scores["background"] == [True, True]
+    assert scores["place"] == [True, True]
