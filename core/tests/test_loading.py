@@ -1,0 +1,416 @@
+"""``load_pipeline``: the five lines, every form of ``plugins=``, and bad input that touches nothing."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import pickle
+import threading
+from typing import Any
+
+import pytest
+import torch
+from diffgraft import (
+    BrokenPlugin,
+    ConfigError,
+    Conflict,
+    DiffgraftError,
+    NeverFired,
+    PipelineNotFound,
+    PluginNotFound,
+    Unsupported,
+    load_pipeline,
+    registry,
+    unload,
+)
+from diffusers import DiffusionPipeline, EulerDiscreteScheduler, StableDiffusionImg2ImgPipeline
+from probes import Effects, Everything, PluginConfig, Probe, generate, tiny, trace
+from pydantic import Field
+
+
+class Knobs(PluginConfig):
+    strength: float = Field(1.0, ge=0.0, le=2.0, description="s of the paper")
+    mode: str = "a"
+
+
+class Scale(Probe):
+    """Multiplies the prediction; an example with knobs."""
+
+    name = "scale"
+    Config = Knobs
+    families = ("unet",)
+    effects = Effects(edits=frozenset({"prediction"}))
+
+    def denoise(self, call, next):
+        call.count("scaled")
+        return next(call) * self.config.strength
+
+
+class Cache(Probe):
+    name = "cache"
+    effects = Effects(skips=frozenset({"blocks"}))
+
+    def block(self, call, next):
+        return next(call)
+
+
+class OtherCache(Cache):
+    name = "other_cache"
+
+
+@pytest.fixture
+def sd():
+    return tiny("StableDiffusionPipeline")
+
+
+def forms() -> list[Any]:
+    return [
+        [("scale", {"strength": 0.5})],
+        {"scale": {"strength": 0.5}},
+        [Scale(strength=0.5)],
+    ]
+
+
+@pytest.mark.parametrize("form", forms(), ids=["pair", "mapping", "instance"])
+def test_forms_of_plugins(sd, form, monkeypatch):
+    pipe, kwargs = sd
+    monkeypatch.setattr(registry, "find", {"scale": Scale}.__getitem__)
+    assert load_pipeline(pipe, plugins=form) is pipe
+    assert pipe.plugins["scale"].config.strength == 0.5
+    generate(pipe, kwargs)
+    assert pipe.plugins.report().plugins["scale"].counts == {"scaled": {"both": 4}}
+    assert "scale" in str(pipe.plugins.report())
+
+
+@pytest.mark.parametrize("form", ["scale", ["scale"], [Scale], {"scale": None}])
+def test_forms_without_knobs(sd, form, monkeypatch):
+    monkeypatch.setattr(registry, "find", {"scale": Scale}.__getitem__)
+    assert load_pipeline(sd[0], plugins=form).plugins.list() == ("scale",)
+
+
+def test_a_folder_in_hub_layout_goes_the_same_way(sd, tmp_path):
+    pipe, kwargs = sd
+    pipe.save_pretrained(tmp_path / "owner" / "model")
+    loaded = load_pipeline(tmp_path / "owner" / "model", plugins=[Scale])
+    reference = DiffusionPipeline.from_pretrained(tmp_path / "owner" / "model")
+    for p in (loaded, reference):
+        p.set_progress_bar_config(disable=True)
+    assert torch.equal(generate(loaded, kwargs), generate(reference, kwargs))
+    assert type(loaded).__name__ == "StableDiffusionPipeline"
+    assert isinstance(loaded, type(reference))
+
+
+def test_a_hub_id_is_handed_to_diffusers(monkeypatch, sd):
+    asked = []
+
+    def from_pretrained(name, **kwargs):
+        asked.append((name, kwargs))
+        return sd[0]
+
+    monkeypatch.setattr(DiffusionPipeline, "from_pretrained", from_pretrained)
+    load_pipeline("runwayml/stable-diffusion-v1-5", plugins=[Scale], torch_dtype=torch.float16, variant="fp16")
+    assert asked == [("runwayml/stable-diffusion-v1-5", {"torch_dtype": torch.float16, "variant": "fp16"})]
+
+
+BAD: list[tuple[Any, type[DiffgraftError], str]] = [
+    (["no_such_plugin"], PluginNotFound, "pip install diffgraft-no-such-plugin"),
+    ([3], ConfigError, "3 is neither"),
+    ([int], BrokenPlugin, "not a subclass"),
+    ([Scale, Scale], Conflict, "2 times"),
+    ([Cache, OtherCache], Conflict, "cache and other_cache both skip blocks"),
+]
+
+
+@pytest.mark.parametrize(("plugins", "error", "text"), BAD)
+def test_bad_plugins_touch_nothing(sd, plugins, error, text):
+    pipe, kwargs = sd
+    before, seen = generate(pipe, kwargs), trace(pipe)
+    with pytest.raises(error) as raised:
+        load_pipeline(pipe, plugins=plugins)
+    assert text in str(raised.value)
+    assert trace(pipe) == seen
+    assert not hasattr(pipe, "plugins")
+    assert torch.equal(generate(pipe, kwargs), before)
+
+
+@pytest.mark.parametrize(
+    ("knobs", "text"),
+    [
+        ({"strenght": 1}, "unknown knob 'strenght'; did you mean 'strength'?"),
+        ({"strength": 3}, "strength = 3: Input should be less than or equal to 2"),
+        ({"strength": "x"}, "strength = 'x'"),
+        ({"strength": -1, "nonsense": 2}, "nonsense"),
+    ],
+)
+def test_bad_knobs_name_key_value_and_allowed(sd, knobs, text):
+    with pytest.raises(ConfigError) as raised:
+        Scale(**knobs)
+    assert text in str(raised.value)
+    pipe, _ = sd
+    load_pipeline(pipe, plugins=[Scale(strength=0.5)])
+    with pytest.raises(ConfigError):
+        pipe.plugins.configure("scale", **knobs)
+    assert pipe.plugins["scale"].config.strength == 0.5
+
+
+def test_wrong_family_is_refused_with_the_reason():
+    pipe, _ = tiny("FluxPipeline")
+    with pytest.raises(Unsupported, match="made for unet"):
+        load_pipeline(pipe, plugins=[Everything, Scale])
+    assert not hasattr(pipe, "plugins")
+
+
+def test_attaching_twice_is_refused_and_the_first_stays(sd):
+    pipe, kwargs = sd
+    load_pipeline(pipe, plugins=[Scale(strength=0.5)])
+    once = generate(pipe, kwargs)
+    with pytest.raises(Conflict, match="is on this pipeline already"):
+        load_pipeline(pipe, plugins=[Cache, Scale])
+    assert pipe.plugins.list() == ("scale",)
+    assert torch.equal(generate(pipe, kwargs), once)
+    load_pipeline(pipe, plugins=[Cache])
+    assert pipe.plugins.list() == ("scale", "cache")
+
+
+@pytest.mark.parametrize("name", ["emoji-sdd", "nothing", "./no/such/folder", "/no/such"])
+def test_no_such_pipeline(name):
+    with pytest.raises(PipelineNotFound, match=r"emoji-sd.*Hub id"):
+        load_pipeline(name)
+
+
+def test_not_a_pipeline(sd):
+    with pytest.raises(Unsupported, match="Linear is no diffusers pipeline"):
+        load_pipeline(torch.nn.Linear(1, 1))
+    with pytest.raises(ConfigError, match="variant"):
+        load_pipeline(sd[0], variant="fp16")
+
+
+def test_a_plugin_that_refuses_in_check_leaves_nothing(sd):
+    class Picky(Probe):
+        name = "picky"
+
+        def check(self, target):
+            raise Unsupported(f"needs 99 blocks, {target.family.name} has {len(target.blocks)}")
+
+        def denoise(self, call, next):
+            return next(call)
+
+    pipe, _ = sd
+    seen = trace(pipe)
+    with pytest.raises(Unsupported, match="99 blocks"):
+        load_pipeline(pipe, plugins=[Scale, Picky])
+    assert trace(pipe) == seen
+
+
+def test_surgery_that_fails_halfway_is_undone(sd):
+    class Clumsy(Probe):
+        name = "clumsy"
+
+        def modules(self, call, next):
+            call.swap(call.denoisers["unet"], "conv_in", torch.nn.Identity())
+            call.swap(call.denoisers["unet"], "no_such", torch.nn.Identity())
+
+    pipe, _ = sd
+    seen = trace(pipe)
+    with pytest.raises(DiffgraftError, match="no submodule 'no_such'"):
+        load_pipeline(pipe, plugins=[Scale, Clumsy])
+    assert trace(pipe) == seen
+
+
+def test_enable_disable_configure_remove(sd):
+    pipe, kwargs = sd
+    before = generate(pipe, kwargs)
+    load_pipeline(pipe, plugins=[Scale(strength=0.5), Everything])
+    scaled = generate(pipe, kwargs)
+    assert not torch.equal(scaled, before)
+    pipe.plugins.disable("scale")
+    assert "scale (disabled)" in repr(pipe.plugins)
+    assert torch.equal(generate(pipe, kwargs), before)
+    with pipe.plugins.disabled():
+        assert torch.equal(generate(pipe, kwargs), before)
+    assert "scale (disabled)" in repr(pipe.plugins), "disabled() puts back what was there"
+    pipe.plugins.enable()
+    assert torch.equal(generate(pipe, kwargs), scaled)
+    pipe.plugins.configure("scale", mode="b")
+    assert pipe.plugins["scale"].config.strength == 0.5, "the other knobs stay"
+    pipe.plugins.configure("scale", strength=1.0)
+    assert torch.equal(generate(pipe, kwargs), before)
+    with pytest.raises(PluginNotFound, match="did you mean 'scale'"):
+        pipe.plugins.remove("scales")
+    pipe.plugins.remove("scale")
+    assert pipe.plugins.list() == ("everything",)
+    pipe.plugins.clear()
+    assert not hasattr(pipe, "plugins")
+
+
+def test_changes_from_inside_a_run_and_a_second_thread_are_refused(sd):
+    pipe, kwargs = sd
+    load_pipeline(pipe, plugins=[Everything])
+    seen = []
+
+    def callback(pipe, i, t, values):
+        for change in (lambda: pipe.plugins.disable(), lambda: pipe.plugins.clear(), lambda: generate(pipe, kwargs)):
+            with pytest.raises(DiffgraftError, match="running"):
+                change()
+        thread = threading.Thread(target=lambda: seen.append(raises(lambda: generate(pipe, kwargs))))
+        thread.start()
+        thread.join()
+        return {}
+
+    def raises(function):
+        try:
+            function()
+        except DiffgraftError as error:
+            return str(error)
+
+    generate(pipe, kwargs, callback_on_step_end=callback)
+    assert all("another thread" in text for text in seen)
+
+
+def test_another_pipeline_may_run_inside_a_run_and_shares_nothing(sd):
+    pipe, kwargs = sd
+    other = StableDiffusionImg2ImgPipeline.from_pipe(pipe)  # the same U-Net and scheduler class
+    other.set_progress_bar_config(disable=True)
+    other.scheduler = copy.deepcopy(pipe.scheduler)
+    _, image_kwargs = tiny("StableDiffusionImg2ImgPipeline")
+    alone = generate(other, image_kwargs)
+    load_pipeline(pipe, plugins=[Scale(strength=0.5)])
+    inside = []
+
+    def callback(pipe, i, t, values):
+        inside.append(generate(other, image_kwargs))
+        return {}
+
+    generate(pipe, kwargs, callback_on_step_end=callback)
+    assert all(torch.equal(image, alone) for image in inside)
+    assert pipe.plugins.report().plugins["scale"].total("scaled") == 4
+
+
+def test_two_pipelines_that_share_the_denoiser_run_in_two_threads(sd):
+    pipe, kwargs = sd
+    twin = copy.copy(pipe)
+    twin.scheduler = copy.deepcopy(pipe.scheduler)
+    load_pipeline(pipe, plugins=[Scale(strength=0.5)])
+    load_pipeline(twin, plugins=[Scale(strength=0.25)])
+    expected = [generate(p, kwargs) for p in (pipe, twin)]
+    for _ in range(3):
+        results: dict[int, torch.Tensor] = {}
+        threads = [threading.Thread(target=lambda n=n, p=p: results.update({n: generate(p, kwargs)})) for n, p in enumerate((pipe, twin))]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert torch.equal(results[0], expected[0])
+        assert torch.equal(results[1], expected[1])
+    unload(pipe)
+    unload(twin)
+    assert "forward" not in pipe.unet.__dict__
+
+
+def test_the_object_stays_a_standard_pipeline(sd, tmp_path):
+    pipe, kwargs = sd
+    plain = type(pipe)
+    signature = inspect.signature(pipe.__call__)
+    load_pipeline(pipe, plugins=[Scale(strength=0.5)])
+    assert isinstance(pipe, plain)
+    assert inspect.signature(pipe.__call__) == signature
+    pipe.save_pretrained(tmp_path)
+    assert '"StableDiffusionPipeline"' in (tmp_path / "model_index.json").read_text()
+    scaled = generate(pipe, kwargs)
+    again = pickle.loads(pickle.dumps(pipe))
+    assert type(again) is plain
+    twin = copy.deepcopy(pipe)
+    twin.plugins.configure("scale", strength=1.0)
+    assert pipe.plugins["scale"].config.strength == 0.5
+    assert torch.equal(generate(pipe, kwargs), scaled)
+    assert torch.equal(generate(twin, kwargs), generate(again, kwargs))
+
+
+def test_a_new_scheduler_after_loading_keeps_the_plugins(sd):
+    pipe, kwargs = sd
+    load_pipeline(pipe, plugins=[Scale(strength=0.5)])
+    pipe.scheduler = EulerDiscreteScheduler.from_config(pipe.scheduler.config)
+    generate(pipe, kwargs)
+    assert pipe.plugins.report().plugins["scale"].total("scaled") == 4
+    assert "step" not in pipe.scheduler.__dict__
+
+
+def test_never_fired_is_an_error_that_keeps_the_picture(sd):
+    class Guide(Probe):
+        name = "steps_only"
+
+        def step(self, call, next):
+            return next(call)
+
+    pipe, kwargs = sd
+    load_pipeline(pipe, plugins=[Guide])
+    inner = pipe.scheduler.step
+
+    def callback(pipe, i, t, values):
+        return {}
+
+    class Rude(type(pipe.scheduler)):
+        """Answers from a copy that diffgraft does not know."""
+
+    original = type(pipe).__mro__[1].__call__
+    assert original is not None
+    other = copy.deepcopy(pipe.scheduler)
+
+    def prepare(*args, **kw):
+        pipe.__dict__["scheduler"] = other  # somebody exchanges the scheduler after the run began
+        return type(pipe).prepare_extra_step_kwargs(pipe, *args, **kw)
+
+    pipe.__dict__["prepare_extra_step_kwargs"] = prepare
+    other.set_timesteps(4)
+    with pytest.raises(NeverFired, match="steps_only: its 'step' hook was never reached") as raised:
+        generate(pipe, kwargs)
+    assert raised.value.result is not None
+    assert inner is not None
+
+
+def test_attention_backend_is_undone(sd):
+    from diffusers.models.attention_dispatch import _AttentionBackendRegistry as dispatcher
+
+    pipe, kwargs = tiny("FluxPipeline")
+    before = dispatcher._active_backend, [p._attention_backend for p in pipe.transformer.attn_processors.values()]
+    load_pipeline(pipe, plugins=[], attention_backend="_native_math")
+    assert {p._attention_backend.value for p in pipe.transformer.attn_processors.values()} == {"_native_math"}
+    generate(pipe, kwargs)
+    unload(pipe)
+    assert (dispatcher._active_backend, [p._attention_backend for p in pipe.transformer.attn_processors.values()]) == before
+
+
+@pytest.mark.parametrize("name", ["FluxPipeline", "StableDiffusionPipeline"])
+def test_attention_backend_without_its_package_shows_the_pip_command(name):
+    try:
+        import xformers  # noqa: F401
+    except ImportError:
+        pass
+    else:
+        pytest.skip("xformers is installed here; the error is for machines without it")
+    pipe, _ = tiny(name)
+    seen = trace(pipe)
+    with pytest.raises(Unsupported, match=r"pip install 'diffgraft\[xformers\]'"):
+        load_pipeline(pipe, plugins=[Everything], attention_backend="xformers")
+    assert trace(pipe) == seen
+    with pytest.raises(Unsupported, match="did you mean 'xformers'"):
+        load_pipeline(pipe, attention_backend="xformer")
+    assert trace(pipe) == seen
+
+
+def test_attention_backend_that_would_do_nothing_is_refused():
+    pipe, _ = tiny("StableDiffusionPipeline")
+    with pytest.raises(Unsupported, match="silently do nothing"):
+        load_pipeline(pipe, attention_backend="_native_math")
+    assert not hasattr(pipe, "plugins")
+
+
+@pytest.mark.parametrize("name", sorted({cls for family in registry.families().values() if family.tiny for cls in family.pipelines[:1]}))
+def test_five_lines_on_every_family(name):
+    pipe, kwargs = tiny(name)
+    before = generate(pipe, kwargs)
+    load_pipeline(pipe, plugins=[Everything])
+    assert torch.equal(generate(pipe, kwargs), before)
+    report = pipe.plugins.report()
+    assert report.completed
+    assert report.plugins["everything"].fired["denoise"] == sum(report.denoiser_calls.values())
