@@ -402,8 +402,8 @@ class Onions:
 
 
 @contextmanager
-def running(run: Run) -> Iterator[None]:
-    """Make ``run`` the active one of this thread."""
+def running(run: Run | None) -> Iterator[None]:
+    """Make ``run`` the active one of this thread (None: no run)."""
     outer = active_run()
     _thread.run = run
     try:

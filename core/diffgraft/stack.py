@@ -268,7 +268,8 @@ class PluginStack:
         function = self.base_class.__call__
         entries = self._enabled()
         if not entries:
-            return function(self.pipe, *args, **kwargs)
+            with running(None):  # called from inside another pipeline's run, it is no part of that
+                return function(self.pipe, *args, **kwargs)
         if not self._busy.acquire(blocking=False):
             raise DiffgraftError(
                 "this pipeline is running already (another thread, or a call from inside its own run), and it has one scheduler: "
@@ -335,8 +336,7 @@ def _class_with(stack: PluginStack) -> type:
     def __reduce_ex__(pipe: Any, protocol: Any) -> Any:  # noqa: N807
         # a pickle holds the plain pipeline: which plugins its reader has installed is not ours to say
         reduced: Any = object.__reduce_ex__(pipe, max(int(protocol), 2))
-        function, arguments, *rest = reduced
-        return (function, (base, *arguments[1:]), *rest)
+        return (object.__new__, (base,), *reduced[2:])
 
     body = {
         "__call__": wraps_method(base, "__call__", __call__),
