@@ -43,10 +43,13 @@ def attach(pipe: Any, plugins: Sequence[Plugin]) -> PluginStack:
         Conflict: a plugin is there already, or two do not fit together.
         Unsupported: the family or this pipeline cannot take one of them.
     """
-    stack = stack_of(pipe) or PluginStack(pipe, find_family(type(pipe)))
+    stack = stack_of(pipe)
+    if stack is not None:
+        stack.add(plugins)
+        return stack
+    stack = PluginStack(pipe, find_family(type(pipe)))
     stack.add(plugins)
-    if stack_of(pipe) is None:
-        set_class(pipe, _class_with(stack))
+    set_class(pipe, _class_with(stack))
     return stack
 
 

@@ -83,6 +83,16 @@ def test_forms_of_plugins(sd, form, monkeypatch):
     assert "scale" in str(pipe.plugins.report())
 
 
+def test_plugins_may_be_added_to_an_empty_stack(sd):
+    pipe, kwargs = sd
+    stack = load_pipeline(pipe).plugins
+    assert (len(stack), stack.list(), str(stack.report()).splitlines()[-1].strip()) == (0, (), "no plugin was active")
+    load_pipeline(pipe, plugins=[Scale])
+    assert pipe.plugins is stack
+    generate(pipe, kwargs)
+    assert pipe.plugins.report().plugins["scale"].total("scaled") == 4
+
+
 @pytest.mark.parametrize("form", ["scale", ["scale"], [Scale], {"scale": None}])
 def test_forms_without_knobs(sd, form, monkeypatch):
     monkeypatch.setattr(registry, "find", {"scale": Scale}.__getitem__)
