@@ -138,9 +138,11 @@ class Wiring:
 
     def _processor(self, info: AttentionInfo, lead: Lead) -> Slot:
         module = info.module
-        slot = Slot(module.__dict__, "processor", lambda: module.processor)
-        names = positions(module.processor.__call__)  # type: ignore[operator,union-attr]
-        slot.put(ProcessorProxy(module.processor, self._wrapper(slot, names, inside=True)))
+        processor: Any = module.processor
+        slot = self._kept.get((id(module), "processor"))
+        if slot is None or slot.home is not module.__dict__ or not slot.value.stands_for(processor):
+            slot = self._kept[id(module), "processor"] = Slot(module.__dict__, "processor", lambda: module.processor)
+            slot.put(ProcessorProxy(processor, self._wrapper(slot, positions(processor.__call__), inside=True)))
         slot.lead = lead
         return slot
 
@@ -173,8 +175,13 @@ class ProcessorProxy:
     def __init__(self, processor: Any, wrapper: Callable[..., Any]) -> None:
         self.__dict__["_processor"] = processor
         self.__dict__["_wrapper"] = wrapper
-        # Attention.forward reads the signature of `processor.__call__` to decide which arguments it may pass
-        self.__dict__["__call__"] = wraps_method(processor, "__call__", lambda *args, **kwargs: wrapper(*args, **kwargs))
+        # Attention.forward reads the signature of `processor.__call__` at every call, to decide which arguments it may pass
+        call = self.__dict__["__call__"] = lambda *args, **kwargs: wrapper(*args, **kwargs)
+        call.__signature__ = inspect.signature(processor.__call__)  # type: ignore[attr-defined]
+
+    def stands_for(self, processor: Any) -> bool:
+        """Whether it was made for this very processor."""
+        return self.__dict__["_processor"] is processor
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self._wrapper(*args, **kwargs)
