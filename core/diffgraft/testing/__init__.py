@@ -1,0 +1,77 @@
+"""The contract suite: what every plugin is held to. Call it from the plugin's own tests.
+
+    from diffgraft.testing import contract_cases, run_contract
+
+    def test_contract():
+        run_contract("deepcache")
+
+    @pytest.mark.parametrize("case", contract_cases("deepcache"), ids=str)   # or one test a case
+    def test_case(case):
+        case.run()
+
+A case is one check on the plugin and one pipeline class. Every claimed family's first pipeline class gets every check that applies;
+its other classes (image to image, inpainting, ControlNet) those that concern them. Everything runs on tiny seeded random pipelines,
+on the CPU, offline. A check that does not apply makes no case: what plain diffusers cannot do is not asked of a plugin.
+
+What a plugin declares changes what is asked of it: ``effects.couples_batch`` and ``effects.stochastic`` lift "sample i alone = sample i
+in a batch" (noise must still come from the call's generator: same seed, same picture); ``effects.skips`` adds "computes less"; ``active``
+are the settings at which the method shows in four steps; ``neutral`` must hold alone and over ``active``; a note with the word
+"inactive" in the report says why a run was left unchanged.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from diffgraft import registry
+from diffgraft.plugin import Plugin
+from diffgraft.testing import basics, repeats, surroundings
+from diffgraft.testing.case import CHECKS, Case, cases_of, claims
+from diffgraft.testing.pairs import Pair, pair_cases
+from diffgraft.testing.subject import Setting, Subject
+
+__all__ = [
+    "CHECKS",
+    "Case",
+    "Pair",
+    "Setting",
+    "Subject",
+    "basics",
+    "contract_cases",
+    "pair_cases",
+    "repeats",
+    "run_contract",
+    "surroundings",
+]
+
+
+def contract_cases(plugin: str | type[Plugin], families: Iterable[str] | None = None, variants: Iterable[str] = ()) -> list[Case]:
+    """All cases of one plugin.
+
+    Args:
+        plugin: name of an installed plugin, or a plugin class.
+        families: names of families; default: all that the plugin claims.
+        variants: further pipelines of the tiny factories that get the checks of a first class ("WanPipeline@2.2").
+    """
+    cls = registry.find(plugin) if isinstance(plugin, str) else plugin
+    known = registry.families()
+    chosen = [known[name] for name in families] if families is not None else [f for f in known.values() if claims(cls, f)]
+    return cases_of(cls, chosen, known.values() if families is None else (), variants)
+
+
+def run_contract(plugin: str | type[Plugin], families: Iterable[str] | None = None) -> list[str]:
+    """Run every case of one plugin; returns the remarks ("3 graph breaks...").
+
+    Raises:
+        AssertionError: with every failure, each under its case's name.
+    """
+    remarks, failures = [], []
+    cases = contract_cases(plugin, families)
+    assert cases, f"no case applies to {plugin!r}: does it claim a family that has a tiny pipeline?"
+    for case in cases:
+        try:
+            remarks += [f"{case}: {note}" for note in case.run()]
+        except AssertionError as error:
+            failures.append(str(error))
+    assert not failures, f"{len(failures)} of {len(cases)} cases failed:\n  " + "\n  ".join(failures)
+    return remarks

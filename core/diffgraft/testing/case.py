@@ -1,0 +1,92 @@
+"""Checks and cases: a check is a small function, a case is one check on one plugin and one pipeline class."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+from diffgraft.family import Family
+from diffgraft.plugin import Plugin
+from diffgraft.testing.subject import Subject
+
+Scope = Literal["plugin", "main", "every", "foreign"]
+Run = Callable[[Subject], None]
+
+
+@dataclass(frozen=True)
+class Check:
+    """One line of the contract.
+
+    scope  "plugin": once; "main": on the first pipeline class of every claimed family; "every": on all its classes
+           (image to image, inpainting, ControlNet); "foreign": on every family that the plugin does not claim
+    when   whether it applies; a case that does not is never made
+    """
+
+    name: str
+    run: Run
+    scope: Scope
+    when: Callable[[Subject], bool]
+
+
+CHECKS: list[Check] = []
+"""All checks, in the order in which they are run."""
+
+
+def check(scope: Scope = "main", when: Callable[[Subject], bool] = lambda subject: True, name: str | None = None) -> Callable[[Run], Run]:
+    """Register a check under its function's name."""
+
+    def register(function: Run) -> Run:
+        CHECKS.append(Check(name or function.__name__, function, scope, when))
+        return function
+
+    return register
+
+
+@dataclass(frozen=True)
+class Case:
+    """One check on one plugin and one pipeline class. ``str(case)`` is its id; ``run()`` raises AssertionError or returns remarks."""
+
+    plugin: type[Plugin]
+    family: Family
+    class_name: str
+    check: Check
+
+    def __str__(self) -> str:
+        where = "" if self.check.scope == "plugin" else f"-{self.class_name}"
+        return f"{self.plugin.name}{where}-{self.check.name}"
+
+    def run(self) -> list[str]:
+        """Remarks for the record (graph breaks, "refused: ..."); raises AssertionError when the plugin breaks the contract."""
+        subject = Subject(self.plugin, self.family, self.class_name)
+        try:
+            if self.check.scope in ("main", "every"):
+                subject.baseline()  # before the plugin can touch a class or a global
+            self.check.run(subject)
+        except AssertionError as error:
+            raise AssertionError(f"{self}: {error}") from error
+        except Exception as error:  # whatever escapes from a plugin is the check's finding
+            raise AssertionError(f"{self}: {type(error).__name__}: {error}") from error
+        return subject.notes
+
+
+def cases_of(plugin: type[Plugin], families: Iterable[Family], known: Iterable[Family], classes: Iterable[str] = ()) -> list[Case]:
+    """The cases that apply: ``families`` to test on, of all the ``known`` ones; ``classes`` are further pipeline classes or variants."""
+    claimed = [family for family in families if family.tiny is not None]
+    extra = list(classes)
+    cases: list[Case] = []
+    for one in CHECKS:
+        if one.scope == "plugin":
+            places = [(family, family.pipelines[0]) for family in claimed[:1]]
+        elif one.scope == "foreign":
+            places = [(family, family.pipelines[0]) for family in known if family.tiny is not None and not claims(plugin, family)]
+        else:
+            places = [(f, name) for f in claimed for name in (f.pipelines[:1] if one.scope == "main" else f.pipelines)]
+            places += [(f, name) for f in claimed for name in extra if name.partition("@")[0] in f.pipelines]
+        cases += [Case(plugin, f, name, one) for f, name in places if one.when(Subject(plugin, f, name))]
+    return cases
+
+
+def claims(plugin: type[Plugin], family: Family) -> bool:
+    """Whether the plugin's class says that it works on this family."""
+    return bool({"*", family.name, family.kind} & set(plugin.families))

@@ -1,0 +1,267 @@
+"""Everything else that users put on a pipeline: schedulers, offload, LoRA, IP-Adapters, ControlNet, other pipelines, copies, compile."""
+
+from __future__ import annotations
+
+import copy
+import json
+import pickle
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from diffgraft import registry
+from diffgraft.errors import Unsupported
+from diffgraft.loading import unload
+from diffgraft.stack import stack_of
+from diffgraft.testing.case import check, claims
+from diffgraft.testing.subject import (
+    SCHEDULERS,
+    USUAL,
+    ForeignProcessor,
+    Setting,
+    Subject,
+    add_lora,
+    attention_layers,
+    denoisers,
+    distance,
+    make_scheduler,
+    quiet,
+)
+
+
+def under(scheduler: str) -> None:
+    """Register the check of one scheduler."""
+
+    @check("main", when=lambda s: s.supports(Setting(scheduler=scheduler)), name=f"scheduler_{scheduler}")
+    def with_scheduler(s: Subject) -> None:
+        """Second-order and multistep schedulers, repeated timesteps (DeepCache: positions 0,1,1,3,3 under Heun; diffusers #5687)."""
+        setting = Setting(scheduler=scheduler)
+        pipe = s.make(setting)
+        try:
+            s.attach(pipe)
+            s.run(pipe, setting)
+        except Unsupported as error:
+            s.note(f"refused under {scheduler}: {error}")
+            s.expect(s.run(unload(pipe), setting), s.baseline(setting), "after the refusal, against the baseline")
+            return
+        s.expect_fresh(pipe, setting, f"the second run under {scheduler}")
+        s.expect_neutral(setting, f"under {scheduler}")
+
+
+for _name in SCHEDULERS:
+    under(_name)
+
+
+def twice_stepping(s: Subject) -> Setting | None:
+    """A scheduler with repeated timesteps, where there is one."""
+    found = [name for name in ("Heun", "FlowMatchHeun") if s.supports(Setting(scheduler=name))]
+    return Setting(scheduler=found[0], distinct=True) if found else None
+
+
+@check("main", when=lambda s: twice_stepping(s) is not None)
+def repeated_timesteps(s: Subject) -> None:
+    """A step's place is not looked up from its timestep: equal ones and ones a rounding unit apart give the same (DeepCache)."""
+    distinct = twice_stepping(s)
+    assert distinct is not None
+    repeated = Setting(scheduler=distinct.scheduler)
+    try:
+        one, other = s.fresh(repeated), s.fresh(distinct)
+    except Unsupported as error:
+        s.note(f"refused: {error}")
+        return
+    assert one.work == other.work, f"computes {one.work} with repeated timesteps, {other.work} when they differ by a rounding unit"
+    plain = distance(s.baseline(repeated), s.baseline(distinct))
+    s.expect_near(one.output, other.output, 50 * plain + 1e-3, "repeated timesteps against ones that differ by a rounding unit")
+
+
+@check("main")
+def scheduler_replaced(s: Subject) -> None:
+    """``pipe.scheduler = X.from_config(...)`` after attaching = attaching afterwards (instance patches on the old one are lost)."""
+    names = [name for name in SCHEDULERS if s.supports(Setting(scheduler=name))]
+    name = next((name for name in names if "Euler" in name), names[0] if names else None)
+    pipe = s.attach(s.make())
+    s.run(pipe)
+    if name is None:
+        with quiet():
+            pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)
+    else:
+        pipe.scheduler = make_scheduler(name, pipe.scheduler)
+    new = pipe.scheduler
+    s.expect_fresh(pipe, Setting(scheduler=name), f"with scheduler {name or 'of the same class'} put in after attaching")
+    assert pipe.scheduler is new, "the user's new scheduler is gone after the run"
+
+
+@check("main", when=lambda s: s.facts.has_offload)
+def offload_before(s: Subject) -> None:
+    """CPU offload, then attach: image 2 like image 1 (diffusers E14, E14d, cache-dit C7: patched, then silently not)."""
+    pipe = s.make()
+    pipe.enable_model_cpu_offload(device="cpu")
+    s.attach(pipe)
+    s.expect_fresh(pipe, what="image 1")
+    s.expect_fresh(pipe, what="image 2")
+    s.expect(s.run(unload(pipe)), s.baseline(), "after detaching, against the baseline")
+
+
+@check("main", when=lambda s: s.facts.has_offload)
+def offload_after(s: Subject) -> None:
+    """Attach, then CPU offload: image 2 like image 1 (DeepCache #50, #23)."""
+    pipe = s.attach(s.make())
+    pipe.enable_model_cpu_offload(device="cpu")
+    s.expect_fresh(pipe, what="image 1")
+    s.expect_fresh(pipe, what="image 2")
+    s.expect(s.run(unload(pipe)), s.baseline(), "after detaching, against the baseline")
+
+
+@check("main", when=lambda s: s.facts.has_lora)
+def lora_after(s: Subject) -> None:
+    """LoRA loaded after attaching = LoRA first, and it shows (DeepCache #46)."""
+    lora = Setting(lora=True)
+    pipe = s.attach(s.make())
+    s.run(pipe)
+    add_lora(pipe, s.family)
+    s.expect_fresh(pipe, lora, "with LoRA put on after attaching")
+    s.expect_effect(lora, USUAL, "the LoRA")
+
+
+def processors_kept(s: Subject, setting: Setting, what: str) -> None:
+    """Processors that were there stay and are used."""
+    pipe = s.make(setting)
+    before = [layer.processor for layer in attention_layers(pipe, s.family)]
+    s.attach(pipe)
+    s.expect_fresh(pipe, setting, f"with {what}")
+    after = [layer.processor for layer in attention_layers(pipe, s.family)]
+    assert all(a is b for a, b in zip(before, after, strict=True)), f"{what}: other processors are there after the run"
+    assert not isinstance(before[0], ForeignProcessor) or any(p.calls for p in before), f"{what}: not called"
+    s.expect_effect(setting, USUAL, what)
+    s.expect_neutral(setting, f"with {what}")
+
+
+@check("main", when=lambda s: s.facts.has_processors)
+def foreign_processors(s: Subject) -> None:
+    """Attention processors of others are kept and used (diffusers #8872, #9881, #14103: processors overwrite each other)."""
+    processors_kept(s, Setting(processors=True), "somebody else's processors")
+
+
+@check("main", when=lambda s: s.facts.has_ip_adapter)
+def ip_adapter(s: Subject) -> None:
+    """IP-Adapter present: its processors are kept and its picture shows (diffusers #8872; tomesd's copied forward has no IP-Adapter)."""
+    processors_kept(s, Setting(ip_adapter=True), "an IP-Adapter")
+
+
+@check("every", when=lambda s: "controlnet_conditioning_scale" in s.facts.arguments)
+def controlnet(s: Subject) -> None:
+    """ControlNet residuals arrive (DeepCache #4, #21; cache-dit #482: control lost when caching)."""
+    s.expect_effect(USUAL, USUAL.but(controlnet_conditioning_scale=0.0), "the ControlNet")
+
+
+@check("main")
+def two_pipelines(s: Subject) -> None:
+    """Two pipelines of one class: a plain one stays plain, also inside the other's run; detaching one leaves the other (cache-dit C2)."""
+    plain, one, two = s.make(), s.attach(s.make()), s.attach(s.make())
+    inside: list[torch.Tensor] = []
+    extra: dict[str, Any] = {}
+    if "callback_on_step_end" in s.facts.arguments:
+
+        def at_step(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+            if step == 1:
+                inside.append(s.run(plain))
+            return tensors
+
+        extra["callback_on_step_end"] = at_step
+    s.expect(s.run(one, **extra), s.fresh().output, "the run with a plain pipeline's run inside it")
+    for output in (*inside, s.run(plain)):
+        s.expect(output, s.baseline(), "the plain pipeline beside it")
+    unload(one)
+    s.expect_fresh(two, what="the other one, after detaching the first")
+    s.expect(s.run(one), s.baseline(), "the detached one, while the other is attached")
+
+
+@check("main")
+def from_pipe(s: Subject) -> None:
+    """``from_pipe`` shares the denoiser, not the plugins (diffusers E9, nunchaku #437)."""
+    pipe = s.attach(s.make())
+    base = type(pipe).__mro__[1]
+    with quiet():
+        other = base.from_pipe(pipe)  # type: ignore[attr-defined]
+    assert type(other) is base, f"from_pipe gave a {type(other)!r}"
+    assert denoisers(other, s.family)[0] is denoisers(pipe, s.family)[0], "from_pipe did not share the denoiser"
+    s.expect(s.run(other), s.baseline(), "the plain one before a run of the first")
+    s.expect_fresh(pipe, what="the first")
+    s.expect(s.run(other), s.baseline(), "the plain one after a run of the first")
+
+
+@check("main")
+def save_reload(s: Subject) -> None:
+    """Saved: a plain diffusers folder (a foreign class name in it would break loading); reloaded with the plugin it gives the same."""
+    import diffusers
+
+    pipe = s.attach(s.make())
+    base = type(pipe).__mro__[1]
+    with tempfile.TemporaryDirectory() as folder, quiet():
+        pipe.save_pretrained(folder)
+        index = json.loads((Path(folder) / "model_index.json").read_text())
+        assert index["_class_name"] == base.__name__, f"model_index.json names {index['_class_name']}"
+        assert "diffgraft" not in json.dumps(index), f"model_index.json speaks of diffgraft: {index}"
+        plain = diffusers.DiffusionPipeline.from_pretrained(folder)
+        plain.set_progress_bar_config(disable=True)
+        assert type(plain) is base, f"reloaded as {type(plain)!r}"
+        s.expect(s.run(plain), s.baseline(), "reloaded plain, against the baseline")
+        s.expect_fresh(s.attach(plain), what="reloaded, with the plugin")
+
+
+@check("main")
+def deepcopy(s: Subject) -> None:
+    """A deepcopy has plugins of its own; what happens to it does not happen to the original."""
+    pipe = s.attach(s.make())
+    s.run(pipe)
+    twin = copy.deepcopy(pipe)
+    assert twin.plugins is not pipe.plugins, "the copy shares the original's plugins"
+    assert twin.plugins[s.plugin.name] is not pipe.plugins[s.plugin.name], "the copy shares the original's plugin object"
+    s.expect_fresh(twin, what="the copy")
+    unload(twin)
+    s.expect(s.run(twin), s.baseline(), "the detached copy, against the baseline")
+    s.expect_fresh(pipe, what="the original, after detaching the copy")
+
+
+@check("main")
+def pickling(s: Subject) -> None:
+    """A pickle holds the plain pipeline; which plugins the reader has installed is not the writer's to say."""
+    pipe = s.attach(s.make())
+    base = type(pipe).__mro__[1]
+    s.run(pipe)
+    loaded = pickle.loads(pickle.dumps(pipe))
+    assert type(loaded) is base, f"unpickled as {type(loaded)!r}"
+    assert stack_of(loaded) is None, "the unpickled pipeline has plugins"
+    s.expect(s.run(loaded), s.baseline(), "the unpickled one, against the baseline")
+
+
+COMPILED = ("sd", "dit", "flux")
+"""One family of each kind is compiled: a U-Net, a DiT with batched and one with sequential guidance (tracing takes seconds)."""
+
+
+def is_compiled(s: Subject) -> bool:
+    """Whether this family stands for its kind."""
+    claimed = [f for f in registry.families().values() if f.tiny is not None and claims(s.plugin, f) and f.kind == s.family.kind]
+    return s.family.name in COMPILED or (s.family is claimed[0] and not any(f.name in COMPILED for f in claimed))
+
+
+@check("main", when=is_compiled)
+def compiled(s: Subject) -> None:
+    """``torch.compile(backend="eager")`` of the denoiser: same picture, plugin fires; graph breaks counted (DeepCache #26, tomesd #47)."""
+    from torch._dynamo.utils import counters
+
+    pipe = s.attach(s.make())
+    torch._dynamo.reset()
+    counters.clear()
+    for name in s.family.denoisers:
+        if getattr(pipe, name, None) is not None:
+            setattr(pipe, name, torch.compile(getattr(pipe, name), backend="eager"))
+    try:
+        output = s.run(pipe)
+    finally:
+        torch._dynamo.reset()
+    s.note(f"{sum(counters['graph_break'].values())} graph breaks in {counters['stats']['unique_graphs']} graphs")
+    s.expect_near(output, s.fresh().output, 1e-4, "compiled, against eager")
+    assert s.report(pipe).fired == s.fresh().report.fired, f"compiled it fired {s.report(pipe).fired}, eager {s.fresh().report.fired}"

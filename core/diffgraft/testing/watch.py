@@ -1,0 +1,91 @@
+"""Two do-nothing neighbours around a plugin, which see whether it writes into tensors that are not its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from diffgraft.plugin import Paper, Plugin
+
+POINTS = ("denoise", "block", "attention", "guide", "step")
+
+
+class Ledger:
+    """Tensors that the plugin was given, each with its version counter, one frame a call."""
+
+    def __init__(self) -> None:
+        self.frames: list[list[tuple[Tensor, int]]] = []
+        self.written: list[str] = []
+
+    def enter(self, *values: Any) -> None:
+        self.frames.append([(x, x._version) for x in tensors(values)])
+
+    def verify(self, where: str) -> None:
+        for x, version in self.frames[-1]:
+            if x._version != version:
+                self.written.append(f"{where}: a tensor of shape {tuple(x.shape)}")
+
+    def renew(self, *values: Any) -> None:
+        """What the middle did to the arguments is its own business; from here on they are the plugin's again, and the result with them."""
+        old = [x for x, _ in self.frames[-1]]
+        self.frames[-1] = [(x, x._version) for x in (*old, *tensors(values))]
+
+
+def tensors(value: Any) -> list[Tensor]:
+    """All tensors in nested arguments."""
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, dict):
+        return [x for item in value.values() for x in tensors(item)]
+    if isinstance(value, (list, tuple)):
+        return [x for item in value for x in tensors(item)]
+    return tensors(vars(value)) if hasattr(value, "sample") and hasattr(value, "__dict__") else []
+
+
+def watchers(plugin: type[Plugin]) -> tuple[Plugin, Plugin, Ledger]:
+    """(outer, inner, ledger): put the plugin between the two."""
+    ledger = Ledger()
+    points = [point for point in plugin.points() if point in POINTS]
+    return _watcher("watch_outer", points, ledger, _outer), _watcher("watch_inner", points, ledger, _inner), ledger
+
+
+def _watcher(name: str, points: list[str], ledger: Ledger, make: Callable[[Ledger, str], Any]) -> Plugin:
+    body: dict[str, Any] = {point: make(ledger, point) for point in points}
+    body |= {
+        "name": name,
+        "paper": Paper("watcher", "", "sees writes into foreign tensors"),
+        "families": ("*",),
+        "neutral": {},
+        "select_blocks": lambda self, blocks: blocks,
+    }
+    watcher: Plugin = type(name, (Plugin,), body)()
+    return watcher
+
+
+def _given(call: Any) -> tuple[Any, ...]:
+    return (call.args, call.kwargs, getattr(call, "branches", None), getattr(call, "combined", None))
+
+
+def _outer(ledger: Ledger, point: str) -> Any:
+    def outer(self: Plugin, call: Any, next: Any) -> Any:
+        ledger.enter(*_given(call))
+        try:
+            result = next(call)
+            ledger.verify(point)
+        finally:
+            ledger.frames.pop()
+        return result
+
+    return outer
+
+
+def _inner(ledger: Ledger, point: str) -> Any:
+    def inner(self: Plugin, call: Any, next: Any) -> Any:
+        ledger.verify(point)
+        result = next(call)
+        ledger.renew(result)
+        return result
+
+    return inner

@@ -1,0 +1,71 @@
+"""The contract suite over every installed plugin, and over a do-nothing plugin on every family (which proves the core there)."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import pytest
+from diffgraft import Paper, Plugin, registry
+from diffgraft.testing import Case, contract_cases
+
+
+class Nothing(Plugin):
+    """Does nothing at every hook point that every family has, on every block and layer."""
+
+    name = "nothing"
+    paper = Paper("a probe", "0000.00000", "nothing")
+    families: ClassVar[tuple[str, ...]] = ("*",)
+    neutral: ClassVar[dict[str, Any]] = {}
+
+    def run(self, call, next):
+        call.note("inactive: a probe that changes nothing")
+        return next(call)
+
+    def schedule(self, call, next):
+        return next(call)
+
+    def denoise(self, call, next):
+        return next(call)
+
+    def block(self, call, next):
+        return next(call)
+
+    def attention(self, call, next):
+        return next(call)
+
+    def step(self, call, next):
+        return next(call)
+
+    def modules(self, call, next):
+        return next(call)
+
+    def select_blocks(self, blocks):
+        return blocks
+
+
+class NothingGuided(Nothing):
+    """The same with guidance, on the families that have it."""
+
+    name = "nothing_guided"
+    families: ClassVar[tuple[str, ...]] = tuple(f.name for f in registry.families().values() if f.guidance.layout != "none")
+
+    def guide(self, call, next):
+        return next(call)
+
+
+TWO_DENOISERS = ("WanPipeline@2.2",)
+GUIDED = ("neutral", "same_seed", "guidance_off_on", "guidance_cut", "in_place", "batch_change", "another_size")
+"""What the guide hook adds to the other probe's cases."""
+
+
+def all_cases() -> list[Case]:
+    names = [name for name, info in registry.installed().items() if info.allowed and not info.broken]
+    cases = [case for name in names for case in contract_cases(name)]
+    cases += contract_cases(Nothing, variants=TWO_DENOISERS)
+    return cases + [case for case in contract_cases(NothingGuided) if case.check.name in GUIDED]
+
+
+@pytest.mark.parametrize("case", all_cases(), ids=str)
+def test_contract(case: Case, record_property: pytest.FixtureRequest) -> None:
+    for remark in case.run():
+        record_property("remark", remark)  # type: ignore[operator]
