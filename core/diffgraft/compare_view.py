@@ -1,0 +1,163 @@
+"""A comparison for people: the picture grid, ``compare.json`` and two tables."""
+
+from __future__ import annotations
+
+import io
+import json
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+import typer
+from rich.table import Table
+
+from diffgraft.compare import ArmResult, Comparison
+from diffgraft.pictures import draw_grid, to_images, write_atomic
+from diffgraft.terminal import console
+
+GRID_COLUMNS = 6
+
+
+def write_comparison(result: Comparison, pipeline: str, out: Path) -> None:
+    """``compare.png`` and ``compare.json``, each whole or not there."""
+
+    buffer = io.BytesIO()
+    comparison_grid(result, pipeline).save(buffer, "PNG")
+    raw = {"pipeline_name": pipeline, "command": shlex.join(["diffgraft", *sys.argv[1:]]), **result.to_json()}
+    write_atomic(out / "compare.png", buffer.getvalue())
+    write_atomic(out / "compare.json", (json.dumps(raw, indent=1, default=str) + "\n").encode())
+
+
+def comparison_grid(result: Comparison, pipeline: str) -> Any:
+    """The labelled picture grid: a row an arm, a column a prompt; of a video its middle frame."""
+
+    samples = result.settings.samples[:GRID_COLUMNS]
+    rows = []
+    for item in result.arms:
+        middle = item.pictures.shape[1] // 2
+        rows.append((grid_label(item), to_images(item.pictures[: len(samples), middle])))
+    machine = result.environment
+    footer = (
+        f"{machine.get('device_name') or machine['processor']}, {machine['dtype'].removeprefix('torch.')}, one picture a call, p50 of "
+        f"{result.settings.repeats} interleaved rounds. PSNR to the baseline: mean (worst) of {len(result.settings.samples)} pictures. "
+        f"Fewer steps at equal time: {result.equal_time}."
+    )
+    captions = [f"{sample.label} (seed {sample.seed})" for sample in samples]
+    return draw_grid(f"{pipeline}: plugins against the plain pipeline", footer, captions, rows)
+
+
+def grid_label(item: ArmResult) -> list[str]:
+    """The lines beside a row of the grid."""
+    seconds = item.latency.seconds.p50
+    lines = [item.arm.name, f"{item.arm.steps} steps, {seconds_text(seconds)}"]
+    if item.arm.kind != "baseline":
+        lines.append(
+            f"{item.latency.of_medians:.2f}x faster" if item.latency.of_medians >= 1 else f"{1 / item.latency.of_medians:.2f}x slower"
+        )
+        lines.append("changed nothing" if item.changed_nothing else f"PSNR {psnr_text(item)}")
+    if item.verdicts is not None and (everything := item.verdicts.shares.get("all")) is not None:
+        lines.append(f"as prompted {everything.right}/{everything.total}")
+    return lines
+
+
+def print_comparison(result: Comparison) -> None:
+    """The result as two tables, and what must be known to read them."""
+    out = console()
+    out.print(speed_table(result))
+    out.print()
+    out.print(fidelity_table(result))
+    out.print()
+    typer.echo(f"fewer steps at equal time: {result.equal_time}.")
+    for item in result.arms:
+        if item.changed_nothing:
+            typer.secho(f"{item.arm.name} changed nothing: every picture equals the baseline's bit for bit.", fg="yellow")
+        for note in item.notes:
+            typer.echo(f"{item.arm.name}: {note}" if not note.startswith(item.arm.name) else note)
+    for warning in result.warnings:
+        typer.secho(warning, fg="yellow")
+    load = result.environment["load"]
+    if load is not None and result.environment["load_after"][0] > (result.environment["cpus"] or 1) + 0.5:
+        typer.secho("this machine was busy with other work: the ratios were measured in turn and hold better than the seconds", fg="yellow")
+
+
+def speed_table(result: Comparison) -> Table:
+    from rich.table import Table
+
+    table = Table(title=f"speed ({result.pipeline}, {result.settings.repeats} rounds)", title_justify="left", header_style="bold")
+    has_memory = any(item.latency.peak_bytes is not None for item in result.arms)
+    for column in (
+        "arm",
+        "steps",
+        "p50",
+        "IQR",
+        "speed-up",
+        "paired p50 (range)",
+        "denoise",
+        "GMAC",
+        "MAC limit",
+        *(["peak"] if has_memory else []),
+    ):
+        table.add_column(column, justify="left" if column == "arm" else "right")
+    for item in result.arms:
+        speed, macs = item.latency, item.macs
+        cells = [
+            item.arm.name,
+            str(item.arm.steps),
+            seconds_text(speed.seconds.p50),
+            seconds_text(speed.seconds.q75 - speed.seconds.q25),
+            f"{speed.of_medians:.2f}x",
+            f"{speed.paired.p50:.2f}x ({speed.paired.low:.2f}-{speed.paired.high:.2f})",
+            "-" if speed.denoise_of_medians is None else f"{speed.denoise_of_medians:.2f}x",
+            f"{macs.per_run / 1e9:.3g}",
+            f"{macs.limit:.2f}x",
+        ]
+        table.add_row(*cells, *([f"{(speed.peak_bytes or 0) / 2**20:.0f} MiB"] if has_memory else []))
+    return table
+
+
+def fidelity_table(result: Comparison) -> Table:
+    from rich.table import Table
+
+    judged = [item.verdicts for item in result.arms if item.verdicts is not None]
+    fields = list(judged[0].shares) if judged else []
+    number = len(result.settings.samples)
+    table = Table(
+        title=f"fidelity to the baseline ({number} pictures), what was skipped, and the judge (95 % Wilson)",
+        title_justify="left",
+        header_style="bold",
+    )
+    for column in ("arm", "PSNR dB mean (worst)", "SSIM mean (worst)", "skipped", *fields):
+        table.add_column(column, justify="left" if column in ("arm", "skipped") else "right")
+    for item in result.arms:
+        near = item.fidelity
+        ssim = "-" if near.ssim_mean is None or near.ssim_worst is None else f"{near.ssim_mean:.3f} ({near.ssim_worst:.3f})"
+        skipped = ", ".join(skipped_text(key, value, item.denoiser_calls) for key, value in item.skipped.items())
+        baseline = item.arm.kind == "baseline"
+        cells = [item.arm.name, "-" if baseline else psnr_text(item), "-" if baseline else ssim, skipped or "-"]
+        for name in fields:
+            found = item.verdicts.shares.get(name) if item.verdicts else None
+            cells.append("-" if found is None else f"{found.right}/{found.total} ({100 * found.low:.0f}-{100 * found.high:.0f} %)")
+        table.add_row(*cells)
+    return table
+
+
+def skipped_text(key: str, value: float, calls: float) -> str:
+    """``deepcache 33 of 50 calls``; a counter of another name says so."""
+    plugin, _, name = key.partition(": ")
+    if name == "skipped":
+        return f"{plugin} {value:g} of {calls:g} calls"
+    return f"{plugin} {name} {value:g}"
+
+
+def psnr_text(item: ArmResult) -> str:
+    """``44.1 (39.0)``, with the number of pictures that equal the baseline's."""
+    near = item.fidelity
+    if near.psnr_mean is None or near.psnr_worst is None:
+        return "changed nothing" if item.changed_nothing else "identical"
+    equal = f", {near.identical} identical" if near.identical else ""
+    return f"{near.psnr_mean:.1f} ({near.psnr_worst:.1f}){equal}"
+
+
+def seconds_text(seconds: float) -> str:
+    return f"{seconds:.2f} s" if seconds >= 1 else f"{seconds * 1e3:.0f} ms"

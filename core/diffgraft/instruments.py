@@ -1,0 +1,111 @@
+"""Instruments for the denoiser(s) of a pipeline: a clock and a counter of multiply-adds, put on by module hooks and taken off again."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop
+
+from diffgraft.stack import PluginStack
+from diffgraft.wiring import denoisers_of
+
+
+class DenoiseClock:
+    """Time from the first denoiser call's start to the last one's end, by module hooks; without waiting for the GPU in between."""
+
+    def __init__(self, stack: PluginStack, device: torch.device) -> None:
+        self.stack = stack
+        self.kind = device.type
+        self.first: Any = None
+        self.last: Any = None
+
+    def now(self) -> Any:
+        if self.kind == "cuda":
+            event = torch.cuda.Event(enable_timing=True)
+            event.record()
+            return event
+        return time.perf_counter()
+
+    def __enter__(self) -> DenoiseClock:
+        @torch.compiler.disable
+        def before(module: Any, args: Any) -> None:
+            if self.first is None:
+                self.first = self.now()
+
+        @torch.compiler.disable
+        def after(module: Any, args: Any, result: Any) -> None:
+            self.last = self.now()
+
+        self.handles = hook_denoisers(self.stack, before, after)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.handles.close()
+
+    def seconds(self) -> float | None:
+        """The measured time; None where there is no clock for it (neither CPU nor CUDA)."""
+        if self.first is None or self.last is None or self.kind not in ("cpu", "cuda"):
+            return None
+        return float(self.first.elapsed_time(self.last)) / 1e3 if self.kind == "cuda" else float(self.last - self.first)
+
+
+class MacCounter:
+    """Counts the multiply-adds inside the denoiser(s) between enter and exit."""
+
+    def __init__(self, stack: PluginStack) -> None:
+        self.stack = stack
+        self.flops = 0
+
+    def __enter__(self) -> MacCounter:
+        counter = FlopCounterMode(display=False, custom_mapping=missing_formulas())
+        entered: list[int] = []
+
+        def before(module: Any, args: Any) -> None:
+            entered.append(counter.get_total_flops())
+
+        def after(module: Any, args: Any, result: Any) -> None:
+            start = entered.pop()
+            if not entered:  # a denoiser called inside a denoiser counts once
+                self.flops += counter.get_total_flops() - start
+
+        self.handles = hook_denoisers(self.stack, before, after)
+        self.handles.enter_context(counter)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.handles.close()
+
+    @property
+    def macs(self) -> int:
+        return self.flops // 2
+
+
+def missing_formulas() -> dict[Any, Any]:
+    """FLOP formulas that torch's counter lacks: attention on the CPU."""
+
+    def attention(query: Any, key: Any, value: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+        return int(sdpa_flop(query, key, value))
+
+    op = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
+    return {} if op is None else {op: attention}
+
+
+def hook_denoisers(stack: PluginStack, before: Callable[[Any, Any], None], after: Callable[[Any, Any, Any], None]) -> ExitStack:
+    """Hooks on every denoiser, removed when the stack is closed. Plugins sit inside ``forward``, so a call that they answer counts too."""
+    handles = ExitStack()
+    for module in denoisers_of(stack.pipe, stack.family).values():
+        for handle in (module.register_forward_pre_hook(before), module.register_forward_hook(after)):
+            handles.callback(handle.remove)
+    return handles
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for the device."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()

@@ -1,0 +1,281 @@
+"""The compare engine: its numbers recomputed by hand, its arms, and a pipeline that is as it was afterwards."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from cli_plugins import Idle, OnlyTransformers, Rival, Slow, Sparse
+from diffgraft import ConfigError, Conflict, Unsupported, load_pipeline
+from diffgraft.compare import CompareSettings, all_right, compare, fit_steps, plain
+from diffgraft.inputs import CallSettings, Sample, call_arguments, make_pictures, make_samples
+from diffgraft.instruments import missing_formulas
+from diffgraft.metrics import Spread, psnr, share, ssim, wilson
+from diffgraft_pipelines.tiny import make
+from torch.utils.flop_counter import FlopCounterMode
+
+STEPS = 4
+CALL = CallSettings(height=64, width=64, guidance_scale=5.0)
+SAMPLES = (Sample(0, "a red apple"), Sample(1, "a green pear"), Sample(7, "a red apple"))
+
+
+class RedJudge:
+    """Understands only apples, and is content with every other picture."""
+
+    def score(self, images, prompts):
+        if any("apple" not in prompt for prompt in prompts):
+            raise ValueError("only apples")
+        return {"object": [i % 2 == 0 for i in range(len(images))], "place": [None] * len(images)}
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    return make("StableDiffusionPipeline").pipe
+
+
+@pytest.fixture(scope="module")
+def phases():
+    return []
+
+
+@pytest.fixture(scope="module")
+def result(pipe, phases):
+    settings = CompareSettings(SAMPLES, STEPS, CALL, repeats=3, warmup=1, pilot=1, batch=2)
+    return compare(pipe, [Sparse(), Idle()], settings, judge=RedJudge(), on_progress=lambda *told: phases.append(told))
+
+
+def test_arms(result):
+    kinds = [(r.arm.name, r.arm.kind, list(r.arm.plugins)) for r in result.arms[:-1]]
+    assert kinds == [
+        ("baseline", "baseline", []),
+        ("sparse", "plugin", ["sparse"]),
+        ("idle", "plugin", ["idle"]),
+        ("sparse + idle", "stack", ["sparse", "idle"]),
+    ]
+    fewer = result.arms[-1].arm
+    assert (fewer.kind, fewer.plugins) == ("fewer_steps", {})
+    assert fewer.steps == result.equal_time.steps
+    assert 1 <= fewer.steps <= STEPS
+    assert result.equal_time.matched_to == "sparse + idle"
+    assert str(fewer.steps) in str(result.equal_time)
+    assert all(len(r.latency.rounds) == 3 for r in result.arms)
+    assert [t.sample for t in result.arms[0].latency.rounds] == [0, 1, 2]
+
+
+def test_ratios_follow_from_the_rounds(result):
+    base, arm = result.arm("baseline"), result.arm("sparse")
+    seconds = [t.seconds for t in arm.latency.rounds]
+    reference = [t.seconds for t in base.latency.rounds]
+    assert arm.latency.of_medians == pytest.approx(np.median(reference) / np.median(seconds))
+    assert arm.latency.paired.p50 == pytest.approx(np.median(np.divide(reference, seconds)))
+    assert arm.latency.paired.low == pytest.approx(min(np.divide(reference, seconds)))
+    assert base.latency.of_medians == 1
+    assert all(0 < t.denoise_seconds < t.seconds for r in result.arms for t in r.latency.rounds)
+
+
+def test_macs(result, pipe):
+    macs = {r.arm.name: r.macs for r in result.arms}
+    assert macs["sparse"].limit == 2  # every second of four calls
+    assert macs["idle"].per_run == macs["baseline"].per_run
+    assert result.arms[-1].macs.per_run * STEPS == macs["baseline"].per_run * result.equal_time.steps
+    with FlopCounterMode(display=False, custom_mapping=missing_formulas()) as counter, torch.no_grad():
+        pipe.unet(torch.zeros(2, 4, *latent_size(pipe)), 1, torch.zeros(2, pipe.tokenizer.model_max_length, 32))
+    assert macs["baseline"].per_run == STEPS * counter.get_total_flops() // 2
+
+
+def latent_size(pipe):
+    return 64 // pipe.vae_scale_factor, 64 // pipe.vae_scale_factor
+
+
+def test_attention_is_counted_on_the_cpu():
+    q, k = torch.zeros(1, 2, 5, 8), torch.zeros(1, 2, 7, 8)
+    with FlopCounterMode(display=False, custom_mapping=missing_formulas()) as counter:
+        torch.nn.functional.scaled_dot_product_attention(q, k, k)
+    assert counter.get_total_flops() // 2 == 2 * (2 * 5 * 7 * 8)
+
+
+def test_fidelity_against_pictures_made_by_hand(result, pipe):
+    sample = SAMPLES[1]  # in a batch of two in the comparison, alone here
+    call = CallSettings(steps=STEPS, height=64, width=64, guidance_scale=5.0)
+    baseline = make_pictures(pipe, [sample], call)
+    load_pipeline(pipe, [Sparse()])
+    try:
+        grafted = make_pictures(pipe, [sample], call)
+    finally:
+        pipe.plugins.clear()
+    mse = float(np.mean((grafted.astype(np.float64) - baseline) ** 2))
+    near = result.arm("sparse").fidelity
+    assert near.psnr[1] == pytest.approx(-10 * math.log10(mse), abs=0.05)
+    assert near.psnr_mean == pytest.approx(np.mean(near.psnr))
+    assert near.psnr_worst == min(near.psnr)
+    assert near.ssim_worst == min(near.ssim) < 1
+    assert (near.identical, near.pictures) == (0, 3)
+
+
+def test_a_plugin_that_changes_nothing_is_told(result):
+    idle = result.arm("idle")
+    assert idle.changed_nothing
+    assert idle.notes == ["idle: inactive: there was nothing to do"]
+    assert (idle.fidelity.identical, idle.fidelity.psnr_mean, idle.fidelity.psnr) == (3, None, [math.inf] * 3)
+    assert not result.arm("sparse").changed_nothing
+    assert not result.arm("baseline").changed_nothing
+
+
+def test_what_was_skipped(result):
+    sparse = result.arm("sparse")
+    assert sparse.skipped == {"sparse: skipped": 2}
+    assert sparse.denoiser_calls == 4
+    assert result.arm("idle").skipped == {}
+
+
+def test_judge(result):
+    verdicts = result.arm("sparse").verdicts
+    assert verdicts.raw == {"object": [True, False], "place": [None, None]}
+    assert (verdicts.shares["object"].right, verdicts.shares["object"].total) == (1, 2)
+    assert "place" not in verdicts.shares
+    assert verdicts.shares["all"].right == 1
+    assert (verdicts.gained, verdicts.lost) == (0, 0)
+    assert any("1 of 3 prompts: only apples" in note for note in result.arms[0].notes)
+
+
+def test_json_is_plain_and_whole(result):
+    raw = json.loads(json.dumps(result.to_json(), allow_nan=False))
+    idle = next(arm for arm in raw["arms"] if arm["arm"]["name"] == "idle")
+    assert idle["fidelity"]["psnr"] == [None] * 3
+    assert [t["seconds"] for t in raw["arms"][0]["latency"]["rounds"]] == [t.seconds for t in result.arms[0].latency.rounds]
+    assert raw["arms"][1]["arm"]["plugins"] == {"sparse": {"every": 2, "mode": None}}
+    assert raw["arms"][1]["latency"]["rounds"][0]["report"]["plugins"]["sparse"]["counts"]["skipped"] == {"both": 2}
+    assert raw["environment"]["versions"]["diffgraft"]
+    assert "pictures" not in raw["arms"][0]
+    assert raw["schema"] == 1
+
+
+def test_progress_is_told_to_the_end(phases):
+    for phase in ("pilot", "MACs", "latency", "pictures"):
+        done = [(d, total) for name, d, total in phases if name == phase]
+        assert done[-1][0] == done[-1][1] > 0
+        assert done == sorted(done)
+
+
+def test_the_pipeline_is_as_it_was(result, pipe):
+    assert type(pipe).__name__ == "StableDiffusionPipeline"
+    assert not hasattr(pipe, "plugins")
+    assert not pipe.unet._forward_hooks
+    assert not pipe.unet._forward_pre_hooks
+    assert pipe._progress_bar_config == {"disable": True}
+    assert "forward" not in pipe.unet.__dict__
+
+
+def test_neutral_and_slow_stacks(pipe):
+    settings = CompareSettings(SAMPLES[:1], 2, CALL, repeats=1, warmup=0, pilot=1)
+    result = compare(pipe, [Idle(off=True), Slow()], settings)
+    assert not result.arm("idle").changed_nothing  # set neutral: it does what it was asked
+    assert result.arm("slow").changed_nothing
+    assert result.arm("slow").macs.limit == pytest.approx(1 / 3)
+    assert result.arm("idle").verdicts is None
+
+
+def test_refused_before_anything_runs(pipe):
+    settings = CompareSettings(SAMPLES, STEPS, CALL)
+    calls = []
+    handle = pipe.unet.register_forward_pre_hook(lambda *a: calls.append(1))
+    try:
+        with pytest.raises(ConfigError, match="at least one"):
+            compare(pipe, [], settings)
+        with pytest.raises(Conflict, match="both skip denoiser"):
+            compare(pipe, [Sparse(), Rival()], settings)
+        with pytest.raises(Unsupported, match="only_transformers"):
+            compare(pipe, [OnlyTransformers()], settings)
+        load_pipeline(pipe, [Idle()])
+        with pytest.raises(Conflict, match="without any"):
+            compare(pipe, [Sparse()], settings)
+    finally:
+        handle.remove()
+        pipe.plugins.clear()
+    assert calls == []
+    assert not hasattr(pipe, "plugins")
+
+
+@pytest.mark.parametrize("bad", [{"steps": 0}, {"repeats": 0}, {"batch": 0}, {"warmup": -1}, {"samples": ()}])
+def test_bad_settings(bad):
+    with pytest.raises(ConfigError):
+        CompareSettings(**{"samples": SAMPLES, "steps": 3, **bad})
+
+
+@pytest.mark.parametrize(
+    ("whole", "half", "target", "steps", "capped"),
+    [
+        (1.10, 0.60, 0.50, 20, False),  # 0.1 s fixed and 20 ms a step
+        (1.10, 0.60, 0.511, 21, False),
+        (1.10, 0.60, 0.05, 1, False),  # nothing is that fast
+        (1.10, 0.60, 1.30, 50, True),
+        (0.50, 0.60, 0.25, 25, False),  # noise turned the slope round
+    ],
+)
+def test_steps_of_equal_time(whole, half, target, steps, capped):
+    found = fit_steps(50, whole, 25, half, target, "the stack", {})
+    assert (found.steps, found.capped) == (steps, capped)
+
+
+def test_wilson_and_share():
+    low, high = wilson(95, 100)
+    assert (low, high) == (pytest.approx(0.8882, abs=1e-4), pytest.approx(0.9785, abs=1e-4))
+    assert wilson(0, 10)[0] == 0
+    assert wilson(10, 10)[1] == pytest.approx(1)
+    assert share([None, None]) is None
+    found = share([True, None, False, True])
+    assert (found.right, found.total, found.share) == (2, 3, 2 / 3)
+    assert all_right({"a": [True, None, False], "b": [None, None, True]}) == [True, True, False]
+
+
+def test_psnr_and_ssim():
+    black, gray = np.zeros((1, 1, 32, 32, 3), np.float32), np.full((1, 1, 32, 32, 3), 0.1, np.float32)
+    assert psnr(gray, black) == [pytest.approx(20.0, abs=1e-4)]
+    assert psnr(gray, gray) == [math.inf]
+    assert ssim(gray, gray) == [pytest.approx(1.0)]
+    assert ssim(gray[:, :, :8], black[:, :, :8]) is None
+    video = np.concatenate([gray, black]).transpose(1, 0, 2, 3, 4)
+    still = ssim(gray, black)[0]
+    assert ssim(video, np.zeros_like(video)) == [pytest.approx((still + 1) / 2)]
+
+
+def test_spread():
+    spread = Spread.of([5.0, 1.0, 2.0, 3.0, 4.0])
+    assert (spread.p50, spread.q25, spread.q75, spread.low, spread.high) == (3, 2, 4, 1, 5)
+
+
+def test_plain_numbers():
+    assert plain({"a": [math.inf, float("nan"), 1.5], "b": (torch.float32, None, True)}) == {
+        "a": [None, None, 1.5],
+        "b": ["torch.float32", None, True],
+    }
+
+
+@pytest.mark.parametrize("name", ["DiTPipeline", "DDIMPipeline", "WanPipeline"])
+def test_other_kinds_of_pipelines(name):
+    tiny = make(name)
+    extra = {k: v for k, v in tiny.kwargs.items() if k in ("num_frames", "height", "width", "max_sequence_length")}
+    prompts = ["a red apple"] if name == "WanPipeline" else []
+    samples = make_samples(tiny.pipe, [0, 1], prompts)
+    call = CallSettings(steps=2, extra=extra)
+    together = make_pictures(tiny.pipe, samples, call)
+    alone = make_pictures(tiny.pipe, samples[1:], call)
+    assert together.ndim == 5
+    assert together.shape[0] == 2
+    assert together.shape[-1] == 3
+    assert (together.shape[1] > 1) == (name == "WanPipeline")
+    assert 0 <= together.min() <= together.max() <= 1
+    assert np.allclose(together[1], alone[0], atol=1e-4)
+
+
+def test_arguments_that_a_pipeline_does_not_take():
+    pipe = make("DDIMPipeline").pipe
+    with pytest.raises(ConfigError, match="takes no prompt"):
+        make_samples(pipe, [0], ["a"])
+    with pytest.raises(ConfigError, match="takes no guidance_scale"):
+        call_arguments(pipe, make_samples(pipe, [0]), CallSettings(guidance_scale=2.0))
+    with pytest.raises(ConfigError, match="needs a prompt"):
+        make_samples(make("StableDiffusionPipeline").pipe, [0])
