@@ -1,0 +1,122 @@
+"""What the core itself costs: a do-nothing plugin at every hook point, against the same pipeline without diffgraft.
+
+    python examples/benchmarks/overhead.py [--pipeline emoji-sd] [--steps 50] [--rounds 9]
+
+The sides run in turn in one process. Prints the share of a run, milliseconds a step and microseconds a hooked call; --out writes JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import diffgraft
+import torch
+import typer
+from diffgraft import Paper, Plugin, load_pipeline
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+
+class Everything(Plugin):
+    """Hands every call on, at every hook point, on every block and layer."""
+
+    name = "everything"
+    paper = Paper("none", "0000.00000", "nothing")
+    families = ("*",)
+    neutral: dict[str, Any] = {}  # noqa: RUF012
+
+    def _pass(self, call: Any, next: Any) -> Any:
+        return next(call)
+
+    run = schedule = denoise = block = attention = guide = step = _pass
+
+    def select_blocks(self, blocks: Any) -> Any:
+        return blocks
+
+
+class DenoiseOnly(Everything):
+    """One hook point only: what a simple plugin pays."""
+
+    name = "denoise_only"
+    run = schedule = block = attention = guide = step = None  # type: ignore[assignment]
+
+
+def import_seconds(code: str) -> float:
+    """Best of five fresh interpreters, less what an empty one takes."""
+
+    def once(text: str) -> float:
+        started = time.perf_counter()
+        subprocess.run([sys.executable, "-c", text], check=True, capture_output=True)
+        return time.perf_counter() - started
+
+    return min(once(code) for _ in range(5)) - min(once("pass") for _ in range(5))
+
+
+def main(
+    pipeline: str = "emoji-sd",
+    steps: int = 50,
+    rounds: int = 9,
+    device: str = "cpu",
+    threads: int | None = None,
+    out: Annotated[Path | None, typer.Option(help="write the raw numbers here as JSON")] = None,
+) -> None:
+    if threads:
+        torch.set_num_threads(threads)
+    pipe = load_pipeline(pipeline).to(device)
+    pipe.set_progress_bar_config(disable=True)
+    prompt = "a small dog face on the left on a blue background"
+    sides = {"no plugin": [], "every hook point": [Everything], "denoise only": [DenoiseOnly]}
+    seconds: dict[str, list[float]] = {name: [] for name in sides}
+    calls = 0
+    for number in track(range(-1, rounds), "rounds"):  # one to warm up
+        for name, plugins in sides.items():
+            load_pipeline(pipe, plugins=plugins)
+            if device == "cuda":
+                torch.cuda.synchronize()
+            started = time.perf_counter()
+            pipe(prompt, num_inference_steps=steps, generator=torch.Generator().manual_seed(0), output_type="latent")
+            if device == "cuda":
+                torch.cuda.synchronize()
+            taken = time.perf_counter() - started
+            if plugins == [Everything]:
+                calls = sum(pipe.plugins.report().plugins["everything"].fired.values())
+            pipe.plugins.remove(*pipe.plugins.list())
+            if number >= 0:
+                seconds[name].append(taken)
+    table = Table("side", "p50 s", "min-max s", "over no plugin", "ms a step", "us a hooked call")
+    rows = {}
+    for name, taken in seconds.items():
+        extra = statistics.median(a - b for a, b in zip(taken, seconds["no plugin"], strict=True))
+        rows[name] = {"p50": statistics.median(taken), "extra_s": extra, "share": extra / statistics.median(seconds["no plugin"])}
+        per_call = f"{extra / calls * 1e6:.1f}" if name == "every hook point" else ""
+        table.add_row(
+            name,
+            f"{rows[name]['p50']:.3f}",
+            f"{min(taken):.3f}-{max(taken):.3f}",
+            f"{rows[name]['share']:+.2%}",
+            f"{extra / steps * 1e3:.3f}",
+            per_call,
+        )
+    console = Console()
+    console.print(table)
+    imports = {code: import_seconds(code) for code in ("import diffgraft", "import diffgraft.cli")}
+    for code, taken in imports.items():
+        console.print(f"{code}: {taken:.3f} s")
+    if out:
+        facts = {
+            "versions": {"diffgraft": diffgraft.__version__, "torch": torch.__version__, "python": platform.python_version()},
+            "command": {"pipeline": pipeline, "steps": steps, "rounds": rounds, "device": device, "threads": torch.get_num_threads()},
+        }
+        out.write_text(json.dumps({**facts, "hooked_calls": calls, "seconds": seconds, "rows": rows, "imports": imports}, indent=1))
+
+
+if __name__ == "__main__":
+    typer.run(main)
