@@ -150,7 +150,7 @@ def load_bare(name: str, specs: list[tuple[str, dict[str, Any]]], device: str | 
     plan([Part(plugin.name, plugin.effects) for plugin in built]).ensure()
     hide_bars()
     try:
-        pipe = load_pipeline(folder, torch_dtype=parse_dtype(dtype, target, folder))
+        pipe = load_pipeline(folder, dtype=parse_dtype(dtype, target, folder))
     except (OSError, ValueError) as error:  # diffusers and the Hub say in their own ways that something is not there
         raise PipelineNotFound(f"{name!r} cannot be loaded: {first_line(error)}") from error
     if not sys.stderr.isatty():

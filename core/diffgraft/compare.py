@@ -178,6 +178,7 @@ class ArmResult:
     """Mean number of denoiser calls that the pipeline asked for in a run (0: not counted)."""
     changed_nothing: bool
     notes: list[str]
+    """What the plugins said in the first round (the reports of all rounds are in ``latency.rounds``)."""
     pictures: Pictures
 
 
@@ -436,7 +437,7 @@ class Bench:
             for name in arm.plugins
             for key in sorted({key for report in reports for key in report.plugins[name].counts} - {"computed"})
         }
-        notes = sorted({f"{name}: {note}" for report in reports for name, part in report.plugins.items() for note in part.notes})
+        notes = [f"{name}: {note}" for report in reports[:1] for name, part in report.plugins.items() for note in part.notes]
         return ArmResult(
             arm=arm,
             latency=latency,
@@ -460,7 +461,7 @@ def is_neutral(plugin: Plugin) -> bool:
 def fit_steps(n: int, whole: float, half: int, at_half: float, target: float, matched_to: str, pilot: dict[str, list[float]]) -> EqualTime:
     """The step count whose time is nearest to ``target``, on the line through (n, whole) and (half, at_half)."""
     per_step = (whole - at_half) / (n - half) if n > half else 0.0
-    if per_step <= 0:  # noise, or a single step
+    if per_step <= 0 or per_step * n > whole:  # noise, or a single step
         per_step = whole / n
     fixed = whole - per_step * n
     wanted = round((target - fixed) / per_step)

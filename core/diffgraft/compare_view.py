@@ -21,7 +21,6 @@ GRID_COLUMNS = 6
 
 def write_comparison(result: Comparison, pipeline: str, out: Path) -> None:
     """``compare.png`` and ``compare.json``, each whole or not there."""
-
     buffer = io.BytesIO()
     comparison_grid(result, pipeline).save(buffer, "PNG")
     raw = {"pipeline_name": pipeline, "command": shlex.join(["diffgraft", *sys.argv[1:]]), **result.to_json()}
@@ -31,7 +30,6 @@ def write_comparison(result: Comparison, pipeline: str, out: Path) -> None:
 
 def comparison_grid(result: Comparison, pipeline: str) -> Any:
     """The labelled picture grid: a row an arm, a column a prompt; of a video its middle frame."""
-
     samples = result.settings.samples[:GRID_COLUMNS]
     rows = []
     for item in result.arms:
@@ -52,13 +50,19 @@ def grid_label(item: ArmResult) -> list[str]:
     seconds = item.latency.seconds.p50
     lines = [item.arm.name, f"{item.arm.steps} steps, {seconds_text(seconds)}"]
     if item.arm.kind != "baseline":
-        lines.append(
-            f"{item.latency.of_medians:.2f}x faster" if item.latency.of_medians >= 1 else f"{1 / item.latency.of_medians:.2f}x slower"
-        )
+        lines.append(faster_text(item))
         lines.append("changed nothing" if item.changed_nothing else f"PSNR {psnr_text(item)}")
     if item.verdicts is not None and (everything := item.verdicts.shares.get("all")) is not None:
         lines.append(f"as prompted {everything.right}/{everything.total}")
     return lines
+
+
+def faster_text(item: ArmResult) -> str:
+    """``2.61x faster``; nothing of the kind when some rounds say faster and some slower."""
+    ratio, paired = item.latency.of_medians, item.latency.paired
+    if paired.low <= 1 <= paired.high:
+        return f"as fast, within noise ({ratio:.2f}x)"
+    return f"{ratio:.2f}x faster" if ratio > 1 else f"{1 / ratio:.2f}x slower"
 
 
 def print_comparison(result: Comparison) -> None:
@@ -69,11 +73,14 @@ def print_comparison(result: Comparison) -> None:
     out.print(fidelity_table(result))
     out.print()
     typer.echo(f"fewer steps at equal time: {result.equal_time}.")
+    told: set[str] = set()
     for item in result.arms:
         if item.changed_nothing:
             typer.secho(f"{item.arm.name} changed nothing: every picture equals the baseline's bit for bit.", fg="yellow")
         for note in item.notes:
-            typer.echo(f"{item.arm.name}: {note}" if not note.startswith(item.arm.name) else note)
+            if note not in told:  # the stack's plugins say what they said alone
+                told.add(note)
+                typer.echo(note)
     for warning in result.warnings:
         typer.secho(warning, fg="yellow")
     load = result.environment["load"]

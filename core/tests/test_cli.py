@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import types
 
 import numpy as np
 import pytest
 from cli_plugins import install
-from diffgraft import cli, registry
+from diffgraft import Bundled, cli, registry
 from diffgraft.cli_values import parse_assignments, parse_seeds, parse_value, plugin_specs
 from diffgraft.errors import ConfigError
 from diffgraft_pipelines.tiny import make
@@ -288,6 +289,26 @@ def test_compare_writes_and_tells(call, folders, tmp_path):
         assert grid.width > 3 * 192
         assert grid.height > 5 * 64
     assert sorted(p.name for p in (tmp_path / "work/out/deep").iterdir()) == ["compare.json", "compare.png"]
+
+
+class YesJudge:
+    def score(self, images, prompts):
+        return {"object": [True] * len(images)}
+
+
+def test_compare_a_bundled_pipeline(call, folders, tmp_path, monkeypatch):
+    """Its prompts, steps, guidance scale and judge are used without being named."""
+    bundled = Bundled("tiny-sd", str(folders / "sd"), ("a red apple", "a green pear"), f"{__name__}:YesJudge", steps=3, guidance_scale=4.0)
+    monkeypatch.setattr(registry, "bundled_names", lambda: ["tiny-sd"])
+    monkeypatch.setattr(registry, "find_bundled", {"tiny-sd": bundled}.__getitem__)
+    monkeypatch.setitem(sys.modules, __name__, sys.modules.get(__name__) or types.SimpleNamespace(YesJudge=YesJudge))
+    result = call("compare", "tiny-sd", "--plugins", "sparse", "--num-prompts", 3, "--repeats", 1, "--warmup", 0, "--out", "out", *SIZE)
+    assert result.exit_code == 0, result.output
+    assert "3/3 (44-100 %)" in result.stdout
+    raw = json.loads((tmp_path / "work/out/compare.json").read_text())
+    assert [arm["arm"]["kind"] for arm in raw["arms"]] == ["baseline", "plugin", "fewer_steps"]  # one plugin is the stack
+    assert (raw["settings"]["steps"], raw["settings"]["call"]["guidance_scale"], raw["settings"]["batch"]) == (3, 4.0, 8)
+    assert [s["prompt"] for s in raw["settings"]["samples"]] == ["a red apple", "a green pear", "a red apple"]
 
 
 def test_choice_of_samples():

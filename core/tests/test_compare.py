@@ -212,6 +212,7 @@ def test_bad_settings(bad):
         (1.10, 0.60, 0.511, 21, False),
         (1.10, 0.60, 0.05, 1, False),  # nothing is that fast
         (1.10, 0.60, 1.30, 50, True),
+        (1.00, 0.40, 0.50, 25, False),  # as if the first step took less than nothing
         (0.50, 0.60, 0.25, 25, False),  # noise turned the slope round
     ],
 )
