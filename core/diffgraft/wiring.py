@@ -73,12 +73,14 @@ class Wiring:
     def __init__(self, pipe: Any, family: Family) -> None:
         self.pipe = pipe
         self.family = family
-        self._kept: dict[tuple[int, str], Slot] = {}
+        self._kept: dict[tuple[int, str], Slot] = {}  # of the last run
+        self._used: dict[tuple[int, str], Slot] = {}  # of the run that is being connected
 
     def connect(self, run: Run, entries: Sequence[Entry]) -> list[Slot]:
         """The slots that a run of ``entries`` needs, led to ``run``; nothing is open yet. A point without a plugin gets none."""
         points = {point for entry in entries for point in entry.plugin.points()}
         onions = Onions(entries)
+        self._used = {}
         slots = self._scheduler(run, onions, entries)
         if points & {"denoise", "block", "attention", "guide"}:
             slots += self._denoisers(run, onions)
@@ -91,6 +93,7 @@ class Wiring:
             layers = _select(entries, "attention", attention_of(denoisers))
             slots += [self._processor(info, partial(run.attention, chain, info)) for info, chain in layers]
             run.promise("attention", bool(layers))
+        self._kept, self._used = self._used, {}  # a scheduler or denoiser that was replaced is not held on to
         return slots
 
     def _scheduler(self, run: Run, onions: Onions, entries: Sequence[Entry]) -> list[Slot]:
@@ -121,8 +124,9 @@ class Wiring:
         """A slot on a method. ``inside``: fires only within a denoiser call (a ControlNet may share the module)."""
         slot = self._kept.get((id(target), name))
         if slot is None or slot.home is not target.__dict__:
-            slot = self._kept[id(target), name] = method_slot(target, name)
+            slot = method_slot(target, name)
             slot.put(wraps_method(target, name, self._wrapper(slot, positions(getattr(target, name)), inside)))
+        self._used[id(target), name] = slot
         slot.lead = lead
         return slot
 
@@ -141,8 +145,9 @@ class Wiring:
         processor: Any = module.processor
         slot = self._kept.get((id(module), "processor"))
         if slot is None or slot.home is not module.__dict__ or not slot.value.stands_for(processor):
-            slot = self._kept[id(module), "processor"] = Slot(module.__dict__, "processor", lambda: module.processor)
+            slot = Slot(module.__dict__, "processor", lambda: module.processor)
             slot.put(ProcessorProxy(processor, self._wrapper(slot, positions(processor.__call__), inside=True)))
+        self._used[id(module), "processor"] = slot
         slot.lead = lead
         return slot
 

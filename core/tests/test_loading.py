@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import gc
 import inspect
 import pickle
 import threading
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -341,6 +343,18 @@ def test_a_new_scheduler_after_loading_keeps_the_plugins(sd):
     generate(pipe, kwargs)
     assert pipe.plugins.report().plugins["scale"].total("scaled") == 4
     assert "step" not in pipe.scheduler.__dict__
+
+
+def test_what_the_user_replaced_is_not_held_on_to(sd):
+    pipe, kwargs = sd
+    load_pipeline(pipe, plugins=[Everything])
+    generate(pipe, kwargs)
+    old = weakref.ref(pipe.unet), weakref.ref(pipe.scheduler)
+    pipe.unet = copy.deepcopy(pipe.unet)
+    pipe.scheduler = EulerDiscreteScheduler.from_config(pipe.scheduler.config)
+    generate(pipe, kwargs)
+    gc.collect()
+    assert [ref() for ref in old] == [None, None]
 
 
 def test_never_fired_is_an_error_that_keeps_the_picture(sd):
