@@ -25,7 +25,7 @@ from .pool import load_pool
 app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__)
 
 HELD_OUT_SCENES = 1000
-GUIDANCES = (3.0, 5.0, 7.5)
+GUIDANCES = (2.0, 3.0, 5.0)
 
 Out = Annotated[Path, typer.Option(help="Working folder; the checkpoint is written to OUT/emoji-sd.")]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
@@ -93,7 +93,7 @@ def measure(
     pipe = measuring.StableDiffusionPipeline.from_pretrained(folder, local_files_only=True)
     judge = Judge.from_pretrained(folder / "judge")
     sweep = measuring.sweep_guidance(pipe, judge, GUIDANCES)
-    best = guidance or max(GUIDANCES, key=lambda g: (sweep[str(g)]["all four"], -abs(g - 5.0)))
+    best = guidance or max(GUIDANCES, key=lambda g: (sweep[str(g)]["all four"], -g))
     result = measuring.evaluate(folder, out / "grids", prompts, best)
     result["guidance_sweep"] = sweep
     exporting.write_card(folder, json.loads((out / "recipe.json").read_text()), judge, result, notes.read_text() if notes else "")

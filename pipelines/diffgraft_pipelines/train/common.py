@@ -21,6 +21,8 @@ console = Console()
 SAVE_EVERY = 250
 """Steps between checkpoints."""
 LOG_EVERY = 50
+AVERAGE_EVERY = 5
+"""Steps between updates of the averaged weights."""
 
 
 def make_accelerator(device: str) -> Accelerator:
@@ -51,7 +53,7 @@ def write_atomic(path: Path, write: Callable[[Path], Any]) -> None:
 
 
 class Averages:
-    """Exponential moving averages of the weights of several modules (fp32)."""
+    """Exponential moving averages of the weights of several modules (fp32); `decay` is per step."""
 
     def __init__(self, modules: dict[str, nn.Module], decay: float) -> None:
         self.decay = decay
@@ -60,14 +62,15 @@ class Averages:
     @torch.no_grad()
     def update(self, modules: dict[str, nn.Module], step: int) -> None:
         """Move towards the present weights; the first steps average over a shorter time."""
-        decay = min(self.decay, (1 + step) / (10 + step))
+        if step % AVERAGE_EVERY:
+            return
+        decay = min(self.decay, (1 + step) / (10 + step)) ** AVERAGE_EVERY
         for name, module in modules.items():
-            for key, value in module.state_dict().items():
-                average = self.values[name][key]
-                if value.is_floating_point():
-                    average.lerp_(value, 1 - decay)
-                else:
-                    average.copy_(value)
+            old, new = self.values[name], module.state_dict()
+            floats = [key for key, value in new.items() if value.is_floating_point()]
+            torch._foreach_lerp_([old[key] for key in floats], [new[key] for key in floats], 1 - decay)
+            for key in new.keys() - set(floats):
+                old[key].copy_(new[key])
 
 
 @dataclass
@@ -82,6 +85,8 @@ class Stage:
     accelerator: Accelerator
     ema: float = 0.998
     weight_decay: float = 0.01
+    horizon: int = 0
+    """Step at which the learning rate's cosine would end; 0: `steps`."""
 
     def run(self, loss: Callable[[int], Tensor]) -> dict[str, dict[str, Tensor]]:
         """Train with `loss(step)` and return the averaged weights of each module; a finished stage returns at once."""
@@ -89,7 +94,7 @@ class Stage:
         for module in self.modules.values():
             module.to(self.accelerator.device).train()
         parameters = [p for m in self.modules.values() for p in m.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(parameters, lr=self.learning_rate, betas=(0.9, 0.99), weight_decay=self.weight_decay)
+        optimizer = torch.optim.AdamW(parameters, lr=self.learning_rate, betas=(0.9, 0.99), weight_decay=self.weight_decay, fused=True)
         averages = Averages(self.modules, self.ema)
         step, seconds = 0, 0.0
         if path.exists():
@@ -120,7 +125,7 @@ class Stage:
             mark = time.perf_counter()
             while step < self.steps:
                 for group in optimizer.param_groups:
-                    group["lr"] = self.learning_rate * cosine(step, self.steps)
+                    group["lr"] = self.learning_rate * cosine(step, self.horizon or self.steps)
                 with self.accelerator.autocast():
                     value = loss(step)
                 optimizer.zero_grad(set_to_none=True)

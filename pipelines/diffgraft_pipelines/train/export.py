@@ -172,8 +172,10 @@ Hardware: {hardware}. Versions: {versions}. Parameters: {parts}.
 - Autoencoder: 64 x 64 x 3 to 16 x 16 x 4, L1 + MSE + gradient + KL loss on 32 px crops around the object; round trip of
   held-out scenes {psnr} dB; scaling factor {scaling}.
 - Judge: a convolutional classifier on renders, round trips, blur, noise and broken objects.
-- U-Net and text encoder: trained jointly, epsilon loss times clamp(1 / SNR, 1, 10), 10 % caption dropout, AdamW,
-  learning rate 1e-3 with cosine, batch 32, bf16 autocast, averaged weights (.998).
+- U-Net and text encoder: trained jointly, epsilon loss times clamp(1 / SNR, 1, 100), timesteps 1000 u^0.7, 10 % caption
+  dropout, AdamW, batch 32, bf16 autocast, averaged weights (.998). Objects, colours and sizes are learned first; the place
+  of a mirrored, freely placed object is decided in the noisiest timesteps and is learned last, so the later phases draw
+  more of their batch from the noisiest fifth of the schedule.
 
 ## Limits
 

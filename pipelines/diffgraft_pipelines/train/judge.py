@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import torch
@@ -78,13 +79,21 @@ def train_judge(pool: Pool, held_out: Pool, vae: AutoencoderKL, folder: Path, st
 
     net.load_state_dict(stage.run(loss)["net"])
     judge = Judge(config, net.cpu())
-    config.accuracy = {
-        "true renders": accuracy(judge, held_out.pictures, held_out.labels),
-        "VAE round trips": accuracy(judge, round_trip(vae, held_out.pictures), held_out.labels),
-        "broken objects called other": broken_accuracy(judge, held_out, seed),
-    }
+    config.accuracy = measured(judge, held_out, vae, folder / f"judge-accuracy-{steps}.json", seed)
     console.print(f"judge: {config.accuracy}", highlight=False)
     return judge
+
+
+def measured(judge: Judge, held_out: Pool, vae: AutoencoderKL, path: Path, seed: int) -> dict[str, dict[str, float]]:
+    """The judge's accuracy on held-out scenes, their round trips and broken objects; kept in `path`."""
+    if not path.exists():
+        result = {
+            "true renders": accuracy(judge, held_out.pictures, held_out.labels),
+            "VAE round trips": accuracy(judge, round_trip(vae, held_out.pictures), held_out.labels),
+            "broken objects called other": broken_accuracy(judge, held_out, seed),
+        }
+        write_atomic(path, lambda p: p.write_text(json.dumps(result, indent=1)))
+    return json.loads(path.read_text())
 
 
 def accuracy(judge: Judge, pictures: Tensor, labels: Tensor) -> dict[str, float]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -21,9 +23,37 @@ from .pool import Pool, to_float
 BATCH = 32
 POSITIONS = 16
 TEXT_WIDTH = 128
-LEARNING_RATE = 1e-3
 CAPTION_DROPOUT = 0.1
+NOISY = 0.8
+"""Share of the noise schedule from which on timesteps count as noisy: there the place of the object is decided."""
 START, END = "<|startoftext|>", "<|endoftext|>"
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A part of the training: its share of the steps, learning rate, and how many timesteps of a batch are noisy ones."""
+
+    name: str
+    share: float
+    learning_rate: float
+    noisy: int
+    seed: int
+    horizon: float = 1.0
+
+    def draw(self, generator: torch.Generator) -> Tensor:
+        """(BATCH,) times in 0..1, spread evenly over the noisy part and over the whole (denser where noisier)."""
+        few, rest = torch.rand(self.noisy, generator=generator), torch.rand(BATCH - self.noisy, generator=generator)
+        high = NOISY + (1 - NOISY) * (torch.arange(self.noisy) + few) / max(1, self.noisy)
+        return torch.cat([high, ((torch.arange(len(rest)) + rest) / len(rest)) ** 0.7])
+
+
+PHASES = (
+    Phase("unet", 5000 / 11000, 1e-3, noisy=0, seed=2, horizon=1.6),
+    Phase("unet-places", 600 / 11000, 1e-3, noisy=26, seed=3),
+    Phase("unet-final", 2400 / 11000, 7e-4, noisy=6, seed=4),
+    Phase("unet-polish", 3000 / 11000, 5e-4, noisy=14, seed=5),
+)
+"""Objects and colours are learned first; places only once the noisiest timesteps get much of the batch at a lower rate."""
 
 
 def build_scheduler() -> DDIMScheduler:
@@ -118,26 +148,33 @@ def train_unet(
     alphas = build_scheduler().alphas_cumprod
     device = accelerator.device
 
-    def loss(step: int) -> Tensor:
-        generator = step_generator(seed + 2, step)
+    @cache
+    def tokenize(text: str) -> list[int]:
+        return tokenizer(text, padding="max_length", max_length=POSITIONS, truncation=True).input_ids
+
+    def loss(step: int, phase: Phase) -> Tensor:
+        generator = step_generator(seed + phase.seed, step)
         index = torch.randint(len(mean), (BATCH,), generator=generator)
-        captions = pool.captions(index, np.random.default_rng([seed, step]))
+        captions = pool.captions(index, np.random.default_rng([seed + phase.seed - 2, step]))
         dropped = torch.rand(BATCH, generator=generator) < CAPTION_DROPOUT
         captions = ["" if d else c for c, d in zip(captions, dropped.tolist(), strict=True)]
-        tokens = tokenizer(captions, padding="max_length", max_length=POSITIONS, truncation=True, return_tensors="pt")
+        tokens = torch.tensor([tokenize(text) for text in captions])
         shape = (BATCH, *mean.shape[1:])
         latents = mean[index].float() + deviation[index].float() * torch.randn(shape, generator=generator)
         noise = torch.randn(shape, generator=generator)
-        strata = (torch.arange(BATCH) + torch.rand(BATCH, generator=generator)) / BATCH
-        timesteps = (strata * len(alphas)).long().clamp(max=len(alphas) - 1)
+        timesteps = (phase.draw(generator) * len(alphas)).long().clamp(max=len(alphas) - 1)
         alpha = alphas[timesteps].view(-1, 1, 1, 1)
         noisy = alpha.sqrt() * latents + (1 - alpha).sqrt() * noise
-        hidden = text_encoder(tokens.input_ids.to(device)).last_hidden_state
+        hidden = text_encoder(tokens.to(device)).last_hidden_state
         out = unet(noisy.to(device), timesteps.to(device), hidden).sample
-        weight = ((1 - alpha) / alpha).clamp(1, 10).to(device)
+        weight = ((1 - alpha) / alpha).clamp(1, 100).to(device)
         return (weight * (out.float() - noise.to(device)).square()).mean()
 
-    averages = Stage("unet", folder, modules, steps, LEARNING_RATE, accelerator).run(loss)
+    averages = {}
+    for phase in PHASES:
+        count = round(phase.share * steps)
+        stage = Stage(phase.name, folder, modules, count, phase.learning_rate, accelerator, horizon=round(phase.horizon * count))
+        averages = stage.run(partial(loss, phase=phase))
     return load_averages(averages, tokenizer)
 
 
