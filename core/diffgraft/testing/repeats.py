@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from diffgraft.testing.case import check
-from diffgraft.testing.subject import STEPS, USUAL, Setting, Subject, counting, denoisers, distance, refused
+from diffgraft.testing.subject import ANOTHER, STEPS, USUAL, Setting, Subject, counting, denoisers, distance, refused
 from diffgraft.testing.trace import expect_same_trace, trace
 
 PAIR = Setting(samples=(0, 1))
@@ -23,7 +23,7 @@ def break_off(s: Subject, pipe: Any, error: BaseException) -> None:
     """Raise ``error`` from inside the denoiser after six tenths of a run's layer calls; it must arrive at the caller."""
     with refused(type(error), f"{type(error).__name__} from inside the denoiser did not arrive at the caller"):
         with counting(denoisers(pipe, s.family), max(1, int(0.6 * s.fresh().leaves)), error):
-            s.run(pipe)
+            s.run(pipe, ANOTHER)
 
 
 def interrupted(s: Subject, error: BaseException) -> None:
@@ -59,7 +59,7 @@ def interrupt(s: Subject) -> None:
 def steps_change(s: Subject) -> None:
     """Steps 4 -> 7 -> 4 (MagCache E17; sglang PR #16490: a warm-up run spoils the count)."""
     pipe = s.attach(s.make())
-    s.run(pipe)
+    s.run(pipe, ANOTHER)
     s.expect_fresh(pipe, USUAL.but(num_inference_steps=7), f"7 steps after {STEPS}")
     s.expect_fresh(pipe, what=f"{STEPS} steps after 7")
 
@@ -68,7 +68,7 @@ def steps_change(s: Subject) -> None:
 def another_size(s: Subject) -> None:
     """Another size and back (sglang PR #17140: the next request with another size fails)."""
     pipe = s.attach(s.make())
-    s.run(pipe)
+    s.run(pipe, ANOTHER)
     s.expect_fresh(pipe, s.other_size or USUAL, "the run at another size")
     s.expect_fresh(pipe, what="the run at the first size again")
 
@@ -77,7 +77,7 @@ def another_size(s: Subject) -> None:
 def batch_change(s: Subject) -> None:
     """Batch 1 -> 2 -> 1 (nunchaku #596, #601)."""
     pipe = s.attach(s.make())
-    s.run(pipe)
+    s.run(pipe, ANOTHER)
     s.expect_fresh(pipe, PAIR, "batch 2 after batch 1")
     s.expect_fresh(pipe, what="batch 1 after batch 2")
 
@@ -86,7 +86,7 @@ def batch_change(s: Subject) -> None:
 def several_a_prompt(s: Subject) -> None:
     """``num_images_per_prompt=2`` and back."""
     pipe = s.attach(s.make())
-    s.run(pipe)
+    s.run(pipe, ANOTHER)
     s.expect_fresh(pipe, s.several_a_prompt, "two a prompt after one")
     s.expect_fresh(pipe, what="one after two a prompt")
 
@@ -116,7 +116,7 @@ def guidance_cut(s: Subject) -> None:
     cut = Setting(cut=1)
     s.expect_neutral(cut, "cut off in mid-run")
     pipe = s.attach(s.make())
-    s.run(pipe)
+    s.run(pipe, ANOTHER)
     s.expect_fresh(pipe, cut, "cut off in mid-run")
     s.expect_fresh(pipe, what="the run after it")
 
@@ -125,5 +125,5 @@ def guidance_cut(s: Subject) -> None:
 def strength(s: Subject) -> None:
     """Image-to-image strength .9 -> .6 (DeepCache reuses the previous picture's cache; pruna #50)."""
     pipe = s.attach(s.make())
-    s.run(pipe, USUAL.but(num_inference_steps=5, strength=0.9))
+    s.run(pipe, ANOTHER.but(num_inference_steps=5, strength=0.9))
     s.expect_fresh(pipe, USUAL.but(num_inference_steps=5, strength=0.6), "strength .6 after .9")
