@@ -114,6 +114,13 @@ class Judge:
         return torch.cat([self.net.features(part) for part in to_batch(images).split(64)])
 
 
+def load_bundled() -> Judge:
+    """The judge that ships with the bundled `emoji-sd`."""
+    from ..bundled import emoji_sd
+
+    return Judge.from_pretrained(Path(emoji_sd.path) / "judge")
+
+
 def to_batch(images: Sequence[Image.Image]) -> Tensor:
     """Pictures of any size as a (N, 3, 64, 64) float tensor in -1..1."""
     side = (scenes.SIZE, scenes.SIZE)
