@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from diffgraft.doctor import machine, versions
-from diffgraft.errors import ConfigError, Conflict
+from diffgraft.errors import BrokenPlugin, ConfigError, Conflict
 from diffgraft.family import Bundled
 from diffgraft.inputs import CallSettings, Sample, make_pictures
 from diffgraft.instruments import DenoiseClock, MacCounter, synchronize
@@ -555,11 +555,18 @@ def all_right(raw: dict[str, list[bool | None]]) -> list[bool]:
 
 
 def load_judge(bundled: Bundled) -> Judge | None:
-    """The judge of a bundled checkpoint, or None when it has none."""
+    """The judge of a bundled checkpoint, or None when it has none.
+
+    Raises:
+        BrokenPlugin: it names one that cannot be loaded.
+    """
     if bundled.judge is None:
         return None
     module, _, function = bundled.judge.partition(":")
-    judge: Judge = getattr(importlib.import_module(module), function)()
+    try:
+        judge: Judge = getattr(importlib.import_module(module), function)()
+    except (ImportError, AttributeError, OSError) as error:
+        raise BrokenPlugin(f"the judge of {bundled.name!r} ({bundled.judge}) cannot be loaded: {type(error).__name__}: {error}") from error
     return judge
 
 

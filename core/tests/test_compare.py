@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 from cli_plugins import Idle, OnlyTransformers, Rival, Slow, Sparse
-from diffgraft import ConfigError, Conflict, Unsupported, load_pipeline
-from diffgraft.compare import CompareSettings, all_right, compare, fit_steps, plain
+from diffgraft import BrokenPlugin, Bundled, ConfigError, Conflict, Unsupported, load_pipeline
+from diffgraft.compare import CompareSettings, all_right, compare, fit_steps, load_judge, plain
 from diffgraft.inputs import CallSettings, Sample, call_arguments, make_pictures, make_samples
 from diffgraft.instruments import missing_formulas
 from diffgraft.metrics import Spread, psnr, share, ssim, wilson
@@ -241,6 +241,13 @@ def test_psnr_and_ssim():
     video = np.concatenate([gray, black]).transpose(1, 0, 2, 3, 4)
     still = ssim(gray, black)[0]
     assert ssim(video, np.zeros_like(video)) == [pytest.approx((still + 1) / 2)]
+
+
+def test_a_judge_that_cannot_be_loaded():
+    assert load_judge(Bundled("x", "nowhere")) is None
+    for judge in ("no_such_module:judge", "diffgraft.compare:no_such_function"):
+        with pytest.raises(BrokenPlugin, match="judge of 'x'"):
+            load_judge(Bundled("x", "nowhere", judge=judge))
 
 
 def test_spread():
