@@ -125,7 +125,8 @@ class Wiring:
         slot = self._kept.get((id(target), name))
         if slot is None or slot.home is not target.__dict__:
             slot = method_slot(target, name)
-            slot.put(wraps_method(target, name, self._wrapper(slot, positions(getattr(target, name)), inside)))
+            eager = getattr(target, "_orig_mod", target)  # a compiled module's own forward is (*args, **kwargs)
+            slot.put(wraps_method(target, name, self._wrapper(slot, positions(getattr(eager, name)), inside)))
         self._used[id(target), name] = slot
         slot.lead = lead
         return slot
