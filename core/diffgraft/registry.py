@@ -197,6 +197,7 @@ def find_bundled(name: str) -> Bundled:
     if name not in known:
         raise PipelineNotFound(
             f"{name!r} is no bundled pipeline{nearest(name, known)} "
-            f"Bundled: {', '.join(known) or 'none (pip install diffgraft-pipelines)'}. Otherwise give a folder that exists or a Hub id 'owner/name'."
+            f"Bundled: {', '.join(known) or 'none (pip install diffgraft-pipelines)'}. "
+            "Otherwise give a folder that exists or a Hub id 'owner/name'."
         )
     return known[name]
