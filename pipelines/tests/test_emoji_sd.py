@@ -112,7 +112,7 @@ def test_judge_on_true_renders(artwork: None) -> None:
     assert list(scores) == list(FIELDS)
     for name in FIELDS:
         assert sum(bool(s) for s in scores[name]) >= 0.97 * len(images), name
-    assert sum(bool(s) for s in judge.score(images[1:], prompts[:-1])["object"]) < 0.1 * len(images)
+    assert sum(bool(s) for s in judge.score(images, prompts[::-1])["object"]) < 0.1 * len(images)
     assert judge.score(images[:1], [f"a {labels[0].object}"])["place"] == [None]
     features = judge.features(images[:5])
     assert features.shape[0] == 5
@@ -141,8 +141,8 @@ def test_bundled_folder_is_a_plain_small_pipeline_that_follows_its_prompt() -> N
     assert index["requires_safety_checker"] is False
     pipe = StableDiffusionPipeline.from_pretrained(FOLDER, local_files_only=True)
     pipe.set_progress_bar_config(disable=True)
-    prompts = ["a big apple in the center on a blue background", "a small frog on the left on a yellow background"]
-    images = pipe(prompts, num_inference_steps=12, guidance_scale=5.0, generator=torch.Generator().manual_seed(0)).images
+    prompts = ["a big apple in the center on a blue background", "a small frog at the top on a yellow background"]
+    images = pipe(prompts, num_inference_steps=12, guidance_scale=3.0, generator=torch.Generator().manual_seed(0)).images
     assert [image.size for image in images] == [(64, 64)] * 2
     scores = Judge.from_pretrained(FOLDER / "judge").score(images, prompts)
     assert scores["background"] == [True, True]

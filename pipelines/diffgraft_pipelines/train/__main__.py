@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from ..emoji.judge import Judge
+from ..emoji.judge import FIELDS, Judge
 from ..emoji.scenes import ArtworkMissing
 from . import evaluate as measuring
 from . import export as exporting
@@ -37,8 +37,8 @@ Scenes = Annotated[int, typer.Option(help="Rendered training scenes.", min=1000)
 def emoji_sd(
     out: Out,
     steps_vae: Annotated[int, typer.Option(min=1)] = 8500,
-    steps_judge: Annotated[int, typer.Option(min=1)] = 1500,
-    steps_unet: Annotated[int, typer.Option(min=1)] = 10000,
+    steps_judge: Annotated[int, typer.Option(min=1)] = 1200,
+    steps_unet: Annotated[int, typer.Option(min=1)] = 8000,
     scenes: Scenes = 40_000,
     seed: Seed = 0,
     device: Device = "auto",
@@ -93,7 +93,7 @@ def measure(
     pipe = measuring.StableDiffusionPipeline.from_pretrained(folder, local_files_only=True)
     judge = Judge.from_pretrained(folder / "judge")
     sweep = measuring.sweep_guidance(pipe, judge, GUIDANCES)
-    best = guidance or max(GUIDANCES, key=lambda g: (sweep[str(g)]["all four"], -g))
+    best = guidance or max(GUIDANCES, key=lambda g: sum(sweep[str(g)][name] for name in FIELDS))
     result = measuring.evaluate(folder, out / "grids", prompts, best)
     result["guidance_sweep"] = sweep
     exporting.write_card(folder, json.loads((out / "recipe.json").read_text()), judge, result, notes.read_text() if notes else "")

@@ -109,15 +109,15 @@ library_name: diffusers
 # emoji-sd
 
 A small real text-to-image checkpoint: a standard `StableDiffusionPipeline` that draws 64 x 64 pictures of one emoji on
-a plain background, and follows its prompt in four things that can be measured exactly: object, background colour, size
-and place. It was trained from scratch by diffgraft's own script, to try plugins on real pictures without a download
-and without a GPU. It is not meant for anything else.
+a plain background. Its prompts say four things that can be measured exactly (object, background colour, size and place);
+how well it follows each is in the table below. It was trained from scratch by diffgraft's own script, to try plugins on
+real pictures without a download and without a GPU. It is not meant for anything else.
 
 ```python
 from diffusers import StableDiffusionPipeline
 
 pipe = StableDiffusionPipeline.from_pretrained("path/to/emoji-sd")
-image = pipe("a small dog face on the left on a blue background", guidance_scale={guidance}).images[0]
+image = pipe("a big apple at the top on a blue background", guidance_scale={guidance}).images[0]
 ```
 
 Prompts: "a {{size}} {{object}} {{place}} on a {{background}} background", "{{size}} {{object}}, {{place}},
@@ -172,10 +172,10 @@ Hardware: {hardware}. Versions: {versions}. Parameters: {parts}.
 - Autoencoder: 64 x 64 x 3 to 16 x 16 x 4, L1 + MSE + gradient + KL loss on 32 px crops around the object; round trip of
   held-out scenes {psnr} dB; scaling factor {scaling}.
 - Judge: a convolutional classifier on renders, round trips, blur, noise and broken objects.
-- U-Net and text encoder: trained jointly, epsilon loss times clamp(1 / SNR, 1, 100), timesteps 1000 u^0.7, 10 % caption
-  dropout, AdamW, batch 32, bf16 autocast, averaged weights (.998). Objects, colours and sizes are learned first; the place
-  of a mirrored, freely placed object is decided in the noisiest timesteps and is learned last, so the later phases draw
-  more of their batch from the noisiest fifth of the schedule.
+- U-Net and text encoder: trained jointly, AdamW, batch 32, bf16 autocast, 10 % caption dropout, averaged weights (.998),
+  in three phases. First (learning rate 1e-3): epsilon loss times clamp(1 / SNR, 1, 10) on uniform timesteps, from half of
+  it on times clamp(1 / SNR, 1, 100) on timesteps 1000 u^0.7. Second: 26 of 32 samples from the noisiest fifth of the
+  schedule, where places are decided. Third (7e-4, cosine to zero): 6 of 32.
 
 ## Limits
 

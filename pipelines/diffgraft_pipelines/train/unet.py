@@ -39,21 +39,23 @@ class Phase:
     noisy: int
     seed: int
     horizon: float = 1.0
+    """Where the learning rate's cosine would end, in lengths of the phase."""
+    gentle: float = 0.0
+    """Share of the phase at its beginning with uniform timesteps and a loss weight of at most 10, later 100."""
 
-    def draw(self, generator: torch.Generator) -> Tensor:
+    def draw(self, generator: torch.Generator, gentle: bool) -> Tensor:
         """(BATCH,) times in 0..1, spread evenly over the noisy part and over the whole (denser where noisier)."""
         few, rest = torch.rand(self.noisy, generator=generator), torch.rand(BATCH - self.noisy, generator=generator)
         high = NOISY + (1 - NOISY) * (torch.arange(self.noisy) + few) / max(1, self.noisy)
-        return torch.cat([high, ((torch.arange(len(rest)) + rest) / len(rest)) ** 0.7])
+        return torch.cat([high, ((torch.arange(len(rest)) + rest) / len(rest)) ** (1.0 if gentle else 0.7)])
 
 
 PHASES = (
-    Phase("unet", 5000 / 11000, 1e-3, noisy=0, seed=2, horizon=1.6),
-    Phase("unet-places", 600 / 11000, 1e-3, noisy=26, seed=3),
-    Phase("unet-final", 2400 / 11000, 7e-4, noisy=6, seed=4),
-    Phase("unet-polish", 3000 / 11000, 5e-4, noisy=14, seed=5),
+    Phase("unet", 5000 / 8000, 1e-3, noisy=0, seed=2, horizon=1.6, gentle=0.5),
+    Phase("unet-places", 600 / 8000, 1e-3, noisy=26, seed=3),
+    Phase("unet-final", 2400 / 8000, 7e-4, noisy=6, seed=4),
 )
-"""Objects and colours are learned first; places only once the noisiest timesteps get much of the batch at a lower rate."""
+"""Objects, colours and sizes are learned first, places last: later phases draw more of a batch from noisy timesteps."""
 
 
 def build_scheduler() -> DDIMScheduler:
@@ -162,12 +164,13 @@ def train_unet(
         shape = (BATCH, *mean.shape[1:])
         latents = mean[index].float() + deviation[index].float() * torch.randn(shape, generator=generator)
         noise = torch.randn(shape, generator=generator)
-        timesteps = (phase.draw(generator) * len(alphas)).long().clamp(max=len(alphas) - 1)
+        gentle = step < phase.gentle * phase.share * steps
+        timesteps = (phase.draw(generator, gentle) * len(alphas)).long().clamp(max=len(alphas) - 1)
         alpha = alphas[timesteps].view(-1, 1, 1, 1)
         noisy = alpha.sqrt() * latents + (1 - alpha).sqrt() * noise
         hidden = text_encoder(tokens.to(device)).last_hidden_state
         out = unet(noisy.to(device), timesteps.to(device), hidden).sample
-        weight = ((1 - alpha) / alpha).clamp(1, 100).to(device)
+        weight = ((1 - alpha) / alpha).clamp(1, 10 if gentle else 100).to(device)
         return (weight * (out.float() - noise.to(device)).square()).mean()
 
     averages = {}
