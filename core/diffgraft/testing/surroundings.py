@@ -201,6 +201,7 @@ def save_reload(s: Subject) -> None:
     import diffusers
 
     plain, pipe = s.make(), s.attach(s.make())
+    s.run(plain)  # a tokenizer's file tells how it was last called
     s.run(pipe)
     with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryDirectory() as reference, quiet():
         pipe.save_pretrained(folder)
@@ -236,13 +237,23 @@ def deepcopy(s: Subject) -> None:
 @check("main")
 def pickling(s: Subject) -> None:
     """A pickle holds the plain pipeline; which plugins the reader has installed is not the writer's to say."""
-    pipe = s.attach(s.make())
-    base = type(pipe).__mro__[1]
-    s.run(pipe)
+    plain, pipe = s.make(), s.attach(s.make())
+    s.run(plain)
+    if can_pickle(plain):  # transformers puts hooks on some text encoders in their first call that cannot be pickled
+        s.run(pipe)
     loaded = pickle.loads(pickle.dumps(pipe))
-    assert type(loaded) is base, f"unpickled as {type(loaded)!r}"
+    assert type(loaded) is type(plain), f"unpickled as {type(loaded)!r}"
     assert stack_of(loaded) is None, "the unpickled pipeline has plugins"
     s.expect(s.run(loaded), s.baseline(), "the unpickled one, against the baseline")
+
+
+def can_pickle(pipe: Any) -> bool:
+    """Whether a plain pipeline can be pickled."""
+    try:
+        pickle.dumps(pipe)
+    except (AttributeError, TypeError, pickle.PicklingError):
+        return False
+    return True
 
 
 COMPILED = ("sd", "dit", "flux")
