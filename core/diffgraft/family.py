@@ -6,6 +6,7 @@ Families are registered through the entry-point group ``diffgraft.families``; a 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -97,6 +98,10 @@ class Family:
     appended: Literal["none", "channels", "tokens"] = "none"
     branch_prediction: Literal["same", "drop_sigma", "first_tokens", "unpacked_tail"] = "same"
     tiny: str | None = None
+
+    def is_among(self, families: Iterable[str]) -> bool:
+        """Whether a plugin's ``families`` name it: by name, by kind in the plural ("unets", "dits"; "dit" is a family), or by "*"."""
+        return bool({"*", self.name, f"{self.kind}s"} & set(families))
 
 
 @dataclass

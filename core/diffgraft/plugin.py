@@ -104,7 +104,7 @@ class Plugin:
     name      short snake_case name, the same as folder and entry point
     paper     :class:`Paper`
     api       contract number the plugin was written for (:data:`API`)
-    families  names of families it works on, or their kinds ("unet", "dit"), or "*" for all
+    families  names of families it works on, or their kinds ("unets", "dits"), or "*" for all
     Config    knobs, a :class:`~diffgraft.config.PluginConfig`
     State     what is kept in a run; built without arguments
     neutral   settings at which the output equals the baseline bit for bit

@@ -195,9 +195,9 @@ class PluginStack:
 
     def _refuse_family(self, plugin: Plugin) -> None:
         name, family = self.base_class.__name__, self.family
-        if "*" not in plugin.families and not {family.name, family.kind} & set(plugin.families):
+        if not family.is_among(plugin.families):
             raise Unsupported(
-                f"{plugin.name} does not work on {name} (family {family.name!r}, {family.kind}): "
+                f"{plugin.name} does not work on {name} (family {family.name!r}, one of the {family.kind}s): "
                 f"it is made for {', '.join(plugin.families)}"
             )
         if plugin.points() == ("guide",) and family.guidance.layout == "none":

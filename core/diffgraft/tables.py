@@ -40,7 +40,7 @@ def pipelines_of(cls: type[Plugin]) -> list[str]:
     return sorted(
         name
         for family in registry.families().values()
-        if "*" in cls.families or {family.name, family.kind} & set(cls.families)
+        if family.is_among(cls.families)
         for name in family.pipelines
     )
 

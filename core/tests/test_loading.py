@@ -41,7 +41,7 @@ class Scale(Probe):
 
     name = "scale"
     Config = Knobs
-    families = ("unet",)
+    families = ("unets",)
     effects = Effects(edits=frozenset({"prediction"}))
 
     def denoise(self, call, next):
@@ -168,7 +168,7 @@ def test_bad_knobs_name_key_value_and_allowed(sd, knobs, text):
 
 def test_wrong_family_is_refused_with_the_reason():
     pipe, _ = tiny("FluxPipeline")
-    with pytest.raises(Unsupported, match="made for unet"):
+    with pytest.raises(Unsupported, match="made for unets"):
         load_pipeline(pipe, plugins=[Everything, Scale])
     assert not hasattr(pipe, "plugins")
 

@@ -16,7 +16,7 @@ def declared(s: Subject) -> None:
     """The class declares what the planner, the CLI and these checks read, consistently (peers: such facts live in prose)."""
     plugin = s.plugin
     registry.check_class(plugin, f"plugin {plugin.name!r}")
-    known = {word for family in registry.families().values() for word in (family.name, family.kind)}
+    known = {word for family in registry.families().values() for word in (family.name, f"{family.kind}s")}
     unknown = set(plugin.families) - known - {"*"}
     assert not unknown, f"families: {sorted(unknown)} are no families; known: {sorted(known)}"
     assert plugin.paper.title, "paper: the title is missing"

@@ -89,4 +89,4 @@ def cases_of(plugin: type[Plugin], families: Iterable[Family], known: Iterable[F
 
 def claims(plugin: type[Plugin], family: Family) -> bool:
     """Whether the plugin's class says that it works on this family."""
-    return bool({"*", family.name, family.kind} & set(plugin.families))
+    return family.is_among(plugin.families)

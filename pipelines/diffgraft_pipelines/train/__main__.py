@@ -108,12 +108,17 @@ def export_now(out: Out, to: Annotated[Path, typer.Option(help="Folder to write.
     pool = load_pool(out / "pool", scenes, seed)
     held_out = load_pool(out / "pool", HELD_OUT_SCENES, seed + 1, held_out=True)
     accelerator = make_accelerator("cpu")
-    done = {name: torch.load(state / f"{name}.pt", weights_only=True, map_location="cpu") for name in ("vae", "judge", "unet")}
+    latest = [phase.name for phase in unet_stage.PHASES if (state / f"{phase.name}.pt").exists()]
+    if not latest:
+        console.print(f"[red]{state} holds no U-Net checkpoint yet; run emoji-sd first[/red]")
+        raise typer.Exit(2)
+    names = ("vae", "judge", latest[-1])
+    done = {name: torch.load(state / f"{name}.pt", weights_only=True, map_location="cpu") for name in names}
     vae = vae_stage.train_vae(pool, state, done["vae"]["step"], seed, accelerator)
     judge = judge_stage.train_judge(pool, held_out, vae, state, done["judge"]["step"], seed, accelerator)
-    unet, text, tokenizer = unet_stage.load_averages(done["unet"]["averages"], unet_stage.build_tokenizer())
+    unet, text, tokenizer = unet_stage.load_averages(done[latest[-1]]["averages"], unet_stage.build_tokenizer())
     exporting.export(to, vae, unet, text, tokenizer, judge)
-    console.print(f"exported step {done['unet']['step']} to {to}")
+    console.print(f"exported step {done[latest[-1]]['step']} of {latest[-1]} to {to}")
 
 
 def hardware(device: torch.device) -> str:

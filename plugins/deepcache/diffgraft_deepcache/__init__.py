@@ -91,7 +91,7 @@ class DeepCache(Plugin):
         omitted="the authors' patched pipelines and their schedule without a center; U-Nets with a second, image-sized path (skip_conv)",
         licence="official code Apache-2.0; written from the paper's equations",
     )
-    families = ("unet",)
+    families = ("unets",)
     Config = DeepCacheConfig
     State = Caches
     neutral = {"interval": 1}  # noqa: RUF012
