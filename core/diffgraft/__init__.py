@@ -31,7 +31,7 @@ from diffgraft.errors import (
     Unsupported,
 )
 from diffgraft.family import BlockGroup, Bundled, Family, Guidance, Tiny
-from diffgraft.plugin import API, Effects, Paper, Plugin
+from diffgraft.plugin import API, Calibrator, Effects, Need, Paper, Plugin
 
 _LAZY = {
     "load_pipeline": "loading",
@@ -49,12 +49,14 @@ __all__ = [
     "BlockInfo",
     "BrokenPlugin",
     "Bundled",
+    "Calibrator",
     "ConfigError",
     "Conflict",
     "DiffgraftError",
     "Effects",
     "Family",
     "Guidance",
+    "Need",
     "NeverFired",
     "Paper",
     "PipelineNotFound",

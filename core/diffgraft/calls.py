@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -83,6 +83,8 @@ class Target:
     family: Family
     denoisers: Mapping[str, nn.Module]
     blocks: tuple[BlockInfo, ...]
+    given: Mapping[str, Any] = field(default_factory=dict)
+    """What the plugin needs, by knob, fetched already."""
 
 
 class Call:
@@ -155,6 +157,10 @@ class Call:
     def config(self) -> Any:
         return self.entry.plugin.config
 
+    def given(self, knob: str) -> Any:
+        """What the plugin declared in ``needs`` (an artefact, a second pipeline), by knob; None where the knob is None."""
+        return self.entry.given[knob]
+
     @property
     def state(self) -> Any:
         """The plugin's own state for this run and branch: fresh at every run, freed at its end."""
@@ -168,6 +174,10 @@ class Call:
     def count(self, key: str, n: int = 1) -> None:
         """Add to a counter of the run's report ("skipped")."""
         self.run.report_of(self.entry).count(key, self.branch or "run", n)
+
+    def record(self, tensors: Mapping[str, Tensor]) -> None:
+        """Keep tensors in the run's report, for whoever reads it after the run."""
+        self.run.report_of(self.entry).records.update(tensors)
 
     def note(self, text: str) -> None:
         """Say something once in the run's report."""

@@ -1,4 +1,4 @@
-"""The command line: ``diffgraft list | show | run | compare | doctor``. Torch is imported inside the commands that need it."""
+"""The command line: ``diffgraft list | show | run | compare | calibrate | doctor``. Torch is imported inside the commands that need it."""
 
 from __future__ import annotations
 
@@ -332,6 +332,51 @@ def choose_samples(asked: list[Any], given: bool, seeds: list[int] | None, numbe
     if seeds is not None:
         return [(item, seed) for seed in seeds for item in asked[:number]]
     return [(asked[i % len(asked)], i) for i in range(number)]
+
+
+# calibrate --------------------------------------------------------------------------------------------------------------------------
+
+
+@app.command()
+def calibrate(
+    plugin: Annotated[str, typer.Argument(metavar="PLUGIN", help="A plugin that needs an artefact.")],
+    pipeline: Annotated[str, typer.Option("--pipeline", help="A bundled name, a folder, or a Hub id.")],
+    prompts: Annotated[Path | None, typer.Option("--prompts", help="A text file with one prompt a line.")] = None,
+    prompt: Annotated[list[str] | None, typer.Option("--prompt", help="A prompt; repeat for several.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="File to write [default: PLUGIN.safetensors].")] = None,
+    option: KnobValues = None,
+    seed: Annotated[int, typer.Option(help="Seed of the noise; prompt i has seed + i.")] = 0,
+    steps: Steps = None,
+    guidance_scale: GuidanceScale = None,
+    negative_prompt: NegativePrompt = None,
+    height: Height = None,
+    width: Width = None,
+    arg: Extra = None,
+    device: Device = None,
+    dtype: Dtype = None,
+) -> None:
+    """Measure what a plugin needs to know of a model; an interrupted calibration goes on where it stopped."""
+    from diffgraft.cli_values import bundled_of, call_settings, load_bare, parse_assignments, plugin_specs, read_prompts, refusals
+
+    specs = plugin_specs([plugin], option)
+    texts = read_prompts(prompt, prompts)
+    if not texts:
+        raise ConfigError("nothing to calibrate on: give --prompts FILE with one prompt a line, or --prompt TEXT")
+    extra = parse_assignments(arg, "-a")
+    path = out or Path(f"{plugin}.safetensors")
+    if path.suffix != ".safetensors":
+        raise ConfigError(f"--out {path}: an artefact is a .safetensors file")
+    from diffgraft.calibration import calibrate as measure
+    from diffgraft.inputs import make_samples
+    from diffgraft.terminal import progress
+
+    call = call_settings(bundled_of(pipeline), steps, guidance_scale, negative_prompt, height, width, None, extra)
+    pipe, built = load_bare(pipeline, specs, device, dtype)
+    samples = make_samples(pipe, [seed + i for i in range(len(texts))], texts)
+    with progress() as on_progress, refusals(pipe):
+        artefact = measure(pipe, built[0], samples, call, path, on_progress=on_progress)
+    made = artefact.made_for
+    typer.echo(f"wrote {path}: for {made.pipeline}, {made.scheduler}, {made.steps} steps, latents {made.shape}, from {len(texts)} prompts")
 
 
 # doctor -----------------------------------------------------------------------------------------------------------------------------

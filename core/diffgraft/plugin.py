@@ -17,15 +17,17 @@ A plugin keeps nothing of a run on itself: ``call.state`` is fresh for every run
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from diffgraft.config import PluginConfig, build_config
 from diffgraft.errors import BrokenPlugin
 
 if TYPE_CHECKING:
-    from diffgraft.calls import AttentionInfo, BlockInfo, Target
+    from torch import Tensor
+
+    from diffgraft.calls import AttentionInfo, BlockInfo, RunCall, Target
 
 API = 1
 """Number of the plugin contract. It changes when a plugin written for it could break, and only then."""
@@ -93,6 +95,19 @@ class Effects:
         return "; ".join(parts) or "changes nothing"
 
 
+@dataclass(frozen=True)
+class Need:
+    """One thing that a plugin needs beside its knobs; the core fetches and checks it before anything is touched (``call.given``).
+
+    kind   "artefact": a calibration file (path or Hub id) or an ``Artefact``; "pipeline": a second pipeline of the same latent space
+           (bundled name, folder, Hub id or a live one), or a list of them
+    knob   the knob that names it; where the knob is None the plugin does without
+    """
+
+    kind: Literal["artefact", "pipeline"]
+    knob: str
+
+
 @dataclass
 class NoState:
     """The state of a plugin that keeps none."""
@@ -111,6 +126,8 @@ class Plugin:
     active    settings at which the method shows on a tiny pipeline in a few steps (used by the contract suite)
     effects   :class:`Effects`
     scheduler a ``SchedulerMixin`` subclass that replaces the pipeline's for a run, or None
+    needs     what it needs beside its knobs, see :class:`Need`
+    calibration  the :class:`Calibrator` that makes its artefact, or None
     """
 
     name: ClassVar[str]
@@ -123,6 +140,8 @@ class Plugin:
     active: ClassVar[dict[str, Any]] = {}
     effects: ClassVar[Effects] = Effects()
     scheduler: ClassVar[type[Any] | None] = None
+    needs: ClassVar[tuple[Need, ...]] = ()
+    calibration: ClassVar[type[Calibrator] | None] = None
 
     def __init__(self, **knobs: Any) -> None:
         self.config = build_config(self.name, self.Config, knobs)
@@ -148,12 +167,37 @@ class Plugin:
         return tuple(point for point in POINTS if callable(getattr(cls, point, None)))
 
 
+class Calibrator(Plugin):
+    """Measures what a plugin's artefact holds: a plugin of its own, alone on the pipeline, one run a prompt.
+
+    It takes the plugin's knobs. Its hooks watch the run and keep what they see in ``call.shared``; ``collect`` makes a record of it,
+    ``summarise`` the artefact of all records.
+    """
+
+    families = ("*",)
+    neutral: ClassVar[dict[str, Any]] = {}
+
+    def run(self, call: RunCall, next: Callable[[RunCall], Any]) -> Any:
+        result = next(call)
+        call.record(self.collect(call))
+        return result
+
+    def collect(self, call: RunCall) -> dict[str, Tensor]:
+        """What one run showed."""
+        raise NotImplementedError
+
+    def summarise(self, records: Sequence[dict[str, Tensor]]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """(tensors, facts) of the artefact; facts are plain JSON values."""
+        raise NotImplementedError
+
+
 @dataclass(eq=False)
 class Entry:
     """A plugin in the stack of one pipeline. ``name`` is its key in ``pipe.plugins``."""
 
     plugin: Plugin
     enabled: bool = True
+    given: dict[str, Any] = field(default_factory=dict)
     name: str = field(init=False)
 
     def __post_init__(self) -> None:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 
 @dataclass
 class PluginReport:
-    """One plugin's part: ``fired`` calls per hook point, ``counts`` per key and branch, ``notes`` in words."""
+    """One plugin's part: ``fired`` calls per hook point, ``counts`` per key and branch, ``notes`` in words, tensors it recorded."""
 
     fired: dict[str, int] = field(default_factory=dict)
     counts: dict[str, dict[str, int]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     state_bytes: int = 0
+    records: dict[str, Any] = field(default_factory=dict)
 
     def count(self, key: str, branch: str, n: int = 1) -> None:
         per_branch = self.counts.setdefault(key, {})
@@ -29,6 +31,7 @@ class Report:
 
     steps          ``scheduler.step`` calls
     denoiser_calls denoiser forwards that the pipeline asked for, per branch
+    shape          of the latents in the last step, with the batch
     seconds        wall time of the whole call
     completed      False when an exception or an interrupt ended it
     plugins        name -> :class:`PluginReport`, outermost first
@@ -36,6 +39,7 @@ class Report:
 
     steps: int = 0
     denoiser_calls: dict[str, int] = field(default_factory=dict)
+    shape: tuple[int, ...] = ()
     seconds: float = 0.0
     completed: bool = False
     plugins: dict[str, PluginReport] = field(default_factory=dict)

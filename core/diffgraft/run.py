@@ -17,6 +17,7 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.schedulers.scheduling_utils import SchedulerOutput
 from torch import Tensor
 
+from diffgraft.artefacts import Artefact
 from diffgraft.calls import (
     AttentionCall,
     BlockCall,
@@ -30,6 +31,7 @@ from diffgraft.calls import (
     StepOutput,
 )
 from diffgraft.errors import NeverFired, Unsupported
+from diffgraft.needs import follow
 from diffgraft.report import PluginReport, Report
 from diffgraft.slots import write_schedule
 
@@ -93,6 +95,7 @@ class Run:
         self.carried: Tensor | None = None
         self.unscaled: Tensor | None = None
         self.scale_model_input: Callable[..., Tensor] | None = None
+        self._given = [value for entry in entries for value in entry.given.values() if value is not None]
         self._begin_schedule()
 
     # state and report -------------------------------------------------------------------------------------------------------------
@@ -203,6 +206,8 @@ class Run:
         call = DenoiseCall(self, inner, names, args, kwargs)
         if self._begin is None:
             self._locate(call.get(self.family.timestep))
+        if self._given:
+            self._ready(call)
         branch, branches = self._branch_of_call()
         call.branch, call.branches = branch, branches
         call.model, call.model_name = getattr(self.pipe, model_name), model_name
@@ -231,6 +236,17 @@ class Run:
             name = self.context or (guidance.order[number] if number < len(guidance.order) else f"call{number}")
             return name, (name,)
         return "cond", ("cond",)
+
+    def _ready(self, call: DenoiseCall) -> None:
+        """Before the first denoiser call: scheduler, steps, size and device are known now, and nothing was computed yet."""
+        x = self.unscaled if self.unscaled is not None else call.sample
+        for thing in self._given:
+            if isinstance(thing, Artefact):
+                thing.ensure_run(self.pipe.scheduler, self.step.total, tuple(x.shape[1:]))
+            else:
+                for second in thing if isinstance(thing, list) else [thing]:
+                    follow(second, call.sample.device)
+        self._given = []
 
     def guidance_active(self) -> bool:
         """Whether batched guidance is on now; read live, because it can be cut in mid-run."""
@@ -284,6 +300,7 @@ class Run:
         else:
             result = _step_result(onions.step, call)
         self.report.steps += 1
+        self.report.shape = tuple(call.sample.shape)
         self.index += 1
         self._step = None
         self._calls_in_step = 0

@@ -11,8 +11,9 @@ import copy
 import inspect
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -20,6 +21,7 @@ from torch import nn
 from diffgraft.calls import ModulesCall, RunCall, Target
 from diffgraft.errors import Conflict, DiffgraftError, PluginNotFound, Unsupported, nearest
 from diffgraft.family import Family
+from diffgraft.needs import fetch
 from diffgraft.planner import Part, Plan, plan
 from diffgraft.plugin import Entry, Plugin
 from diffgraft.registry import find_family
@@ -133,14 +135,15 @@ class PluginStack:
         self._refuse_in_run("configure a plugin of")
         entry = self._entry(name)
         new = type(entry.plugin)(**{**_knobs(entry.plugin), **knobs})
-        new.check(describe(self.pipe, self.family))
-        enabled, old = entry.enabled, entry.plugin
+        same = [need.knob for need in new.needs if getattr(new.config, need.knob) == getattr(entry.plugin.config, need.knob)]
+        given = self._fetch(new, describe(self.pipe, self.family), {knob: entry.given[knob] for knob in same})
+        enabled, old = entry.enabled, (entry.plugin, entry.given)
         self._switch(entry, False)
-        entry.plugin = new
+        entry.plugin, entry.given = new, given
         try:
             self._switch(entry, enabled)
         except BaseException:
-            entry.plugin = old
+            entry.plugin, entry.given = old
             self._switch(entry, enabled)
             raise
 
@@ -174,13 +177,14 @@ class PluginStack:
         everything = [entry.plugin for entry in self._entries] + [*plugins]
         plan([Part(p.name, p.effects) for p in everything]).ensure()
         target = describe(self.pipe, self.family)
+        given = []
         for plugin in plugins:
             self._refuse_family(plugin)
-            plugin.check(target)
+            given.append(self._fetch(plugin, target, {}))
         before = self._entries
         try:
-            for plugin in plugins:
-                entry = Entry(plugin)
+            for plugin, things in zip(plugins, given, strict=True):
+                entry = Entry(plugin, given=things)
                 self._entries = (*self._entries, entry)
                 self._switch(entry, True)
         except BaseException:
@@ -188,6 +192,12 @@ class PluginStack:
                 self._switch(entry, False)
             self._entries = before
             raise
+
+    def _fetch(self, plugin: Plugin, target: Target, known: Mapping[str, Any]) -> dict[str, Any]:
+        """What the plugin needs, after it and the core have found nothing against this pipeline."""
+        given = fetch(plugin, target, known)
+        plugin.check(replace(target, given=given))
+        return given
 
     def on_clear(self, undo: Callable[[], None]) -> None:
         """Have ``undo`` called by :meth:`clear`."""

@@ -10,6 +10,7 @@ import torch
 from diffgraft import Effects, Paper, Plugin, PluginConfig, Unsupported
 from diffgraft.calls import Call, DenoiseCall, RunCall, StepCall, StepOutput, Target
 from diffgraft.family import Family
+from diffgraft.predictions import SignalNoise, clean_estimate, noise_estimate, prediction_kind
 from pydantic import Field, field_validator
 from torch import Tensor
 
@@ -107,7 +108,7 @@ class TimeShift(Plugin):
             why = f"{name} has no alphas_cumprod, so the variance that belongs to a timestep is not known; use DDIM, DPM++ or Euler"
         elif not flow and scheduler.config.get("timestep_type") == "continuous":
             why = f"{name} with timestep_type='continuous' gives the denoiser log(sigma)/4 instead of a training timestep"
-        elif not flow and (kind := _prediction(family, scheduler)) not in {"epsilon", "v_prediction", "sample"}:
+        elif not flow and (kind := prediction_kind(family, scheduler)) not in {"epsilon", "v_prediction", "sample"}:
             why = f"prediction_type {kind!r} of {name} is not one of epsilon, v_prediction, sample"
         elif self.config.mode == "target" and self.config.window:
             from diffusers import DDIMScheduler
@@ -146,7 +147,7 @@ class TimeShift(Plugin):
             if self.config.data_variance is None:
                 a, b, _ = self._levels(call).at(_time(call.step.t, sample))
                 x, output = (_narrow(y, shared.shape).float() for y in (sample, output))
-                x0 = method.clean_estimate(x, output, a, b, _prediction(call.family, call.pipe.scheduler))
+                x0 = clean_estimate(x, output, SignalNoise(a.sqrt(), b.sqrt()), prediction_kind(call.family, call.pipe.scheduler))
                 shared.bounds = method.data_variance_bounds(method.sample_variance(x0), a, b)
         return prediction
 
@@ -171,7 +172,8 @@ class TimeShift(Plugin):
         k = self._offset(call, x, t_next, gate=t_next)
         a, b, _ = self._levels(call).at(t)
         a_s, b_s, _ = (y.reshape(-1, *[1] * (x.ndim - 1)) for y in self._levels(call).at(t_next + k))
-        eps = method.noise_estimate(x, call.model_output, a.to(x.dtype), b.to(x.dtype), _prediction(call.family, scheduler))
+        levels = SignalNoise(a.to(x.dtype).sqrt(), b.to(x.dtype).sqrt())
+        eps = noise_estimate(x, call.model_output, levels, prediction_kind(call.family, scheduler))
         moved = a_s.sqrt().to(x.dtype) * out.x0 + b_s.sqrt().to(x.dtype) * eps
         return torch.where(k.reshape(a_s.shape) == 0, out.sample, moved)
 
@@ -240,10 +242,6 @@ class TimeShift(Plugin):
                 f"shifted {shifted} of {considered} (samples x steps at t > cutoff){mean}; {edge} to the edge of the window; "
                 f"{considered - informative} left alone because the criterion carried no information"
             )
-
-
-def _prediction(family: Family, scheduler: Any) -> str:
-    return "flow" if family.prediction == "flow" else str(scheduler.config.get("prediction_type", "epsilon"))
 
 
 def _time(t: Tensor, like: Tensor) -> Tensor:

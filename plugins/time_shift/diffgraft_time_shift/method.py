@@ -74,26 +74,6 @@ def flow_rises(a_edge: Tensor, b_edge: Tensor, data_variance: Tensor) -> Tensor:
     return b_edge.sqrt() >= data_variance * a_edge.sqrt()
 
 
-def clean_estimate(x: Tensor, output: Tensor, a: Tensor, b: Tensor, prediction: str) -> Tensor:
-    """x_0 estimate from the network's output; x and output [B, ...], a and b 0-dim."""
-    if prediction == "epsilon":
-        return (x - b.sqrt() * output) / a.sqrt()
-    if prediction == "v_prediction":
-        return a.sqrt() * x - b.sqrt() * output
-    if prediction == "flow":  # output = eps - x_0
-        return x - b.sqrt() * output
-    return output  # "sample"
-
-
-def noise_estimate(x: Tensor, output: Tensor, a: Tensor, b: Tensor, prediction: str) -> Tensor:
-    """eps estimate from the network's output, as DDIM uses it (x_0 not clipped)."""
-    if prediction == "epsilon":
-        return output
-    if prediction == "v_prediction":
-        return a.sqrt() * output + b.sqrt() * x
-    return (x - a.sqrt() * output) / b.sqrt()  # "sample"
-
-
 def data_variance_bounds(m: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     """(lower, upper) bound of sigma_d^2 from m = Var(E[x_0 | x_t]), the variance of the denoiser's x_0 estimate. All [B]; a, b 0-dim.
 
