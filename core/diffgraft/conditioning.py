@@ -1,0 +1,124 @@
+"""The conditioning that a second pipeline makes of the same prompt: for plugins that let another model take over.
+
+Every pipeline encodes prompts in its own way and hands the result to its denoiser. So the second pipeline is called for one step with a
+listener on its denoiser, which keeps what arrives and ends the call there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from diffgraft.artefacts import Fingerprint
+from diffgraft.calls import DenoiseCall, StepCall
+from diffgraft.errors import Unsupported
+from diffgraft.plugin import Effects, Paper, Plugin
+
+NOT_COPIED = {"self", "generator", "latents", "callback", "callback_on_step_end", "callback_on_step_end_tensor_inputs",
+              "output_type", "return_dict", "num_inference_steps", "timesteps", "sigmas", "callback_steps"}  # fmt: skip
+"""Call arguments that do not concern the conditioning (a generator must not be drawn from twice)."""
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """Denoiser arguments by branch ("cond" -> {"encoder_hidden_states": [batch, tokens, width]})."""
+
+    of_branch: Mapping[str, Mapping[str, Any]]
+
+    def put_into(self, call: DenoiseCall) -> DenoiseCall:
+        """``call`` with this conditioning in the place of its own."""
+        parts = [self.of_branch[branch] for branch in call.branches]
+        return call.replace(**{name: join([part[name] for part in parts]) for name in parts[0]})  # type: ignore[no-any-return]
+
+
+def same_text_encoders(first: Any, second: Any) -> bool:
+    """Whether two pipelines encode prompts with the same weights."""
+    names = [name for name in first.components if name.startswith("text_encoder")]
+    pairs = [(getattr(first, name), getattr(second, name, None)) for name in names]
+    return all(
+        a is b or (isinstance(a, nn.Module) and isinstance(b, nn.Module) and Fingerprint.of(a).difference(Fingerprint.of(b)) is None)
+        for a, b in pairs
+    )
+
+
+def own_conditioning(second: Any, arguments: Mapping[str, Any]) -> Conditioning:
+    """What ``second`` hands to its denoiser when it is called with these arguments (of the first pipeline's call).
+
+    Raises:
+        Unsupported: the prompt was given as embeddings, which only the first pipeline understands.
+    """
+    from diffgraft.loading import load_pipeline
+    from diffgraft.stack import stack_of
+
+    given = {name: value for name, value in arguments.items() if value is not None and name not in NOT_COPIED}
+    if embeddings := [name for name in given if "embeds" in name]:
+        raise Unsupported(
+            f"{', '.join(embeddings)}: embeddings of the first pipeline say nothing to {type(second).__name__} with another text encoder; "
+            "give the prompt as text"
+        )
+    fresh = stack_of(second) is None
+    listener = Listener()
+    stack = load_pipeline(second, [listener]).plugins
+    heard: dict[str, dict[str, Any]] = {}
+    try:
+        second(**given, num_inference_steps=1, output_type="latent", generator=torch.Generator().manual_seed(0))
+    except Heard as end:
+        heard = end.of_branch
+    finally:
+        stack.clear() if fresh else stack.remove(listener.name)
+    return Conditioning(heard)
+
+
+class Heard(Exception):  # the listener's way out, not an error
+    def __init__(self, of_branch: dict[str, dict[str, Any]]) -> None:
+        self.of_branch = of_branch
+
+
+class Branches:
+    """What was heard in this run."""
+
+    def __init__(self) -> None:
+        self.of_branch: dict[str, dict[str, Any]] = {}
+
+
+class Listener(Plugin):
+    """Keeps the conditioning of every branch and ends the run."""
+
+    name = "conditioning listener"
+    paper = Paper("none", "0000.00000", "listens")
+    families = ("*",)
+    neutral: dict[str, Any] = {}  # noqa: RUF012
+    State = Branches
+    effects = Effects(skips=frozenset({"denoiser"}))
+
+    def denoise(self, call: DenoiseCall, next: Any) -> Tensor:
+        for name in call.family.conditioning:
+            value = call.get(name)
+            if value is not None:
+                for branch, part in zip(call.branches, split(value, len(call.branches)), strict=True):
+                    call.shared.of_branch.setdefault(branch, {})[name] = part
+        if len(call.branches) > 1:
+            raise Heard(call.shared.of_branch)
+        return torch.zeros_like(call.sample)
+
+    def step(self, call: StepCall, next: Any) -> Any:
+        raise Heard(call.shared.of_branch)
+
+
+def split(value: Any, n: int) -> Sequence[Any]:
+    """A tensor, or tensors in a dict, in ``n`` equal parts of rows."""
+    if isinstance(value, dict):
+        parts = {key: split(item, n) for key, item in value.items()}
+        return [{key: parts[key][i] for key in parts} for i in range(n)]
+    return value.chunk(n)  # type: ignore[no-any-return]
+
+
+def join(parts: Sequence[Any]) -> Any:
+    """The inverse of :func:`split`."""
+    if isinstance(parts[0], dict):
+        return {key: join([part[key] for part in parts]) for key in parts[0]}
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
