@@ -36,5 +36,5 @@ emoji_sd = Bundled(
         "a big umbrella on the left on a purple background",
     ),
     judge="diffgraft_pipelines.emoji.judge:load_bundled",
-    guidance_scale=3.0,
+    guidance_scale=2.0,
 )

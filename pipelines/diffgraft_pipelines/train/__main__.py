@@ -19,7 +19,7 @@ from . import export as exporting
 from . import judge as judge_stage
 from . import unet as unet_stage
 from . import vae as vae_stage
-from .common import console, make_accelerator
+from .common import console, keep_freed_memory, make_accelerator
 from .pool import load_pool
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__)
@@ -38,7 +38,7 @@ def emoji_sd(
     out: Out,
     steps_vae: Annotated[int, typer.Option(min=1)] = 8500,
     steps_judge: Annotated[int, typer.Option(min=1)] = 1200,
-    steps_unet: Annotated[int, typer.Option(min=1)] = 8000,
+    steps_unet: Annotated[int, typer.Option(min=1)] = 8500,
     scenes: Scenes = 40_000,
     seed: Seed = 0,
     device: Device = "auto",
@@ -46,6 +46,7 @@ def emoji_sd(
 ) -> None:
     """Train autoencoder, judge, U-Net and text encoder, export, measure. The same command goes on where it stopped."""
     began = time.perf_counter()
+    keep_freed_memory()
     accelerator = make_accelerator(device)
     try:
         pool = load_pool(out / "pool", scenes, seed)
@@ -108,17 +109,16 @@ def export_now(out: Out, to: Annotated[Path, typer.Option(help="Folder to write.
     pool = load_pool(out / "pool", scenes, seed)
     held_out = load_pool(out / "pool", HELD_OUT_SCENES, seed + 1, held_out=True)
     accelerator = make_accelerator("cpu")
-    latest = [phase.name for phase in unet_stage.PHASES if (state / f"{phase.name}.pt").exists()]
-    if not latest:
-        console.print(f"[red]{state} holds no U-Net checkpoint yet; run emoji-sd first[/red]")
+    names = ("vae", "judge", "unet")
+    if missing := [name for name in names if not (state / f"{name}.pt").exists()]:
+        console.print(f"[red]{state} holds no checkpoint of {', '.join(missing)} yet; run emoji-sd first[/red]")
         raise typer.Exit(2)
-    names = ("vae", "judge", latest[-1])
     done = {name: torch.load(state / f"{name}.pt", weights_only=True, map_location="cpu") for name in names}
     vae = vae_stage.train_vae(pool, state, done["vae"]["step"], seed, accelerator)
     judge = judge_stage.train_judge(pool, held_out, vae, state, done["judge"]["step"], seed, accelerator)
-    unet, text, tokenizer = unet_stage.load_averages(done[latest[-1]]["averages"], unet_stage.build_tokenizer())
+    unet, text, tokenizer = unet_stage.load_averages(done["unet"]["averages"], unet_stage.load_tokenizer(state))
     exporting.export(to, vae, unet, text, tokenizer, judge)
-    console.print(f"exported step {done[latest[-1]]['step']} of {latest[-1]} to {to}")
+    console.print(f"exported step {done['unet']['step']} to {to}")
 
 
 def hardware(device: torch.device) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes.util
 import json
 import math
 import os
@@ -30,6 +31,20 @@ def make_accelerator(device: str) -> Accelerator:
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda, but torch sees no CUDA device; use --device cpu")
     return Accelerator(mixed_precision="bf16", cpu=device == "cpu")
+
+
+def keep_freed_memory() -> None:
+    """Have glibc keep freed memory for the next step instead of giving it back to the system.
+
+    Giving it back and faulting it in again took 44 % of the time of a training step on a CPU. No effect without glibc.
+    """
+    m_trim_threshold, m_top_pad, m_mmap_max = -1, -2, -4  # malloc.h
+    library = ctypes.util.find_library("c")
+    mallopt = getattr(ctypes.CDLL(library), "mallopt", None) if library else None
+    if mallopt is not None:
+        mallopt(m_mmap_max, 0)
+        mallopt(m_trim_threshold, 2**31 - 1)
+        mallopt(m_top_pad, 256 * 2**20)
 
 
 def cosine(step: int, steps: int, warmup: int = 100) -> float:
