@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -91,7 +91,7 @@ class Listener(Plugin):
     name = "conditioning listener"
     paper = Paper("none", "0000.00000", "listens")
     families = ("*",)
-    neutral: dict[str, Any] = {}  # noqa: RUF012
+    neutral: ClassVar[dict[str, Any]] = {}
     State = Branches
     effects = Effects(skips=frozenset({"denoiser"}))
 
