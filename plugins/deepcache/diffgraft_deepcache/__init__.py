@@ -54,6 +54,8 @@ class Cache:
     seen: Any = None
     whole: bool = True
     in_place: bool = False
+    thin: bool = True
+    """Whether nothing is added to what blocks return, so that stand-ins need no channels."""
     feeder: int = -1
     feature: Any = None
     stand_ins: dict[int, Any] = field(default_factory=dict)
@@ -119,7 +121,9 @@ class DeepCache(Plugin):
             return next(call)  # type: ignore[no-any-return]
         step, sample = call.step, call.sample
         cache: Cache = call.state.begin(step.index)
-        seen = (call.model_name, sample.shape, sample.dtype, sample.device)
+        cache.in_place = edits_in_place(call)
+        cache.thin = not cache.in_place and all(x is None for name, x in call.arguments().items() if "residual" in name)
+        seen = (call.model_name, sample.shape, sample.dtype, sample.device, cache.thin)
         if cache.feature is None or seen != cache.seen:  # the first call, or guidance was cut in mid-run
             cache.whole = True
             cache.stand_ins.clear()
@@ -127,7 +131,6 @@ class DeepCache(Plugin):
             cache.whole = self.is_due(step.index, cache.last, step.total)
         if cache.whole:
             cache.last, cache.feature = step.index, None  # first free the old one
-        cache.in_place = edits_in_place(call)
         cache.seen = None  # a forward that fails half-way leaves nothing to reuse
         call.count("computed" if cache.whole else "skipped")
         out = next(call)
@@ -155,17 +158,17 @@ class DeepCache(Plugin):
             if not call.info.kind.startswith("down"):  # the last one on the way up feeds the branch
                 cache.feeder, cache.feature = order, fresh(out) if cache.in_place else out
             if order not in cache.stand_ins:
-                cache.stand_ins[order] = stand_in(out)
+                cache.stand_ins[order] = stand_in(out, cache.thin)
             return out
         out = cache.feature if order == cache.feeder else cache.stand_ins[order]
         return fresh(out) if cache.in_place else out
 
 
-def stand_in(out: Any) -> Any:
-    """The shape of a block's output without its memory."""
+def stand_in(out: Any, thin: bool) -> Any:
+    """A block's output without its memory: no channels at all, so that concatenating it is free, or (not ``thin``) its whole shape."""
     if isinstance(out, Tensor):
-        return out.new_zeros(()).expand(out.shape)
-    return tuple(map(stand_in, out)) if isinstance(out, tuple) else out
+        return out.new_empty((out.shape[0], 0, *out.shape[2:])) if thin and out.ndim >= 4 else out.new_zeros(()).expand(out.shape)
+    return tuple(stand_in(part, thin) for part in out) if isinstance(out, tuple) else out
 
 
 def fresh(out: Any) -> Any:
