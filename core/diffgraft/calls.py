@@ -145,6 +145,10 @@ class Call:
     def step(self) -> Step:
         return self.run.step
 
+    def step_at(self, ahead: int) -> Step:
+        """The step ``ahead`` steps after this one (0: this one); one behind the last is the last."""
+        return self.run.step_at(ahead)
+
     @property
     def family(self) -> Family:
         return self.run.family
@@ -256,6 +260,16 @@ class DenoiseCall(Call):
             d = differing[0]
             x = torch.cat([x, old.narrow(d, x.shape[d], old.shape[d] - x.shape[d]).to(x.dtype)], dim=d)
         return self.replace(**{run.family.sample: x.to(old.dtype)})  # type: ignore[no-any-return]
+
+
+class ControlCall(Call):
+    """One forward of a ControlNet, which comes before the denoiser call of its step; ``next`` returns what the ControlNet returns.
+
+    ``model`` the ControlNet (or the Multi one that holds several). It belongs to no branch: ``state`` is ``shared`` here.
+    """
+
+    __slots__ = ("model",)
+    model: nn.Module
 
 
 class BlockCall(Call):

@@ -6,6 +6,7 @@ listener on its denoiser, which keeps what arrives and ends the call there.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -17,6 +18,7 @@ from diffgraft.artefacts import Fingerprint
 from diffgraft.calls import DenoiseCall, StepCall
 from diffgraft.errors import Unsupported
 from diffgraft.plugin import Effects, Paper, Plugin
+from diffgraft.run import active_run
 
 NOT_COPIED = {"self", "generator", "latents", "callback", "callback_on_step_end", "callback_on_step_end_tensor_inputs",
               "output_type", "return_dict", "num_inference_steps", "timesteps", "sigmas", "callback_steps"}  # fmt: skip
@@ -45,8 +47,24 @@ def same_text_encoders(first: Any, second: Any) -> bool:
     )
 
 
+def sibling(pipe: Any) -> Any:
+    """A pipeline of the same parts with a scheduler of its own: it can be called while ``pipe`` is running."""
+    from diffgraft.stack import stack_of
+
+    stack = stack_of(pipe)
+    cls = stack.base_class if stack is not None else type(pipe)
+    names = inspect.signature(cls).parameters.keys() - pipe.components.keys()
+    settings = {name: pipe.config[name] for name in names if name in pipe.config}
+    scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)
+    made = cls(**{**pipe.components, "scheduler": scheduler}, **settings)
+    made.set_progress_bar_config(disable=True)
+    return made
+
+
 def own_conditioning(second: Any, arguments: Mapping[str, Any]) -> Conditioning:
     """What ``second`` hands to its denoiser when it is called with these arguments (of the first pipeline's call).
+
+    ``second`` may be the running pipeline itself, asked for another guidance scale or prompt.
 
     Raises:
         Unsupported: the prompt was given as embeddings, which only the first pipeline understands.
@@ -54,6 +72,9 @@ def own_conditioning(second: Any, arguments: Mapping[str, Any]) -> Conditioning:
     from diffgraft.loading import load_pipeline
     from diffgraft.stack import stack_of
 
+    run = active_run()
+    if run is not None and run.pipe is second:
+        second = sibling(second)
     given = {name: value for name, value in arguments.items() if value is not None and name not in NOT_COPIED}
     if embeddings := [name for name in given if "embeds" in name]:
         raise Unsupported(

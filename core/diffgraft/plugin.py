@@ -8,6 +8,7 @@ A plugin implements the hook points it needs, each a method in the *around* form
     denoise(call, next)    one denoiser forward              -> the prediction, a tensor
     block(call, next)      one block's forward               -> what the block returns
     attention(call, next)  one attention layer's processor   -> what the processor returns
+    control(call, next)    one ControlNet forward            -> what the ControlNet returns
     guide(call, next)      branches -> one prediction        -> a tensor shaped like the pipeline's own combination
     step(call, next)       ``scheduler.step``                -> StepOutput(sample, x0)
     modules(call, next)    surgery at attach time            -> None; ``call.swap(name, module)``, undone by the core
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 API = 1
 """Number of the plugin contract. It changes when a plugin written for it could break, and only then."""
 
-POINTS = ("run", "schedule", "denoise", "block", "attention", "guide", "step", "modules")
+POINTS = ("run", "schedule", "control", "denoise", "block", "attention", "guide", "step", "modules")
 
 
 @dataclass(frozen=True)
@@ -74,9 +75,7 @@ class Effects:
     VOCABULARY: ClassVar[dict[str, frozenset[str]]] = {
         "replaces": frozenset({"scheduler", "denoiser"}),
         "skips": frozenset({"denoiser", "blocks", "branches"}),
-        "edits": frozenset(
-            {"timestep", "schedule", "latents", "prediction", "attention", "conditioning", "resolution", "weights"}
-        ),
+        "edits": frozenset({"timestep", "schedule", "latents", "prediction", "attention", "conditioning", "resolution", "weights"}),
         "needs": frozenset({"gradients", "determinism", "all_blocks", "extra_forwards"}),
     }
 

@@ -22,6 +22,7 @@ from diffgraft.calls import (
     AttentionCall,
     BlockCall,
     Call,
+    ControlCall,
     DenoiseCall,
     GuideCall,
     Schedule,
@@ -111,7 +112,7 @@ class Run:
         return self.report.plugins[entry.name]
 
     def promise(self, point: str, some: bool) -> None:
-        """At least one block (or attention layer) was selected, so the point must be reached."""
+        """At least one block, attention layer or ControlNet was found, so the point must be reached."""
         if some:
             self._promised.add(point)
 
@@ -140,6 +141,8 @@ class Run:
                     continue
                 if point in {"block", "attention"} and (point not in self._promised or "denoiser" not in self.reached):
                     continue  # it selected none, or an outer plugin answered every denoiser call
+                if point == "control" and point not in self._promised:
+                    continue  # the pipeline has no ControlNet
                 if point == "guide":
                     self.report_of(entry).notes.append("inactive: guidance was off in this run, there was nothing to guide")
                     continue
@@ -164,15 +167,20 @@ class Run:
     @property
     def step(self) -> Step:
         if self._step is None:
-            scheduler = self.pipe.scheduler
-            timesteps = scheduler.timesteps
-            begin = self._begin or 0
-            position = min(begin + self.index, len(timesteps) - 1)
-            sigmas = getattr(scheduler, "sigmas", None)
-            total = getattr(self.pipe, "_num_timesteps", None) or len(timesteps) - begin
-            sigma = sigmas[position] if isinstance(sigmas, Tensor) and position < len(sigmas) else None
-            self._step = Step(self.index, total, timesteps[position], sigma)
+            self._step = self.step_at(0)
         return self._step
+
+    def step_at(self, ahead: int) -> Step:
+        """The step ``ahead`` steps from now."""
+        scheduler = self.pipe.scheduler
+        timesteps = scheduler.timesteps
+        begin = self._begin or 0
+        total = getattr(self.pipe, "_num_timesteps", None) or len(timesteps) - begin
+        index = self.index if ahead == 0 else min(self.index + ahead, total - 1)
+        position = min(begin + index, len(timesteps) - 1)
+        sigmas = getattr(scheduler, "sigmas", None)
+        sigma = sigmas[position] if isinstance(sigmas, Tensor) and position < len(sigmas) else None
+        return Step(index, total, timesteps[position], sigma)
 
     def _locate(self, timestep: Any) -> None:
         """Where in the schedule this run begins (image-to-image cuts the front off).
@@ -200,6 +208,14 @@ class Run:
         if schedule.timesteps is not scheduler.timesteps or schedule.sigmas is not getattr(scheduler, "sigmas", None):
             write_schedule(scheduler, schedule.timesteps, schedule.sigmas)
         self._begin_schedule()
+
+    def control(self, chain: Chain, inner: Any, names: Mapping[str, int], args: Any, kwargs: Any) -> Any:
+        self.reached.add("control")
+        call = ControlCall(self, inner, names, args, kwargs)
+        call.model = inner.__self__
+        if self._begin is None:
+            self._locate(call.get("timestep"))
+        return chain(call)
 
     def denoise(self, onions: Onions, model_name: str, inner: Any, names: Mapping[str, int], args: Any, kwargs: Any) -> Any:
         self.reached.add("denoise")
@@ -413,6 +429,7 @@ class Onions:
             return [entry for entry in entries if point in entry.plugin.points()]
 
         self.schedule = compose(at("schedule"), "schedule", schedule_terminal)
+        self.control = compose(at("control"), "control", call_inner)
         self.denoise = compose(at("denoise"), "denoise", denoise_terminal)
         self.guide = compose(at("guide"), "guide", guide_terminal) if at("guide") else None
         self.step = compose(at("step"), "step", step_terminal) if at("step") else None

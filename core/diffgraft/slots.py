@@ -93,15 +93,16 @@ def set_class(pipe: Any, cls: type) -> None:
 
 
 def write_schedule(scheduler: Any, timesteps: Any, sigmas: Any) -> None:
-    """Put an edited schedule into a scheduler.
+    """Put an edited schedule, or a part of the scheduler's own (slices of its timesteps and sigmas), into a scheduler.
 
     Raises:
         Unsupported: the scheduler derives its step size from ``num_inference_steps`` alone (DDIM, PNDM), so it cannot follow the edit.
     """
     name = type(scheduler).__name__
+    part = is_part(timesteps, scheduler.timesteps)
     has_sigmas = getattr(scheduler, "sigmas", None) is not None
     custom = getattr(scheduler, "custom_timesteps", None) is not None
-    if not has_sigmas and not custom:
+    if not has_sigmas and not custom and not part:
         raise Unsupported(
             f"{name} cannot follow an edited schedule: it steps by num_train_timesteps / num_inference_steps; use a sigma scheduler"
         )
@@ -110,9 +111,17 @@ def write_schedule(scheduler: Any, timesteps: Any, sigmas: Any) -> None:
     scheduler.timesteps = timesteps
     if has_sigmas:
         scheduler.sigmas = sigmas
+    if part:
+        return
     if custom:
         scheduler.custom_timesteps = True
     scheduler.num_inference_steps = len(timesteps)
+
+
+def is_part(timesteps: Any, of: Any) -> bool:
+    """Whether ``timesteps`` is a slice ``of[a:b]``: a view of the same storage. A part of a schedule keeps the schedule's step size."""
+    same = timesteps.untyped_storage().data_ptr() == of.untyped_storage().data_ptr()
+    return bool(same and timesteps.stride() == of.stride() and len(timesteps) <= len(of))
 
 
 def write_global(owner: Any, name: str, value: Any) -> Any:

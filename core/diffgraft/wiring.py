@@ -67,6 +67,12 @@ def attention_of(denoisers: Mapping[str, nn.Module]) -> tuple[AttentionInfo, ...
     return tuple(found)
 
 
+def controls_of(pipe: Any) -> list[nn.Module]:
+    """The ControlNets of a pipeline: diffusers calls that component ``controlnet`` in every pipeline that has one."""
+    network = getattr(pipe, "controlnet", None)
+    return [network] if isinstance(network, nn.Module) else []
+
+
 class Wiring:
     """The slots of one pipeline's stack."""
 
@@ -84,6 +90,10 @@ class Wiring:
         slots = self._scheduler(run, onions, entries)
         if points & {"denoise", "block", "attention", "guide"}:
             slots += self._denoisers(run, onions)
+        if "control" in points:
+            networks = controls_of(self.pipe)
+            slots += [self._method(network, "forward", partial(run.control, onions.control)) for network in networks]
+            run.promise("control", bool(networks))
         denoisers = denoisers_of(self.pipe, self.family)
         if "block" in points:
             chosen = _select(entries, "block", blocks_of(self.family, denoisers))

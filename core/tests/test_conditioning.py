@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from diffgraft import Unsupported, load_pipeline
-from diffgraft.conditioning import own_conditioning, same_text_encoders
+from diffgraft.conditioning import own_conditioning, same_text_encoders, sibling
 from probes import Probe, generate, tiny, trace
 
 NAMES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline", "FluxPipeline", "WanPipeline", "PixArtAlphaPipeline")
@@ -64,3 +64,37 @@ def test_embeddings_of_the_first_pipeline_are_refused():
     pipe, _ = tiny("StableDiffusionPipeline")
     with pytest.raises(Unsupported, match="prompt_embeds: embeddings of the first pipeline"):
         own_conditioning(pipe, {"prompt_embeds": torch.zeros(1, 4, 8)})
+
+
+class Asks(Probe):
+    """Asks the running pipeline itself what it makes of the prompt with guidance."""
+
+    name = "asks"
+
+    def run(self, call, next):
+        made = own_conditioning(call.pipe, {**call.arguments(), "guidance_scale": 5.0})
+        call.record({f"{branch} {name}": value for branch, part in made.of_branch.items() for name, value in part.items()})
+        return next(call)
+
+
+def test_a_running_pipeline_is_asked_for_another_guidance_scale():
+    pipe, kwargs = tiny("StableDiffusionPipeline")
+    guided = own_conditioning(pipe, {**kwargs, "guidance_scale": 5.0})
+    baseline = generate(pipe, {**kwargs, "guidance_scale": 1.0})
+    load_pipeline(pipe, plugins=[Asks])
+    assert torch.equal(generate(pipe, {**kwargs, "guidance_scale": 1.0}), baseline)
+    records = pipe.plugins.report().plugins["asks"].records
+    assert set(records) == {"cond encoder_hidden_states", "uncond encoder_hidden_states"}
+    for branch, part in guided.of_branch.items():
+        assert torch.equal(records[f"{branch} encoder_hidden_states"], part["encoder_hidden_states"])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_sibling_shares_everything_but_the_scheduler(name):
+    pipe, kwargs = tiny(name)
+    twin = sibling(pipe)
+    assert type(twin) is type(pipe)
+    assert {k: v for k, v in twin.components.items() if k != "scheduler"} == {k: v for k, v in pipe.components.items() if k != "scheduler"}
+    assert twin.scheduler is not pipe.scheduler
+    assert twin.scheduler.config == pipe.scheduler.config
+    assert torch.equal(generate(twin, kwargs), generate(pipe, kwargs))

@@ -9,7 +9,12 @@ from typing import ClassVar
 import pytest
 import torch
 from diffgraft import Schedule, StepOutput, Unsupported, load_pipeline, unload
-from diffusers import EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler, HeunDiscreteScheduler
+from diffusers import (
+    DDIMScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    HeunDiscreteScheduler,
+)
 from probes import Effects, Everything, PluginConfig, Probe, generate, tiny, trace
 
 BATCHED = ("StableDiffusionPipeline", "PixArtAlphaPipeline")
@@ -471,3 +476,98 @@ def test_two_transformers_of_wan_share_the_step_count():
     assert {model for model, *_ in seen} == {"transformer", "transformer_2"}
     assert [index for _, index, _ in seen] == [i for i in range(4) for _ in range(2)]
     assert [branch for *_, branch in seen] == ["cond", "uncond"] * 4
+
+
+class Controlled(Probe):
+    """Runs the ControlNet at the first step only and hands its residuals out again."""
+
+    name = "controlled"
+
+    class State:
+        residuals = None
+
+    def control(self, call, next):
+        call.count("asked")
+        if call.step.index == 0:
+            call.shared.residuals = next(call)
+        return call.shared.residuals
+
+
+def test_a_controlnet_can_be_left_out():
+    pipe, kwargs = tiny("StableDiffusionControlNetPipeline")
+    baseline = generate(pipe, kwargs)
+    calls = []
+    pipe.controlnet.conv_in.register_forward_pre_hook(lambda *_: calls.append(1))
+    load_pipeline(pipe, plugins=[type("Plain", (Probe,), {"control": lambda self, call, next: next(call)})])
+    assert torch.equal(generate(pipe, kwargs), baseline)
+    steps = len(calls)
+    assert steps > 1
+    calls.clear()
+    load_pipeline(unload(pipe), plugins=[Controlled])
+    assert not torch.equal(generate(pipe, kwargs), baseline)
+    assert len(calls) == 1
+    assert pipe.plugins.report().plugins["controlled"].total("asked") == steps
+    unload(pipe)
+    assert "forward" not in pipe.controlnet.__dict__
+
+
+def test_a_pipeline_without_controlnet_has_nothing_to_control():
+    pipe, kwargs = tiny("StableDiffusionPipeline")
+    load_pipeline(pipe, plugins=[Controlled])
+    generate(pipe, kwargs)
+    assert pipe.plugins.report().plugins["controlled"].fired == {}
+
+
+class Ahead(Probe):
+    """Writes down what it is told of the steps to come, and of the present one."""
+
+    name = "ahead"
+    told: ClassVar[list] = []
+
+    def step(self, call, next):
+        self.told.append([(s.index, s.total, float(s.t)) for s in (call.step, *(call.step_at(k) for k in range(4)))])
+        return next(call)
+
+
+@pytest.mark.parametrize("name", ["StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline", "FluxPipeline"])
+def test_steps_to_come_are_known(name):
+    pipe, kwargs = tiny(name)
+    Ahead.told.clear()
+    load_pipeline(pipe, plugins=[Ahead])
+    generate(pipe, kwargs, num_inference_steps=4)
+    present = [row[0] for row in Ahead.told]
+    last = len(present) - 1
+    for i, row in enumerate(Ahead.told):
+        assert row[1:] == [present[min(i + k, last)] for k in range(4)]
+
+
+class Part(Probe):
+    """Runs the schedule's steps from ``begin`` to ``end``."""
+
+    name = "part"
+
+    class Config(PluginConfig):
+        begin: int = 0
+        end: int = 100
+
+    def schedule(self, call, next):
+        timesteps, sigmas = next(call)
+        begin, end = self.config.begin, min(self.config.end, len(timesteps))
+        return Schedule(timesteps[begin:end], None if sigmas is None else sigmas[begin : end + 1])
+
+
+@pytest.mark.parametrize("scheduler", [DDIMScheduler, EulerDiscreteScheduler])
+def test_a_schedule_in_two_parts_is_the_whole(scheduler):
+    pipe, kwargs = tiny("StableDiffusionPipeline")
+    pipe.scheduler = scheduler.from_config(pipe.scheduler.config)
+    kwargs = {**kwargs, "num_inference_steps": 6, "output_type": "latent"}
+    whole = generate(pipe, kwargs)
+    load_pipeline(pipe, plugins=[Part(end=3)])
+    first = generate(pipe, kwargs)
+    assert pipe.plugins.report().steps == 3
+    pipe.plugins.configure("part", begin=3, end=6)
+    pipe.scheduler.set_timesteps(6)
+    if scheduler is EulerDiscreteScheduler:
+        pipe.scheduler.sigmas = pipe.scheduler.sigmas[3:]
+    start = first / pipe.scheduler.init_noise_sigma  # what the pipeline will multiply given latents with
+    assert torch.allclose(generate(pipe, {**kwargs, "latents": start}), whole, atol=1e-4)

@@ -52,7 +52,7 @@ def wrong_family(s: Subject) -> None:
 def neutral(s: Subject) -> None:
     """Neutral = baseline bit for bit, at the neutral settings alone and over the active ones (vLLM-Omni #6975 proves its cache so)."""
     for knobs in s.neutral_settings() if s.is_main else s.neutral_settings()[:1]:
-        pipe = load_pipeline(s.make(), plugins=[s.plugin(**knobs)])
+        pipe = load_pipeline(s.make(), plugins=[s.instance(**knobs)])
         s.expect(s.run(pipe), s.baseline(), f"at {knobs} against the baseline")
 
 
@@ -70,7 +70,8 @@ def fires(s: Subject) -> None:
     """Fires where it must: every implemented point, and the picture changes or the report says why not (cache-dit C3, vLLM-Omni #7335)."""
     fresh = s.fresh()
     inactive = [note for note in fresh.report.notes if "inactive" in note]
-    expected = [point for point in s.plugin.points() if point != "modules"] + (["scheduler"] if s.plugin.scheduler else [])
+    absent = {"modules"} if "controlnet" in s.facts.components else {"modules", "control"}
+    expected = [point for point in s.plugin.points() if point not in absent] + (["scheduler"] if s.plugin.scheduler else [])
     for point in expected:
         assert fresh.report.fired.get(point) or inactive, f"its {point!r} hook never fired; fired: {fresh.report.fired}"
     if not inactive:
@@ -140,7 +141,7 @@ def switches(s: Subject) -> None:
 def in_place(s: Subject) -> None:
     """Tensors of the pipeline and of other plugins are not written into (WaveSpeed PR #149); do-nothing neighbours change nothing."""
     outer, inner, ledger = watchers(s.plugin)
-    around = [outer, s.plugin(**s.plugin.active), inner] if outer.points() else [s.plugin(**s.plugin.active)]
+    around = [outer, s.instance(**s.plugin.active), inner] if outer.points() else [s.instance(**s.plugin.active)]
     pipe = load_pipeline(s.make(), plugins=around)
     output = s.run(pipe)
     assert not ledger.written, f"writes into tensors that it was given ({len(ledger.written)} times): {ledger.written[0]}"

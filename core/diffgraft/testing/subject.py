@@ -19,11 +19,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from diffgraft.artefacts import Artefact, MadeFor
 from diffgraft.errors import ConfigError
 from diffgraft.family import Family
 from diffgraft.loading import load_pipeline
 from diffgraft.plugin import Plugin
 from diffgraft.report import PluginReport
+from diffgraft.stack import describe, stack_of
 
 STEPS = 4
 PROMPTS = ("a red apple on the left", "two green dogs")
@@ -152,10 +154,19 @@ class Subject:
 
     def attach(self, pipe: Any, **knobs: Any) -> Any:
         """Put the plugin on ``pipe``, with the settings at which it shows (and ``knobs``)."""
-        return load_pipeline(pipe, plugins=[self.plugin(**{**self.plugin.active, **knobs})])
+        return load_pipeline(pipe, plugins=[self.instance(**{**self.plugin.active, **knobs})])
+
+    def instance(self, **knobs: Any) -> Plugin:
+        """The plugin with these knobs, and a second pipeline in every knob that wants one."""
+        for need in self.plugin.needs:
+            if need.kind == "pipeline" and need.knob not in knobs:
+                knobs[need.knob] = partner(self.family, self.class_name)
+        return self.plugin(**knobs)
 
     def run(self, pipe: Any, setting: Setting = USUAL, **extra: Any) -> Tensor:
-        """One call; the latents (or pixels) that come out."""
+        """One call; the latents (or pixels) that come out. A plugin with an artefact gets the one for this setting, as a user gives it."""
+        if has_plugin(pipe, self.plugin) and (knobs := artefacts(self.plugin, self.family, self.class_name, setting)):
+            pipe.plugins.configure(self.plugin.name, **knobs)
         return call(pipe, self.family, self.class_name, setting, **extra)
 
     def baseline(self, setting: Setting = USUAL) -> Tensor:
@@ -225,7 +236,7 @@ class Subject:
 
     def expect_neutral(self, setting: Setting, what: str) -> None:
         """At neutral settings it is the baseline here too."""
-        pipe = load_pipeline(self.make(setting), plugins=[self.plugin(**self.plugin.neutral)])
+        pipe = load_pipeline(self.make(setting), plugins=[self.instance(**self.plugin.neutral)])
         self.expect(self.run(pipe, setting), self.baseline(setting), f"neutral, {what}, against the baseline")
 
     def expect_effect(self, setting: Setting, base: Setting, what: str) -> None:
@@ -283,6 +294,7 @@ class Facts:
     has_processors: bool
     has_ip_adapter: bool
     has_offload: bool
+    components: tuple[str, ...]
 
 
 @functools.cache
@@ -299,15 +311,16 @@ def facts(family: Family, class_name: str) -> Facts:
         has_ip_adapter=all(type(model).__name__ == "UNet2DConditionModel" for model in denoisers(pipe, family))
         and "ip_adapter_image_embeds" in inspect.signature(type(pipe).__call__).parameters,
         has_offload=getattr(pipe, "model_cpu_offload_seq", None) is not None,
+        components=tuple(pipe.components),
     )
 
 
-def tiny(family: Family, class_name: str) -> Any:
+def tiny(family: Family, class_name: str, seed: int = 0) -> Any:
     """A fresh tiny pipeline from the family's factory."""
     assert family.tiny is not None, f"family {family.name} has no tiny pipeline"
     module, _, function = family.tiny.partition(":")
     with quiet():
-        return getattr(importlib.import_module(module), function)(class_name, 0)
+        return getattr(importlib.import_module(module), function)(class_name, seed)
 
 
 def denoisers(pipe: Any, family: Family) -> list[nn.Module]:
@@ -495,6 +508,47 @@ def call(pipe: Any, family: Family, class_name: str, setting: Setting, **extra: 
         result = torch.as_tensor(np.asarray(output)).clone()
     assert torch.isfinite(result).all(), "the output has NaN or infinite values"
     return result
+
+
+def partner(family: Family, class_name: str) -> Any:
+    """A second tiny pipeline of the same latent space and text encoders, whose denoisers have other weights."""
+    first, second = tiny(family, class_name).pipe, tiny(family, class_name, seed=1).pipe
+    for name, part in first.components.items():
+        if name not in family.denoisers and name != "controlnet":
+            setattr(second, name, part)
+    return second
+
+
+def has_plugin(pipe: Any, plugin: type[Plugin]) -> bool:
+    """Whether ``plugin`` is on ``pipe`` and enabled."""
+    stack = stack_of(pipe)
+    return stack is not None and plugin.name in stack and type(stack[plugin.name]) is plugin
+
+
+def artefacts(plugin: type[Plugin], family: Family, class_name: str, setting: Setting) -> dict[str, Any]:
+    """The artefacts that the plugin needs under ``setting``, by knob."""
+    if plugin.calibration is None:
+        return {}
+    made_under = replace(setting, samples=setting.samples[:1], cut=None)
+    key = (plugin, family, class_name, made_under)
+    if key not in _artefacts:
+        _artefacts[key] = calibrated(*key)
+    return {need.knob: _artefacts[key] for need in plugin.needs if need.kind == "artefact"}
+
+
+_artefacts: dict[tuple[Any, ...], Artefact] = {}
+
+
+def calibrated(plugin: type[Plugin], family: Family, class_name: str, setting: Setting) -> Artefact:
+    """What the plugin's calibrator makes of one run under ``setting``."""
+    assert plugin.calibration is not None
+    calibrator = plugin.calibration(**plugin.active)
+    pipe = load_pipeline(prepared(tiny(family, class_name).pipe, family, setting), plugins=[calibrator])
+    call(pipe, family, class_name, setting)
+    report = pipe.plugins.report()
+    models = describe(pipe, family).denoisers
+    made_for = MadeFor.describe(plugin.name, pipe, models, report.steps, report.shape[1:])
+    return Artefact(made_for, *calibrator.summarise([report.plugins[calibrator.name].records]))
 
 
 @functools.cache
