@@ -90,6 +90,25 @@ def calibrate(
         stack.clear()
 
 
+def calibrate_call(pipe: Any, plugin: Plugin, call: Callable[[], Any]) -> Artefact:
+    """The artefact that one ``call()`` of ``pipe`` gives: enough for a test or a benchmark on random weights; nothing is written.
+
+    Raises:
+        Unsupported: the plugin needs no calibration, or does not work on this pipeline.
+    """
+    if plugin.calibration is None:
+        raise Unsupported(f"{plugin.name} needs no calibration: it has no artefact")
+    calibrator = plugin.calibration(**{name: getattr(plugin.config, name) for name in plugin.config.model_fields_set})
+    stack = load_pipeline(pipe, [calibrator]).plugins
+    try:
+        call()
+        report = stack.report()
+        made_for = MadeFor.describe(plugin.name, pipe, describe(pipe, stack.family).denoisers, report.steps, report.shape[1:])
+        return Artefact(made_for, *calibrator.summarise([report.plugins[calibrator.name].records]))
+    finally:
+        stack.clear()
+
+
 def resume(path: Path, plugin: str, digest: str) -> Artefact:
     """A record of an interrupted calibration.
 

@@ -150,7 +150,7 @@ def load_bare(name: str, specs: list[tuple[str, dict[str, Any]]], device: str | 
     plan([Part(plugin.name, plugin.effects) for plugin in built]).ensure()
     hide_bars()
     try:
-        pipe = load_pipeline(folder, dtype=parse_dtype(dtype, target, folder))
+        pipe = load_pipeline(name, dtype=parse_dtype(dtype, target, folder))
     except (OSError, ValueError) as error:  # diffusers and the Hub say in their own ways that something is not there
         raise PipelineNotFound(f"{name!r} cannot be loaded: {first_line(error)}") from error
     if not sys.stderr.isatty():
@@ -186,7 +186,7 @@ def call_settings(
     image: Path | None,
     extra: Mapping[str, Any],
 ) -> CallSettings:
-    """The options of a call; a bundled pipeline brings its own steps and guidance scale."""
+    """The options of a call; a bundled pipeline brings its own steps, guidance scale and other arguments."""
     from diffgraft.inputs import CallSettings
 
     if (height is None) != (width is None):
@@ -206,7 +206,7 @@ def call_settings(
         height=height,
         width=width,
         image=picture,
-        extra=dict(extra),
+        extra={**(bundled.call if bundled else {}), **extra},
     )
 
 

@@ -13,10 +13,11 @@ import typer
 from rich.table import Table
 
 from diffgraft.compare import ArmResult, Comparison
-from diffgraft.pictures import draw_grid, to_images, write_atomic
+from diffgraft.pictures import draw_grid, strip, to_images, write_atomic
 from diffgraft.terminal import console
 
 GRID_COLUMNS = 6
+VIDEO_COLUMNS = 2
 
 
 def write_comparison(result: Comparison, pipeline: str, out: Path) -> None:
@@ -29,12 +30,10 @@ def write_comparison(result: Comparison, pipeline: str, out: Path) -> None:
 
 
 def comparison_grid(result: Comparison, pipeline: str) -> Any:
-    """The labelled picture grid: a row an arm, a column a prompt; of a video its middle frame."""
-    samples = result.settings.samples[:GRID_COLUMNS]
-    rows = []
-    for item in result.arms:
-        middle = item.pictures.shape[1] // 2
-        rows.append((grid_label(item), to_images(item.pictures[: len(samples), middle])))
+    """The labelled picture grid: a row an arm, a column a prompt; of a video a strip of frames."""
+    video = result.arms[0].pictures.shape[1] > 1
+    samples = result.settings.samples[: VIDEO_COLUMNS if video else GRID_COLUMNS]
+    rows = [(grid_label(item), [strip(to_images(frames)) for frames in item.pictures[: len(samples)]]) for item in result.arms]
     machine = result.environment
     footer = (
         f"{machine.get('device_name') or machine['processor']}, {machine['dtype'].removeprefix('torch.')}, one picture a call, p50 of "
@@ -42,7 +41,8 @@ def comparison_grid(result: Comparison, pipeline: str) -> Any:
         f"Fewer steps at equal time: {result.equal_time}."
     )
     captions = [f"{sample.label} (seed {sample.seed})" for sample in samples]
-    return draw_grid(f"{pipeline}: plugins against the plain pipeline", footer, captions, rows)
+    side = 480 if video else 192
+    return draw_grid(f"{pipeline}: plugins against the plain pipeline", footer, captions, rows, side)
 
 
 def grid_label(item: ArmResult) -> list[str]:

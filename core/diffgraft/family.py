@@ -6,7 +6,7 @@ Families are registered through the entry-point group ``diffgraft.families``; a 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -116,8 +116,12 @@ class Tiny:
 class Bundled:
     """A small real checkpoint that ships with a package (entry-point group ``diffgraft.pipelines``).
 
-    ``path`` a standard diffusers folder; ``prompts`` good example prompts; ``judge`` "module:function" returning an object with
-    ``score(images, prompts) -> dict[str, list[bool | None]]`` (one verdict an image for each thing the prompt asks for), or None.
+    path    a standard diffusers folder
+    lora    a folder with a LoRA to load onto it (``pytorch_lora_weights.safetensors``) and the ``scheduler`` that it wants, or None
+    prompts good example prompts
+    judge   "module:function" returning an object with ``score(images, prompts) -> dict[str, list[bool | None]]`` (one verdict an image
+            for each thing the prompt asks for; a video is a list of images), or None
+    steps, guidance_scale, call  what the CLI calls it with; ``call`` any other argument (``num_frames``)
     """
 
     name: str
@@ -126,3 +130,5 @@ class Bundled:
     judge: str | None = None
     steps: int = 50
     guidance_scale: float = 7.5
+    lora: str | None = None
+    call: Mapping[str, object] = field(default_factory=dict)

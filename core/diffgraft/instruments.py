@@ -1,13 +1,16 @@
-"""Instruments for the denoiser(s) of a pipeline: a clock and a counter of multiply-adds, put on by module hooks and taken off again."""
+"""Instruments: a clock and a counter of multiply-adds for the denoiser(s) of a pipeline (by module hooks), a counter of live memory."""
 
 from __future__ import annotations
 
 import time
+import weakref
 from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop
 
 from diffgraft.stack import PluginStack
@@ -82,6 +85,34 @@ class MacCounter:
     @property
     def macs(self) -> int:
         return self.flops // 2
+
+
+class LiveBytes(TorchDispatchMode):
+    """Bytes of tensors alive at the worst moment, counted at every operator: ``peak`` of all that is made, from birth to death.
+
+    ``known``: storages (``tensor.untyped_storage()._cdata``) that were there before and do not count.
+    """
+
+    def __init__(self, known: set[int]) -> None:
+        super().__init__()
+        self.known, self.now, self.peak = known, 0, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, torch.Tensor):
+                storage = leaf.untyped_storage()
+                key, size = storage._cdata, storage.nbytes()
+                if key not in self.known:
+                    self.known.add(key)
+                    self.now += size
+                    self.peak = max(self.peak, self.now)
+                    weakref.finalize(storage, self.died, key, size)
+        return out
+
+    def died(self, key: int, size: int) -> None:
+        self.known.discard(key)
+        self.now -= size
 
 
 def missing_formulas() -> dict[Any, Any]:

@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import diffusers
 from diffusers import DiffusionPipeline
 
 from diffgraft import registry
@@ -45,7 +46,7 @@ def load_pipeline(
     made = [build_plugin(spec) for spec in as_specs(plugins)]
     plan([Part(plugin.name, plugin.effects) for plugin in made]).ensure()
     if isinstance(pipeline, (str, os.PathLike)):
-        pipe = DiffusionPipeline.from_pretrained(resolve(pipeline), **from_pretrained)
+        pipe = read_pipeline(pipeline, **from_pretrained)
     elif from_pretrained:
         raise ConfigError(f"{', '.join(from_pretrained)}: only for a name or folder; a live pipeline is loaded already")
     elif isinstance(pipeline, DiffusionPipeline):
@@ -68,6 +69,19 @@ def unload(pipe: Any) -> Any:
     stack = stack_of(pipe)
     if stack is not None:
         stack.clear()
+    return pipe
+
+
+def read_pipeline(name: str | os.PathLike[str], **from_pretrained: Any) -> Any:
+    """The plain pipeline behind a bundled name, folder or Hub id; a bundled LoRA comes with its scheduler."""
+    folder = resolve(name)
+    pipe = DiffusionPipeline.from_pretrained(folder, **from_pretrained)
+    text = os.fspath(name)
+    lora = registry.find_bundled(text).lora if text in registry.bundled_names() and not os.path.isdir(name) else None
+    if lora is not None:
+        config = type(pipe.scheduler).load_config(lora, subfolder="scheduler")
+        pipe.scheduler = getattr(diffusers, config["_class_name"]).from_config(config)
+        pipe.load_lora_weights(lora, adapter_name=text.replace("-", "_"))
     return pipe
 
 

@@ -53,10 +53,10 @@ def fetch_pipeline(plugin: Plugin, knob: str, value: Any, target: Target) -> Any
     """A second pipeline on the device and in the dtype of the first, of the same class and latent space."""
     from diffusers import DiffusionPipeline
 
-    from diffgraft.loading import resolve
+    from diffgraft.loading import read_pipeline
 
     if isinstance(value, (str, os.PathLike)):
-        second = DiffusionPipeline.from_pretrained(resolve(value), torch_dtype=target.pipe.dtype).to(target.pipe.device)
+        second = read_pipeline(value, torch_dtype=target.pipe.dtype).to(target.pipe.device)
         second.set_progress_bar_config(disable=True)
     elif isinstance(value, DiffusionPipeline):
         second = value

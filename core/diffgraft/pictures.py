@@ -86,6 +86,16 @@ def contact_sheet(frames: list[Image.Image]) -> Image.Image:
     return sheet
 
 
+def strip(frames: Sequence[Image.Image], count: int = 5) -> Image.Image:
+    """``count`` frames of a video side by side, spread evenly from the first to the last; a still picture as it is."""
+    chosen = [frames[round(i * (len(frames) - 1) / (count - 1))] for i in range(count)] if len(frames) > count else frames
+    width, height = frames[0].size
+    page = Image.new("RGB", (width * len(chosen), height))
+    for i, frame in enumerate(chosen):
+        page.paste(frame, (i * width, 0))
+    return page
+
+
 def draw_grid(
     title: str, footer: str, captions: Sequence[str], rows: Sequence[tuple[Sequence[str], Sequence[Image.Image]]], side: int = 192
 ) -> Image.Image:

@@ -19,13 +19,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from diffgraft.artefacts import Artefact, MadeFor
+from diffgraft.artefacts import Artefact
+from diffgraft.calibration import calibrate_call
 from diffgraft.errors import ConfigError
 from diffgraft.family import Family
 from diffgraft.loading import load_pipeline
 from diffgraft.plugin import Plugin
 from diffgraft.report import PluginReport
-from diffgraft.stack import describe, stack_of
+from diffgraft.stack import stack_of
 
 STEPS = 4
 PROMPTS = ("a red apple on the left", "two green dogs")
@@ -541,14 +542,8 @@ _artefacts: dict[tuple[Any, ...], Artefact] = {}
 
 def calibrated(plugin: type[Plugin], family: Family, class_name: str, setting: Setting) -> Artefact:
     """What the plugin's calibrator makes of one run under ``setting``."""
-    assert plugin.calibration is not None
-    calibrator = plugin.calibration(**plugin.active)
-    pipe = load_pipeline(prepared(tiny(family, class_name).pipe, family, setting), plugins=[calibrator])
-    call(pipe, family, class_name, setting)
-    report = pipe.plugins.report()
-    models = describe(pipe, family).denoisers
-    made_for = MadeFor.describe(plugin.name, pipe, models, report.steps, report.shape[1:])
-    return Artefact(made_for, *calibrator.summarise([report.plugins[calibrator.name].records]))
+    pipe = prepared(tiny(family, class_name).pipe, family, setting)
+    return calibrate_call(pipe, plugin(**plugin.active), lambda: call(pipe, family, class_name, setting))
 
 
 @functools.cache

@@ -1,7 +1,7 @@
 """DeepCache on a random U-Net of Stable Diffusion 1.5's configuration: ours against the baseline, the counted MACs and the PyPI package.
 
-    python examples/benchmarks/deepcache.py                                        # CPU, 256 px
-    python examples/benchmarks/deepcache.py --device cuda --dtype float16 --size 64 --steps 50 --rounds 10 [--compile]
+    python plugins/deepcache/benchmarks/against_package.py                                        # CPU, 256 px
+    python plugins/deepcache/benchmarks/against_package.py --device cuda --dtype float16 --size 64 --steps 50 --rounds 10 [--compile]
 
 Only denoising is run (prompt embeddings go in, latents come out), with guidance, so in batches of 2, on a real StableDiffusionPipeline that
 went through ``load_pipeline``. Time: the sides take turns in one process; medians over the rounds, speed-ups within a round. MACs: torch's
@@ -16,7 +16,6 @@ import gc
 import json
 import statistics
 import time
-import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
@@ -24,12 +23,11 @@ from typing import Annotated, Any
 import torch
 import typer
 from diffgraft import load_pipeline
+from diffgraft.instruments import LiveBytes
 from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 
@@ -113,31 +111,6 @@ class Sides:
 def wait(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize()
-
-
-class LiveBytes(TorchDispatchMode):
-    """Counts the storages that operators make, from birth to death."""
-
-    def __init__(self, known: set[int]) -> None:
-        super().__init__()
-        self.known, self.now, self.peak = known, 0, 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(out):
-            if isinstance(leaf, torch.Tensor):
-                storage = leaf.untyped_storage()
-                key, size = storage._cdata, storage.nbytes()
-                if key not in self.known:
-                    self.known.add(key)
-                    self.now += size
-                    self.peak = max(self.peak, self.now)
-                    weakref.finalize(storage, self.died, key, size)
-        return out
-
-    def died(self, key: int, size: int) -> None:
-        self.known.discard(key)
-        self.now -= size
 
 
 def peak_bytes(sides: Sides, side: str) -> tuple[int, int | None]:

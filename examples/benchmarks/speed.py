@@ -1,0 +1,211 @@
+"""Time, multiply-adds and memory of any plugins on denoisers of real configurations with random weights, against the plain pipeline.
+
+    python examples/benchmarks/speed.py --config sd15 --plugins NAME -o NAME.KNOB=VALUE        # CPU: scaled down as the table says
+    python examples/benchmarks/speed.py --config flux --plugins NAME --full --device cuda --dtype bfloat16 [--compile]
+
+Only denoising is run (embeddings go in, latents come out) on a real pipeline that went through ``load_pipeline``. Time: both sides take
+turns in one process; medians, and the speed-up within a round. MACs: torch's flop counter over a whole run of each side; the MAC limit is
+the speed-up if time followed them. Memory: bytes of tensors alive beside weights and inputs at the worst moment, in a run of its own.
+What a plugin needs is made here: an artefact by calibrating on the run itself, a second pipeline with half the width.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import diffgraft
+import diffusers
+import torch
+import typer
+from diffgraft import load_pipeline
+from diffgraft.calibration import calibrate_call
+from diffgraft.cli_values import plugin_specs
+from diffgraft.instruments import LiveBytes, MacCounter, synchronize
+from diffgraft.loading import build_plugin
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from torch import Tensor
+
+Noise = Callable[..., Tensor]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A pipeline and the arguments of its call; `scale` says what was made smaller than the real model."""
+
+    pipe: Any
+    arguments: dict[str, Any]
+    scale: str
+
+
+def sd15(noise: Noise, full: bool, width: float = 1.0) -> Case:
+    """Stable Diffusion 1.5's U-Net, guidance on."""
+    channels = tuple(int(c * width) for c in (320, 640, 1280, 1280))
+    unet = diffusers.UNet2DConditionModel(sample_size=64, cross_attention_dim=768, attention_head_dim=8, block_out_channels=channels)
+    scheduler = diffusers.DDIMScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=False, steps_offset=1
+    )
+    pipe = diffusers.StableDiffusionPipeline(
+        vae=None, text_encoder=None, tokenizer=None, unet=unet, scheduler=scheduler, safety_checker=None, feature_extractor=None,
+        requires_safety_checker=False,
+    )  # fmt: skip
+    size = 512 if full else 256
+    embeds = {"prompt_embeds": noise(1, 77, 768), "negative_prompt_embeds": noise(1, 77, 768)}
+    return Case(pipe, {**embeds, "height": size, "width": size}, "real size" if full else "256 px instead of 512")
+
+
+def flux(noise: Noise, full: bool, width: float = 1.0) -> Case:
+    """Flux: double and single blocks, no true CFG."""
+    double, single, heads, size = (19, 38, int(24 * width), 1024) if full else (4, 8, int(8 * width), 256)
+    transformer = diffusers.FluxTransformer2DModel(num_layers=double, num_single_layers=single, num_attention_heads=heads,
+                                                   pooled_projection_dim=768, joint_attention_dim=512, guidance_embeds=False)  # fmt: skip
+    pipe = diffusers.FluxPipeline(
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True), transformer=transformer,
+        vae=None, text_encoder=None, tokenizer=None, text_encoder_2=None, tokenizer_2=None,
+    )  # fmt: skip
+    embeds = {"prompt_embeds": noise(1, 64, 512), "pooled_prompt_embeds": noise(1, 768)}
+    scale = "real size" if full else "4 + 8 blocks of 8 heads instead of 19 + 38 of 24, 256 px instead of 1024"
+    return Case(pipe, {**embeds, "height": size, "width": size}, scale)
+
+
+def wan(noise: Noise, full: bool, width: float = 1.0) -> Case:
+    """Wan 2.1: sequential CFG."""
+    layers, heads, height, frames = (30, int(12 * width), 480, 81) if full else (10, int(6 * width), 192, 9)
+    transformer = diffusers.WanTransformer3DModel(num_layers=layers, num_attention_heads=heads, ffn_dim=heads * 128 * 6, text_dim=512)
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
+    pipe = diffusers.WanPipeline(vae=None, text_encoder=None, tokenizer=None, transformer=transformer, scheduler=scheduler)
+    embeds = {"prompt_embeds": noise(1, 64, 512), "negative_prompt_embeds": noise(1, 64, 512)}
+    scale = "real size" if full else "10 blocks of 6 heads instead of 30 of 12, 192 px and 9 frames instead of 480 x 832 and 81"
+    return Case(pipe, {**embeds, "height": height, "width": 832 if full else height, "num_frames": frames}, scale)
+
+
+CONFIGS: dict[str, Callable[..., Case]] = {"sd15": sd15, "flux": flux, "wan": wan}
+
+
+def make_case(config: str, device: str, dtype: torch.dtype, full: bool, steps: int, width: float = 1.0) -> Case:
+    """The case on its device, without progress bar."""
+    torch.manual_seed(0)
+    generator = torch.Generator().manual_seed(0)
+    case = CONFIGS[config](lambda *shape: torch.randn(shape, generator=generator).to(device, dtype), full, width)
+    for name in ("unet", "transformer"):
+        if (model := getattr(case.pipe, name, None)) is not None:
+            model.eval().requires_grad_(False).to(device, dtype)
+    case.pipe.set_progress_bar_config(disable=True)
+    case.arguments.update(num_inference_steps=steps, output_type="latent")
+    return case
+
+
+def run(case: Case) -> Tensor:
+    """One call; always the same noise."""
+    with torch.no_grad():
+        return case.pipe(**case.arguments, generator=torch.Generator().manual_seed(0))[0]  # type: ignore[no-any-return]
+
+
+def with_needs(spec: tuple[str, dict[str, Any]], case: Case, second: Callable[[], Case]) -> tuple[str, dict[str, Any]]:
+    """The plugin's spec with what it needs and was not given."""
+    name, knobs = spec
+    plugin = build_plugin(spec)
+    for need in plugin.needs:
+        if knobs.get(need.knob) is None:
+            knobs[need.knob] = calibrate_call(case.pipe, plugin, lambda: run(case)) if need.kind == "artefact" else second().pipe
+    return name, knobs
+
+
+def timed(case: Case) -> float:
+    """Seconds of one call."""
+    synchronize(case.pipe.device)
+    started = time.perf_counter()
+    run(case)
+    synchronize(case.pipe.device)
+    return time.perf_counter() - started
+
+
+def peak_bytes(case: Case) -> int:
+    """Bytes of tensors made in a run and alive at its worst moment."""
+    weights = [p for part in case.pipe.components.values() if isinstance(part, torch.nn.Module) for p in part.parameters()]
+    inputs = [value for value in case.arguments.values() if isinstance(value, Tensor)]
+    gc.collect()
+    with LiveBytes({tensor.untyped_storage()._cdata for tensor in (*weights, *inputs)}) as counter:
+        run(case)
+    return counter.peak
+
+
+def main(
+    config: Annotated[str, typer.Option(help=f"One of {', '.join(CONFIGS)}.")],
+    plugins: Annotated[list[str], typer.Option(help="Plugin names, first = outermost.")],
+    option: Annotated[list[str] | None, typer.Option("--option", "-o", metavar="PLUGIN.KNOB=VALUE")] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="Timed rounds; in each, both sides run once.")] = 5,
+    steps: Annotated[int, typer.Option(min=2)] = 12,
+    device: Annotated[str, typer.Option()] = "cpu",
+    dtype: Annotated[str, typer.Option(help="float32, float16 or bfloat16.")] = "float32",
+    full: Annotated[bool, typer.Option("--full", help="The model's real size.")] = False,
+    compile: Annotated[bool, typer.Option("--compile", help="torch.compile the denoiser (both sides).")] = False,
+    out: Annotated[Path | None, typer.Option(help="Write the figures there as JSON.")] = None,
+) -> None:
+    """Speed of plugins on one configuration."""
+    if config not in CONFIGS:
+        raise typer.BadParameter(f"{config!r}: one of {', '.join(CONFIGS)}")
+    console = Console()
+    made = {"device": device, "dtype": getattr(torch, dtype), "full": full, "steps": steps}
+    case = make_case(config, **made)
+    specs = [with_needs(spec, case, lambda: make_case(config, **made, width=0.5)) for spec in plugin_specs(plugins, option)]
+    stack = load_pipeline(case.pipe, plugins=specs).plugins
+    macs, memory, times = {}, {}, {"plain": [], "plugins": []}
+
+    def turn(side: str) -> None:
+        stack.enable() if side == "plugins" else stack.disable()
+
+    for side in times:
+        turn(side)
+        with console.status(f"counting MACs and memory, {side}"):
+            with MacCounter(stack) as counter:
+                run(case)
+            macs[side], memory[side] = counter.macs, peak_bytes(case)
+    counts = {name: part.counts for name, part in stack.report().plugins.items()}
+    if compile:
+        for name in stack.family.denoisers:
+            getattr(case.pipe, name).compile()
+    for number in track(range(rounds + 1), "rounds", console=console, transient=True):  # the first warms up
+        for side in (("plain", "plugins"), ("plugins", "plain"))[number % 2]:
+            turn(side)
+            seconds = timed(case)
+            if number:
+                times[side].append(seconds)
+    limit = macs["plain"] / macs["plugins"]
+    ratios = [plain / fast for plain, fast in zip(times["plain"], times["plugins"], strict=True)]
+    speed_up = statistics.median(ratios)
+    where = torch.cuda.get_device_name() if device.startswith("cuda") else f"cpu, {torch.get_num_threads()} threads"
+    result = {
+        "config": config, "scale": case.scale, "plugins": [[name, {k: str(v)[:80] for k, v in knobs.items()}] for name, knobs in specs],
+        "steps": steps, "rounds": rounds, "device": where, "dtype": dtype, "compile": compile,
+        "versions": {"torch": torch.__version__, "diffusers": diffusers.__version__, "diffgraft": diffgraft.__version__},
+        "machine": platform.machine(), "seconds": times, "macs": macs, "mac_limit": limit, "speed_up": speed_up,
+        "share_of_mac_limit": speed_up / limit, "peak_tensor_bytes": memory, "counts": counts,
+    }  # fmt: skip
+    table = Table(title=f"{config} ({case.scale}), {where}, {dtype}{', compiled' if compile else ''}, {steps} steps")
+    for column in ("side", "median s", "min..max s", "GMACs", "peak MiB"):
+        table.add_column(column, justify="left" if column == "side" else "right")
+    for side, label in (("plain", "plain"), ("plugins", ", ".join(stack))):
+        spread = f"{min(times[side]):.2f}..{max(times[side]):.2f}"
+        table.add_row(label, f"{statistics.median(times[side]):.3f}", spread, f"{macs[side] / 1e9:.1f}", f"{memory[side] / 2**20:.1f}")
+    console.print(table)
+    kept = macs["plugins"] / macs["plain"]
+    console.print(
+        f"MACs kept {kept:.1%}: limit {limit:.2f}x; measured {speed_up:.2f}x ({min(ratios):.2f}..{max(ratios):.2f}), "
+        f"{speed_up / limit:.1%} of the limit", highlight=False,
+    )  # fmt: skip
+    if out is not None:
+        out.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    typer.run(main)
