@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
 from diffgraft import Effects, Paper, Plugin
 from diffgraft.testing import Pair, pair_cases
 
+ROOT = Path(__file__).resolve().parent.parent
+MATRIX = (ROOT / "examples" / "pairs.md").read_text()
+
 
 @pytest.mark.parametrize("pair", pair_cases(), ids=str)
 def test_installed(pair: Pair, record_property: Any) -> None:
-    record_property("verdict", pair.run())
+    verdict = pair.run()
+    record_property("verdict", verdict)
+    if not all((ROOT / "plugins" / cls.name).is_dir() for cls in (pair.outer, pair.inner)):
+        return  # somebody else's plugin, installed beside ours
+    line = f"| {pair.outer.name} | {pair.inner.name} | {pair.family.name if pair.family else ''} | {verdict} |"
+    assert line in MATRIX, "the matrix is out of date: run `python examples/pairs.py`"
 
 
 NOTHING = Effects()

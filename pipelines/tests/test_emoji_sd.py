@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import diffgraft_pipelines
@@ -66,6 +67,40 @@ def test_prompts_outside_the_grammar_are_refused(prompt: str, part: str) -> None
         scenes.parse_caption(prompt)
 
 
+def test_pairs_stand_opposite_each_other_and_their_captions_parse_back() -> None:
+    for seed in range(60):
+        rng = np.random.default_rng([seed, 5])
+        pair = scenes.draw_pair(rng, held_out=seed % 2 == 0)
+        first, second = pair
+        assert scenes.OPPOSITE[str(first.place)] == second.place
+        assert first.background == second.background
+        names = tuple(sorted((first.object, second.object)))
+        assert (names in scenes.held_out_pairs()) == (seed % 2 == 0)
+        for template, _ in scenes.PAIR_TEMPLATES:
+            parsed = scenes.parse_prompt(scenes.fill_pair(template, pair))
+            background = first.background if "{background}" in template else None
+            wanted = [scenes.Labels(each.object, background, None, each.place) for each in pair]
+            assert list(parsed) == wanted
+        one, other = scenes.sample_pair(pair, np.random.default_rng(seed))
+        assert one.color == other.color
+        assert abs(one.x - other.x) + abs(one.y - other.y) > 26, "they do not lie on each other"
+
+
+@pytest.mark.parametrize(
+    ("prompt", "part"),
+    [
+        ("a dog face on the left and a frog", "opposite each other"),
+        ("a dog face on the left and a frog at the top", "opposite each other"),
+        ("a dog face and a frog and a star", "joins 3 objects"),
+        ("a dog face on the left on a blue background and a frog on the right on a red background", "two backgrounds"),
+        ("a dog face on the left and a robin on the right", "'robin' is not understood"),
+    ],
+)
+def test_prompts_for_pairs_outside_the_grammar_are_refused(prompt: str, part: str) -> None:
+    with pytest.raises(ValueError, match=part):
+        scenes.parse_prompt(prompt)
+
+
 def test_scenes_are_deterministic_and_stay_inside_their_class() -> None:
     for labels in scenes.split()[1][:200]:
         scene = scenes.sample_scene(labels, np.random.default_rng([7, 1]))
@@ -121,6 +156,23 @@ def test_judge_on_true_renders(artwork: None) -> None:
         judge.score(images, prompts[:1])
 
 
+def test_judge_reads_both_objects_of_a_pair(artwork: None) -> None:
+    from diffgraft_pipelines.emoji.judge import Judge
+
+    judge = Judge.from_pretrained(FOLDER / "judge")
+    pairs = [scenes.draw_pair(np.random.default_rng([i, 6]), held_out=True) for i in range(48)]
+    prompts = [scenes.pair_caption(pair) for pair in pairs]
+    images = [scenes.render(*scenes.sample_pair(pair, np.random.default_rng([8, i]))) for i, pair in enumerate(pairs)]
+    scores = judge.score(images, prompts)
+    assert sum(bool(s) for s in scores["object"]) >= 0.95 * len(pairs)
+    assert scores["background"] == [True] * len(pairs)
+    assert scores["size"] == scores["place"] == [None] * len(pairs), "a caption for a pair does not say the size; the object says the place"
+    swapped = [scenes.pair_caption((first, second)) for (_, first), (second, _) in zip(pairs, pairs, strict=True)]
+    turned = [scenes.pair_caption((replace(a, place=b.place), replace(b, place=a.place))) for a, b in pairs]
+    assert judge.score(images, swapped)["object"] == scores["object"], "the order in which they are named does not matter"
+    assert sum(bool(s) for s in judge.score(images, turned)["object"]) <= 2, "exchanged places are seen"
+
+
 def test_judge_says_where_it_looked(tmp_path: Path) -> None:
     from diffgraft_pipelines.emoji.judge import Judge
 
@@ -143,6 +195,9 @@ def test_bundled_folder_is_a_plain_small_pipeline_that_follows_its_prompt() -> N
     pipe.set_progress_bar_config(disable=True)
     prompts = [f"a small apple {phrase} on a blue background" for phrase in scenes.PLACE_PHRASES.values()]
     images = pipe(prompts, num_inference_steps=12, guidance_scale=2.0, generator=torch.Generator().manual_seed(0)).images
+    pair = "a pumpkin at the top and a strawberry at the bottom on a blue background"
+    both = pipe(pair, num_inference_steps=12, guidance_scale=2.0, generator=torch.Generator().manual_seed(0)).images
+    assert Judge.from_pretrained(FOLDER / "judge").score(both, [pair])["object"] == [True]
     assert [image.size for image in images] == [(64, 64)] * len(prompts)
     scores = Judge.from_pretrained(FOLDER / "judge").score(images, prompts)
     for name in ("object", "background", "size", "place"):

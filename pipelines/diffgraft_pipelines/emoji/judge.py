@@ -101,12 +101,24 @@ class Judge:
         return [{name: self.config.classes[name][best[name][i]] for name in FIELDS} for i in range(len(images))]
 
     def score(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> dict[str, list[bool | None]]:
-        """For each field and picture: is it as the prompt says? `None` where the prompt does not say."""
+        """For each field and picture: is it as the prompt says? `None` where the prompt does not say.
+
+        Of a pair each half of the picture is judged alone, so "object" says that each is where it should be, and "place" is left open.
+        """
         if len(images) != len(prompts):
             raise ValueError(f"{len(images)} images but {len(prompts)} prompts; give one prompt for each image")
-        wanted = [asdict(scenes.parse_caption(prompt)) for prompt in prompts]
-        seen = self.predict(images)
-        return {name: [None if w[name] is None else w[name] == s[name] for w, s in zip(wanted, seen, strict=True)] for name in FIELDS}
+        wanted = [scenes.parse_prompt(prompt) for prompt in prompts]
+        parts = [part if len(labels) == 1 else isolate(part, labels[i].place or "") for part, labels in zip(images, wanted, strict=True)
+                 for i in range(len(labels))]  # fmt: skip
+        seen = iter(self.predict(parts))
+        scores: dict[str, list[bool | None]] = {name: [] for name in FIELDS}
+        for labels in wanted:
+            found = [(asdict(each), next(seen)) for each in labels]
+            for name in FIELDS:
+                open_ = len(found) > 1 and name == "place"
+                said = [want[name] == have[name] for want, have in found if want[name] is not None and not open_]
+                scores[name].append(all(said) if said else None)
+        return scores
 
     @torch.no_grad()
     def features(self, images: Sequence[Image.Image]) -> Tensor:
@@ -119,6 +131,16 @@ def load_bundled() -> Judge:
     from ..bundled import emoji_sd
 
     return Judge.from_pretrained(Path(emoji_sd.path) / "judge")
+
+
+def isolate(image: Image.Image, place: str) -> Image.Image:
+    """The picture with the half away from `place` painted over in its background colour (the median of its border)."""
+    pixels = np.array(image.convert("RGB").resize((scenes.SIZE, scenes.SIZE)))
+    border = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
+    middle = scenes.SIZE // 2
+    away = {"left": np.s_[:, middle:], "right": np.s_[:, :middle], "top": np.s_[middle:], "bottom": np.s_[:middle]}[place]
+    pixels[away] = np.median(border, axis=0).astype(np.uint8)
+    return Image.fromarray(pixels)
 
 
 def to_batch(images: Sequence[Image.Image]) -> Tensor:

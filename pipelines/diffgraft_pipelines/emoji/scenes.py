@@ -1,8 +1,8 @@
 """Emoji scenes: artwork, sampling, rendering, captions, labels and the train / held-out split.
 
-A scene is one emoji on a plain background. Its labels (object, background, size, place) are exact, so that how well a
-picture follows its caption can be measured without a learned metric of "prompt following". Everything that is drawn at
-random comes from `numpy` generators seeded with (seed, index): the same call always gives the same picture.
+A scene is one emoji on a plain background; a pair is two small ones opposite each other. Labels (object, background, size, place) are
+exact, so that how well a picture follows its caption can be measured without a learned metric of "prompt following". Everything that
+is drawn at random comes from `numpy` generators seeded with (seed, index): the same call always gives the same picture.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import io
 import math
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import product
 from pathlib import Path
@@ -197,18 +197,55 @@ def sample_scene(labels: Labels, rng: np.random.Generator) -> Scene:
     )
 
 
-def render(scene: Scene) -> Image.Image:
-    """The scene as an RGB picture of 64 x 64 pixels (drawn at twice that size, then averaged down)."""
+Pair = tuple[Labels, Labels]
+"""Two small objects on one background, at opposite places."""
+
+OPPOSITE = {"left": "right", "right": "left", "top": "bottom", "bottom": "top"}
+
+
+@lru_cache(maxsize=1)
+def held_out_pairs() -> frozenset[tuple[str, str]]:
+    """Pairs of objects (in alphabetical order) that no training picture shows together."""
+    names = sorted(OBJECTS)
+    pairs = [(a, b) for a, b in product(names, names) if a < b]
+    order = np.random.default_rng(SPLIT_SEED + 1).permutation(len(pairs))
+    return frozenset(pairs[i] for i in order[: round(HELD_OUT_SHARE * len(pairs))])
+
+
+def draw_pair(rng: np.random.Generator, held_out: bool) -> Pair:
+    """A pair from the training or the held-out pairs of objects, in random places on a random background."""
+    while True:
+        first, second = (str(name) for name in rng.choice(list(OBJECTS), 2, replace=False))
+        if (tuple(sorted((first, second))) in held_out_pairs()) == held_out:
+            break
+    background, place = str(rng.choice(list(BACKGROUNDS))), str(rng.choice(list(OPPOSITE)))
+    return Labels(first, background, "small", place), Labels(second, background, "small", OPPOSITE[place])
+
+
+def sample_pair(pair: Pair, rng: np.random.Generator) -> tuple[Scene, Scene]:
+    """A scene of each, on the background of the first."""
+    first, second = (sample_scene(labels, rng) for labels in pair)
+    return first, replace(second, color=first.color)
+
+
+def render(*scenes: Scene) -> Image.Image:
+    """The scenes as one RGB picture of 64 x 64 pixels (drawn at twice that size, then averaged down)."""
+    canvas = Image.new("RGB", (2 * SIZE, 2 * SIZE), scenes[0].color)
+    for scene in scenes:
+        drawn = draw(scene)
+        canvas.paste(drawn, (0, 0), drawn)
+    return canvas.reduce(2)
+
+
+def draw(scene: Scene) -> Image.Image:
+    """The scene's object, RGBA, 128 x 128 pixels."""
     source = 64 if scene.side < 35 else 96
     artwork = _artwork_at(scene.labels.object, source, scene.mirrored)
     scale = source / (2 * scene.side)
     cos, sin = math.cos(math.radians(scene.rotation)) * scale, math.sin(math.radians(scene.rotation)) * scale
     cx, cy, middle = 2 * scene.x, 2 * scene.y, source / 2
     matrix = (cos, sin, middle - cos * cx - sin * cy, -sin, cos, middle + sin * cx - cos * cy)
-    drawn = artwork.transform((2 * SIZE, 2 * SIZE), Image.Transform.AFFINE, matrix, Image.Resampling.BICUBIC)
-    canvas = Image.new("RGB", drawn.size, scene.color)
-    canvas.paste(drawn, (0, 0), drawn)
-    return canvas.reduce(2)
+    return artwork.transform((2 * SIZE, 2 * SIZE), Image.Transform.AFFINE, matrix, Image.Resampling.BICUBIC)
 
 
 # --- captions --------------------------------------------------------------------------------------------------------
@@ -237,6 +274,39 @@ def fill(template: str, labels: Labels) -> str:
         place=place,
         phrase=PLACE_PHRASES[place],
     )
+    return _articles(text)
+
+
+PAIR_TEMPLATES: tuple[tuple[str, float], ...] = (
+    ("a {object} {phrase} and a {other} {other_phrase} on a {background} background", 0.5),
+    ("a {object} {phrase} and a {other} {other_phrase}, {background} background", 0.3),
+    ("a {object} {phrase} and a {other} {other_phrase}", 0.2),
+)
+"""Caption templates for pairs and how often each is used in training."""
+
+
+def fill_pair(template: str, pair: Pair) -> str:
+    """The caption that `template` gives for a pair."""
+    first, second = pair
+    text = template.format(
+        object=first.object,
+        phrase=PLACE_PHRASES[first.place or "center"],
+        other=second.object,
+        other_phrase=PLACE_PHRASES[second.place or "center"],
+        background=first.background,
+    )
+    return _articles(text)
+
+
+def pair_caption(pair: Pair, rng: np.random.Generator | None = None) -> str:
+    """A caption for a pair: the first template, or (with `rng`) one drawn with the training frequencies."""
+    if rng is None:
+        return fill_pair(PAIR_TEMPLATES[0][0], pair)
+    weights = np.array([weight for _, weight in PAIR_TEMPLATES])
+    return fill_pair(PAIR_TEMPLATES[int(rng.choice(len(PAIR_TEMPLATES), p=weights / weights.sum()))][0], pair)
+
+
+def _articles(text: str) -> str:
     return re.sub(r"\ba (?=[aeio]|um)", "an ", text)
 
 
@@ -255,6 +325,26 @@ _WORD_GROUPS = {
     "size": {name: name for name in SIZES},
     "place": {name: name for name in PLACES},
 }
+
+
+def parse_prompt(text: str) -> tuple[Labels, ...]:
+    """What a caption says of its one object or its two ("a cat face on the left and a star on the right").
+
+    Raises:
+        ValueError: saying what is not understood.
+    """
+    parts = re.split(r"\band\b", text.lower())
+    if len(parts) == 1:
+        return (parse_caption(text),)
+    if len(parts) > 2:
+        raise ValueError(f"caption {text!r} joins {len(parts)} objects by 'and'; two at most")
+    first, second = (parse_caption(part) for part in parts)
+    background = first.background or second.background
+    if first.background and second.background and first.background != second.background:
+        raise ValueError(f"caption {text!r} names two backgrounds: {first.background!r} and {second.background!r}")
+    if first.place is None or OPPOSITE.get(first.place) != second.place:
+        raise ValueError(f"caption {text!r}: two objects stand opposite each other, left and right or top and bottom; say where each is")
+    return replace(first, background=background), replace(second, background=background)
 
 
 def parse_caption(text: str) -> Labels:

@@ -8,11 +8,10 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
-from diffusers import StableDiffusionPipeline
 from PIL import Image, ImageDraw
 from rich.progress import track
 from torch import Tensor
@@ -24,6 +23,15 @@ from .common import console
 BATCH = 16
 SWEEP_PROMPTS = 64
 DIVERSITY_PROMPTS, DIVERSITY_SEEDS = 16, 6
+HELD_OUT_PAIRS = 96
+
+
+class Drawing(Protocol):
+    """A pipeline that is called as Stable Diffusion's is."""
+
+    def set_progress_bar_config(self, **config: Any) -> None: ...
+
+    def __call__(self, prompt: list[str], *, num_inference_steps: int, guidance_scale: float, generator: list[torch.Generator]) -> Any: ...
 
 
 def held_out_labels(seed: int = 0) -> list[scenes.Labels]:
@@ -32,9 +40,7 @@ def held_out_labels(seed: int = 0) -> list[scenes.Labels]:
     return [held_out[i] for i in np.random.default_rng(seed).permutation(len(held_out))]
 
 
-def generate(
-    pipe: StableDiffusionPipeline, prompts: Sequence[str], seeds: Sequence[int], guidance: float, steps: int = 50
-) -> list[Image.Image]:
+def generate(pipe: Drawing, prompts: Sequence[str], seeds: Sequence[int], guidance: float, steps: int = 50) -> list[Image.Image]:
     """One picture for each prompt, from that seed's noise."""
     pipe.set_progress_bar_config(disable=True)
     images: list[Image.Image] = []
@@ -55,10 +61,12 @@ def wilson(right: int, total: int, z: float = 1.96) -> tuple[float, float]:
 
 
 def tally(judge: Judge, images: Sequence[Image.Image], prompts: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """Right, total, share and interval for each field, and for all four at once."""
+    """Right, total, share and interval for each field that the prompts say, and for all of them at once."""
     scores = judge.score(images, prompts)
     rows = {name: [s for s in scores[name] if s is not None] for name in FIELDS}
-    rows["all four"] = [all(s is not False for s in each) for each in zip(*scores.values(), strict=True)]
+    rows = {name: row for name, row in rows.items() if row}  # prompts for pairs do not say the size
+    everything = "all four" if len(rows) == len(FIELDS) else "all"
+    rows[everything] = [all(s is not False for s in each) for each in zip(*scores.values(), strict=True)]
     return {
         name: {
             "right": sum(row),
@@ -107,7 +115,7 @@ def grid(images: Sequence[Image.Image], prompts: Sequence[str], columns: int = 8
     return sheet
 
 
-def sweep_guidance(pipe: StableDiffusionPipeline, judge: Judge, guidances: Sequence[float]) -> dict[str, Any]:
+def sweep_guidance(pipe: Drawing, judge: Judge, guidances: Sequence[float]) -> dict[str, Any]:
     """Judge shares for several guidance scales on the last held-out combinations (not those of `evaluate`)."""
     labels = held_out_labels()[-SWEEP_PROMPTS:]
     prompts = [scenes.caption(each) for each in labels]
@@ -119,37 +127,46 @@ def sweep_guidance(pipe: StableDiffusionPipeline, judge: Judge, guidances: Seque
     return found
 
 
-def evaluate(folder: Path, out: Path, count: int, guidance: float) -> dict[str, Any]:
-    """Figures for `count` held-out combinations, 50-step DDIM, seed i for prompt i; grids are written to `out`."""
-    pipe = StableDiffusionPipeline.from_pretrained(folder, local_files_only=True)
-    judge = Judge.from_pretrained(folder / "judge")
+def evaluate(pipe: Drawing, judge: Judge, out: Path, count: int, guidance: float, steps: int = 50) -> dict[str, Any]:
+    """Figures for `count` held-out combinations (seed i for prompt i) and for held-out pairs; grids are written to `out`."""
     out.mkdir(parents=True, exist_ok=True)
     labels = held_out_labels()[:count]
     prompts = [scenes.caption(each) for each in labels]
     began = time.perf_counter()
-    images = generate(pipe, prompts, range(len(prompts)), guidance)
+    images = generate(pipe, prompts, range(count), guidance, steps)
     seconds = time.perf_counter() - began
-    result: dict[str, Any] = {
+    grid(images[:64], prompts[:64]).save(out / "held-out.png")
+    both = [scenes.pair_caption(each) for each in held_out_pairs(HELD_OUT_PAIRS)]
+    drawn = generate(pipe, both, range(2000, 2000 + len(both)), guidance, steps)
+    grid(drawn[:64], both[:64]).save(out / "pairs.png")
+    seen = {name: labels_of(name)[0] for name in scenes.OBJECTS}
+    one_each = [scenes.caption(replace(each, size="big")) for each in seen.values()]
+    grid(generate(pipe, one_each, range(len(one_each)), guidance, steps), one_each).save(out / "objects.png")
+    true, other = (judge.features(renders(labels, seed)) for seed in (1, 2))
+    return {
         "prompts": count,
-        "steps": 50,
+        "steps": steps,
         "guidance": guidance,
         "seconds_per_picture": round(seconds / count, 2),
         "scores": tally(judge, images, prompts),
-        "frechet_to_renders": round(frechet(judge.features(images), judge.features(renders(labels, 1))), 3),
-        "frechet_renders_to_renders": round(frechet(judge.features(renders(labels, 2)), judge.features(renders(labels, 1))), 3),
+        "pairs": tally(judge, drawn, both),
+        "frechet_to_renders": round(frechet(judge.features(images), true), 3),
+        "frechet_renders_to_renders": round(frechet(other, true), 3),
+        "diversity_rms": diversity(pipe, guidance, out, steps),
+        "wrong": wrong(judge, [*images, *drawn], [*prompts, *both]),
     }
-    grid(images[:64], prompts[:64]).save(out / "held-out.png")
-    result["diversity_rms"] = diversity(pipe, guidance, out)
+
+
+def held_out_pairs(count: int, seed: int = 0) -> list[scenes.Pair]:
+    """Pairs of objects that the training does not show together, always the same."""
+    return [scenes.draw_pair(np.random.default_rng([seed, i, 4]), held_out=True) for i in range(count)]
+
+
+def wrong(judge: Judge, images: Sequence[Image.Image], prompts: Sequence[str]) -> list[dict[str, Any]]:
+    """The pictures that are not as their prompt says, and in what."""
     scores = judge.score(images, prompts)
-    result["wrong"] = [
-        {"prompt": p, "seed": i, "wrong": [n for n in FIELDS if scores[n][i] is False]}
-        for i, p in enumerate(prompts)
-        if any(scores[n][i] is False for n in FIELDS)
-    ]
-    seen = {name: next(each for each in labels_of(name)) for name in scenes.OBJECTS}
-    one_each = [scenes.caption(replace(each, size="big")) for each in seen.values()]
-    grid(generate(pipe, one_each, range(len(one_each)), guidance), one_each).save(out / "objects.png")
-    return result
+    faults = [[name for name in FIELDS if scores[name][i] is False] for i in range(len(prompts))]
+    return [{"prompt": prompt, "wrong": found} for prompt, found in zip(prompts, faults, strict=True) if found]
 
 
 def labels_of(name: str) -> list[scenes.Labels]:
@@ -158,11 +175,11 @@ def labels_of(name: str) -> list[scenes.Labels]:
     return held_out or [each for each in scenes.split()[0] if each.object == name]
 
 
-def diversity(pipe: StableDiffusionPipeline, guidance: float, out: Path) -> dict[str, float]:
+def diversity(pipe: Drawing, guidance: float, out: Path, steps: int = 50) -> dict[str, float]:
     """Mean pairwise RMS pixel distance (0..255) over seeds of one prompt, of pictures and of true renders."""
     labels = held_out_labels()[:DIVERSITY_PROMPTS]
     prompts = [scenes.caption(each) for each in labels for _ in range(DIVERSITY_SEEDS)]
-    images = generate(pipe, prompts, range(1000, 1000 + len(prompts)), guidance)
+    images = generate(pipe, prompts, range(1000, 1000 + len(prompts)), guidance, steps)
     true = renders([each for each in labels for _ in range(DIVERSITY_SEEDS)], 3)
     grid(images[: 8 * DIVERSITY_SEEDS], prompts[: 8 * DIVERSITY_SEEDS], DIVERSITY_SEEDS).save(out / "seeds.png")
 

@@ -30,6 +30,22 @@ class Pool:
         return [scenes.caption(decode_labels(row), rng) for row in self.labels[index].tolist()]
 
 
+@dataclass
+class Pairs:
+    """`pictures` (N, 3, 64, 64) uint8 of two objects, `labels` (N, 2, 4) class indices."""
+
+    pictures: Tensor
+    labels: Tensor
+
+    def captions(self, index: Tensor, rng: np.random.Generator) -> list[str]:
+        """A freshly drawn caption for each pair in `index`; either object is named first."""
+        drawn = []
+        for rows in self.labels[index].tolist():
+            first, second = (decode_labels(row) for row in rows)
+            drawn.append(scenes.pair_caption((first, second) if rng.random() < 0.5 else (second, first), rng))
+        return drawn
+
+
 CLASSES: tuple[tuple[str, ...], ...] = (
     tuple(scenes.OBJECTS), tuple(scenes.BACKGROUNDS), tuple(scenes.SIZES), tuple(scenes.PLACES),
 )  # fmt: skip
@@ -76,6 +92,35 @@ def load_pool(folder: Path, count: int, seed: int, held_out: bool = False) -> Po
         }
         write_atomic(path, lambda p: torch.save(state, p))
     return Pool(**torch.load(path, weights_only=True, mmap=True))
+
+
+def render_pairs(job: tuple[int, int, int, bool]) -> tuple[np.ndarray, list[list[list[int]]]]:
+    """Pairs `start` to `stop` - 1 of the pairs of `seed`, of training or held-out pairs of objects."""
+    seed, start, stop, held_out = job
+    pictures, labels = [], []
+    for index in range(start, stop):
+        rng = np.random.default_rng([seed, index, 2])
+        both = scenes.sample_pair(scenes.draw_pair(rng, held_out), rng)
+        pictures.append(np.asarray(scenes.render(*both)))
+        labels.append([encode_labels(scene.labels) for scene in both])
+    return np.stack(pictures), labels
+
+
+def load_pairs(folder: Path, count: int, seed: int) -> Pairs:
+    """The training pairs from `folder`, rendered first where they are not there yet."""
+    path = folder / f"pairs-{count}-{seed}.pt"
+    if not path.exists():
+        scenes.load_artwork()
+        console.print(f"rendering {count} pairs")
+        jobs = [(seed, start, min(start + CHUNK, count), False) for start in range(0, count, CHUNK)]
+        with ProcessPoolExecutor() as workers:
+            parts = list(workers.map(render_pairs, jobs))
+        state = {
+            "pictures": torch.from_numpy(np.concatenate([p[0] for p in parts])).permute(0, 3, 1, 2).contiguous(),
+            "labels": torch.tensor([row for p in parts for row in p[1]]),
+        }
+        write_atomic(path, lambda p: torch.save(state, p))
+    return Pairs(**torch.load(path, weights_only=True, mmap=True))
 
 
 def to_float(pictures: Tensor) -> Tensor:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from functools import cache
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -17,13 +18,14 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from ..emoji import scenes
 from .common import Stage, console, step_generator, write_atomic
-from .pool import Pool, to_float
+from .pool import Pairs, Pool, to_float
 
 BATCH = 64
-POSITIONS = 16
+POSITIONS = 24
 TEXT_WIDTH = 128
 CAPTION_DROPOUT = 0.1
 LEARNING_RATE = 1e-3
+PAIRS_LEARNING_RATE = 5e-4
 START, END = "<|startoftext|>", "<|endoftext|>"
 
 
@@ -47,7 +49,7 @@ def build_scheduler() -> DDIMScheduler:
 
 def build_tokenizer() -> CLIPTokenizer:
     """CLIP's tokenizer with a byte-pair vocabulary built from the captions: every word of theirs is one token."""
-    said = (*scenes.OBJECTS, *scenes.BACKGROUNDS, *scenes.SIZES, *scenes.PLACE_PHRASES.values(), "a an with background")
+    said = (*scenes.OBJECTS, *scenes.BACKGROUNDS, *scenes.SIZES, *scenes.PLACE_PHRASES.values(), "a an and with background")
     captions = [f"{words}," for words in (*said, *scenes.PLACES)]
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
@@ -111,9 +113,9 @@ def build_unet() -> UNet2DConditionModel:
 
 
 @torch.no_grad()
-def encode_pool(pool: Pool, vae: AutoencoderKL, folder: Path, batch: int = 128) -> tuple[Tensor, Tensor]:
+def encode_pool(pool: Pool | Pairs, vae: AutoencoderKL, folder: Path, batch: int = 128) -> tuple[Tensor, Tensor]:
     """Scaled means and deviations of the latents of the pool, each (N, 4, 16, 16) fp16, kept on disk."""
-    path = folder / f"latents-{len(pool.pictures)}-{vae.config.scaling_factor}.pt"
+    path = folder / f"latents-{type(pool).__name__.lower()}-{len(pool.pictures)}-{vae.config.scaling_factor}.pt"
     if not path.exists():
         console.print(f"encoding {len(pool.pictures)} scenes")
         parts = []
@@ -126,44 +128,99 @@ def encode_pool(pool: Pool, vae: AutoencoderKL, folder: Path, batch: int = 128) 
     return mean, deviation
 
 
+Encoded = tuple[Pool | Pairs, Tensor, Tensor]
+"""Pictures with the means and deviations of their latents."""
+
+
+def draw_batch(pools: Sequence[Encoded], generator: torch.Generator, rng: np.random.Generator) -> tuple[Tensor, list[str]]:
+    """Latents (BATCH, 4, 16, 16), drawn from their posteriors, and captions: evenly from the pictures of all `pools` together."""
+    order = torch.randint(sum(len(mean) for _, mean, _ in pools), (BATCH,), generator=generator)
+    start, latents, captions = 0, [], []
+    for pool, mean, deviation in pools:
+        index = order[(order >= start) & (order < start + len(mean))] - start
+        spread = torch.randn((len(index), *mean.shape[1:]), generator=generator)
+        latents.append(mean[index].float() + deviation[index].float() * spread)
+        captions += pool.captions(index, rng)
+        start += len(mean)
+    return torch.cat(latents), captions
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One step's training data; all tensors on the training device, one row a picture."""
+
+    latents: Tensor
+    tokens: Tensor
+    noise: Tensor
+    timesteps: Tensor
+    alpha: Tensor
+    """alphas_cumprod at the timesteps, (BATCH, 1, 1, 1)."""
+
+    @property
+    def noisy(self) -> Tensor:
+        return self.alpha.sqrt() * self.latents + (1 - self.alpha).sqrt() * self.noise
+
+    @property
+    def v(self) -> Tensor:
+        return self.alpha.sqrt() * self.noise - (1 - self.alpha).sqrt() * self.latents
+
+
+class Batches:
+    """Draws the batch of a step, always the same for the same step: pictures of `pools` evenly, captions, noise, timesteps."""
+
+    def __init__(
+        self, pools: Sequence[Pool | Pairs], vae: AutoencoderKL, tokenizer: CLIPTokenizer, folder: Path, seed: int, device: torch.device
+    ) -> None:
+        self.pools = [(pool, *encode_pool(pool, vae, folder)) for pool in pools]
+        self.tokenizer = tokenizer
+        self.alphas = build_scheduler().alphas_cumprod
+        self.seed = seed
+        self.device = device
+        self.known: dict[str, list[int]] = {}
+
+    def draw(self, step: int, progress: float, pools: int | None = None, dropout: float = CAPTION_DROPOUT) -> Batch:
+        """The batch of `step`, from the first `pools` of the pools; `progress` is the share of the steps that are done."""
+        generator, rng = step_generator(self.seed + 2, step), np.random.default_rng([self.seed, step])
+        latents, captions = draw_batch(self.pools[:pools], generator, rng)
+        dropped = torch.rand(BATCH, generator=generator) < dropout
+        tokens = torch.tensor([self.tokenize("" if d else c) for c, d in zip(captions, dropped.tolist(), strict=True)])
+        latents += slope_at(progress) * SLOPE
+        noise = torch.randn(latents.shape, generator=generator)
+        timesteps = draw_timesteps(len(self.alphas), generator, progress)
+        alpha = self.alphas[timesteps].view(-1, 1, 1, 1)
+        return Batch(*(each.to(self.device) for each in (latents, tokens, noise, timesteps, alpha)))
+
+    def tokenize(self, text: str) -> list[int]:
+        if text not in self.known:
+            self.known[text] = self.tokenizer(text, padding="max_length", max_length=POSITIONS, truncation=True).input_ids
+        return self.known[text]
+
+
 def train_unet(
-    pool: Pool, vae: AutoencoderKL, folder: Path, steps: int, seed: int, accelerator: Accelerator
+    pool: Pool, pairs: Pairs, vae: AutoencoderKL, folder: Path, steps: tuple[int, int], seed: int, accelerator: Accelerator
 ) -> tuple[UNet2DConditionModel, CLIPTextModel, CLIPTokenizer]:
-    """The trained U-Net and text encoder (averaged weights, fp32) and their tokenizer."""
+    """The trained U-Net and text encoder (averaged weights, fp32) and their tokenizer.
+
+    Single objects alone for `steps[0]`, then single objects and pairs together for `steps[1]`.
+    """
     torch.manual_seed(seed + 2)
-    mean, deviation = encode_pool(pool, vae, folder)
     tokenizer = load_tokenizer(folder)
-    modules: dict[str, nn.Module] = {"unet": build_unet(), "text_encoder": build_text_encoder(tokenizer)}
-    unet, text_encoder = modules["unet"], modules["text_encoder"]
+    batches = Batches([pool, pairs], vae, tokenizer, folder, seed, accelerator.device)
+    unet, text_encoder = build_unet(), build_text_encoder(tokenizer)
     unet.set_attn_processor(AttnProcessor())
-    alphas = build_scheduler().alphas_cumprod
-    device = accelerator.device
+    modules: dict[str, nn.Module] = {"unet": unet, "text_encoder": text_encoder}
 
-    @cache
-    def tokenize(text: str) -> list[int]:
-        return tokenizer(text, padding="max_length", max_length=POSITIONS, truncation=True).input_ids
+    def loss(batch: Batch, progress: float) -> Tensor:
+        hidden = text_encoder(batch.tokens).last_hidden_state
+        out = unet(batch.noisy, batch.timesteps, hidden).sample
+        return (loss_weight(batch.alpha, progress) * (out.float() - batch.v).square()).mean()
 
-    def loss(step: int) -> Tensor:
-        generator = step_generator(seed + 2, step)
-        index = torch.randint(len(mean), (BATCH,), generator=generator)
-        captions = pool.captions(index, np.random.default_rng([seed, step]))
-        dropped = torch.rand(BATCH, generator=generator) < CAPTION_DROPOUT
-        captions = ["" if d else c for c, d in zip(captions, dropped.tolist(), strict=True)]
-        tokens = torch.tensor([tokenize(text) for text in captions])
-        shape = (BATCH, *mean.shape[1:])
-        latents = mean[index].float() + deviation[index].float() * torch.randn(shape, generator=generator)
-        latents += slope_at(step / steps) * SLOPE
-        noise = torch.randn(shape, generator=generator)
-        timesteps = draw_timesteps(len(alphas), generator, step / steps)
-        alpha = alphas[timesteps].view(-1, 1, 1, 1)
-        noisy = alpha.sqrt() * latents + (1 - alpha).sqrt() * noise
-        v = alpha.sqrt() * noise - (1 - alpha).sqrt() * latents
-        hidden = text_encoder(tokens.to(device)).last_hidden_state
-        out = unet(noisy.to(device), timesteps.to(device), hidden).sample
-        return (loss_weight(alpha, step / steps).to(device) * (out.float() - v.to(device)).square()).mean()
-
-    stage = Stage("unet", folder, modules, steps, LEARNING_RATE, accelerator)
-    return load_averages(stage.run(loss), tokenizer)
+    singles = Stage("unet", folder, modules, steps[0], LEARNING_RATE, accelerator)
+    averages = singles.run(lambda step: loss(batches.draw(step, step / steps[0], pools=1), step / steps[0]))
+    for name, module in modules.items():
+        module.load_state_dict(averages[name])
+    both = Stage("unet-pairs", folder, modules, steps[1], PAIRS_LEARNING_RATE, accelerator)
+    return load_averages(both.run(lambda step: loss(batches.draw(steps[0] + step, 1.0), 1.0)), tokenizer)
 
 
 def slope_at(progress: float) -> float:
@@ -183,8 +240,8 @@ SLOPE = 0.5 * torch.stack([torch.linspace(-1, 1, 16).expand(16, 16), torch.linsp
 
 
 def draw_timesteps(count: int, generator: torch.Generator, progress: float) -> Tensor:
-    """(BATCH,) timesteps below `count`, spread evenly; in the first half of the training denser where noisier (u^0.6)."""
-    u = (torch.arange(BATCH) + torch.rand(BATCH, generator=generator)) / BATCH
+    """(BATCH,) timesteps below `count`, spread evenly, in random order; in the first half of the training denser where noisier (u^0.6)."""
+    u = (torch.randperm(BATCH, generator=generator) + torch.rand(BATCH, generator=generator)) / BATCH
     return (u ** (0.6 if progress < 0.5 else 1.0) * count).long().clamp(max=count - 1)
 
 
