@@ -44,6 +44,7 @@ class Fingerprint:
     @classmethod
     def of(cls, model: nn.Module) -> Fingerprint:
         """The fingerprint of a model; LoRA layers on it are not part of it."""
+        model = getattr(model, "_orig_mod", model)  # under torch.compile
         named = sorted((name.replace(".base_layer", ""), p) for name, p in model.named_parameters() if ".lora_" not in name)
         layout = hashlib.sha256("\n".join(f"{name} {tuple(p.shape)}" for name, p in named).encode()).hexdigest()[:16]
         chosen = [named[i * len(named) // PROBES][1] for i in range(min(PROBES, len(named)))] if named else []
@@ -63,7 +64,7 @@ class Fingerprint:
 
 @dataclass(frozen=True)
 class MadeFor:
-    """What an artefact fits: ``shape`` is that of one sample's latents, without the batch."""
+    """What an artefact fits: ``shape`` is that of one sample as the denoiser gets it, without the batch."""
 
     plugin: str
     pipeline: str
@@ -93,7 +94,7 @@ def scheduler_facts(scheduler: Any) -> dict[str, Any]:
     return json.loads(json.dumps(plain, sort_keys=True, default=str))  # type: ignore[no-any-return]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Artefact:
     """Tensors and facts that a calibration found. ``facts`` are plain JSON values."""
 

@@ -199,6 +199,8 @@ def call_settings(
             picture = Image.open(image).convert("RGB")
         except OSError as error:
             raise ConfigError(f"--image {image}: {first_line(error)}") from None
+    said = {"negative_prompt": negative_prompt, "height": height, "width": width}
+    own = {key: value for key, value in bundled.call.items() if said.get(key) is None} if bundled else {}
     return CallSettings(
         steps=steps or (bundled.steps if bundled else None),
         guidance_scale=guidance_scale if guidance_scale is not None else bundled.guidance_scale if bundled else None,
@@ -206,7 +208,7 @@ def call_settings(
         height=height,
         width=width,
         image=picture,
-        extra={**(bundled.call if bundled else {}), **extra},
+        extra={**own, **extra},
     )
 
 

@@ -121,7 +121,7 @@ class Bundled:
     prompts good example prompts
     judge   "module:function" returning an object with ``score(images, prompts) -> dict[str, list[bool | None]]`` (one verdict an image
             for each thing the prompt asks for; a video is a list of images), or None
-    steps, guidance_scale, call  what the CLI calls it with; ``call`` any other argument (``num_frames``)
+    steps, guidance_scale, call  what the CLI calls it with where nobody says otherwise; ``call`` any other argument (``num_frames``)
     """
 
     name: str
@@ -129,6 +129,6 @@ class Bundled:
     prompts: tuple[str, ...] = ()
     judge: str | None = None
     steps: int = 50
-    guidance_scale: float = 7.5
+    guidance_scale: float | None = 7.5
     lora: str | None = None
     call: Mapping[str, object] = field(default_factory=dict)

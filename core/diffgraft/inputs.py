@@ -114,8 +114,9 @@ def call_arguments(pipe: Any, samples: Sequence[Sample], settings: CallSettings)
         arguments[key] = value
     if "prompt" in known:
         arguments["prompt"] = samples[0].prompt if one else [s.prompt for s in samples]
-        if settings.negative_prompt is not None and not one:
-            arguments["negative_prompt"] = [settings.negative_prompt] * len(samples)
+        negative = arguments.get("negative_prompt")
+        if isinstance(negative, str) and not one:
+            arguments["negative_prompt"] = [negative] * len(samples)
     if "class_labels" in known:
         arguments["class_labels"] = [s.class_label for s in samples]
     if "batch_size" in known:

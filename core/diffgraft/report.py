@@ -31,7 +31,7 @@ class Report:
 
     steps          ``scheduler.step`` calls
     denoiser_calls denoiser forwards that the pipeline asked for, per branch
-    shape          of the latents in the last step, with the batch
+    shape          of the noisy sample in the first denoiser call, with its rows
     seconds        wall time of the whole call
     completed      False when an exception or an interrupt ended it
     plugins        name -> :class:`PluginReport`, outermost first

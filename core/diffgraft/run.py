@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.schedulers.scheduling_utils import SchedulerOutput
-from torch import Tensor
+from torch import Tensor, nn
 
 from diffgraft.artefacts import Artefact
 from diffgraft.calls import (
@@ -227,6 +227,7 @@ class Run:
         branch, branches = self._branch_of_call()
         call.branch, call.branches = branch, branches
         call.model, call.model_name = getattr(self.pipe, model_name), model_name
+        self.report.shape = self.report.shape or tuple(call.sample.shape)
         calls = self.report.denoiser_calls
         calls[branch] = calls.get(branch, 0) + 1
         return_dict = call.get("return_dict", True)
@@ -255,10 +256,9 @@ class Run:
 
     def _ready(self, call: DenoiseCall) -> None:
         """Before the first denoiser call: scheduler, steps, size and device are known now, and nothing was computed yet."""
-        x = self.unscaled if self.unscaled is not None else call.sample
         for thing in self._given:
             if isinstance(thing, Artefact):
-                thing.ensure_run(self.pipe.scheduler, self.step.total, tuple(x.shape[1:]))
+                thing.ensure_run(self.pipe.scheduler, self.step.total, tuple(call.sample.shape[1:]))
             else:
                 for second in thing if isinstance(thing, list) else [thing]:
                     follow(second, call.sample.device)
@@ -316,7 +316,6 @@ class Run:
         else:
             result = _step_result(onions.step, call)
         self.report.steps += 1
-        self.report.shape = tuple(call.sample.shape)
         self.index += 1
         self._step = None
         self._calls_in_step = 0
@@ -418,6 +417,8 @@ def tensor_bytes(value: Any) -> int:
         return sum(tensor_bytes(item) for item in value.values())
     if isinstance(value, (list, tuple)):
         return sum(tensor_bytes(item) for item in value)
+    if isinstance(value, nn.Module):
+        return 0  # a model that a state points to is somebody else's
     return sum(tensor_bytes(item) for item in vars(value).values()) if hasattr(value, "__dict__") else 0
 
 

@@ -530,7 +530,7 @@ def artefacts(plugin: type[Plugin], family: Family, class_name: str, setting: Se
     """The artefacts that the plugin needs under ``setting``, by knob."""
     if plugin.calibration is None:
         return {}
-    made_under = replace(setting, samples=setting.samples[:1], cut=None)
+    made_under = replace(setting, samples=(0,), cut=None)
     key = (plugin, family, class_name, made_under)
     if key not in _artefacts:
         _artefacts[key] = calibrated(*key)
