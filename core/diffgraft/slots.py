@@ -111,11 +111,10 @@ def write_schedule(scheduler: Any, timesteps: Any, sigmas: Any) -> None:
     scheduler.timesteps = timesteps
     if has_sigmas:
         scheduler.sigmas = sigmas
-    if part:
-        return
     if custom:
         scheduler.custom_timesteps = True
-    scheduler.num_inference_steps = len(timesteps)
+    if custom or not part:
+        scheduler.num_inference_steps = len(timesteps)
 
 
 def is_part(timesteps: Any, of: Any) -> bool:
