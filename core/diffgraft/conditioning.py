@@ -73,10 +73,11 @@ def own_conditioning(second: Any, arguments: Mapping[str, Any]) -> Conditioning:
     from diffgraft.stack import stack_of
 
     run = active_run()
-    if run is not None and run.pipe is second:
+    is_itself = run is not None and run.pipe is second
+    if run is not None and run.pipe.scheduler is second.scheduler:  # itself, or one that ``from_pipe`` made of it
         second = sibling(second)
     given = {name: value for name, value in arguments.items() if value is not None and name not in NOT_COPIED}
-    if embeddings := [name for name in given if "embeds" in name]:
+    if not is_itself and (embeddings := [name for name in given if "prompt_embeds" in name]):
         raise Unsupported(
             f"{', '.join(embeddings)}: embeddings of the first pipeline say nothing to {type(second).__name__} with another text encoder; "
             "give the prompt as text"

@@ -40,18 +40,21 @@ def build_config(plugin: str, model: type[PluginConfig], values: Mapping[str, An
 
 
 def allowed(model: type[PluginConfig], key: str) -> str:
-    """The range or choices of a knob in words, for tables (``"int, >= 1"``)."""
+    """The range or choices of a knob in words, for tables (``"integer, >= 1 or none"``)."""
     schema = model.model_json_schema()["properties"][key]
-    parts = [schema["anyOf"][0] if "anyOf" in schema else schema][0]
-    words = []
-    if "enum" in parts:
-        words.append(" | ".join(repr(choice) for choice in parts["enum"]))
-    elif "const" in parts:
-        words.append(repr(parts["const"]))
-    elif "type" in parts:
-        words.append(str(parts["type"]))
+    options = [in_words(option) for option in schema.get("anyOf", [schema])]
+    return " or ".join(dict.fromkeys(option for option in options if option))
+
+
+def in_words(schema: Mapping[str, Any]) -> str:
+    """One JSON schema of a value in words."""
+    if schema.get("type") == "null":
+        return "none"
+    if "enum" in schema:
+        words = [" | ".join(repr(choice) for choice in schema["enum"])]
+    elif "const" in schema:
+        words = [repr(schema["const"])]
+    else:
+        words = [str(schema["type"])] if "type" in schema else []
     bounds = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
-    words += [f"{sign} {parts[name]:g}" for name, sign in bounds.items() if name in parts]
-    if "anyOf" in schema and any(option.get("type") == "null" for option in schema["anyOf"]):
-        words.append("or none")
-    return ", ".join(words)
+    return ", ".join([*words, *(f"{sign} {schema[name]:g}" for name, sign in bounds.items() if name in schema)])

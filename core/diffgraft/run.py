@@ -143,6 +143,8 @@ class Run:
                     continue  # it selected none, or an outer plugin answered every denoiser call
                 if point == "control" and point not in self._promised:
                     continue  # the pipeline has no ControlNet
+                if point == "guide" and self.report_of(entry).fired:
+                    continue  # guidance was off; the plugin's other points did their part
                 if point == "guide":
                     self.report_of(entry).notes.append("inactive: guidance was off in this run, there was nothing to guide")
                     continue

@@ -164,6 +164,11 @@ class Subject:
                 knobs[need.knob] = partner(self.family, self.class_name)
         return self.plugin(**knobs)
 
+    def seconds(self, pipe: Any) -> list[Any]:
+        """The second pipelines that the plugin on ``pipe`` was given."""
+        knobs = pipe.plugins[self.plugin.name].config
+        return [getattr(knobs, need.knob) for need in self.plugin.needs if need.kind == "pipeline"]
+
     def run(self, pipe: Any, setting: Setting = USUAL, **extra: Any) -> Tensor:
         """One call; the latents (or pixels) that come out. A plugin with an artefact gets the one for this setting, as a user gives it."""
         if has_plugin(pipe, self.plugin) and (knobs := artefacts(self.plugin, self.family, self.class_name, setting)):
