@@ -76,7 +76,12 @@ def judge(outer: Part, inner: Part) -> tuple[list[str], list[str]]:
             conflicts.append(
                 f"{y.name} needs a deterministic run, but {x.name} draws noise of its own; disable {x.name} or set it neutral"
             )
-        if "resolution" in x.effects.edits and skipped_features(y.effects):
+        if "resolution" in x.effects.edits and "calibrated_run" in y.effects.needs:
+            conflicts.append(
+                f"{y.name} was calibrated for runs of one size and number of steps, but {x.name} runs the pipeline in stages of several: "
+                "remove one"
+            )
+        elif "resolution" in x.effects.edits and skipped_features(y.effects):
             warnings.append(f"{x.name} changes the resolution in mid-run: {y.name} starts its cache again at each change")
     if ("denoiser" in a.skips and "blocks" in b.skips) or ("blocks" in a.skips and "denoiser" in b.skips):
         warnings.append(f"{both}: one skips whole denoiser calls, the other blocks inside them; their savings do not add up")
