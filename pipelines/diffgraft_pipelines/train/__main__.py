@@ -20,6 +20,7 @@ from . import lcm as lcm_stage
 from . import small as small_stage
 from . import unet as unet_stage
 from . import vae as vae_stage
+from . import wan as wan_stage
 from .common import console, keep_freed_memory, make_accelerator
 from .pool import load_pool
 from .recipe import BASE, HELD_OUT_SCENES, Base, Device, Out, Prompts, Scenes, Seed, Steps, describe, load_data, write_recipe
@@ -27,6 +28,7 @@ from .recipe import BASE, HELD_OUT_SCENES, Base, Device, Out, Prompts, Scenes, S
 app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__)
 app.command("emoji-flux")(flux_stage.emoji_flux)
 app.command("measure-flux")(flux_stage.measure_flux)
+app.command("emoji-wan")(wan_stage.emoji_wan)
 
 GUIDANCES = (1.5, 2.0, 3.0)
 

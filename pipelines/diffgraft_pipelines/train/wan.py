@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
-import platform
 import re
 import shutil
 import time
@@ -33,6 +31,7 @@ from .common import Stage, console, keep_freed_memory, make_accelerator, step_ge
 from .evaluate import grid, rms_distance, wilson
 from .export import NOTICES, load_as_fp32, versions
 from .pool import Pool, load_pool, to_float
+from .recipe import hardware
 from .vae import KL_WEIGHT, crops, psnr, reconstruction_loss
 
 CONTENT, COORDINATES = 16, 6
@@ -89,7 +88,8 @@ def coordinates(frames: int, height: int, width: int) -> Tensor:
 
     Wan's transformer sees only how far tokens are from each other (rotary embeddings; text has no place), so in noise it cannot
     tell left from right nor the middle from the edge. A ramp of known slope and mean it can draw even so, each token by its
-    neighbours, and with it everything else has a place.
+    neighbours, and with it everything else has a place: of four clips that a small transformer learned by heart (700 steps), three came
+    back in their places; without the ramps one did, and the others as fragments.
     """
     across = torch.linspace(-1, 1, width).expand(frames, height, width)
     down = torch.linspace(-1, 1, height).view(-1, 1).expand(frames, height, width)
@@ -303,7 +303,8 @@ def train_transformer(
 
     @cache
     def tokenize(text: str) -> list[int]:
-        return tokenizer(text, padding="max_length", max_length=POSITIONS, truncation=True).input_ids
+        ids: list[int] = tokenizer(text, padding="max_length", max_length=POSITIONS, truncation=True).input_ids
+        return ids
 
     def loss(step: int) -> Tensor:
         progress = step / steps
@@ -509,10 +510,10 @@ def write_card(folder: Path, recipe: dict[str, Any], result: dict[str, Any], not
 def emoji_wan(
     out: Annotated[Path, typer.Option(help="Working folder; the checkpoint is written to OUT/emoji-wan.")],
     steps_pictures: Annotated[int, typer.Option(help="Steps of the autoencoder on pictures.", min=1)] = 5000,
-    steps_clips: Annotated[int, typer.Option(help="Steps of the autoencoder on clips.", min=1)] = 2200,
-    steps_transformer: Annotated[int, typer.Option(min=1)] = 4500,
+    steps_clips: Annotated[int, typer.Option(help="Steps of the autoencoder on clips.", min=1)] = 2000,
+    steps_transformer: Annotated[int, typer.Option(min=1)] = 3600,
     pictures: Annotated[int, typer.Option(help="Rendered training scenes, as of emoji-sd.", min=1000)] = 40_000,
-    videos: Annotated[int, typer.Option(help="Training clips whose latents are kept.", min=64)] = 12_000,
+    videos: Annotated[int, typer.Option(help="Training clips whose latents are kept.", min=64)] = 10_000,
     seed: Annotated[int, typer.Option(help="Seed of clips, weights and noise.")] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     prompts: Annotated[int, typer.Option(help="Held-out prompts to measure.", min=1)] = 96,
@@ -540,7 +541,6 @@ def emoji_wan(
     console.print(f"exported {folder}; {time.perf_counter() - began:.0f} s in this call")
     parts = {"transformer": transformer, "autoencoder": vae, "text encoder": text}
     times = json.loads((state / "seconds.json").read_text())
-    on_cuda = accelerator.device.type == "cuda"
     recipe: dict[str, Any] = {
         "command": (
             f"python -m diffgraft_pipelines.train emoji-wan --out DIR --steps-pictures {steps_pictures} --steps-clips {steps_clips} "
@@ -548,7 +548,7 @@ def emoji_wan(
         ),
         "stages": {name: times[name] for name in ("wan-vae-pictures", "wan-vae-clips", "wan-transformer")},
         "videos": videos,
-        "hardware": torch.cuda.get_device_name() if on_cuda else f"{os.cpu_count()} CPU cores ({platform.machine()}), no GPU",
+        "hardware": hardware(accelerator.device),
         "versions": versions(),
         "parameters": {name: sum(p.numel() for p in module.parameters()) for name, module in parts.items()},
         "vae_psnr_db": decibels,
