@@ -60,7 +60,7 @@ def all_cases() -> list[Case]:
     cases = [case for name in names for case in contract_cases(name)]
     guided = [f.name for f in registry.families().values() if f.guidance.layout != "none"]
     unguided = [f.name for f in registry.families().values() if f.guidance.layout == "none"]
-    return cases + contract_cases(NothingGuided, guided, TWO_DENOISERS) + contract_cases(Nothing, unguided)
+    return cases + contract_cases(NothingGuided, guided, TWO_DENOISERS, True) + contract_cases(Nothing, unguided, (), True)
 
 
 @pytest.mark.parametrize("case", all_cases(), ids=str)

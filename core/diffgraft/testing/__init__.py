@@ -9,8 +9,9 @@
     def test_case(case):
         case.run()
 
-A case is one check on the plugin and one pipeline class. Every claimed family's first pipeline class gets every check that applies;
-its other classes (image to image, inpainting, ControlNet) those that concern them. Everything runs on tiny seeded random pipelines,
+A case is one check on the plugin and one pipeline class. Every claimed family's first pipeline class gets every check that applies
+(what the core alone decides is checked on one U-Net and one DiT family); its other classes (image to image, inpainting, ControlNet)
+those that concern them, or the plugin refuses them with a reason. Everything runs on tiny seeded random pipelines,
 on the CPU, offline. A check that does not apply makes no case: what plain diffusers cannot do is not asked of a plugin.
 
 What a plugin declares changes what is asked of it: ``effects.couples_batch`` and ``effects.stochastic`` lift "sample i alone = sample i
@@ -45,18 +46,21 @@ __all__ = [
 ]
 
 
-def contract_cases(plugin: str | type[Plugin], families: Iterable[str] | None = None, variants: Iterable[str] = ()) -> list[Case]:
+def contract_cases(
+    plugin: str | type[Plugin], families: Iterable[str] | None = None, variants: Iterable[str] = (), thorough: bool = False
+) -> list[Case]:
     """All cases of one plugin.
 
     Args:
         plugin: name of an installed plugin, or a plugin class.
         families: names of families; default: all that the plugin claims.
         variants: further pipelines of the tiny factories that get the checks of a first class ("WanPipeline@2.2").
+        thorough: on every family also what the core alone decides (offload, save, copy, pickle...), for tests of the core.
     """
     cls = registry.find(plugin) if isinstance(plugin, str) else plugin
     known = registry.families()
     chosen = [known[name] for name in families] if families is not None else [f for f in known.values() if claims(cls, f)]
-    return cases_of(cls, chosen, known.values() if families is None else (), variants)
+    return cases_of(cls, chosen, known.values() if families is None else (), variants, thorough)
 
 
 def run_contract(plugin: str | type[Plugin], families: Iterable[str] | None = None) -> list[str]:

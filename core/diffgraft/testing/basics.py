@@ -111,7 +111,7 @@ def no_trace(s: Subject) -> None:
     s.expect(s.run(pipe), s.baseline(), "after detaching, against the baseline")
 
 
-@check("main")
+@check("kind")
 def attach_twice(s: Subject) -> None:
     """Attaching twice is refused and changes nothing (DeepCache's ``enable()`` twice: RecursionError)."""
     pipe = s.attach(s.make())

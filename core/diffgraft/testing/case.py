@@ -11,7 +11,7 @@ from diffgraft.family import Family
 from diffgraft.plugin import Plugin
 from diffgraft.testing.subject import Subject
 
-Scope = Literal["plugin", "main", "every", "foreign"]
+Scope = Literal["plugin", "kind", "main", "every", "foreign"]
 Run = Callable[[Subject], None]
 
 
@@ -19,7 +19,8 @@ Run = Callable[[Subject], None]
 class Check:
     """One line of the contract.
 
-    scope  "plugin": once; "main": on the first pipeline class of every claimed family; "every": on all its classes
+    scope  "plugin": once; "kind": on the cheapest claimed U-Net and DiT family, because the core alone decides what happens there (its own
+           tests put a probe on every family); "main": on the first pipeline class of every claimed family; "every": on all its classes
            (image to image, inpainting, ControlNet); "foreign": on every family that the plugin does not claim
     when   whether it applies; a case that does not is never made
     """
@@ -61,7 +62,7 @@ class Case:
         """Remarks for the record (graph breaks, "refused: ..."); raises AssertionError when the plugin breaks the contract."""
         subject = Subject(self.plugin, self.family, self.class_name)
         try:
-            if self.check.scope in ("main", "every"):
+            if self.check.scope in ("kind", "main", "every"):
                 subject.baseline()  # before the plugin can touch a class or a global
             self.check.run(subject)
         except Unsupported as error:
@@ -75,18 +76,32 @@ class Case:
         return subject.notes
 
 
-def cases_of(plugin: type[Plugin], families: Iterable[Family], known: Iterable[Family], classes: Iterable[str] = ()) -> list[Case]:
-    """The cases that apply: ``families`` to test on, of all the ``known`` ones; ``classes`` are further pipeline classes or variants."""
+def one_of_each_kind(families: Iterable[Family]) -> list[Family]:
+    """The family of each kind whose tiny pipeline runs fastest."""
+    fast = ("sd", "sdxl", "flux", "sd3", "pixart")
+    known = sorted(families, key=lambda family: fast.index(family.name) if family.name in fast else len(fast))
+    return list({family.kind: family for family in reversed(known) if family.tiny is not None}.values())
+
+
+def cases_of(
+    plugin: type[Plugin], families: Iterable[Family], known: Iterable[Family], classes: Iterable[str] = (), thorough: bool = False
+) -> list[Case]:
+    """The cases that apply: ``families`` to test on, of all the ``known`` ones; ``classes`` are further pipeline classes or variants.
+
+    ``thorough``: checks of scope "kind" on every family too.
+    """
     claimed = [family for family in families if family.tiny is not None]
     extra = list(classes)
     cases: list[Case] = []
     for one in CHECKS:
         if one.scope == "plugin":
             places = [(family, family.pipelines[0]) for family in claimed[:1]]
+        elif one.scope == "kind" and not thorough:
+            places = [(family, family.pipelines[0]) for family in one_of_each_kind(claimed)]
         elif one.scope == "foreign":
             places = [(family, family.pipelines[0]) for family in known if family.tiny is not None and not claims(plugin, family)]
         else:
-            places = [(f, name) for f in claimed for name in (f.pipelines[:1] if one.scope == "main" else f.pipelines)]
+            places = [(f, name) for f in claimed for name in (f.pipelines if one.scope == "every" else f.pipelines[:1])]
             places += [(f, name) for f in claimed for name in extra if name.partition("@")[0] in f.pipelines]
         cases += [Case(plugin, f, name, one) for f, name in places if one.when(Subject(plugin, f, name))]
     return cases

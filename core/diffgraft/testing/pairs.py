@@ -12,7 +12,7 @@ from diffgraft.family import Family
 from diffgraft.loading import load_pipeline, unload
 from diffgraft.planner import Part, plan
 from diffgraft.plugin import Plugin
-from diffgraft.testing.case import claims
+from diffgraft.testing.case import claims, one_of_each_kind
 from diffgraft.testing.subject import USUAL, Subject, artefacts
 from diffgraft.testing.trace import expect_same_trace, trace
 
@@ -103,14 +103,6 @@ def pair_cases(plugins: Iterable[str | type[Plugin]] | None = None) -> list[Pair
     classes = [registry.find(item) if isinstance(item, str) else item for item in plugins]
     cases: list[Pair] = []
     for outer, inner in permutations(classes, 2):
-        common = [f for f in _by_cost() if claims(outer, f) and claims(inner, f)]
-        chosen = list({family.kind: family for family in reversed(common)}.values())
+        chosen = one_of_each_kind(f for f in registry.families().values() if claims(outer, f) and claims(inner, f))
         cases += [Pair(outer, inner, family) for family in chosen] or [Pair(outer, inner, None)]
     return cases
-
-
-def _by_cost() -> list[Family]:
-    """Families with a tiny pipeline; the common ones that run fast come first."""
-    fast = ("sd", "sdxl", "flux", "sd3", "pixart")
-    known = [family for family in registry.families().values() if family.tiny is not None]
-    return sorted(known, key=lambda family: fast.index(family.name) if family.name in fast else len(fast))

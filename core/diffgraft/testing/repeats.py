@@ -47,7 +47,7 @@ def exception(s: Subject) -> None:
     interrupted(s, Stop("in mid-run"))
 
 
-@check("main")
+@check("kind")
 def interrupt(s: Subject) -> None:
     """The same with KeyboardInterrupt, the next run at once at the same size (diffusers E2)."""
     pipe = s.attach(s.make())

@@ -96,7 +96,7 @@ def scheduler_replaced(s: Subject) -> None:
     assert pipe.scheduler is new, "the user's new scheduler is gone after the run"
 
 
-@check("main", when=lambda s: s.facts.has_offload)
+@check("kind", when=lambda s: s.facts.has_offload)
 def offload_before(s: Subject) -> None:
     """CPU offload, then attach: image 2 like image 1 (diffusers E14, E14d, cache-dit C7: patched, then silently not)."""
     pipe = s.make()
@@ -107,7 +107,7 @@ def offload_before(s: Subject) -> None:
     s.expect(s.run(unload(pipe)), s.baseline(), "after detaching, against the baseline")
 
 
-@check("main", when=lambda s: s.facts.has_offload)
+@check("kind", when=lambda s: s.facts.has_offload)
 def offload_after(s: Subject) -> None:
     """Attach, then CPU offload: image 2 like image 1 (DeepCache #50, #23)."""
     pipe = s.attach(s.make())
@@ -159,7 +159,7 @@ def controlnet(s: Subject) -> None:
     s.expect_effect(USUAL, USUAL.but(controlnet_conditioning_scale=0.0), "the ControlNet")
 
 
-@check("main")
+@check("kind")
 def two_pipelines(s: Subject) -> None:
     """Two pipelines of one class: a plain one stays plain, also inside the other's run; detaching one leaves the other (cache-dit C2)."""
     plain, one, two = s.make(), s.attach(s.make()), s.attach(s.make())
@@ -181,7 +181,7 @@ def two_pipelines(s: Subject) -> None:
     s.expect(s.run(one), s.baseline(), "the detached one, while the other is attached")
 
 
-@check("main")
+@check("kind")
 def from_pipe(s: Subject) -> None:
     """``from_pipe`` shares the denoiser, not the plugins (diffusers E9, nunchaku #437)."""
     pipe = s.attach(s.make())
@@ -195,7 +195,7 @@ def from_pipe(s: Subject) -> None:
     s.expect(s.run(other), s.baseline(), "the plain one after a run of the first")
 
 
-@check("main")
+@check("kind")
 def save_reload(s: Subject) -> None:
     """Saved: a plain diffusers folder (a foreign class name in it would break loading); reloaded with the plugin it gives the same."""
     import diffusers
@@ -223,7 +223,7 @@ def files(folder: str) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in Path(folder).rglob("*") if path.is_file()}
 
 
-@check("main")
+@check("kind")
 def deepcopy(s: Subject) -> None:
     """A deepcopy has plugins of its own; what happens to it does not happen to the original."""
     pipe = s.attach(s.make())
@@ -237,7 +237,7 @@ def deepcopy(s: Subject) -> None:
     s.expect_fresh(pipe, what="the original, after detaching the copy")
 
 
-@check("main")
+@check("kind")
 def pickling(s: Subject) -> None:
     """A pickle holds the plain pipeline; which plugins the reader has installed is not the writer's to say."""
     plain, pipe = s.make(), s.attach(s.make())
