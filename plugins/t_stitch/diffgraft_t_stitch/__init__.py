@@ -1,0 +1,185 @@
+"""T-Stitch: early steps decide the layout, which a small model does as well, so it runs them and the large one the rest.
+
+(Pan, Zhuang, Huang, Nie, Yu, Xiao, Cai, Anandkumar, arXiv 2402.14167.) Different diffusion models trained on the same data share the
+sampling trajectory's latent space, so one may take over from another between two steps.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from diffgraft import Effects, Need, Paper, Plugin, PluginConfig
+from diffgraft.calls import Call, ControlCall, DenoiseCall, RunCall, Target
+from diffgraft.conditioning import Conditioning
+from diffgraft.errors import ConfigError
+from diffgraft.family import Family
+from diffgraft.needs import follow
+from diffgraft.run import running
+from diffusers import DiffusionPipeline
+from pydantic import Field, field_validator
+from torch import Tensor
+
+from diffgraft_t_stitch.method import ends_by_begin, ends_by_steps, ends_by_time, model_at
+from diffgraft_t_stitch.partner import ask, conditions, denoiser_of, ensure_fits, fitted, needs_own
+
+__all__ = ["TStitch"]
+__version__ = "0.1.0"
+
+
+class TStitchConfig(PluginConfig):
+    """Knobs of T-Stitch."""
+
+    model: Any = Field(
+        None,
+        description="the small model: a bundled name, a folder, a Hub id or a live pipeline of the same latent space; a list for several, "
+        "smallest first",
+    )
+    fraction: tuple[float, ...] = Field(
+        (0.4,),
+        description="r: share of the steps, from the first on, that the small model runs, 0 to 1; one share a model, together at most 1; "
+        "0 is off, 1 is the small model alone",
+    )
+    rule: Literal["steps", "begin", "time"] = Field(
+        "steps",
+        description="which steps make up a share. steps: (i + 1) / T <= r (paper; code for SD and SDXL); begin: i / T <= r (code for LCM); "
+        "time: timestep / 1000 >= 1 - r (code for DiT)",
+    )
+
+    @field_validator("model")
+    @classmethod
+    def _named_or_live(cls, value: Any) -> Any:
+        models = list(value) if isinstance(value, (list, tuple)) else [value]
+        if value is not None and not (models and all(isinstance(model, (str, os.PathLike, DiffusionPipeline)) for model in models)):
+            raise ValueError("give a bundled name, a folder, a Hub id or a live diffusers pipeline, or a list of these")
+        return value
+
+    @field_validator("fraction", mode="before")
+    @classmethod
+    def _as_tuple(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, (int, float)) else value
+
+    @field_validator("fraction")
+    @classmethod
+    def _shares(cls, value: tuple[float, ...]) -> tuple[float, ...]:
+        if not value or not min(value) >= 0 or not sum(value) <= 1 + 1e-9:  # refuses nan too
+            raise ValueError("shares of the steps: each 0 to 1, together at most 1")
+        return value
+
+
+@dataclass
+class Trajectory:
+    """In one run: where each small model's part ends, and what its own encoders made of the prompt (nothing: the large one's serve)."""
+
+    total: int = -1
+    ends: tuple[int, ...] = ()
+    own: dict[int, Conditioning] = field(default_factory=dict)
+    joined: dict[tuple[int, tuple[str, ...]], dict[str, Any]] = field(default_factory=dict)
+
+    def of(self, number: int, branches: tuple[str, ...], family: Family) -> dict[str, Any] | None:
+        """Denoiser arguments of small model ``number``, put together once for all its steps."""
+        if number not in self.own:
+            return None
+        key = number, branches
+        if key not in self.joined:
+            self.joined[key] = conditions(self.own[number], branches, family)
+        return self.joined[key]
+
+
+class TStitch(Plugin):
+    name = "t_stitch"
+    paper = Paper(
+        title="T-Stitch: Accelerating Sampling in Pre-Trained Diffusion Models with Trajectory Stitching",
+        arxiv="2402.14167",
+        implemented="the first share of the steps by one or several smaller models of the same latent space, the rest by the large one",
+        omitted="the search over shares of several models (its result is `fraction`); the checkpoints; fine-tuning at the stitch",
+        licence="official code CC-BY-NC; written from the paper",
+    )
+    families = ("*",)
+    Config = TStitchConfig
+    State = Trajectory
+    neutral = {"fraction": 0.0}  # noqa: RUF012
+    active = {"fraction": 0.34}  # noqa: RUF012  # one step of three or four: what is put on the large model still shows
+    effects = Effects(replaces=frozenset({"denoiser"}))
+    needs = (Need("pipeline", "model"),)
+    config: TStitchConfig
+
+    def check(self, target: Target) -> None:
+        smalls, r = as_list(target.given["model"]), self.config.fraction
+        if not smalls and any(r):
+            raise ConfigError(
+                f"plugin 't_stitch': model = None with fraction = {r}: name the small model ('owner/name', a folder, a live pipeline)"
+            )
+        if smalls and len(smalls) != len(r):
+            raise ConfigError(f"plugin 't_stitch': fraction = {r} has {len(r)} shares for {len(smalls)} models; give one share a model")
+        for small in smalls:
+            ensure_fits(target.pipe, target.family, small)
+
+    def run(self, call: RunCall, next: Any) -> Any:
+        shared: Trajectory = call.shared
+        shared.total = -1
+        shared.own.clear()
+        shared.joined.clear()
+        for number, small in enumerate(as_list(call.given("model"))):
+            if self.config.fraction[number] == 0:
+                continue
+            ensure_fits(call.pipe, call.family, small)  # an adapter or another dtype may have come after attaching
+            follow(small, call.pipe._execution_device)
+            if needs_own(call.pipe, small, call.family):
+                shared.own[number] = ask(small, call.pipe, call.arguments(), call.family)
+        return next(call)
+
+    def control(self, call: ControlCall, next: Any) -> Any:
+        """In the small model's steps its own ControlNet runs, where it has one; else the large one's, whose residuals fit it."""
+        number = self.model_now(call)
+        smalls = as_list(call.given("model"))
+        network = getattr(smalls[number], "controlnet", None) if number < len(smalls) else None
+        if network is None or network is call.model:
+            return next(call)
+        own = call.shared.of(number, ("cond",), call.family)
+        if own is not None and len(own["encoder_hidden_states"]) < len(call["encoder_hidden_states"]):  # not so in guess mode
+            own = call.shared.of(number, call.family.guidance.order, call.family)
+        with running(None):
+            return network(**fitted(call, network, own).arguments())
+
+    def denoise(self, call: DenoiseCall, next: Any) -> Tensor:
+        number = self.model_now(call)
+        smalls = as_list(call.given("model"))
+        if number == len(smalls):
+            call.count("large")
+            return next(call)  # type: ignore[no-any-return]
+        call.count("small" if len(smalls) == 1 else f"small {number + 1}")
+        model = denoiser_of(smalls[number], call.model_name, call.family)
+        call = fitted(call, model, call.shared.of(number, call.branches, call.family))
+        if model is call.model:  # stitched with itself
+            return next(call)  # type: ignore[no-any-return]
+        with running(None):  # blocks that both models share serve the small one here: no hook of the large one may see them
+            return model(**call.arguments())[0]  # type: ignore[no-any-return]
+
+    def model_now(self, call: Call) -> int:
+        """Number of the model that runs this step; both evaluations of a second-order solver's step go to the same one."""
+        if not any(self.config.fraction):
+            return len(as_list(call.given("model")))
+        order, step, shared = getattr(call.pipe.scheduler, "order", 1), call.step, call.shared
+        if step.index == 0 or shared.total != step.total:
+            shared.total, shared.ends = step.total, self.ends(call, order)
+        return model_at(step.index // order, shared.ends)
+
+    def ends(self, call: Call, order: int) -> tuple[int, ...]:
+        """How many solver steps are over when each small model's part ends."""
+        r, step = self.config.fraction, call.step
+        T = -(-step.total // order)
+        if self.config.rule == "steps":
+            return ends_by_steps(r, T)
+        if self.config.rule == "begin":
+            return ends_by_begin(r, T)
+        t = torch.stack([torch.as_tensor(call.step_at(k * order - step.index).t) for k in range(T)])
+        return ends_by_time(r, t.tolist(), call.pipe.scheduler.config.num_train_timesteps)
+
+
+def as_list(given: Any) -> Sequence[Any]:
+    """The small pipelines, smallest first."""
+    return () if given is None else given if isinstance(given, list) else [given]
