@@ -202,3 +202,35 @@ def test_bundled_folder_is_a_plain_small_pipeline_that_follows_its_prompt() -> N
     scores = Judge.from_pretrained(FOLDER / "judge").score(images, prompts)
     for name in ("object", "background", "size", "place"):
         assert scores[name] == [True] * len(prompts), name
+
+
+def test_the_small_one_stands_in_for_the_large_one() -> None:
+    import torch
+    from diffgraft_pipelines.bundled import emoji_sd_small
+    from diffgraft_pipelines.emoji.judge import load_bundled
+    from diffusers import StableDiffusionPipeline
+    from torch.utils.flop_counter import FlopCounterMode
+
+    folder = Path(emoji_sd_small.path)
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) < 40e6
+    assert {"README.md", "LICENSE-APACHE-2.0.txt", "LICENSE-OFL-1.1.txt"} <= {path.name for path in files}
+    large, small = (StableDiffusionPipeline.from_pretrained(path, local_files_only=True) for path in (FOLDER, folder))
+    for part in ("vae", "text_encoder"):
+        ours, theirs = (getattr(pipe, part).state_dict() for pipe in (small, large))
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[key], theirs[key]) for key in ours), part
+    assert small.scheduler.config == large.scheduler.config
+
+    def work(pipe: StableDiffusionPipeline) -> int:
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            pipe.unet(torch.zeros(1, 4, 16, 16), torch.tensor(500), torch.zeros(1, 24, 128))
+        return counter.get_total_flops()
+
+    assert work(small) <= work(large) / 5
+    small.set_progress_bar_config(disable=True)
+    prompts = [f"a big apple {phrase} on a blue background" for phrase in scenes.PLACE_PHRASES.values()]
+    images = small(prompts, num_inference_steps=12, guidance_scale=1.5, generator=torch.Generator().manual_seed(0)).images
+    scores = load_bundled().score(images, prompts)
+    for name in ("background", "size", "place"):
+        assert scores[name] == [True] * len(prompts), name

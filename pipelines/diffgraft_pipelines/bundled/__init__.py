@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from diffgraft.family import Bundled
 
+HERE = Path(__file__).parent
+
 emoji_sd = Bundled(
     name="emoji-sd",
-    path=str(Path(__file__).parent / "emoji-sd"),
+    path=str(HERE / "emoji-sd"),
     prompts=(  # held out of the training: the first of the fixed order in which `train` evaluates them
         "a small penguin in the center on a blue background",
         "a small crown at the top on a gray background",
@@ -38,3 +41,6 @@ emoji_sd = Bundled(
     judge="diffgraft_pipelines.emoji.judge:load_bundled",
     guidance_scale=2.0,
 )
+
+emoji_sd_small = replace(emoji_sd, name="emoji-sd-small", path=str(HERE / "emoji-sd-small"), guidance_scale=1.5)
+"""A fifth of the compute for the same autoencoder, text encoder and prompts."""

@@ -81,10 +81,10 @@ def emoji_sd_small(
     pools = load_data(out, scenes, seed)
     pipe = StableDiffusionPipeline.from_pretrained(base, local_files_only=True)
     pipe.register_modules(unet=small_stage.train_small(pools, pipe, out / "state", steps, seed, accelerator))
-    exporting.export(out / "emoji-sd-small", pipe.to("cpu"), Judge.from_pretrained(base / "judge"))
+    exporting.export(out / "emoji-sd-small", pipe.to("cpu"))
     recipe = describe("emoji-sd-small", pipe, out / "state", ("unet-small",), {"": steps}, scenes, seed, device)
     write_recipe(out, "emoji-sd-small", recipe)
-    measure(out, "emoji-sd-small", prompts)
+    measure(out, "emoji-sd-small", prompts, base=base)
 
 
 @app.command("emoji-sd-lcm")
@@ -123,7 +123,7 @@ def measure(
     folder = out / name
     lora = name == "emoji-sd-lcm"
     pipe = StableDiffusionPipeline.from_pretrained(base if lora else folder, local_files_only=True)
-    judge = Judge.from_pretrained((base if lora else folder) / "judge")
+    judge = Judge.from_pretrained((folder if name == "emoji-sd" else base) / "judge")
     if lora:
         pipe.scheduler = LCMScheduler.from_pretrained(folder, subfolder="scheduler")
         pipe.load_lora_weights(folder)

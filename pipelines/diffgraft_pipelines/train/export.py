@@ -42,14 +42,15 @@ def stable_diffusion(
     )
 
 
-def export(folder: Path, pipe: StableDiffusionPipeline, judge: Judge) -> None:
+def export(folder: Path, pipe: StableDiffusionPipeline, judge: Judge | None = None) -> None:
     """Replace `folder` by the checkpoint in fp16; `pipe` is fp32 afterwards as before."""
     with replacing(folder) as fresh:
         pipe.to(dtype=torch.float16).save_pretrained(fresh)
         pipe.to(dtype=torch.float32)
         load_as_fp32(fresh / "text_encoder" / "config.json")
         pipe.tokenizer.backend_tokenizer.model.save(str(fresh / "tokenizer"))
-        judge.save_pretrained(fresh / "judge")
+        if judge is not None:
+            judge.save_pretrained(fresh / "judge")
 
 
 def export_lora(folder: Path, lora: dict[str, Tensor], scheduler: LCMScheduler) -> None:
