@@ -75,6 +75,11 @@ def follow(second: Any, device: torch.device) -> None:
         second.to(device)
 
 
+def as_tuple(value: Any) -> Any:
+    """A setting that a saved pipeline gives back as a list."""
+    return tuple(value) if isinstance(value, list) else value
+
+
 def space_difference(target: Target, second: Any) -> str | None:
     """Why the predictions of a second pipeline's denoiser are no stand-in for the first one's, or None when they are."""
     first, family = target.pipe, target.family
@@ -88,7 +93,7 @@ def space_difference(target: Target, second: Any) -> str | None:
         if here is None or there is None:
             continue
         for key in ("in_channels", "out_channels", "patch_size"):
-            if here.config.get(key) != there.config.get(key):
+            if as_tuple(here.config.get(key)) != as_tuple(there.config.get(key)):
                 return f"{name}.{key} is {there.config.get(key)}, here {here.config.get(key)}"
     vae, second_vae = getattr(first, "vae", None), getattr(second, "vae", None)
     if isinstance(vae, nn.Module) and isinstance(second_vae, nn.Module) and vae is not second_vae:

@@ -32,7 +32,6 @@ from diffgraft.calls import (
     StepOutput,
 )
 from diffgraft.errors import NeverFired, Unsupported
-from diffgraft.needs import follow
 from diffgraft.report import PluginReport, Report
 from diffgraft.slots import write_schedule
 
@@ -257,13 +256,10 @@ class Run:
         return "cond", ("cond",)
 
     def _ready(self, call: DenoiseCall) -> None:
-        """Before the first denoiser call: scheduler, steps, size and device are known now, and nothing was computed yet."""
+        """Before the first denoiser call: scheduler, steps and size are known now, and nothing was computed yet."""
         for thing in self._given:
             if isinstance(thing, Artefact):
                 thing.ensure_run(self.pipe.scheduler, self.step.total, tuple(call.sample.shape[1:]))
-            else:
-                for second in thing if isinstance(thing, list) else [thing]:
-                    follow(second, call.sample.device)
         self._given = []
 
     def guidance_active(self) -> bool:

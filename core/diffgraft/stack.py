@@ -16,12 +16,13 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
+from diffusers import DiffusionPipeline
 from torch import nn
 
 from diffgraft.calls import ModulesCall, RunCall, Target
 from diffgraft.errors import Conflict, DiffgraftError, PluginNotFound, Unsupported, nearest
 from diffgraft.family import Family
-from diffgraft.needs import fetch
+from diffgraft.needs import fetch, follow
 from diffgraft.planner import Part, Plan, plan
 from diffgraft.plugin import Entry, Plugin
 from diffgraft.registry import find_family
@@ -308,6 +309,10 @@ class PluginStack:
             return call_inner(call)
 
         try:
+            for thing in [value for entry in entries for value in entry.given.values()]:
+                for second in thing if isinstance(thing, list) else [thing]:
+                    if isinstance(second, DiffusionPipeline):
+                        follow(second, self.pipe._execution_device)
             slots = self._wiring.connect(run, entries)
             with running(run):
                 positions = {name: i for i, name in enumerate([*signature.parameters][1:])}

@@ -249,7 +249,8 @@ class Subject:
         """What ``setting`` changes on the plain pipeline, it changes with the plugin too."""
         alone = distance(self.baseline(setting), self.baseline(base))
         together = distance(self.fresh(setting).output, self.fresh(base).output)
-        assert together >= 0.05 * alone, f"{what} changes the plain output by {alone:.3g}, with the plugin by {together:.3g}"
+        share = 0.0 if "denoiser" in self.plugin.effects.replaces else 0.05  # another denoiser, which does not have it, ran some steps
+        assert together > share * alone, f"{what} changes the plain output by {alone:.3g}, with the plugin by {together:.3g}"
 
     def expect_fresh(self, pipe: Any, setting: Setting = USUAL, what: str = "this run") -> None:
         """The next run of ``pipe`` equals that of a fresh pipeline, and the plugin did as much in it."""

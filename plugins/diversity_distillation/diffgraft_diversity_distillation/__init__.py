@@ -21,7 +21,6 @@ from diffgraft.calls import Call, DenoiseCall, GuideCall, RunCall, StepCall, Ste
 from diffgraft.conditioning import Conditioning, join, same_text_encoders
 from diffgraft.errors import Unsupported
 from diffgraft.inputs import parameters
-from diffgraft.needs import follow
 from diffgraft.plugin import Effects, Need, Paper
 from diffgraft.wiring import denoisers_of
 from diffusers import DiffusionPipeline
@@ -165,7 +164,6 @@ class DiversityDistillation(Plugin):
             for model in denoisers_of(call.pipe, call.family).values():
                 ensure_removable(model)
         else:
-            follow(base, call.pipe._execution_device)
             shared.own_text = not same_text_encoders(call.pipe, base)
         shared.own_text |= bool(config.base_arguments)
         takes = parameters(base or call.pipe)  # a base of another class (without ControlNet) takes less

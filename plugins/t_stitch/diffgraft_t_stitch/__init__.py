@@ -17,7 +17,6 @@ from diffgraft.calls import Call, ControlCall, DenoiseCall, RunCall, Target
 from diffgraft.conditioning import Conditioning
 from diffgraft.errors import ConfigError
 from diffgraft.family import Family
-from diffgraft.needs import follow
 from diffgraft.run import running
 from diffusers import DiffusionPipeline
 from pydantic import Field, field_validator
@@ -127,7 +126,6 @@ class TStitch(Plugin):
             if self.config.fraction[number] == 0:
                 continue
             ensure_fits(call.pipe, call.family, small)  # an adapter or another dtype may have come after attaching
-            follow(small, call.pipe._execution_device)
             if needs_own(call.pipe, small, call.family):
                 shared.own[number] = ask(small, call.pipe, call.arguments(), call.family)
         return next(call)

@@ -13,7 +13,7 @@ from diffgraft.family import Family
 from torch import nn
 
 NOISE = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule")
-"""Scheduler settings that say how noisy the samples of a timestep were in training."""
+"""Scheduler settings that say how noisy the samples of a timestep were in training (where set: a default says nothing)."""
 PARTS_OF_THE_RUN = ("denoising_start", "denoising_end")
 """Call arguments that leave no step of a one-step run: the conditioning is asked for in one."""
 SIZES = ("time_ids",)
@@ -60,7 +60,7 @@ def misfits(pipe: Any, family: Family, small: Any) -> list[str]:
     if family.prediction != "flow":
         settings = pipe.scheduler.config, small.scheduler.config
         for key in NOISE:
-            mine, other = (config.get(key) for config in settings)
+            mine, other = (None if key in config.get("_use_default_values", ()) else config.get(key) for config in settings)
             if None not in (mine, other) and mine != other:
                 reasons.append(f"its scheduler's {key} is {other}, here {mine}: its timesteps mean another noise level")
     return reasons

@@ -625,6 +625,14 @@ def test_a_small_model_that_cannot_take_over_is_refused(change, reason):
     assert not hasattr(large, "plugins")
 
 
+def test_a_schedulers_default_betas_are_no_statement():
+    """CogVideoX relies on its scheduler's defaults; put another class in and diffusers takes that class's."""
+    large, small, _ = pair("CogVideoXPipeline")
+    large.scheduler = diffusers.EulerDiscreteScheduler.from_config(large.scheduler.config)
+    assert large.scheduler.config.beta_schedule != small.scheduler.config.beta_schedule
+    stitched(large, small, 0.5)
+
+
 def test_every_reason_is_named_at_once():
     large, small, _ = pair("StableDiffusionPipeline")
     other_noise(large, small)
