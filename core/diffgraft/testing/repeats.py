@@ -41,7 +41,7 @@ def interrupted(s: Subject, error: BaseException) -> None:
     s.expect_fresh(pipe, what="the next run")
 
 
-@check("main")
+@check("kind")
 def exception(s: Subject) -> None:
     """An exception in mid-run arrives, and clean runs at another and at the same size follow (diffusers E2, E2b; sglang PR #17140)."""
     interrupted(s, Stop("in mid-run"))

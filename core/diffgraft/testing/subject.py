@@ -200,7 +200,8 @@ class Subject:
         if not isinstance(kwargs.get("width"), int):
             return None
         height, width = int(kwargs["height"]), int(kwargs["width"])
-        for size in ({"height": height, "width": width // 2}, {"height": height, "width": 2 * width}):
+        sizes = [{"height": height, "width": width // 2}, {"height": height, "width": 2 * width}]
+        for size in reversed(sizes) if "resolution" in self.plugin.effects.edits else sizes:  # stages are smaller still
             setting = USUAL.but(**size, **({"max_area": size["height"] * size["width"]} if "max_area" in kwargs else {}))
             if self.supports(setting):
                 return setting

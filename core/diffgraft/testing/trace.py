@@ -109,5 +109,8 @@ def only_new_objects() -> Iterator[None]:
 def live_tensors(scheduler: Any) -> Counter[tuple[Any, ...]]:
     """The tensors that somebody still holds, as a bag of (shape, dtype); the scheduler's own schedule is the pipeline's business."""
     gc.collect()
-    own = {id(value) for value in vars(scheduler).values()}
+    own: set[int] = set()
+    for value in vars(scheduler).values():
+        for item in value if isinstance(value, (list, tuple)) else [value]:
+            own |= {id(item), id(getattr(item, "_base", None))}
     return Counter((tuple(x.shape), x.dtype) for x in gc.get_objects() if issubclass(type(x), Tensor) and id(x) not in own)
