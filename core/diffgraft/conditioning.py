@@ -31,10 +31,18 @@ class Conditioning:
 
     of_branch: Mapping[str, Mapping[str, Any]]
 
-    def put_into(self, call: DenoiseCall) -> DenoiseCall:
-        """``call`` with this conditioning in the place of its own."""
-        parts = [self.of_branch[branch] for branch in call.branches]
-        return call.replace(**{name: join([part[name] for part in parts]) for name in parts[0]})  # type: ignore[no-any-return]
+    def put_into(self, call: DenoiseCall, *branches: str) -> DenoiseCall:
+        """``call`` with this conditioning of ``branches`` (default: those of the call) in the place of its own.
+
+        What is missing here (the mask of a prompt that needs none) goes; entries of a dict that are missing here (an IP-Adapter's picture)
+        stay.
+        """
+        parts = [self.of_branch[branch] for branch in branches or call.branches]
+        changes: dict[str, Any] = {name: None for name in call.family.conditioning if call.get(name) is not None}
+        for name in parts[0]:
+            value = join([part[name] for part in parts])
+            changes[name] = {**(call.get(name) or {}), **value} if isinstance(value, dict) else value
+        return call.replace(**changes)  # type: ignore[no-any-return]
 
 
 def same_text_encoders(first: Any, second: Any) -> bool:

@@ -95,7 +95,7 @@ class Run:
         self.carried: Tensor | None = None
         self.unscaled: Tensor | None = None
         self.scale_model_input: Callable[..., Tensor] | None = None
-        self._given = [value for entry in entries for value in entry.given.values() if value is not None]
+        self._artefacts = [value for entry in entries for value in entry.given.values() if isinstance(value, Artefact)]
         self._begin_schedule()
 
     # state and report -------------------------------------------------------------------------------------------------------------
@@ -223,7 +223,7 @@ class Run:
         call = DenoiseCall(self, inner, names, args, kwargs)
         if self._begin is None:
             self._locate(call.get(self.family.timestep))
-        if self._given:
+        if self._artefacts:
             self._ready(call)
         branch, branches = self._branch_of_call()
         call.branch, call.branches = branch, branches
@@ -257,10 +257,9 @@ class Run:
 
     def _ready(self, call: DenoiseCall) -> None:
         """Before the first denoiser call: scheduler, steps and size are known now, and nothing was computed yet."""
-        for thing in self._given:
-            if isinstance(thing, Artefact):
-                thing.ensure_run(self.pipe.scheduler, self.step.total, tuple(call.sample.shape[1:]))
-        self._given = []
+        for artefact in self._artefacts:
+            artefact.ensure_run(self.pipe.scheduler, self.step.total, tuple(call.sample.shape[1:]))
+        self._artefacts = []
 
     def guidance_active(self) -> bool:
         """Whether batched guidance is on now; read live, because it can be cut in mid-run."""

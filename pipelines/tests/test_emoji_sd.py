@@ -17,14 +17,6 @@ FOLDER = Path(diffgraft_pipelines.__file__).parent / "bundled" / "emoji-sd"
 EXAMPLE = scenes.Labels("dog face", "blue", "small", "left")
 
 
-@pytest.fixture(scope="module")
-def artwork() -> None:
-    try:
-        scenes.find_font()
-    except scenes.ArtworkMissing as missing:
-        pytest.skip(str(missing))
-
-
 def test_importing_the_emoji_package_does_not_import_torch() -> None:
     code = "import sys, diffgraft_pipelines.emoji, diffgraft_pipelines.emoji.scenes; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -13,14 +13,6 @@ from diffgraft_pipelines.emoji import motion, scenes
 FIELDS = [field.name for field in fields(motion.MotionLabels)]
 
 
-@pytest.fixture(scope="module")
-def artwork() -> None:
-    try:
-        scenes.find_font()
-    except scenes.ArtworkMissing as missing:
-        pytest.skip(str(missing))
-
-
 def test_importing_the_clips_does_not_import_torch() -> None:
     code = "import sys, diffgraft_pipelines.emoji.motion; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -23,7 +23,7 @@ from . import vae as vae_stage
 from . import wan as wan_stage
 from .common import console, keep_freed_memory, make_accelerator
 from .pool import load_pool
-from .recipe import BASE, HELD_OUT_SCENES, Base, Device, Out, Prompts, Scenes, Seed, Steps, describe, load_data, write_recipe
+from .recipe import BASE, HELD_OUT_SCENES, Base, Device, Out, Prompts, Scenes, Seed, Steps, describe, load_data, start, write_recipe
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__)
 app.command("emoji-flux")(flux_stage.emoji_flux)
@@ -76,10 +76,7 @@ def emoji_sd_small(
     prompts: Prompts = 160,
 ) -> None:
     """Train a small U-Net for the autoencoder and the text encoder of emoji-sd, export, measure."""
-    keep_freed_memory()
-    accelerator = make_accelerator(device)
-    pools = load_data(out, scenes, seed)
-    pipe = StableDiffusionPipeline.from_pretrained(base, local_files_only=True)
+    accelerator, pools, pipe = start(out, base, scenes, seed, device)
     pipe.register_modules(unet=small_stage.train_small(pools, pipe, out / "state", steps, seed, accelerator))
     exporting.export(out / "emoji-sd-small", pipe.to("cpu"))
     recipe = describe("emoji-sd-small", pipe, out / "state", ("unet-small",), {"": steps}, scenes, seed, device)
@@ -98,10 +95,7 @@ def emoji_sd_lcm(
     prompts: Prompts = 160,
 ) -> None:
     """Distil emoji-sd into a LoRA for four steps without guidance, export it, measure."""
-    keep_freed_memory()
-    accelerator = make_accelerator(device)
-    pools = load_data(out, scenes, seed)
-    pipe = StableDiffusionPipeline.from_pretrained(base, local_files_only=True)
+    accelerator, pools, pipe = start(out, base, scenes, seed, device)
     lora = lcm_stage.train_lcm(pools, pipe, out / "state", steps, seed, accelerator)
     exporting.export_lora(out / "emoji-sd-lcm", lora, lcm_stage.build_lcm_scheduler())
     recipe = describe("emoji-sd-lcm", pipe, out / "state", ("lcm",), {"": steps}, scenes, seed, device)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -60,12 +60,11 @@ def wilson(right: int, total: int, z: float = 1.96) -> tuple[float, float]:
     return middle - half, middle + half
 
 
-def tally(judge: Judge, images: Sequence[Image.Image], prompts: Sequence[str]) -> dict[str, dict[str, Any]]:
+def tally(scores: Mapping[str, Sequence[bool | None]]) -> dict[str, dict[str, Any]]:
     """Right, total, share and interval for each field that the prompts say, and for all of them at once."""
-    scores = judge.score(images, prompts)
-    rows = {name: [s for s in scores[name] if s is not None] for name in FIELDS}
+    rows = {name: [s for s in row if s is not None] for name, row in scores.items()}
     rows = {name: row for name, row in rows.items() if row}  # prompts for pairs do not say the size
-    everything = "all four" if len(rows) == len(FIELDS) else "all"
+    everything = "all four" if len(rows) == len(scores) else "all"
     rows[everything] = [all(s is not False for s in each) for each in zip(*scores.values(), strict=True)]
     return {
         name: {
@@ -122,7 +121,7 @@ def sweep_guidance(pipe: Drawing, judge: Judge, guidances: Sequence[float]) -> d
     found = {}
     for guidance in guidances:
         images = generate(pipe, prompts, range(50_000, 50_000 + len(prompts)), guidance)
-        found[str(guidance)] = {name: row["share"] for name, row in tally(judge, images, prompts).items()}
+        found[str(guidance)] = {name: row["share"] for name, row in tally(judge.score(images, prompts)).items()}
         console.print(f"guidance {guidance}: {found[str(guidance)]}", highlight=False)
     return found
 
@@ -142,18 +141,19 @@ def evaluate(pipe: Drawing, judge: Judge, out: Path, count: int, guidance: float
     seen = {name: labels_of(name)[0] for name in scenes.OBJECTS}
     one_each = [scenes.caption(replace(each, size="big")) for each in seen.values()]
     grid(generate(pipe, one_each, range(len(one_each)), guidance, steps), one_each).save(out / "objects.png")
+    one, two = judge.score(images, prompts), judge.score(drawn, both)
     true, other = (judge.features(renders(labels, seed)) for seed in (1, 2))
     return {
         "prompts": count,
         "steps": steps,
         "guidance": guidance,
         "seconds_per_picture": round(seconds / count, 2),
-        "scores": tally(judge, images, prompts),
-        "pairs": tally(judge, drawn, both),
+        "scores": tally(one),
+        "pairs": tally(two),
         "frechet_to_renders": round(frechet(judge.features(images), true), 3),
         "frechet_renders_to_renders": round(frechet(other, true), 3),
         "diversity_rms": diversity(pipe, guidance, out, steps),
-        "wrong": wrong(judge, [*images, *drawn], [*prompts, *both]),
+        "wrong": [*wrong(one, prompts), *wrong(two, both)],
     }
 
 
@@ -162,9 +162,8 @@ def held_out_pairs(count: int, seed: int = 0) -> list[scenes.Pair]:
     return [scenes.draw_pair(np.random.default_rng([seed, i, 4]), held_out=True) for i in range(count)]
 
 
-def wrong(judge: Judge, images: Sequence[Image.Image], prompts: Sequence[str]) -> list[dict[str, Any]]:
+def wrong(scores: Mapping[str, Sequence[bool | None]], prompts: Sequence[str]) -> list[dict[str, Any]]:
     """The pictures that are not as their prompt says, and in what."""
-    scores = judge.score(images, prompts)
     faults = [[name for name in FIELDS if scores[name][i] is False] for i in range(len(prompts))]
     return [{"prompt": prompt, "wrong": found} for prompt, found in zip(prompts, faults, strict=True) if found]
 

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 import typer
 from accelerate import Accelerator
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel, StableDiffusionPipeline
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
 from diffusers.models.transformers.transformer_flux import FluxAttention
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from torch import Tensor, nn
@@ -26,11 +26,12 @@ from transformers import CLIPTokenizer, T5Config, T5EncoderModel, T5Tokenizer
 
 from ..emoji import scenes
 from ..emoji.judge import FIELDS, Judge, load_bundled
+from . import cards
 from . import evaluate as measuring
 from . import export as exporting
-from .common import Stage, console, keep_freed_memory, make_accelerator, step_generator
+from .common import Stage, console, step_generator
 from .pool import Pairs, Pool
-from .recipe import BASE, Base, Device, Out, Prompts, Scenes, Seed, Steps, describe, load_data, write_recipe
+from .recipe import BASE, Base, Device, Out, Prompts, Scenes, Seed, Steps, describe, start, write_recipe
 from .unet import (
     BATCH,
     CAPTION_DROPOUT,
@@ -339,16 +340,10 @@ def evaluate(folder: Path, judge: Judge, out: Path, count: int, guidance: float)
     few = [scenes.caption(each) for each in measuring.held_out_labels()[: min(count, HALF_SIZE_PROMPTS)]]
     small = measuring.generate(Guided(pipe, scenes.SIZE // 2), few, range(len(few)), guidance)
     measuring.grid(small[:64], few[:64]).save(out / "half-size.png")
-    return {**result, "half_size": measuring.tally(judge, small, few)}
+    return {**result, "half_size": measuring.tally(judge.score(small, few))}
 
 
-CARD = """---
-license: other
-license_name: apache-2.0-and-ofl-1.1
-pipeline_tag: text-to-image
-library_name: diffusers
----
-# emoji-flux
+CARD = """# emoji-flux
 
 A small real text-to-image checkpoint: a standard `FluxPipeline` (double and single blocks, packed latents, flow matching, a CLIP and
 a T5 text encoder) that draws 64 x 64 pictures of one or two emoji on a plain background. Its prompts say things that can be
@@ -435,11 +430,6 @@ Hardware: {hardware}. Versions: {versions}. Parameters: {parts}.
 One or two objects a picture; only the words above; softer than the artwork (small objects most of all). The judge sees what it was
 trained on: it is more lenient than a person about fine detail, so look at the pictures too.
 
-## Licence of the artwork
-
-Trained on, and drawing, Noto Emoji (Copyright 2013-2017 Google Inc., Arjen Nienhuis): sources Apache-2.0, font SIL Open
-Font License 1.1. Both notices lie beside the weights: `LICENSE-APACHE-2.0.txt`, `LICENSE-OFL-1.1.txt`,
-`NOTICE-noto-emoji.txt`.
 """
 
 
@@ -456,10 +446,8 @@ def emoji_flux(
     prompts: Prompts = 160,
 ) -> None:
     """Train transformer and text encoders on the latents of emoji-sd's autoencoder, export, measure."""
-    keep_freed_memory()
-    accelerator = make_accelerator(device)
-    sd = StableDiffusionPipeline.from_pretrained(base, local_files_only=True)
-    pipe = train_flux(load_data(out, scenes, seed), sd.vae, sd.tokenizer, out / "state", steps, seed, accelerator)
+    accelerator, pools, sd = start(out, base, scenes, seed, device)
+    pipe = train_flux(pools, sd.vae, sd.tokenizer, out / "state", steps, seed, accelerator)
     export(out / NAME, pipe)
     write_recipe(out, NAME, describe(NAME, pipe, out / "state", ("flux",), {"": steps}, scenes, seed, device))
     measure_flux(out, prompts)
@@ -481,6 +469,6 @@ def measure_flux(
     recipe = json.loads((out / f"recipe-{NAME}.json").read_text())
     text = notes.read_text() if notes else ""
     half = min(HALF_SIZE_PROMPTS, prompts)
-    exporting.write_card(folder, CARD, recipe, judge, result, text, tokens=TOKENS, half_size_prompts=half)
+    exporting.write_card(folder, cards.HEAD + CARD + cards.LICENCE, recipe, judge, result, text, tokens=TOKENS, half_size_prompts=half)
     for name in ("scores", "pairs", "half_size"):
         console.print(f"{name}: { {field: row['share'] for field, row in result[name].items()} }", highlight=False)

@@ -10,10 +10,12 @@ from typing import Annotated, Any
 
 import torch
 import typer
+from accelerate import Accelerator
+from diffusers import StableDiffusionPipeline
 
 from ..bundled import emoji_sd
 from ..emoji.scenes import ArtworkMissing
-from .common import console, make_accelerator
+from .common import console, keep_freed_memory, make_accelerator
 from .export import versions
 from .pool import Pairs, Pool, load_pairs, load_pool
 
@@ -39,6 +41,13 @@ def load_data(out: Path, scenes: int, seed: int) -> tuple[Pool, Pairs]:
     except ArtworkMissing as missing:
         console.print(f"[red]{missing}[/red]")
         raise typer.Exit(2) from missing
+
+
+def start(out: Path, base: Path, scenes: int, seed: int, device: str) -> tuple[Accelerator, tuple[Pool, Pairs], StableDiffusionPipeline]:
+    """What a training that begins from emoji-sd needs: the device, the training data, and emoji-sd itself."""
+    keep_freed_memory()
+    accelerator = make_accelerator(device)
+    return accelerator, load_data(out, scenes, seed), StableDiffusionPipeline.from_pretrained(base, local_files_only=True)
 
 
 PARTS = ("unet", "transformer", "vae", "text_encoder", "text_encoder_2")

@@ -14,7 +14,7 @@ from transformers import CLIPTextModel
 
 from .common import Stage
 from .pool import Pairs, Pool
-from .unet import TEXT_WIDTH, Batches, loss_weight
+from .unet import Batches, build_unet, loss_weight
 
 LEARNING_RATE = 2e-3
 DISTILL_FROM = 0.4
@@ -23,20 +23,7 @@ DISTILL_FROM = 0.4
 
 def build_small() -> UNet2DConditionModel:
     """An untrained U-Net of half of emoji-sd's widths with one layer a block: 18 % of its multiply-adds."""
-    return UNet2DConditionModel(
-        sample_size=16,
-        in_channels=4,
-        out_channels=4,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-        block_out_channels=(16, 32, 64),
-        layers_per_block=1,
-        cross_attention_dim=TEXT_WIDTH,
-        addition_embed_type="text",
-        addition_embed_type_num_heads=4,
-        attention_head_dim=(1, 2, 4),
-        norm_num_groups=8,
-    )
+    return build_unet((16, 32, 64), layers=1, groups=8)
 
 
 def frozen(base: StableDiffusionPipeline, device: torch.device) -> tuple[UNet2DConditionModel, CLIPTextModel]:

@@ -90,7 +90,7 @@ def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
     )
 
 
-def build_unet() -> UNet2DConditionModel:
+def build_unet(widths: tuple[int, int, int] = (32, 64, 128), layers: int = 2, groups: int = 16) -> UNet2DConditionModel:
     """An untrained U-Net of three levels for 16 x 16 x 4 latents.
 
     Besides cross-attention the caption also joins the time embedding, as in DeepFloyd IF: from cross-attention alone, size and
@@ -102,13 +102,13 @@ def build_unet() -> UNet2DConditionModel:
         out_channels=4,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-        block_out_channels=(32, 64, 128),
-        layers_per_block=2,
+        block_out_channels=widths,
+        layers_per_block=layers,
         cross_attention_dim=TEXT_WIDTH,
         addition_embed_type="text",
         addition_embed_type_num_heads=4,
         attention_head_dim=(1, 2, 4),
-        norm_num_groups=16,
+        norm_num_groups=groups,
     )
 
 

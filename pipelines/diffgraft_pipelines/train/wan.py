@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import re
-import shutil
 import time
 from collections.abc import Iterator, Sequence
 from functools import cache, partial
@@ -27,9 +26,10 @@ from transformers import T5Tokenizer, UMT5Config, UMT5EncoderModel
 
 from ..emoji import motion, motion_judge, scenes
 from ..emoji.motion_judge import FIELDS, MotionJudge
+from .cards import LICENCE
 from .common import Stage, console, keep_freed_memory, make_accelerator, step_generator, write_atomic
-from .evaluate import grid, rms_distance, wilson
-from .export import NOTICES, load_as_fp32, versions
+from .evaluate import grid, rms_distance, tally
+from .export import load_as_fp32, replacing, score_table, versions
 from .pool import Pool, load_pool, to_float
 from .recipe import hardware
 from .vae import KL_WEIGHT, crops, psnr, reconstruction_loss
@@ -342,16 +342,11 @@ def plain_attention(device: torch.device) -> contextlib.AbstractContextManager[A
 
 def export(folder: Path, vae: AutoencoderKLWan, transformer: WanTransformer3DModel, text: UMT5EncoderModel, tokenizer: T5Tokenizer) -> None:
     """Replace `folder` by the checkpoint, weights in fp16; the parts given are rounded to it, and are fp32 again afterwards."""
-    fresh = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(fresh, ignore_errors=True)
     pipe = WanPipeline(tokenizer=tokenizer, text_encoder=text, vae=vae, scheduler=build_scheduler(), transformer=transformer)
-    pipe.to(dtype=torch.float16).save_pretrained(fresh)
-    pipe.to(dtype=torch.float32)
-    load_as_fp32(fresh / "text_encoder" / "config.json")
-    for notice in sorted(NOTICES.iterdir()):
-        shutil.copy(notice, fresh)
-    shutil.rmtree(folder, ignore_errors=True)
-    fresh.replace(folder)
+    with replacing(folder) as fresh:
+        pipe.to(dtype=torch.float16).save_pretrained(fresh)
+        pipe.to(dtype=torch.float32)
+        load_as_fp32(fresh / "text_encoder" / "config.json")
 
 
 # --- figures ---------------------------------------------------------------------------------------------------------
@@ -372,21 +367,6 @@ def generate(pipe: WanPipeline, prompts: Sequence[str], seeds: Sequence[int], gu
         batch = list(prompts[start : start + 16])
         videos += list(pipe(batch, num_inference_steps=steps, guidance_scale=guidance, generator=generators, **CALL).frames)
     return videos
-
-
-def tally(scores: dict[str, list[bool | None]]) -> dict[str, dict[str, Any]]:
-    """Right, total, share and interval for each field, and for all at once."""
-    rows = {name: [s for s in row if s is not None] for name, row in scores.items()}
-    rows["all four"] = [all(s is not False for s in each) for each in zip(*scores.values(), strict=True)]
-    return {
-        name: {
-            "right": sum(row),
-            "total": len(row),
-            "share": round(sum(row) / len(row), 4),
-            "wilson_95": [round(v, 4) for v in wilson(sum(row), len(row))],
-        }
-        for name, row in rows.items()
-    }
 
 
 def strip(video: motion_judge.Video) -> Image.Image:
@@ -483,14 +463,10 @@ def write_card(folder: Path, recipe: dict[str, Any], result: dict[str, Any], not
     def table(rows: dict[str, dict[str, float]], fields: Sequence[str]) -> str:
         return "\n".join(f"| {what} | " + " | ".join(f"{100 * row[field]:.1f} %" for field in fields) + " |" for what, row in rows.items())
 
-    scores = "\n".join(
-        f"| {name} | {row['right']} / {row['total']} | {100 * row['share']:.1f} % "
-        f"| {100 * row['wilson_95'][0]:.1f} - {100 * row['wilson_95'][1]:.1f} % |"
-        for name, row in result["scores"].items()
-    )
     training, held_out = motion.split()
-    card = CARD.format(
-        scores=scores, judged=table(recipe["judge"], FIELDS), sweep=table(result["guidance_sweep"], (*FIELDS, "all four")),
+    card = (CARD + LICENCE).format(
+        scores=score_table(result["scores"]), judged=table(recipe["judge"], FIELDS),
+        sweep=table(result["guidance_sweep"], (*FIELDS, "all four")),
         stages="\n".join(f"| {name} | {row['steps']} | {row['seconds']} s |" for name, row in recipe["stages"].items()),
         parts=", ".join(f"{name} {count / 1e6:.2f} M" for name, count in recipe["parameters"].items()),
         versions=", ".join(f"{k} {v}" for k, v in recipe["versions"].items()), command=recipe["command"], hardware=recipe["hardware"],
@@ -645,8 +621,4 @@ One object a clip, straight motion, only the words above; 9 frames of 64 x 64, s
 encoder leaves six channels empty. The judge is more lenient than
 a person about fine detail, so look at the clips in `grids/` too.
 
-## Licence of the artwork
-
-Trained on, and drawing, Noto Emoji (Copyright 2013-2017 Google Inc., Arjen Nienhuis): sources Apache-2.0, font SIL Open Font License
-1.1. Both notices lie beside the weights: `LICENSE-APACHE-2.0.txt`, `LICENSE-OFL-1.1.txt`, `NOTICE-noto-emoji.txt`.
 """

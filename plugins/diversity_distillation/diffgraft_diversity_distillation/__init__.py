@@ -18,7 +18,7 @@ import torch
 from diffgraft import Plugin, PluginConfig
 from diffgraft.adapters import adapter_layers, ensure_removable, without_adapters
 from diffgraft.calls import Call, DenoiseCall, GuideCall, RunCall, StepCall, StepOutput, Target
-from diffgraft.conditioning import Conditioning, join, same_text_encoders
+from diffgraft.conditioning import Conditioning, same_text_encoders
 from diffgraft.errors import Unsupported
 from diffgraft.inputs import parameters
 from diffgraft.plugin import Effects, Need, Paper
@@ -203,10 +203,10 @@ class DiversityDistillation(Plugin):
             if shared.stand_in is None:
                 self._hand_over(call)
             return torch.cat([shared.stand_in] * len(call.branches))
-        prediction = self._ask(_dressed(call, self._heard(call), *call.branches) if shared.own_text else call, next)
+        prediction = self._ask(self._heard(call).put_into(call) if shared.own_text else call, next)
         if w <= 1 or _is_guided(call):  # a pipeline that guides by itself asks for each half; `guide` puts them together with w_B
             return prediction
-        return guided(self._ask(_dressed(call, self._heard(call), "uncond"), next), prediction, w)
+        return guided(self._ask(self._heard(call).put_into(call, "uncond"), next), prediction, w)
 
     def guide(self, call: GuideCall, next: Callable[[GuideCall], Tensor]) -> Tensor:
         if call.step.index >= self._reach(call) or self.config.base_steps is not None:
@@ -263,17 +263,3 @@ class DiversityDistillation(Plugin):
 def _is_guided(call: DenoiseCall) -> bool:
     """Whether the pipeline guides by itself at this step."""
     return len(call.branches) > 1 or (call.family.guidance.layout == "sequential" and call.run.guidance_active())
-
-
-def _dressed(call: DenoiseCall, heard: Conditioning, *branches: str) -> DenoiseCall:
-    """``call`` with the base's conditioning of these branches.
-
-    What the base leaves out (the mask of a prompt that needs none) goes; entries of a dict that it did not make (an IP-Adapter's picture)
-    stay.
-    """
-    parts = [heard.of_branch[branch] for branch in branches]
-    made = {name: join([part[name] for part in parts]) for name in parts[0]}
-    changes: dict[str, Any] = {name: None for name in call.family.conditioning if call.get(name) is not None}
-    for name, value in made.items():
-        changes[name] = {**(call.get(name) or {}), **value} if isinstance(value, dict) else value
-    return call.replace(**changes)  # type: ignore[no-any-return]
