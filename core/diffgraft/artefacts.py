@@ -6,6 +6,7 @@ number of steps and the shape of the latents; and it carries a checksum. Whateve
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
@@ -45,10 +46,10 @@ class Fingerprint:
     def of(cls, model: nn.Module) -> Fingerprint:
         """The fingerprint of a model; LoRA layers on it are not part of it."""
         model = getattr(model, "_orig_mod", model)  # under torch.compile
-        named = sorted((name.replace(".base_layer", ""), p) for name, p in model.named_parameters() if ".lora_" not in name)
-        layout = hashlib.sha256("\n".join(f"{name} {tuple(p.shape)}" for name, p in named).encode()).hexdigest()[:16]
-        chosen = [named[i * len(named) // PROBES][1] for i in range(min(PROBES, len(named)))] if named else []
-        values = [p.detach().reshape(-1)[p.numel() // 2].float().cpu() for p in chosen]
+        named = sorted((name.replace(".base_layer", ""), name) for name, _ in model.named_parameters() if ".lora_" not in name)
+        lines = (f"{clean} {tuple(model.get_parameter(name).shape)}" for clean, name in named)
+        layout = hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
+        values = [middle(model, named[i * len(named) // PROBES][1]) for i in range(min(PROBES, len(named)))]
         weights = torch.stack(values).tolist() if values else []
         return cls(type(model).__name__, layout, tuple(weights))
 
@@ -60,6 +61,19 @@ class Fingerprint:
             return f"{self.kind} with other layers or sizes"
         close = all(math.isclose(a, b, rel_tol=TOLERANCE, abs_tol=1e-6) for a, b in zip(self.weights, other.weights, strict=True))
         return None if close else f"{self.kind} with other weights"
+
+
+def middle(model: nn.Module, name: str) -> Tensor:
+    """The middle value of a parameter (0-dim, fp32, CPU); sequential offload leaves an empty one in its place and keeps the values."""
+    module, _, own_name = name.rpartition(".")
+    owner = model.get_submodule(module)
+    with contextlib.ExitStack() as held:
+        if getattr(owner, own_name).is_meta:
+            from accelerate.utils import align_module_device
+
+            held.enter_context(align_module_device(owner, "cpu"))
+        parameter = getattr(owner, own_name).detach()
+        return parameter.reshape(-1)[parameter.numel() // 2].float().cpu()
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from diffgraft.family import Family
-    from diffgraft.plugin import Entry
+    from diffgraft.plugin import Entry, Plugin
     from diffgraft.run import Run
 
 
@@ -166,6 +166,11 @@ class Call:
         return self.entry.given[knob]
 
     @property
+    def others(self) -> list[Plugin]:
+        """The other plugins of this run, outermost first."""
+        return [entry.plugin for entry in self.run.entries if entry is not self.entry]
+
+    @property
     def state(self) -> Any:
         """The plugin's own state for this run and branch: fresh at every run, freed at its end."""
         return self.run.state(self.entry, self.branch)
@@ -231,6 +236,11 @@ class DenoiseCall(Call):
     def timestep(self) -> Tensor:
         """The denoiser's timestep, a 0-dim tensor or [rows]."""
         return self[self.run.family.timestep]  # type: ignore[no-any-return]
+
+    @property
+    def guided(self) -> bool:
+        """Whether the pipeline asks for both guidance branches at this step, in this call or in one each."""
+        return len(self.branches) > 1 or (self.family.guidance.layout == "sequential" and self.run.guidance_active())
 
     @property
     def latents(self) -> Tensor:

@@ -17,12 +17,15 @@ from torch import Tensor, nn
 from diffgraft.artefacts import Fingerprint
 from diffgraft.calls import DenoiseCall, StepCall
 from diffgraft.errors import Unsupported
+from diffgraft.inputs import parameters
 from diffgraft.plugin import Effects, Paper, Plugin
 from diffgraft.run import active_run
 
 NOT_COPIED = {"self", "generator", "latents", "callback", "callback_on_step_end", "callback_on_step_end_tensor_inputs",
               "output_type", "return_dict", "num_inference_steps", "timesteps", "sigmas", "callback_steps"}  # fmt: skip
 """Call arguments that do not concern the conditioning (a generator must not be drawn from twice)."""
+PARTS_OF_A_RUN = {"denoising_start", "denoising_end"}
+"""Call arguments that would leave no step of the single one in which the conditioning is asked for."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +75,8 @@ def sibling(pipe: Any) -> Any:
 def own_conditioning(second: Any, arguments: Mapping[str, Any]) -> Conditioning:
     """What ``second`` hands to its denoiser when it is called with these arguments (of the first pipeline's call).
 
-    ``second`` may be the running pipeline itself, asked for another guidance scale or prompt.
+    Arguments that ``second`` does not take (a base without ControlNet) are left out. It may be the running pipeline itself, asked for
+    another guidance scale or prompt.
 
     Raises:
         Unsupported: the prompt was given as embeddings, which only the first pipeline understands.
@@ -84,7 +88,10 @@ def own_conditioning(second: Any, arguments: Mapping[str, Any]) -> Conditioning:
     is_itself = run is not None and run.pipe is second
     if run is not None and run.pipe.scheduler is second.scheduler:  # itself, or one that ``from_pipe`` made of it
         second = sibling(second)
-    given = {name: value for name, value in arguments.items() if value is not None and name not in NOT_COPIED}
+    asked = parameters(second).keys() - NOT_COPIED - PARTS_OF_A_RUN
+    given = {name: value for name, value in arguments.items() if value is not None and name in asked}
+    if "strength" in given:
+        given["strength"] = 1.0  # else one step is none; the conditioning does not depend on it
     if not is_itself and (embeddings := [name for name in given if "prompt_embeds" in name]):
         raise Unsupported(
             f"{', '.join(embeddings)}: embeddings of the first pipeline say nothing to {type(second).__name__} with another text encoder; "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any, ClassVar
 
+import accelerate
 import pytest
 import torch
 from diffgraft import ArtefactMismatch, Calibrator, ConfigError, Conflict, Need, Unsupported, load_pipeline
@@ -192,6 +193,14 @@ def test_calibration_without_prompts_or_without_need(pipe, tmp_path):
     load_pipeline(pipe, plugins=[Everything])
     with pytest.raises(Conflict, match="unload"):
         calibrate(pipe, Gain(), samples(), sized(pipe), tmp_path / "a.safetensors")
+
+
+def test_a_fingerprint_reads_weights_that_sequential_offload_keeps_elsewhere(pipe):
+    offloaded = tiny("StableDiffusionPipeline")[0].unet
+    accelerate.cpu_offload(offloaded, execution_device="cpu")
+    assert all(p.is_meta for p in offloaded.parameters())
+    assert Fingerprint.of(offloaded) == Fingerprint.of(pipe.unet)
+    assert all(p.is_meta for p in offloaded.parameters())
 
 
 def test_a_fingerprint_knows_weights_but_not_dtype_or_lora(pipe):

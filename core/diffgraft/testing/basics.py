@@ -148,7 +148,7 @@ def in_place(s: Subject) -> None:
     s.expect(output, s.fresh().output, "between two do-nothing plugins, against alone")
 
 
-@check("main")
+@check("kind")
 def memory(s: Subject) -> None:
     """Memory held after the run = 0 (DeepCache keeps 36 tensors alive after the call; diffusers #14833)."""
     pipe = s.attach(s.make())

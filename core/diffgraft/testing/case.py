@@ -19,9 +19,10 @@ Run = Callable[[Subject], None]
 class Check:
     """One line of the contract.
 
-    scope  "plugin": once; "kind": on the cheapest claimed U-Net and DiT family, because the core alone decides what happens there (its own
-           tests put a probe on every family); "main": on the first pipeline class of every claimed family; "every": on all its classes
-           (image to image, inpainting, ControlNet); "foreign": on every family that the plugin does not claim
+    scope  "plugin": once; "kind": on the cheapest claimed U-Net and DiT family, because the core and the plugin's code decide what happens
+           there and not the family (the core's own tests put a probe on every family); "main": on the first pipeline class of every
+           claimed family; "every": on all its classes (image to image, inpainting, ControlNet); "foreign": on every family that the
+           plugin does not claim
     when   whether it applies; a case that does not is never made
     """
 

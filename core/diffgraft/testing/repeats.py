@@ -82,7 +82,7 @@ def batch_change(s: Subject) -> None:
     s.expect_fresh(pipe, what="batch 1 after batch 2")
 
 
-@check("main", when=lambda s: s.supports(s.several_a_prompt))
+@check("kind", when=lambda s: s.supports(s.several_a_prompt))
 def several_a_prompt(s: Subject) -> None:
     """``num_images_per_prompt=2`` and back."""
     pipe = s.attach(s.make())

@@ -518,8 +518,9 @@ def call(pipe: Any, family: Family, class_name: str, setting: Setting, **extra: 
     return result
 
 
+@functools.cache
 def partner(family: Family, class_name: str) -> Any:
-    """A second tiny pipeline of the same latent space and text encoders, whose denoisers have other weights."""
+    """A second tiny pipeline of the same latent space and text encoders, whose denoisers have other weights; the same for all cases."""
     first, second = tiny(family, class_name).pipe, tiny(family, class_name, seed=1).pipe
     for name, part in first.components.items():
         if name not in family.denoisers and name != "controlnet":

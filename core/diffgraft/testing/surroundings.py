@@ -37,7 +37,7 @@ from diffgraft.testing.subject import (
 def register(scheduler: str) -> None:
     """The check of one scheduler."""
 
-    @check("main", when=lambda s: s.supports_scheduler(scheduler), name=f"scheduler_{scheduler}")
+    @check("kind", when=lambda s: s.supports_scheduler(scheduler), name=f"scheduler_{scheduler}")
     def with_scheduler(s: Subject) -> None:
         """Second-order and multistep schedulers, repeated timesteps (DeepCache: positions 0,1,1,3,3 under Heun; diffusers #5687)."""
         setting = under(scheduler)
@@ -63,7 +63,7 @@ def twice_stepping(s: Subject) -> Setting | None:
     return under(found[0]) if found else None
 
 
-@check("main", when=lambda s: twice_stepping(s) is not None)
+@check("kind", when=lambda s: twice_stepping(s) is not None)
 def repeated_timesteps(s: Subject) -> None:
     """A step's place is not looked up from its timestep: equal ones and ones a rounding unit apart give the same (DeepCache)."""
     repeated = twice_stepping(s)
@@ -144,7 +144,7 @@ def processors_kept(s: Subject, setting: Setting, what: str) -> None:
     s.expect_neutral(setting, f"with {what}")
 
 
-@check("main", when=lambda s: s.facts.has_processors)
+@check("kind", when=lambda s: s.facts.has_processors)
 def foreign_processors(s: Subject) -> None:
     """Attention processors of others are kept and used (diffusers #8872, #9881, #14103: processors overwrite each other)."""
     processors_kept(s, Setting(processors=True), "somebody else's processors")

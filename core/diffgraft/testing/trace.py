@@ -113,4 +113,5 @@ def live_tensors(scheduler: Any) -> Counter[tuple[Any, ...]]:
     for value in vars(scheduler).values():
         for item in value if isinstance(value, (list, tuple)) else [value]:
             own |= {id(item), id(getattr(item, "_base", None))}
-    return Counter((tuple(x.shape), x.dtype) for x in gc.get_objects() if issubclass(type(x), Tensor) and id(x) not in own)
+    kinds = (Tensor, nn.Parameter)  # torch.compile keeps tensors of other classes, without values
+    return Counter((tuple(x.shape), x.dtype) for x in gc.get_objects() if type(x) in kinds and id(x) not in own)

@@ -187,8 +187,6 @@ class DiversityDistillation(Plugin):
                 )
             shared.start = partial(first_part, base, {**given, guidance.scale: config.guidance_scale}, config.base_steps, config.preview)
         else:
-            if "strength" in takes:
-                given["strength"] = 1.0  # one step is all that listening needs
             # both halves are heard at any scale above 1
             shared.listen = partial(listen, base, call.pipe, {**given, guidance.scale: max(config.guidance_scale, 2.0)})
 
@@ -204,7 +202,7 @@ class DiversityDistillation(Plugin):
                 self._hand_over(call)
             return torch.cat([shared.stand_in] * len(call.branches))
         prediction = self._ask(self._heard(call).put_into(call) if shared.own_text else call, next)
-        if w <= 1 or _is_guided(call):  # a pipeline that guides by itself asks for each half; `guide` puts them together with w_B
+        if w <= 1 or call.guided:  # a pipeline that guides by itself asks for each half; `guide` puts them together with w_B
             return prediction
         return guided(self._ask(self._heard(call).put_into(call, "uncond"), next), prediction, w)
 
@@ -258,8 +256,3 @@ class DiversityDistillation(Plugin):
         shared.handed, shared.stand_in, shared.estimates = part.latents, part.prediction, part.estimates
         call.count("base", part.forwards)
         call.note(f"the base made {part.steps} of its {part.total} steps, then the distilled model went on at its step {k}")
-
-
-def _is_guided(call: DenoiseCall) -> bool:
-    """Whether the pipeline guides by itself at this step."""
-    return len(call.branches) > 1 or (call.family.guidance.layout == "sequential" and call.run.guidance_active())

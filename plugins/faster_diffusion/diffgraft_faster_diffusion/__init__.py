@@ -345,10 +345,9 @@ def adapters_off(call: DenoiseCall) -> dict[str, None]:
 def why_serial(call: DenoiseCall) -> str:
     """Why steps cannot share a batch here; "" where they can."""
     around = [
-        entry.name
-        for entry in call.run.entries
-        if entry is not call.entry
-        and ({"denoise", "block", "attention", "modules"} & set(entry.plugin.points()) or "weights" in entry.plugin.effects.edits)
+        other.name
+        for other in call.others
+        if {"denoise", "block", "attention", "modules"} & set(other.points()) or "weights" in other.effects.edits
     ]
     if around:
         return f"{', '.join(around)} works in the denoiser step by step"

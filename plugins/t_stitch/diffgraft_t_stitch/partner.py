@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,12 +9,11 @@ from diffgraft.artefacts import Fingerprint
 from diffgraft.conditioning import Conditioning, join, own_conditioning
 from diffgraft.errors import Unsupported
 from diffgraft.family import Family
+from diffgraft.inputs import parameters
 from torch import nn
 
 NOISE = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule")
 """Scheduler settings that say how noisy the samples of a timestep were in training (where set: a default says nothing)."""
-PARTS_OF_THE_RUN = ("denoising_start", "denoising_end")
-"""Call arguments that leave no step of a one-step run: the conditioning is asked for in one."""
 SIZES = ("time_ids",)
 """Parts of SDXL's ``added_cond_kwargs`` that say how large the picture is: facts of the running call, whatever the text encoders."""
 PICTURES = ("ip_adapter_image", "ip_adapter_image_embeds")
@@ -120,15 +118,10 @@ def ask(small: Any, pipe: Any, arguments: Mapping[str, Any], family: Family) -> 
     Raises:
         Unsupported: the prompt was given as embeddings.
     """
-    parameters = inspect.signature(type(pipe).__call__).parameters.values()
-    given = {p.name: p.default for p in parameters if p.default is not p.empty} | dict(arguments)
+    given = {p.name: p.default for p in parameters(pipe).values() if p.default is not p.empty} | dict(arguments)
     pictures = takes_pictures(denoiser_of(small, family.denoisers[0], family))
-    left_out = {*PARTS_OF_THE_RUN, *(() if pictures else PICTURES), family.guidance.second_scale}
-    accepted = inspect.signature(type(small).__call__).parameters.keys() - left_out
-    given = {name: value for name, value in given.items() if name in accepted}
-    if "strength" in given:
-        given["strength"] = 1.0  # else one step is none; the conditioning does not depend on it
-    return own_conditioning(small, given)
+    left_out = {*(() if pictures else PICTURES), family.guidance.second_scale}
+    return own_conditioning(small, {name: value for name, value in given.items() if name not in left_out})
 
 
 def conditions(own: Conditioning, branches: Sequence[str], family: Family) -> dict[str, Any]:
