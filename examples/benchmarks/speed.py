@@ -30,6 +30,7 @@ from diffgraft.calibration import calibrate_call
 from diffgraft.cli_values import plugin_specs
 from diffgraft.instruments import LiveBytes, MacCounter, synchronize
 from diffgraft.loading import build_plugin
+from diffgraft.pictures import write_atomic
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -204,7 +205,7 @@ def main(
         f"{speed_up / limit:.1%} of the limit", highlight=False,
     )  # fmt: skip
     if out is not None:
-        out.write_text(json.dumps(result, indent=1) + "\n")
+        write_atomic(out, (json.dumps(result, indent=1) + "\n").encode())
 
 
 if __name__ == "__main__":
