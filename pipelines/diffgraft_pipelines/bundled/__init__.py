@@ -44,3 +44,6 @@ emoji_sd = Bundled(
 
 emoji_sd_small = replace(emoji_sd, name="emoji-sd-small", path=str(HERE / "emoji-sd-small"), guidance_scale=1.5)
 """A fifth of the compute for the same autoencoder, text encoder and prompts."""
+
+emoji_sd_lcm = replace(emoji_sd, name="emoji-sd-lcm", lora=str(HERE / "emoji-sd-lcm"), steps=4, guidance_scale=1.0)
+"""emoji-sd with a LoRA that was distilled from it: four steps without guidance."""

@@ -87,7 +87,7 @@ def emoji_sd_small(
 @app.command("emoji-sd-lcm")
 def emoji_sd_lcm(
     out: Out,
-    steps: Steps = 2500,
+    steps: Steps = 700,
     base: Base = BASE,
     scenes: Scenes = 40_000,
     seed: Seed = 0,

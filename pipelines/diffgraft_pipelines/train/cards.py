@@ -186,8 +186,8 @@ pipe.scheduler = LCMScheduler.from_pretrained("path/to/emoji-sd-lcm", subfolder=
 image = pipe("a small apple on the left on a blue background", num_inference_steps=4, guidance_scale=1.0).images[0]
 ```
 
-{FIGURES}{RECIPE}- The student is emoji-sd with the LoRA; the teacher is the same U-Net without it, guidance 2, one
-  DDIM step of 50; pseudo-Huber loss.
+{FIGURES}{RECIPE}- The student is emoji-sd with the LoRA; the teacher is the same U-Net without it, guidance 2, two
+  DDIM steps between neighbours of the eight-step schedule; pseudo-Huber loss.
 
 {LICENCE}"""
 
