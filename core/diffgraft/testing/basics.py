@@ -56,7 +56,7 @@ def neutral(s: Subject) -> None:
         s.expect(s.run(pipe), s.baseline(), f"at {knobs} against the baseline")
 
 
-@check("every")
+@check("main")
 def same_seed(s: Subject) -> None:
     """Same seed twice = equal, on one pipeline and on two (DeepCache #54, pruna #50: pictures degrade after several calls)."""
     pipe = s.attach(s.make())
