@@ -66,7 +66,7 @@ def sd15(noise: Noise, full: bool, width: float = 1.0) -> Case:
 
 def flux(noise: Noise, full: bool, width: float = 1.0) -> Case:
     """Flux: double and single blocks, no true CFG."""
-    double, single, heads, size = (19, 38, int(24 * width), 1024) if full else (4, 8, int(8 * width), 256)
+    double, single, heads, size = (19, 38, int(24 * width), 1024) if full else (2, 4, int(8 * width), 256)
     transformer = diffusers.FluxTransformer2DModel(num_layers=double, num_single_layers=single, num_attention_heads=heads,
                                                    pooled_projection_dim=768, joint_attention_dim=512, guidance_embeds=False)  # fmt: skip
     pipe = diffusers.FluxPipeline(
@@ -74,18 +74,18 @@ def flux(noise: Noise, full: bool, width: float = 1.0) -> Case:
         vae=None, text_encoder=None, tokenizer=None, text_encoder_2=None, tokenizer_2=None,
     )  # fmt: skip
     embeds = {"prompt_embeds": noise(1, 64, 512), "pooled_prompt_embeds": noise(1, 768)}
-    scale = "real size" if full else "4 + 8 blocks of 8 heads instead of 19 + 38 of 24, 256 px instead of 1024"
+    scale = "real size" if full else "2 + 4 blocks of 8 heads instead of 19 + 38 of 24, 256 px instead of 1024"
     return Case(pipe, {**embeds, "height": size, "width": size}, scale)
 
 
 def wan(noise: Noise, full: bool, width: float = 1.0) -> Case:
     """Wan 2.1: sequential CFG."""
-    layers, heads, height, frames = (30, int(12 * width), 480, 81) if full else (10, int(6 * width), 192, 9)
+    layers, heads, height, frames = (30, int(12 * width), 480, 81) if full else (4, int(6 * width), 192, 9)
     transformer = diffusers.WanTransformer3DModel(num_layers=layers, num_attention_heads=heads, ffn_dim=heads * 128 * 6, text_dim=512)
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
     pipe = diffusers.WanPipeline(vae=None, text_encoder=None, tokenizer=None, transformer=transformer, scheduler=scheduler)
     embeds = {"prompt_embeds": noise(1, 64, 512), "negative_prompt_embeds": noise(1, 64, 512)}
-    scale = "real size" if full else "10 blocks of 6 heads instead of 30 of 12, 192 px and 9 frames instead of 480 x 832 and 81"
+    scale = "real size" if full else "4 blocks of 6 heads instead of 30 of 12, 192 px and 9 frames instead of 480 x 832 and 81"
     return Case(pipe, {**embeds, "height": height, "width": 832 if full else height, "num_frames": frames}, scale)
 
 

@@ -59,6 +59,7 @@ def circumstances(results: list[dict[str, Any]]) -> str:
 
 def main(
     rounds: Annotated[int, typer.Option(min=1)] = 3,
+    steps: Annotated[int, typer.Option(min=2)] = 12,
     device: Annotated[str, typer.Option()] = "cpu",
     dtype: Annotated[str, typer.Option()] = "float32",
     full: Annotated[bool, typer.Option("--full", help="The models' real sizes.")] = False,
@@ -69,7 +70,7 @@ def main(
     """Run what is missing, write the table."""
     console = Console()
     commands = [found for readme in sorted(ROOT.glob("plugins/*/README.md")) for found in COMMAND.findall(readme.read_text())]
-    common = ["--rounds", str(rounds), "--device", device, "--dtype", dtype, *["--full"] * full, *["--compile"] * compile]
+    common = ["--rounds", str(rounds), "--steps", str(steps), "--device", device, "--dtype", dtype, *["--full"] * full, *["--compile"] * compile]
     out.mkdir(parents=True, exist_ok=True)
     results = []
     for command in commands:
