@@ -70,7 +70,8 @@ def main(
     """Run what is missing, write the table."""
     console = Console()
     commands = [found for readme in sorted(ROOT.glob("plugins/*/README.md")) for found in COMMAND.findall(readme.read_text())]
-    common = ["--rounds", str(rounds), "--steps", str(steps), "--device", device, "--dtype", dtype, *["--full"] * full, *["--compile"] * compile]
+    common = ["--rounds", str(rounds), "--steps", str(steps), "--device", device, "--dtype", dtype]
+    common += ["--full"] * full + ["--compile"] * compile
     out.mkdir(parents=True, exist_ok=True)
     results = []
     for command in commands:
