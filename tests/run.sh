@@ -7,5 +7,5 @@ diffgraft_setup test
 
 ruff check .
 mypy core/diffgraft
-# one worker a core, one thread each: tiny tensors do not profit from more
-OMP_NUM_THREADS=1 python -m pytest -n "${PYTEST_WORKERS:-2}" "$@"
+# one worker a core, one thread each: tiny tensors do not profit from more; neighbouring tests share references, so workers get stretches
+OMP_NUM_THREADS=1 python -m pytest -n "${PYTEST_WORKERS:-2}" --dist worksteal "$@"
