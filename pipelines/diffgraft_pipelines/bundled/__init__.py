@@ -47,3 +47,37 @@ emoji_sd_small = replace(emoji_sd, name="emoji-sd-small", path=str(HERE / "emoji
 
 emoji_sd_lcm = replace(emoji_sd, name="emoji-sd-lcm", lora=str(HERE / "emoji-sd-lcm"), steps=4, guidance_scale=1.0)
 """emoji-sd with a LoRA that was distilled from it: four steps without guidance."""
+
+emoji_wan = Bundled(
+    name="emoji-wan",
+    path=str(HERE / "emoji-wan"),
+    prompts=(  # held out of the training: the first of the fixed order in which `train` evaluates them
+        "a small owl moves to the left on a yellow background",
+        "a small snowman moves to the left on a blue background",
+        "a small ladybug stays still on a red background",
+        "a big rocket stays still on a red background",
+        "a big ice cream moves up on a pink background",
+        "a small turtle moves up on a gray background",
+        "a big watermelon stays still on a blue background",
+        "a big ladybug moves to the left on a purple background",
+        "a big umbrella stays still on a green background",
+        "a small watermelon moves to the left on a blue background",
+        "a big soccer ball moves to the right on a purple background",
+        "a big bus moves to the right on a gray background",
+        "a big mushroom moves to the left on a blue background",
+        "a big crown moves to the right on an orange background",
+        "a big fox moves down on a blue background",
+        "a big chick moves up on an orange background",
+        "a big cherries moves to the left on an orange background",
+        "a big sailboat moves down on a green background",
+        "a small whale moves to the left on a green background",
+        "a small palm tree moves to the left on a red background",
+        "a big palm tree moves down on a red background",
+        "a small alien stays still on a purple background",
+        "a small turtle moves up on an orange background",
+        "a big gift moves to the left on an orange background",
+    ),
+    judge="diffgraft_pipelines.emoji.motion_judge:load_bundled",
+    guidance_scale=2.0,
+    call={"num_frames": 9, "height": 64, "width": 64, "max_sequence_length": 16},
+)
