@@ -81,3 +81,12 @@ emoji_wan = Bundled(
     guidance_scale=2.0,
     call={"num_frames": 9, "height": 64, "width": 64, "max_sequence_length": 16},
 )
+
+emoji_flux = replace(
+    emoji_sd,
+    name="emoji-flux",
+    path=str(HERE / "emoji-flux"),
+    guidance_scale=None,  # Flux has a distilled one and a true one: it is the true one that this checkpoint was trained for
+    call={"height": 64, "width": 64, "max_sequence_length": 20, "negative_prompt": "", "true_cfg_scale": 1.5},
+)
+"""The same prompts drawn by a flow transformer."""
