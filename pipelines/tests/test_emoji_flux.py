@@ -79,12 +79,11 @@ def test_bundled_folder_is_a_plain_small_pipeline_that_follows_its_prompt() -> N
     assert json.loads((FOLDER / "model_index.json").read_text())["_class_name"] == "FluxPipeline"
     pipe = FluxPipeline.from_pretrained(FOLDER, local_files_only=True)
     pipe.set_progress_bar_config(disable=True)
-    singles = [f"a small apple {phrase} on a blue background" for phrase in scenes.PLACE_PHRASES.values()]
-    prompts = [*singles, "a panda on the left and an apple on the right on a green background"]
-    images = flux.Guided(pipe)(prompts, 16, 2.0, [torch.Generator().manual_seed(i) for i in range(len(prompts))]).images
+    prompts = [f"a big {name} {phrase} on a blue background" for name in ("heart", "star") for phrase in scenes.PLACE_PHRASES.values()]
+    images = flux.Guided(pipe)(prompts, 16, 1.5, [torch.Generator().manual_seed(i) for i in range(len(prompts))]).images
     assert [image.size for image in images] == [(scenes.SIZE, scenes.SIZE)] * len(prompts)
     scores = load_bundled().score(images, prompts)
-    right = {name: sum(verdict is not False for verdict in row) for name, row in scores.items()}
+    right = {name: sum(map(bool, row)) for name, row in scores.items()}
     assert all(count >= len(prompts) - 1 for count in right.values()), right
 
 

@@ -1,4 +1,4 @@
-"""Tiny AnimateDiff pipelines: the U-Net of tiny Stable Diffusion with one layer a block and motion modules, four frames."""
+"""Tiny AnimateDiff pipelines: the U-Net of tiny Stable Diffusion with motion modules, four frames."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ SIDE = 32
 
 
 def _pipeline(name: str, **kwargs: object) -> Tiny:
-    tokenizer, unet = c.clip_tokenizer(), sd.unet(layers=1)
+    tokenizer, unet = c.clip_tokenizer(), sd.unet()
     parts = {
         "vae": c.vae(),
         "text_encoder": c.clip_text(tokenizer),
         "tokenizer": tokenizer,
         "unet": unet,
         "motion_adapter": MotionAdapter(
-            block_out_channels=(16, 32, 32), motion_layers_per_block=1, motion_num_attention_heads=4, motion_norm_num_groups=8
+            block_out_channels=(16, 32, 32), motion_num_attention_heads=4, motion_norm_num_groups=8
         ),
         "scheduler": sd.ddim(),
     }

@@ -11,13 +11,13 @@ from diffgraft_pipelines.tiny import _common as c
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 
 
-def unet(in_channels: int = 4, time_cond: int | None = None, layers: int = 2) -> UNet2DConditionModel:
-    """Three levels, two with attention, ``layers`` layers a block."""
+def unet(in_channels: int = 4, time_cond: int | None = None) -> UNet2DConditionModel:
+    """Three levels, two with attention, two layers a block."""
     return UNet2DConditionModel(
         sample_size=8,
         in_channels=in_channels,
         block_out_channels=(16, 32, 32),
-        layers_per_block=layers,
+        layers_per_block=2,
         down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
         up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
         cross_attention_dim=32,

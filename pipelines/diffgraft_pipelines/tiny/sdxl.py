@@ -12,11 +12,11 @@ BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_line
 
 
 def _unet() -> UNet2DConditionModel:
-    """Three levels, the outer one without attention as in SDXL, one layer a block."""
+    """Three levels, the outer one without attention as in SDXL, two layers a block."""
     return UNet2DConditionModel(
         sample_size=8,
         block_out_channels=(16, 32, 32),
-        layers_per_block=1,
+        layers_per_block=2,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
         transformer_layers_per_block=(1, 1, 2),
