@@ -25,7 +25,7 @@ from .unet import POSITIONS, Batches, build_scheduler
 LEARNING_RATE = 3e-4
 RANK = 32
 SOLVER_STEPS = 50
-"""Steps of the teacher's DDIM solver: the LCM scheduler's `original_inference_steps`."""
+"""The LCM scheduler's `original_inference_steps`: the steps among which it chooses its timesteps."""
 GUIDANCE = 2.0
 """Guidance scale that is distilled into the LoRA: the one that emoji-sd is called with."""
 HOPS = 8
