@@ -11,7 +11,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from diffgraft.errors import ArtefactMismatch, ConfigError
+from diffgraft.plugin import RUN_FACTS
 
 FORMAT = 1
 """Number of the file layout."""
@@ -116,6 +117,7 @@ class Artefact:
     tensors: dict[str, Tensor]
     facts: dict[str, Any] = field(default_factory=dict)
     path: str = ""
+    kind: str = "artefact"
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the file: the whole of it, or nothing."""
@@ -130,35 +132,35 @@ class Artefact:
         partial.replace(target)
 
     @classmethod
-    def load(cls, source: str | os.PathLike[str], plugin: str) -> Artefact:
-        """The artefact at a path, or at ``owner/name/file.safetensors`` on the Hub.
+    def load(cls, source: str | os.PathLike[str], plugin: str, kind: str = "artefact") -> Artefact:
+        """The artefact at a path, or at ``owner/name/file.safetensors`` on the Hub; ``kind`` as in ``Need``.
 
         Raises:
             ConfigError: there is no such file.
             ArtefactMismatch: it is no artefact, is damaged, or was made for another plugin.
         """
-        path = find_file(source, plugin)
+        path = find_file(source, plugin, kind)
         try:
             with safe_open(path, framework="pt") as file:
                 written = (file.metadata() or {}).get("diffgraft")
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a dict
         except (SafetensorError, OSError) as error:
-            raise ArtefactMismatch(f"{source} cannot be read ({error}); {make_again(plugin)}") from error
+            raise ArtefactMismatch(f"{source} cannot be read ({error}); {make_again(plugin, kind)}") from error
         if written is None:
-            raise ArtefactMismatch(f"{source} is a safetensors file, but no diffgraft artefact; {make_again(plugin)}")
+            raise ArtefactMismatch(f"{source} is a safetensors file, but no diffgraft artefact; {make_again(plugin, kind)}")
         header = json.loads(written)
         if header.get("format") != FORMAT:
-            raise ArtefactMismatch(f"{source} has layout {header.get('format')}, this diffgraft reads {FORMAT}; {make_again(plugin)}")
+            raise ArtefactMismatch(f"{source} has layout {header.get('format')}, this diffgraft reads {FORMAT}; {make_again(plugin, kind)}")
         expected = header.pop("checksum")
         tensors.pop("none", None)
         if checksum(header, tensors) != expected:
-            raise ArtefactMismatch(f"{source} is damaged: its checksum is wrong; {make_again(plugin)}")
+            raise ArtefactMismatch(f"{source} is damaged: its checksum is wrong; {make_again(plugin, kind)}")
         facts = header["made_for"]
         denoisers = {name: Fingerprint(**{**f, "weights": tuple(f["weights"])}) for name, f in facts["denoisers"].items()}
         made_for = MadeFor(**{**facts, "denoisers": denoisers, "shape": tuple(facts["shape"])})
         if made_for.plugin != plugin:
-            raise ArtefactMismatch(f"{source} was made for the plugin {made_for.plugin!r}, not for {plugin!r}; {make_again(plugin)}")
-        return cls(made_for, tensors, header["facts"], os.fspath(source))
+            raise ArtefactMismatch(f"{source} was made for the plugin {made_for.plugin!r}, not for {plugin!r}; {make_again(plugin, kind)}")
+        return cls(made_for, tensors, header["facts"], os.fspath(source), kind)
 
     def ensure_model(self, pipe: Any, denoisers: Mapping[str, nn.Module]) -> None:
         """Raises ArtefactMismatch when it was made for another model; all that can be said before a run."""
@@ -172,18 +174,18 @@ class Artefact:
                 differing.append(f"{name}: found {why}")
         self._refuse(differing)
 
-    def ensure_run(self, scheduler: Any, steps: int, shape: tuple[int, ...]) -> None:
-        """Raises ArtefactMismatch when it was made for another scheduler, number of steps or size."""
+    def ensure_run(self, scheduler: Any, steps: int, shape: tuple[int, ...], fits: Collection[str] = RUN_FACTS) -> None:
+        """Raises ArtefactMismatch when it was made for another scheduler, number of steps or size, as far as ``fits`` names them."""
         differing = []
-        if self.made_for.scheduler != type(scheduler).__name__:
+        if "scheduler" in fits and self.made_for.scheduler != type(scheduler).__name__:
             differing.append(f"scheduler: made for {self.made_for.scheduler}, found {type(scheduler).__name__}")
-        else:
+        elif "scheduler" in fits:
             found, expected = scheduler_facts(scheduler), self.made_for.scheduler_config
             keys = sorted(key for key in found.keys() | expected.keys() if found.get(key) != expected.get(key))
             differing += [f"scheduler.{key}: made for {expected.get(key)}, found {found.get(key)}" for key in keys]
-        if self.made_for.steps != steps:
+        if "steps" in fits and self.made_for.steps != steps:
             differing.append(f"steps: made for {self.made_for.steps}, found {steps}")
-        if self.made_for.shape != tuple(shape):
+        if "shape" in fits and self.made_for.shape != tuple(shape):
             differing.append(f"shape of the latents: made for {self.made_for.shape}, found {tuple(shape)}")
         self._refuse(differing)
 
@@ -191,7 +193,7 @@ class Artefact:
         if differing:
             raise ArtefactMismatch(
                 f"{self.made_for.plugin}: the artefact {self.path or '(in memory)'} does not fit: {'; '.join(differing)}; "
-                f"{make_again(self.made_for.plugin)}"
+                f"{make_again(self.made_for.plugin, self.kind)}"
             )
 
 
@@ -205,12 +207,14 @@ def checksum(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def make_again(plugin: str) -> str:
+def make_again(plugin: str, kind: str) -> str:
     """How to get an artefact that fits."""
+    if kind == "inversion":
+        return f"make one with `diffgraft invert {plugin} --pipeline NAME --image FILE`"
     return f"make one with `diffgraft calibrate {plugin} --pipeline NAME --prompts FILE`"
 
 
-def find_file(source: str | os.PathLike[str], plugin: str) -> Path:
+def find_file(source: str | os.PathLike[str], plugin: str, kind: str) -> Path:
     """A local path, or the file fetched from the Hub."""
     path = Path(source).expanduser()
     if path.is_file():
@@ -224,5 +228,5 @@ def find_file(source: str | os.PathLike[str], plugin: str) -> Path:
         try:
             return Path(hf_hub_download(f"{owner}/{name}", file))
         except (HfHubHTTPError, LocalEntryNotFoundError) as error:
-            raise ConfigError(f"artefact = {text!r}: neither a file here nor on the Hub ({error}); {make_again(plugin)}") from error
-    raise ConfigError(f"artefact = {text!r}: there is no such file; {make_again(plugin)}")
+            raise ConfigError(f"{kind} = {text!r}: neither a file here nor on the Hub ({error}); {make_again(plugin, kind)}") from error
+    raise ConfigError(f"{kind} = {text!r}: there is no such file; {make_again(plugin, kind)}")

@@ -379,6 +379,48 @@ def calibrate(
     typer.echo(f"wrote {path}: for {made.pipeline}, {made.scheduler}, {made.steps} steps, latents {made.shape}, from {len(texts)} prompts")
 
 
+# invert -----------------------------------------------------------------------------------------------------------------------------
+
+
+@app.command()
+def invert(
+    plugin: Annotated[str, typer.Argument(metavar="PLUGIN", help="A plugin that can walk from a picture back to noise.")],
+    pipeline: Annotated[str, typer.Option("--pipeline", help="A bundled name, a folder, or a Hub id.")],
+    image: Annotated[Path, typer.Option("--image", help="The picture.")],
+    prompt: Annotated[str | None, typer.Option(help="What the picture shows; the same prompt makes it again.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="File to write [default: PLUGIN-code.safetensors].")] = None,
+    option: KnobValues = None,
+    steps: Steps = None,
+    guidance_scale: GuidanceScale = None,
+    negative_prompt: NegativePrompt = None,
+    height: Height = None,
+    width: Width = None,
+    arg: Extra = None,
+    device: Device = None,
+    dtype: Dtype = None,
+) -> None:
+    """Walk from a picture back to the noise that it comes from; `run` with the code makes it again, or edits it."""
+    from diffgraft.cli_values import bundled_of, call_settings, load_bare, parse_assignments, plugin_specs, refusals
+
+    specs = plugin_specs([plugin], option)
+    extra = parse_assignments(arg, "-a")
+    path = out or Path(f"{plugin}-code.safetensors")
+    if path.suffix != ".safetensors":
+        raise ConfigError(f"--out {path}: the code of a picture is a .safetensors file")
+    from dataclasses import replace
+
+    from diffgraft.inputs import make_samples
+    from diffgraft.inversion import invert as walk_back
+
+    settings = call_settings(bundled_of(pipeline), steps, guidance_scale, negative_prompt, height, width, image, extra)
+    pipe, built = load_bare(pipeline, specs, device, dtype)
+    [sample] = make_samples(pipe, [0], [prompt] if prompt is not None else [])
+    with refusals(pipe):
+        code = walk_back(pipe, built[0], settings.image, sample, replace(settings, image=None), path)
+    typer.echo(f"wrote {path}: {code.made_for.pipeline}, {code.made_for.steps} steps, latents {code.made_for.shape}")
+    typer.echo(f"make it again, or with another prompt edit it: diffgraft run {pipeline} -p {plugin} -o {plugin}.start={path} ...")
+
+
 # doctor -----------------------------------------------------------------------------------------------------------------------------
 
 

@@ -95,7 +95,9 @@ class Run:
         self.carried: Tensor | None = None
         self.unscaled: Tensor | None = None
         self.scale_model_input: Callable[..., Tensor] | None = None
-        self._artefacts = [value for entry in entries for value in entry.given.values() if isinstance(value, Artefact)]
+        self.artefacts = [
+            (value, need.fits) for entry in entries for need in entry.plugin.needs if isinstance(value := entry.given[need.knob], Artefact)
+        ]
         self._begin_schedule()
 
     # state and report -------------------------------------------------------------------------------------------------------------
@@ -223,7 +225,7 @@ class Run:
         call = DenoiseCall(self, inner, names, args, kwargs)
         if self._begin is None:
             self._locate(call.get(self.family.timestep))
-        if self._artefacts:
+        if self.artefacts:
             self._ready(call)
         branch, branches = self._branch_of_call()
         call.branch, call.branches = branch, branches
@@ -257,9 +259,9 @@ class Run:
 
     def _ready(self, call: DenoiseCall) -> None:
         """Before the first denoiser call: scheduler, steps and size are known now, and nothing was computed yet."""
-        for artefact in self._artefacts:
-            artefact.ensure_run(self.pipe.scheduler, self.step.total, tuple(call.sample.shape[1:]))
-        self._artefacts = []
+        for artefact, fits in self.artefacts:
+            artefact.ensure_run(self.pipe.scheduler, self.step.total, tuple(call.sample.shape[1:]), fits)
+        self.artefacts = []
 
     def guidance_active(self) -> bool:
         """Whether batched guidance is on now; read live, because it can be cut in mid-run."""

@@ -88,7 +88,7 @@ class Wiring:
         onions = Onions(entries)
         self._used = {}
         slots = self._scheduler(run, onions, entries)
-        if points & {"denoise", "block", "attention", "guide"}:
+        if points & {"denoise", "block", "attention", "guide"} or run.artefacts:  # they are held against the first denoiser call
             slots += self._denoisers(run, onions)
         if "control" in points:
             networks = controls_of(self.pipe)
@@ -110,8 +110,8 @@ class Wiring:
         slots: list[Slot] = []
         scheduler = self.pipe.scheduler
         for entry in entries:
-            if (cls := entry.plugin.scheduler) is not None:
-                scheduler = cls.from_config(scheduler.config, **entry.plugin.scheduler_options())
+            if (new := entry.plugin.make_scheduler(scheduler, self.family)) is not None:
+                scheduler = new
                 slot = Slot(self.pipe.__dict__, "scheduler", lambda: self.pipe.__dict__["scheduler"])
                 slot.put(scheduler)
                 slots.append(slot)

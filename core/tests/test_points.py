@@ -342,8 +342,8 @@ class Replace(Probe):
     scheduler = MySteps
     effects = Effects(replaces=frozenset({"scheduler"}))
 
-    def scheduler_options(self):
-        return {"timestep_spacing": "trailing"}
+    def make_scheduler(self, old, family):
+        return MySteps.from_config(old.config, timestep_spacing="trailing")
 
 
 def test_a_scheduler_is_replaced_for_the_run_only():
