@@ -166,6 +166,11 @@ class Call:
         return self.entry.given[knob]
 
     @property
+    def generator(self) -> Any:
+        """The call's generator, a list of them (one a sample) or None: a plugin's noise is drawn from it too, by ``randn_tensor``."""
+        return self.run.arguments.get("generator")
+
+    @property
     def others(self) -> list[Plugin]:
         """The other plugins of this run, outermost first."""
         return [entry.plugin for entry in self.run.entries if entry is not self.entry]

@@ -236,7 +236,7 @@ def test_codes_that_do_not_fit_are_refused(tmp_path):
     made = make("StableDiffusionPipeline")
     code = invert(made.pipe, BDIA(), call(made), Sample(0, "x"), settings(made))
     load_pipeline(made.pipe, plugins=[BDIA(start=code)])
-    with pytest.raises(Exception, match="steps: made for 6, found 5.*diffgraft invert bdia"):
+    with pytest.raises(Exception, match=r"steps: made for 6, found 5.*diffgraft invert bdia"):
         call(made, num_inference_steps=5)
     unload(made.pipe)
     load_pipeline(made.pipe, plugins=[BDIA(gamma=0.9, start=code)])
