@@ -124,7 +124,7 @@ def test_one_rule_serves_schedulers_of_other_scales():
     x, samples = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0)), []
     for cls in (DDIMScheduler, EulerDiscreteScheduler):
         made = make("StableDiffusionPipeline")
-        made.pipe.scheduler = cls.from_config({**made.pipe.scheduler.config, "timestep_spacing": "trailing", "steps_offset": 0})
+        made.pipe.scheduler = cls.from_config(made.pipe.scheduler.config, timestep_spacing="trailing", steps_offset=0)
         made.pipe.scheduler.set_timesteps(10)
         scale = (1 + made.pipe.scheduler.sigmas[:2] ** 2).sqrt() if cls is EulerDiscreteScheduler else torch.ones(2)
         load_pipeline(made.pipe, plugins=[InterpolantSDE(eta=0.3, record=True)])
