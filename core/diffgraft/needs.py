@@ -12,6 +12,7 @@ from torch import nn
 from diffgraft.artefacts import Artefact, Fingerprint
 from diffgraft.errors import ConfigError, Unsupported
 from diffgraft.predictions import prediction_kind
+from diffgraft.rewards import find_reward
 
 if TYPE_CHECKING:
     from diffgraft.calls import Target
@@ -33,6 +34,8 @@ def fetch(plugin: Plugin, target: Target, known: Mapping[str, Any]) -> dict[str,
         value = known.get(need.knob, getattr(plugin.config, need.knob))
         if value is None:
             given[need.knob] = None
+        elif need.kind == "reward":
+            given[need.knob] = find_reward(f"plugin {plugin.name!r}: {need.knob}", value)
         elif need.kind != "pipeline":
             given[need.knob] = fetch_artefact(plugin, need, value, target)
         elif isinstance(value, (list, tuple)):

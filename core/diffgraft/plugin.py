@@ -102,12 +102,13 @@ class Need:
     """One thing that a plugin needs beside its knobs; the core fetches and checks it before anything is touched (``call.given``).
 
     kind   "artefact": what `calibrate` made, a file (path or Hub id) or an ``Artefact``; "inversion": what `invert` made, likewise;
-           "pipeline": a second pipeline of the same latent space (bundled name, folder, Hub id or a live one), or a list of them
+           "pipeline": a second pipeline of the same latent space (bundled name, folder, Hub id or a live one), or a list of them;
+           "reward": how good a picture is, see `diffgraft.rewards`
     knob   the knob that names it; where the knob is None the plugin does without
     fits   what of a run a file is held against beside the model
     """
 
-    kind: Literal["artefact", "inversion", "pipeline"]
+    kind: Literal["artefact", "inversion", "pipeline", "reward"]
     knob: str
     fits: frozenset[str] = RUN_FACTS
 

@@ -32,7 +32,7 @@ class SuperDiffConfig(PluginConfig):
 
     prompt: str | None = Field(None, description="b: the second prompt; the call's own prompt is a. none: off")
     model: Any = Field(None, description="the model of b: a bundled name, folder, Hub id or live pipeline; none: the pipeline's own")
-    operation: Literal["or", "and", "average"] = Field("and", description="what the picture shows: either prompt, both, or the mean of the two")
+    operation: Literal["or", "and", "average"] = Field("and", description="what the picture shows: either prompt, both, or their mean")
     temperature: float = Field(1.0, gt=0, description="T: how sharply 'or' chooses")
     bias: float = Field(0.0, description="l: 'or' counts log q_a + l")
     lift: float = Field(0.0, description="'and' lets log q_a gain this much on log q_b in each step, divided by T")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from diffgraft import ConfigError, Unsupported, load_pipeline
@@ -30,7 +32,7 @@ def walk(operation, n=64, dimensions=4, sign=1, **knobs):
     start = [log_density(x, SIGMAS[0], i) for i in (0, 1)]
     logs = [torch.zeros(n, dtype=torch.float64) for _ in (0, 1)]
     gaps, errors = [], []
-    for sigma, after in zip(SIGMAS, SIGMAS[1:], strict=False):
+    for sigma, after in itertools.pairwise(SIGMAS):
         d = after - sigma
         va, vb = noise_of(x, sigma, 0), noise_of(x, sigma, 1)
         v0 = torch.zeros_like(va)
