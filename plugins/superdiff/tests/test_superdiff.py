@@ -125,6 +125,7 @@ def test_the_same_prompt_twice_is_the_plain_sde(operation):
 
 def test_a_second_model():
     made, other = make("StableDiffusionPipeline"), make("StableDiffusionPipeline", seed=1)
+    other.pipe.vae = made.pipe.vae  # one latent space
     load_pipeline(made.pipe, plugins=[SuperDiff(prompt="two green dogs", model=other.pipe)])
     with_other = call(made)
     made.pipe.plugins.clear()
