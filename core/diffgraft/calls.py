@@ -190,8 +190,8 @@ class Call:
         self.run.report_of(self.entry).count(key, self.branch or "run", n)
 
     def record(self, tensors: Mapping[str, Tensor]) -> None:
-        """Keep tensors in the run's report, for whoever reads it after the run."""
-        self.run.report_of(self.entry).records.update(tensors)
+        """Keep tensors in the run's report, on the CPU, for whoever reads it after the run (log-probabilities, densities, statistics)."""
+        self.run.report_of(self.entry).records.update({name: value.detach().cpu() for name, value in tensors.items()})
 
     def note(self, text: str) -> None:
         """Say something once in the run's report."""

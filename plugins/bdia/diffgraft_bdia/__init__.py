@@ -7,9 +7,11 @@ equation that can be solved for either end. A run is its own inverse: `diffgraft
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from diffgraft import Effects, Need, Paper, Plugin, PluginConfig
+from diffgraft.artefacts import Artefact
 from diffgraft.calls import RunCall, ScheduleCall
 from diffgraft.errors import ConfigError, Unsupported
 from diffgraft.family import Family
@@ -33,7 +35,9 @@ class BDIAConfig(PluginConfig):
         "scheduler",
     )
     precision: Literal["float32", "float64"] = Field("float32", description="in which the two states are kept; float64 for smaller gamma")
-    start: Any = Field(None, description="a picture's code, made by `diffgraft invert bdia`: the run makes that picture again, or edits it")
+    start: str | Path | Artefact | None = Field(
+        None, description="a picture's code, made by `diffgraft invert bdia`: the run makes that picture again, or edits it"
+    )
 
 
 def scheduler_for(old: Any, family: Family, **options: Any) -> Any:

@@ -9,6 +9,7 @@ x0 + sigma eps with sigma = s / a.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -17,6 +18,7 @@ from diffgraft.calls import DenoiseCall, GuideCall, RunCall, Step, StepCall, Ste
 from diffgraft.conditioning import Conditioning, own_conditioning
 from diffgraft.errors import ConfigError, Unsupported
 from diffgraft.predictions import SignalNoise, levels_at, noise_estimate, prediction_kind
+from diffusers import DiffusionPipeline
 from diffusers.utils.torch_utils import randn_tensor
 from pydantic import Field
 from torch import Tensor
@@ -30,8 +32,12 @@ __version__ = "0.1.0"
 class SuperDiffConfig(PluginConfig):
     """Knobs of SuperDiff."""
 
-    prompt: str | None = Field(None, description="b: the second prompt; the call's own prompt is a. none: off")
-    model: Any = Field(None, description="the model of b: a bundled name, folder, Hub id or live pipeline; none: the pipeline's own")
+    prompt: str | tuple[str, ...] | None = Field(
+        None, description="b: the second prompt, or one for each prompt of the call; the call's own prompt is a. none: off"
+    )
+    model: str | Path | DiffusionPipeline | None = Field(
+        None, description="the model of b: a bundled name, folder, Hub id or live pipeline; none: the pipeline's own"
+    )
     operation: Literal["or", "and", "average"] = Field("and", description="what the picture shows: either prompt, both, or their mean")
     temperature: float = Field(1.0, gt=0, description="T: how sharply 'or' chooses")
     bias: float = Field(0.0, description="l: 'or' counts log q_a + l")
@@ -79,14 +85,19 @@ class SuperDiff(Plugin):
         if getattr(call.pipe.scheduler, "order", 1) != 1:
             raise Unsupported(f"superdiff: {type(call.pipe.scheduler).__name__} makes a step in two stages; use DDIM or Euler")
         second = call.given("model") or call.pipe
-        prompt = call.get("prompt")
-        text = [self.config.prompt] * len(prompt) if isinstance(prompt, list) else self.config.prompt
-        shared.heard = own_conditioning(second, {**call.arguments(), "prompt": text})
-        if "uncond" not in shared.heard.of_branch:
-            raise ConfigError("plugin 'superdiff': it composes guided predictions: call the pipeline with a guidance scale above 1")
+        shared.heard = own_conditioning(second, {**call.arguments(), "prompt": self.second_prompt(call.get("prompt"))})
         result = next(call)
         call.record({"log_qa": shared.log_qa, "log_qb": shared.log_qb, "kappa": torch.stack(shared.kappas)})
         return result
+
+    def second_prompt(self, first: Any) -> Any:
+        """b, in the form of the call's own prompt."""
+        second = self.config.prompt
+        if not isinstance(first, list):
+            first = [first]
+        if isinstance(second, tuple) and len(second) != len(first):
+            raise ConfigError(f"plugin 'superdiff': prompt has {len(second)} texts for a call with {len(first)} prompts; give one for each")
+        return list(second) if isinstance(second, tuple) else [second] * len(first)
 
     def denoise(self, call: DenoiseCall, next: Any) -> Tensor:
         if self.config.prompt is None:
@@ -110,11 +121,12 @@ class SuperDiff(Plugin):
         here = self.levels(call, call.step)
         sigma, x = here.s / here.a, call.sample.double() / here.a
         kind = prediction_kind(call.family, call.scheduler)
-        outputs = (shared.branches["uncond"], shared.branches["cond"], shared.vb)
+        # without guidance the pipeline's prediction is that of a, w = 1, and v_0 has no say
+        branches, w = (shared.branches, self.scale(call)) if shared.branches else ({"cond": call.model_output, "uncond": shared.vb}, 1.0)
+        outputs = (branches["uncond"], branches["cond"], shared.vb)
         v0, va, vb = (noise_estimate(call.sample.double(), v.double(), here, kind) for v in outputs)
         if shared.log_qa is None:
             shared.log_qa = shared.log_qb = torch.zeros(len(x), dtype=torch.float64, device=x.device)
-        w = self.scale(call)
         if call.step.is_last:  # straight to the clean sample
             kappa = shared.kappas[-1] if shared.kappas else torch.full_like(shared.log_qa, 0.5)
             return StepOutput((x - sigma * mixture(v0, va, vb, kappa, w)).to(out.sample.dtype), out.x0)
@@ -133,6 +145,7 @@ class SuperDiff(Plugin):
         shared.log_qa = shared.log_qa + density_change(va, dx, sigma, d_sigma, flip)
         shared.log_qb = shared.log_qb + density_change(vb, dx, sigma, d_sigma, flip)
         shared.kappas.append(kappa)
+        shared.branches = {}
         return StepOutput(((x + dx) * there.a).to(out.sample.dtype), out.x0)
 
     def scale(self, call: StepCall) -> float:

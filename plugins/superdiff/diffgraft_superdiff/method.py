@@ -37,7 +37,9 @@ def kappa_or(log_qa: Tensor, log_qb: Tensor, temperature: float, bias: float) ->
 def kappa_and(
     v0: Tensor, va: Tensor, vb: Tensor, noise: Tensor, sigma: Tensor, d_sigma: Tensor, w: float, lift: float, temperature: float
 ) -> Tensor:
-    """Weight of a at which both log-densities change alike in this step (up to ``lift`` / T) [batch]; 1/2 where a and b agree.
+    """Weight of a at which both log-densities change alike in this step (up to ``lift`` / T) [batch].
+
+    1/2 where a and b agree, and in a step that goes nowhere (PNDM repeats a timestep).
 
     Args:
         noise: the step's noise sqrt(2 |d sigma| sigma) z, the same as in the step itself.
@@ -46,5 +48,5 @@ def kappa_and(
     gap = dot(va - vb, va - vb)
     numerator = d_sigma.abs() * dot(vb - va, vb + va) - dot(dx_b, va - vb) + sigma * lift / temperature
     denominator = 2 * d_sigma * w * gap
-    same = gap <= 1e-12 * (dot(va, va) + dot(vb, vb))
+    same = (gap <= 1e-12 * (dot(va, va) + dot(vb, vb))) | (d_sigma == 0)
     return torch.where(same, 0.5, numerator / torch.where(same, -1.0, denominator))
