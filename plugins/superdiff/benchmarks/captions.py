@@ -2,10 +2,10 @@
 
     python plugins/superdiff/benchmarks/captions.py --pairs 32 --steps 200 --out captions.png
 
-Caption a: "a small cat face on the left on a blue background", b: "a small star on the right on a blue background", for pairs of objects that no
-training picture shows together. Every arm draws the same pairs from the same seeds. "both": each object where its caption wants it and the
-background right; "a", "b": the picture is as one caption says. emoji-sd was trained on pairs too, so the joint caption in one prompt is
-what the model can do at best.
+Caption a: "a small cat face on the left on a blue background", b: "a small star on the right on a blue background", for pairs of
+objects that no training picture shows together. Every arm draws the same pairs from the same seeds. "both": each object where its
+caption wants it and the background right; "a", "b": the picture is as one caption says. emoji-sd was trained on pairs too, so the joint
+caption in one prompt is what the model can do at best.
 """
 
 from __future__ import annotations
