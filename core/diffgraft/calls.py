@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
@@ -167,7 +168,7 @@ class Call:
 
     @property
     def generator(self) -> Any:
-        """The call's generator, a list of them (one a sample) or None: a plugin's noise is drawn from it too, by ``randn_tensor``."""
+        """The call's generator, a list of them (one a sample) or None: a plugin's noise is drawn from it too (see ``StepCall.noise``)."""
         return self.run.arguments.get("generator")
 
     @property
@@ -339,6 +340,13 @@ class StepCall(Call):
     @property
     def sample(self) -> Tensor:
         return self["sample"]  # type: ignore[no-any-return]
+
+    def noise(self) -> Tensor:
+        """Standard normal noise like ``sample`` in float32, drawn from the call's generators; guidance copies of a sample get the same."""
+        x = self.sample
+        copies = 2 if self.family.guidance.doubled and self.run.guidance_active() else 1
+        z = randn_tensor((x.shape[0] // copies, *x.shape[1:]), generator=self.generator, device=x.device, dtype=torch.float32)
+        return z if copies == 1 else torch.cat([z] * copies)
 
 
 @dataclass(frozen=True)

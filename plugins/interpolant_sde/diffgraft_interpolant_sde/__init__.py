@@ -16,7 +16,6 @@ from diffgraft import Effects, Paper, Plugin, PluginConfig
 from diffgraft.calls import RunCall, Step, StepCall, StepOutput
 from diffgraft.errors import Unsupported
 from diffgraft.predictions import SignalNoise, levels_at, noise_estimate, prediction_kind
-from diffusers.utils.torch_utils import randn_tensor
 from pydantic import Field
 from torch import Tensor
 
@@ -89,8 +88,7 @@ class InterpolantSDE(Plugin):
         shift, std = kick(eps, sigma, diffusion(sigma, after, self.config.noise, self.config.eta), sigma - after)
         scale = there.a + there.s
         mean, std = out.sample.float() + scale * shift, scale * std
-        z = randn_tensor(x.shape, generator=call.generator, device=x.device, dtype=torch.float32)
-        sample = mean + std * z
+        sample = mean + std * call.noise()
         call.count("noisy")
         if self.config.record:
             kept: Path = call.shared

@@ -19,7 +19,6 @@ from diffgraft.conditioning import Conditioning, own_conditioning
 from diffgraft.errors import ConfigError, Unsupported
 from diffgraft.predictions import SignalNoise, levels_at, noise_estimate, prediction_kind
 from diffusers import DiffusionPipeline
-from diffusers.utils.torch_utils import randn_tensor
 from pydantic import Field
 from torch import Tensor
 
@@ -132,8 +131,7 @@ class SuperDiff(Plugin):
             return StepOutput((x - sigma * mixture(v0, va, vb, kappa, w)).to(out.sample.dtype), out.x0)
         there = self.levels(call, call.step_at(1))
         d_sigma = there.s / there.a - sigma
-        z = randn_tensor(x.shape, generator=call.generator, device=x.device, dtype=torch.float32).double()
-        noise = (2 * d_sigma.abs() * sigma).sqrt() * z
+        noise = (2 * d_sigma.abs() * sigma).sqrt() * call.noise().double()
         if config.operation == "and":
             kappa = kappa_and(v0, va, vb, noise, sigma, d_sigma, w, config.lift, config.temperature)
         elif config.operation == "or":
