@@ -211,6 +211,22 @@ class EqualTime:
         )
 
 
+@dataclass(frozen=True)
+class Product:
+    """What a stack would gain if its parts did not meet, the gains of each alone multiplied, beside what it gains."""
+
+    speedup_of_parts: float
+    speedup: float
+    macs_limit_of_parts: float
+    macs_limit: float
+
+    def __str__(self) -> str:
+        return (
+            f"the parts' speed-ups multiplied: {self.speedup_of_parts:.2f}x (MAC limits {self.macs_limit_of_parts:.2f}x); "
+            f"the stack: {self.speedup:.2f}x (MAC limit {self.macs_limit:.2f}x)"
+        )
+
+
 @dataclass
 class Comparison:
     """The result; ``to_json`` gives all raw numbers (pictures apart)."""
@@ -227,9 +243,19 @@ class Comparison:
         """The arm of this name."""
         return next(result for result in self.arms if result.arm.name == name)
 
+    @property
+    def product(self) -> Product | None:
+        """The product of the parts of a stack; None for a single plugin."""
+        parts = [result for result in self.arms if result.arm.kind == "plugin"]
+        whole = next((result for result in self.arms if result.arm.kind == "stack"), None)
+        if whole is None:
+            return None
+        speedups = (math.prod(part.latency.of_medians for part in parts), whole.latency.of_medians)
+        return Product(*speedups, math.prod(part.macs.limit for part in parts), whole.macs.limit)
+
     def to_json(self) -> dict[str, Any]:
         """Plain lists, numbers and texts; an infinite number (PSNR of equal pictures) becomes None."""
-        return {"schema": SCHEMA, "method": METHOD, **plain(self)}
+        return {"schema": SCHEMA, "method": METHOD, **plain(self), "product": plain(self.product)}
 
 
 def compare(
