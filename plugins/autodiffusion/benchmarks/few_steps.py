@@ -1,12 +1,15 @@
-"""Few steps: the scheduler's own schedule, diffusers' other spacings, and the one that a search has found, on pictures that it has not seen.
+"""Few steps: the scheduler's own schedule, diffusers' other spacings, and what a search has found, on pictures that it has not seen.
 
     python plugins/autodiffusion/benchmarks/few_steps.py prompts --count 32 > prompts.txt       # what the search is judged on
     diffgraft search autodiffusion --pipeline emoji-sd --prompts prompts.txt --steps 4 --population 16 --epochs 6 --out found.json
     python plugins/autodiffusion/benchmarks/few_steps.py measure --found found.json --out few_steps
 
-`prompts` are combinations that the pipeline was trained on; `measure` takes the held-out ones, from other seeds. Judge: share of pictures
-that show all that was asked for, with its Wilson interval. Frechet: distance of the judge's features to those of true pictures of the same
-captions, with a bootstrap interval; "worse by": the paired bootstrap interval of an arm's distance less that of the found schedule.
+`prompts` are combinations that the pipeline was trained on; `measure` takes held-out ones, from other seeds: one object (Frechet distance
+and judge) and pairs of objects (judge), which are harder. Judge: share of pictures that show all that was asked for, with its Wilson
+interval, and the mean log-likelihood of what was asked for. Frechet: distance of the judge's features to those of true pictures.
+
+Intervals (95 %) of means and of paired differences "arm - found": grouped jackknife. A bootstrap would draw pictures twice, which takes
+rank from the covariance and shifts the distance by more than its error.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ from __future__ import annotations
 import io
 import json
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -29,7 +33,7 @@ from diffgraft.metrics import share
 from diffgraft.pictures import write_atomic
 from diffgraft_pipelines.emoji import scenes
 from diffgraft_pipelines.emoji.judge import load_bundled
-from diffgraft_pipelines.train.evaluate import generate, held_out_labels, renders
+from diffgraft_pipelines.train.evaluate import generate, held_out_labels, held_out_pairs, renders
 from PIL import Image, ImageDraw
 from rich.console import Console
 from rich.table import Table
@@ -38,22 +42,27 @@ from torch import Tensor
 NAME = "autodiffusion"
 SPACINGS = ("leading", "linspace", "trailing")
 FIRST_SEED = 10_000
+GROUPS = 32
 app = typer.Typer(add_completion=False)
-console = Console(width=160)
+console = Console(width=170)
+
+Interval = tuple[float, float, float]
+"""A value and its 95 % interval."""
 
 
 @dataclass
 class Arm:
-    """One schedule: a scheduler's class and options, or what was found (on the pipeline's own scheduler)."""
+    """One schedule: options of the pipeline's scheduler, or None for what was found."""
 
     name: str
     options: dict[str, Any] | None
     timesteps: tuple[float, ...] = ()
-    seconds: float = 0.0
-    right: int = 0
-    judge: tuple[float, float, float] = (0.0, 0.0, 0.0)
-    frechet: tuple[float, float, float] = (0.0, 0.0, 0.0)
-    worse_by: tuple[float, float, float] | None = None
+    cpu_seconds: float = 0.0
+    judge: dict[str, Any] | None = None
+    likelihood: Interval | None = None
+    frechet: Interval | None = None
+    less_likely_by: Interval | None = None
+    farther_by: Interval | None = None
 
 
 @app.command()
@@ -72,8 +81,8 @@ def measure(
     scheduler: Annotated[str | None, typer.Option(help="A diffusers scheduler instead of the pipeline's own.")] = None,
     steps: int = 4,
     guidance: float = 2.0,
-    count: Annotated[int, typer.Option(help="Held-out prompts.")] = 128,
-    resamples: int = 1000,
+    count: Annotated[int, typer.Option(help="Held-out prompts for one object.")] = 256,
+    pairs: Annotated[int, typer.Option(help="Held-out prompts for two objects.")] = 96,
 ) -> None:
     """Measure all schedules on held-out prompts and write table, JSON and a grid."""
     pipe = load_pipeline(pipeline)
@@ -82,89 +91,101 @@ def measure(
         pipe.scheduler = getattr(diffusers, scheduler).from_config(pipe.scheduler.config)
     own = pipe.scheduler
     steps = steps if found is None else Finding.load(found, NAME).made_for.steps
-    labels = held_out_labels()[:count]
-    captions = [scenes.caption(label) for label in labels]
-    seeds = range(FIRST_SEED, FIRST_SEED + count)
+    labels = held_out_labels()
+    captions = [scenes.caption(label) for label in labels[:count]] + [scenes.pair_caption(pair) for pair in held_out_pairs(pairs)]
+    seeds = range(FIRST_SEED, FIRST_SEED + len(captions))
     judge = load_bundled()
-    truth = judge.features(renders(labels, 1))
-    arms = [Arm(spacing + (" (its own)" if spacing == own.config.timestep_spacing else ""), {"timestep_spacing": spacing}) for spacing in SPACINGS]
+    truth = judge.features(renders(labels, 1) + renders(labels, 2))
+    arms = [Arm(spacing, {"timestep_spacing": spacing}) for spacing in SPACINGS]
     if "use_karras_sigmas" in own.config:
         arms.append(Arm("karras", {"use_karras_sigmas": True}))
     arms += [Arm("found", None)] if found else []
     pictures: dict[str, list[Image.Image]] = {}
     features: dict[str, Tensor] = {}
+    likelihoods: dict[str, Tensor] = {}
     for arm in arms:
         pipe.scheduler = own if arm.options is None else type(own).from_config(own.config, **arm.options)
         if arm.options is None:
             load_pipeline(pipe, plugins=[(NAME, {"artefact": found})])
         began = time.process_time()
         made = generate(pipe, captions, seeds, guidance, steps)
-        arm.seconds = (time.process_time() - began) / count
+        arm.cpu_seconds = (time.process_time() - began) / len(made)
         arm.timesteps = tuple(pipe.scheduler.timesteps.tolist())
         unload(pipe)
-        pictures[arm.name], features[arm.name] = made, judge.features(made)
         verdicts = judge.score(made, captions)
-        right = share([all(row[i] is not False for row in verdicts.values()) for i in range(count)])
-        assert right is not None
-        arm.right, arm.judge = right.right, (right.share, right.low, right.high)
-        console.print(f"{arm.name}: {arm.timesteps} judge {right.share:.1%}, Frechet {frechet(features[arm.name], truth):.2f}", highlight=False)
-    bootstrap(arms, features, truth, resamples)
-    report(arms, count)
+        right = [all(row[i] is not False for row in verdicts.values()) for i in range(len(made))]
+        arm.judge = {name: asdict(share(part)) for name, part in (("one", right[:count]), ("pairs", right[count:]), ("all", right)) if part}
+        pictures[arm.name], features[arm.name] = made, judge.features(made[:count])
+        likelihoods[arm.name] = torch.tensor(judge.likelihood(made, captions), dtype=torch.float64)
+        console.print(f"{arm.name}: {arm.timesteps} {arm.judge['all']}", highlight=False)
+    for arm in arms:
+        mine, best = (lambda kept, name=name: frechet(features[name][kept], truth) for name in (arm.name, "found"))
+        arm.frechet = jackknife(mine, count)
+        arm.likelihood = jackknife(lambda kept, x=likelihoods[arm.name]: float(x[kept].mean()), len(captions))
+        if found and arm.name != "found":
+            arm.farther_by = jackknife(lambda kept, mine=mine, best=best: mine(kept) - best(kept), count)
+            less = likelihoods["found"] - likelihoods[arm.name]
+            arm.less_likely_by = jackknife(lambda kept, x=less: float(x[kept].mean()), len(captions))
+    report(arms)
     out.mkdir(parents=True, exist_ok=True)
-    facts = {"pipeline": pipeline, "scheduler": type(own).__name__, "steps": steps, "guidance": guidance, "count": count,
-             "torch": torch.__version__, "diffusers": diffusers.__version__, "arms": [asdict(arm) for arm in arms]}  # fmt: skip
+    facts = {
+        "pipeline": pipeline,
+        "scheduler": type(own).__name__,
+        "own": own.config.timestep_spacing,
+        "steps": steps,
+        "guidance": guidance,
+        "prompts": {"one": count, "pairs": pairs},
+        "versions": {"torch": torch.__version__, "diffusers": diffusers.__version__},
+        "arms": [asdict(arm) for arm in arms],
+    }
     (out / "few_steps.json").write_text(json.dumps(facts, indent=1) + "\n")
     content = io.BytesIO()
-    grid(arms, pictures, captions).save(content, format="png", optimize=True)
+    grid(arms, own.config.timestep_spacing, pictures, captions, count).save(content, format="png", optimize=True)
     write_atomic(out / "few_steps.png", content.getvalue())
 
 
-def bootstrap(arms: list[Arm], features: dict[str, Tensor], truth: Tensor, resamples: int) -> None:
-    """95 % intervals; the same pictures (and their true ones) are drawn for every arm, so that differences are paired."""
-    rng = np.random.default_rng(0)
-    n = len(truth)
-    drawn: dict[str, list[float]] = {arm.name: [] for arm in arms}
-    for _ in range(resamples):
-        chosen, true = torch.from_numpy(rng.integers(0, n, n)), torch.from_numpy(rng.integers(0, n, n))
-        for arm in arms:
-            drawn[arm.name].append(frechet(features[arm.name][chosen], truth[true]))
-    for arm in arms:
-        low, high = np.quantile(drawn[arm.name], [0.025, 0.975])
-        arm.frechet = (frechet(features[arm.name], truth), float(low), float(high))
-        if "found" in drawn and arm.name != "found":
-            difference = np.array(drawn[arm.name]) - np.array(drawn["found"])
-            low, high = np.quantile(difference, [0.025, 0.975])
-            arm.worse_by = (frechet(features[arm.name], truth) - frechet(features["found"], truth), float(low), float(high))
+def jackknife(statistic: Callable[[Tensor], float], n: int) -> Interval:
+    """A statistic of the kept rows, with its 95 % interval from leaving out one of :data:`GROUPS` groups of rows at a time."""
+    rows = torch.arange(n)
+    values = [statistic(rows[rows % GROUPS != group]) for group in range(GROUPS)]
+    mean = sum(values) / GROUPS
+    error = ((GROUPS - 1) / GROUPS * sum((value - mean) ** 2 for value in values)) ** 0.5
+    value = statistic(rows)
+    return value, value - 1.959964 * error, value + 1.959964 * error
 
 
-def report(arms: list[Arm], count: int) -> None:
+def report(arms: list[Arm]) -> None:
     """Print the table."""
     table = Table(box=None, header_style="bold")
-    for column in ("schedule", "timesteps", "judge", "Frechet", "worse than found by", "CPU s a picture"):
+    judged = ("judge, one", "judge, pairs", "judge, all")
+    for column in ("schedule", "timesteps", *judged, "log-likelihood", "found - arm", "Frechet", "arm - found"):
         table.add_column(column)
     for arm in arms:
-        share_, low, high = arm.judge
-        worse = "" if arm.worse_by is None else "{:.2f} ({:.2f} to {:.2f})".format(*arm.worse_by)
-        table.add_row(arm.name, ", ".join(f"{t:g}" for t in arm.timesteps), f"{arm.right}/{count} = {share_:.0%} ({low:.0%}-{high:.0%})",
-                      "{:.2f} ({:.2f}-{:.2f})".format(*arm.frechet), worse, f"{arm.seconds:.2f}")  # fmt: skip
+        cells = [arm.name, ", ".join(f"{t:g}" for t in arm.timesteps)]
+        for name in ("one", "pairs", "all"):
+            s = (arm.judge or {}).get(name)
+            cells.append("" if s is None else f"{s['right']}/{s['total']} ({s['low']:.0%}-{s['high']:.0%})")
+        for value, digits in ((arm.likelihood, 4), (arm.less_likely_by, 4), (arm.frechet, 1), (arm.farther_by, 1)):
+            cells.append("" if value is None else "{:.{d}f} ({:.{d}f}, {:.{d}f})".format(*value, d=digits))
+        table.add_row(*cells)
     console.print(table)
 
 
-def grid(arms: list[Arm], pictures: dict[str, list[Image.Image]], captions: list[str], columns: int = 10) -> Image.Image:
-    """A row for the scheduler's own schedule, one for the best other one, one for what was found."""
-    own = next(arm for arm in arms if "own" in arm.name)
-    others = [arm for arm in arms if arm is not own and arm.name != "found"]
-    rows = [own, min(others, key=lambda arm: arm.frechet[0]), *[arm for arm in arms if arm.name == "found"]]
-    side, text, edge = 96, 20, 120
-    sheet = Image.new("RGB", (edge + columns * (side + 4), text + len(rows) * (side + 4)), "white")
+def grid(arms: list[Arm], own: str, pictures: dict[str, list[Image.Image]], captions: list[str], count: int) -> Image.Image:
+    """A row for the scheduler's own schedule, one for the best other one, one for what was found; pairs of objects on the right."""
+    others = [arm for arm in arms if arm.name not in (own, "found")]
+    best = min(others, key=lambda arm: arm.frechet[0])  # type: ignore[index]
+    rows = [next(arm for arm in arms if arm.name == own), best, *[arm for arm in arms if arm.name == "found"]]
+    chosen = [*range(7), *range(count, min(count + 5, len(captions)))]
+    side, text, edge = 96, 6, 110
+    sheet = Image.new("RGB", (edge + len(chosen) * (side + 4), text + len(rows) * (side + 4)), "white")
     draw = ImageDraw.Draw(sheet)
-    for i, caption in enumerate(captions[:columns]):
-        draw.text((edge + i * (side + 4), 4), " ".join(caption.split()[2:3]), fill="black", font_size=11)
     for r, arm in enumerate(rows):
         y = text + r * (side + 4)
-        draw.multiline_text((4, y + 24), f"{arm.name}\njudge {arm.judge[0]:.0%}\nFrechet {arm.frechet[0]:.1f}", fill="black", font_size=12)
-        for i, picture in enumerate(pictures[arm.name][:columns]):
-            sheet.paste(picture.resize((side, side), Image.Resampling.NEAREST), (edge + i * (side + 4), y))
+        words = f"{arm.name}\njudge {arm.judge['all']['share']:.1%}\nFrechet {arm.frechet[0]:.1f}"  # type: ignore[index]
+        draw.multiline_text((4, y + 24), words, fill="black", font_size=12)
+        for i, number in enumerate(chosen):
+            sheet.paste(pictures[arm.name][number].resize((side, side), Image.Resampling.NEAREST), (edge + i * (side + 4), y))
     return sheet
 
 
