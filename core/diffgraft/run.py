@@ -185,7 +185,7 @@ class Run:
         position = min(begin + index, len(timesteps) - 1)
         sigmas = getattr(scheduler, "sigmas", None)
         sigma = sigmas[position] if isinstance(sigmas, Tensor) and position < len(sigmas) else None
-        return Step(index, total, timesteps[position], sigma)
+        return Step(index, total, timesteps[position], sigma, begin)
 
     def _locate(self, timestep: Any) -> None:
         """Where in the schedule this run begins (image-to-image cuts the front off).

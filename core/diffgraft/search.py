@@ -186,6 +186,8 @@ def evolve(searcher: Searcher, judge: Callable[[Genome], float], plan: Plan, on_
 
     for number in range(plan.population):
         take(partial(searcher.first, rng, number, plan.population), 1)
+    if not losses:
+        raise ConfigError("search: the searcher gives no candidate to begin with")
     history: list[dict[str, Any]] = []
     for epoch in range(plan.epochs):
         best = sorted(losses, key=losses.__getitem__)[: plan.top]  # a stable sort: of equals the earlier one is the better

@@ -172,8 +172,7 @@ class AutoDiffusion(Plugin):
 
     def block(self, call: BlockCall, next: Any) -> Any:
         step, skips = call.step, call.shared.skips
-        position = len(skips) - step.total + step.index  # image to image runs only the tail of the schedule
-        if not skips or call.info.path not in skips[position]:
+        if not skips or call.info.path not in skips[step.begin + step.index]:  # image to image runs only the tail of the schedule
             return next(call)
         call.count("skipped")
         return skipped(call)
