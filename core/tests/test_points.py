@@ -335,6 +335,20 @@ def test_a_scheduler_that_cannot_follow_an_edited_schedule_is_refused():
     assert torch.equal(generate(pipe, kwargs), before)
 
 
+def test_a_step_knows_how_much_of_the_schedule_was_left_out_before_it():
+    class Places(Probe):
+        seen: ClassVar[list[tuple[int, int, int]]] = []
+
+        def denoise(self, call, next):
+            self.seen.append((call.step.begin, call.step.index, call.step.total))
+            return next(call)
+
+    pipe, kwargs = tiny("StableDiffusionImg2ImgPipeline")
+    load_pipeline(pipe, plugins=[Places])
+    generate(pipe, kwargs, num_inference_steps=4, strength=0.5)
+    assert Places.seen == [(2, 0, 2), (2, 1, 2)]
+
+
 class Given(Probe):
     """Puts these timesteps into the scheduler."""
 
