@@ -20,6 +20,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
+from typing_extensions import Self
 
 from diffgraft.errors import ArtefactMismatch, ConfigError
 from diffgraft.plugin import RUN_FACTS
@@ -132,7 +133,7 @@ class Artefact:
         partial.replace(target)
 
     @classmethod
-    def load(cls, source: str | os.PathLike[str], plugin: str, kind: str = "artefact") -> Artefact:
+    def load(cls, source: str | os.PathLike[str], plugin: str, kind: str = "artefact") -> Self:
         """The artefact at a path, or at ``owner/name/file.safetensors`` on the Hub; ``kind`` as in ``Need``.
 
         Raises:
@@ -148,7 +149,15 @@ class Artefact:
             raise ArtefactMismatch(f"{source} cannot be read ({error}); {make_again(plugin, kind)}") from error
         if written is None:
             raise ArtefactMismatch(f"{source} is a safetensors file, but no diffgraft artefact; {make_again(plugin, kind)}")
-        header = json.loads(written)
+        return cls.checked(json.loads(written), tensors, source, plugin, kind)
+
+    @classmethod
+    def checked(cls, header: dict[str, Any], tensors: dict[str, Tensor], source: Any, plugin: str, kind: str) -> Self:
+        """What a file's header and tensors say.
+
+        Raises:
+            ArtefactMismatch: another layout, a wrong checksum, or made for another plugin.
+        """
         if header.get("format") != FORMAT:
             raise ArtefactMismatch(f"{source} has layout {header.get('format')}, this diffgraft reads {FORMAT}; {make_again(plugin, kind)}")
         expected = header.pop("checksum")
@@ -174,8 +183,15 @@ class Artefact:
                 differing.append(f"{name}: found {why}")
         self._refuse(differing)
 
-    def ensure_run(self, scheduler: Any, steps: int, shape: tuple[int, ...], fits: Collection[str] = RUN_FACTS) -> None:
-        """Raises ArtefactMismatch when it was made for another scheduler, number of steps or size, as far as ``fits`` names them."""
+    def ensure_run(
+        self,
+        scheduler: Any,
+        steps: int,
+        shape: tuple[int, ...],
+        fits: Collection[str] = RUN_FACTS,
+        guidance: float | None = None,
+    ) -> None:
+        """Raises ArtefactMismatch when scheduler, number of steps, size or guidance scale are others, as far as ``fits`` names them."""
         differing = []
         if "scheduler" in fits and self.made_for.scheduler != type(scheduler).__name__:
             differing.append(f"scheduler: made for {self.made_for.scheduler}, found {type(scheduler).__name__}")
@@ -187,6 +203,8 @@ class Artefact:
             differing.append(f"steps: made for {self.made_for.steps}, found {steps}")
         if "shape" in fits and self.made_for.shape != tuple(shape):
             differing.append(f"shape of the latents: made for {self.made_for.shape}, found {tuple(shape)}")
+        if "guidance" in fits and self.facts.get("guidance_scale") != guidance:
+            differing.append(f"guidance scale: made for {self.facts.get('guidance_scale')}, found {guidance}")
         self._refuse(differing)
 
     def _refuse(self, differing: list[str]) -> None:
@@ -211,6 +229,8 @@ def make_again(plugin: str, kind: str) -> str:
     """How to get an artefact that fits."""
     if kind == "inversion":
         return f"make one with `diffgraft invert {plugin} --pipeline NAME --image FILE`"
+    if kind == "search":
+        return f"make one with `diffgraft search {plugin} --pipeline NAME --prompts FILE --steps K`"
     return f"make one with `diffgraft calibrate {plugin} --pipeline NAME --prompts FILE`"
 
 
@@ -220,7 +240,7 @@ def find_file(source: str | os.PathLike[str], plugin: str, kind: str) -> Path:
     if path.is_file():
         return path
     text = os.fspath(source)
-    if text.count("/") >= 2 and text.endswith(".safetensors") and not text.startswith((".", "/", "~")):
+    if text.count("/") >= 2 and text.endswith((".safetensors", ".json")) and not text.startswith((".", "/", "~")):
         from huggingface_hub import hf_hub_download
         from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 

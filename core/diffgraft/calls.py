@@ -29,12 +29,14 @@ class Step:
     total   how many there will be (image-to-image runs only the tail of the schedule; Heun counts each of its two stages)
     t       the scheduler's timestep, a 0-dim tensor (reading its value would wait for the GPU)
     sigma   the scheduler's sigma at this step, a 0-dim tensor, or None where the scheduler has none
+    begin   steps of the schedule before the first that is run: this one is number ``begin + index`` of the schedule
     """
 
     index: int
     total: int
     t: Tensor
     sigma: Tensor | None
+    begin: int = 0
 
     @property
     def is_last(self) -> bool:

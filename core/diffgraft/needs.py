@@ -11,6 +11,7 @@ from torch import nn
 
 from diffgraft.artefacts import Artefact, Fingerprint
 from diffgraft.errors import ConfigError, Unsupported
+from diffgraft.findings import Finding
 from diffgraft.predictions import prediction_kind
 from diffgraft.rewards import find_reward
 
@@ -47,7 +48,8 @@ def fetch(plugin: Plugin, target: Target, known: Mapping[str, Any]) -> dict[str,
 
 def fetch_artefact(plugin: Plugin, need: Need, value: Any, target: Target) -> Artefact:
     """An artefact that was made for this model (what else it must fit is checked when a run begins)."""
-    artefact = value if isinstance(value, Artefact) else Artefact.load(value, plugin.name, need.kind)
+    read = Finding.load if need.kind == "search" else Artefact.load
+    artefact = value if isinstance(value, Artefact) else read(value, plugin.name, need.kind)
     artefact.ensure_model(target.pipe, target.denoisers)
     return artefact
 

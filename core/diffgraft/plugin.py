@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
     from diffgraft.calls import AttentionInfo, BlockInfo, DenoiseCall, RunCall, Target
     from diffgraft.family import Family
+    from diffgraft.search import Searcher
 
 API = 1
 """Number of the plugin contract. It changes when a plugin written for it could break, and only then."""
@@ -103,12 +104,12 @@ class Need:
 
     kind   "artefact": what `calibrate` made, a file (path or Hub id) or an ``Artefact``; "inversion": what `invert` made, likewise;
            "pipeline": a second pipeline of the same latent space (bundled name, folder, Hub id or a live one), or a list of them;
-           "reward": how good a picture is, see `diffgraft.rewards`
+           "reward": how good a picture is, see `diffgraft.rewards`; "search": what `search` found, a file or a ``Finding``
     knob   the knob that names it; where the knob is None the plugin does without
-    fits   what of a run a file is held against beside the model
+    fits   what of a run a file is held against beside the model; of what was found by a search also "guidance"
     """
 
-    kind: Literal["artefact", "inversion", "pipeline", "reward"]
+    kind: Literal["artefact", "inversion", "pipeline", "reward", "search"]
     knob: str
     fits: frozenset[str] = RUN_FACTS
 
@@ -134,6 +135,7 @@ class Plugin:
     needs     what it needs beside its knobs, see :class:`Need`
     calibration  the :class:`Calibrator` that makes its artefact, or None
     inversion    the :class:`Inverter` that makes the code of a picture, or None
+    search       the :class:`~diffgraft.search.Searcher` that finds its settings, or None
     """
 
     name: ClassVar[str]
@@ -149,6 +151,7 @@ class Plugin:
     needs: ClassVar[tuple[Need, ...]] = ()
     calibration: ClassVar[type[Calibrator] | None] = None
     inversion: ClassVar[type[Inverter] | None] = None
+    search: ClassVar[type[Searcher] | None] = None
 
     def __init__(self, **knobs: Any) -> None:
         self.config = build_config(self.name, self.Config, knobs)
