@@ -73,8 +73,8 @@ def test_a_branch_alone_predicts_what_it_does_in_the_batch(family, name):
     generate(pipe, {**kwargs, "num_inference_steps": 2})
     assert len(set(plugin.rows)) == 1
     assert len(plugin.rows) >= 2
-    mixes = family == "svd"  # its temporal layers deal the picture's embedding out over the whole batch (transformer_temporal.py)
-    assert max(plugin.differences) < (2e-2 if mixes else 1e-4)
+    rough = family == "svd"  # a rounding unit in the input of its tiny U-Net already changes the prediction by 3e-3
+    assert max(plugin.differences) < (2e-2 if rough else 1e-4)
 
 
 def test_a_branch_that_is_not_there_is_refused():
