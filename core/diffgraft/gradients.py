@@ -7,9 +7,9 @@
     found = latent_gradient(call, losses)
     return next(call.with_latents(call.latents - alpha * found.gradient))
 
-The pass goes **past the other plugins of the run**: it calls the denoiser itself, and of all hooks inside it only those of the plugin that
-asks see it. So a cache neither gives the gradient an old step's features nor learns anything from it, and sees only the usual calls. A
-compiled denoiser is differentiated in its eager form.
+The pass goes **past the other plugins of the run**: it calls the denoiser itself, and in there only the asking plugin's hooks
+fire. So a cache neither gives the gradient an old step's features nor learns anything from it: it sees only the usual calls.
+A compiled denoiser is differentiated in its eager form.
 
 Nothing stays behind: parameters collect no ``.grad``, their ``requires_grad`` is as it was, and the graph is gone when the function returns.
 """
@@ -118,7 +118,7 @@ def ensure_differentiable(call: DenoiseCall, model: nn.Module) -> None:
     """Raises Unsupported or Conflict where a backward pass would fail, or give something else than the gradient."""
     name, cls = call.entry.name, type(model).__name__
     if torch.is_inference_mode_enabled():
-        raise Unsupported(f"{name} needs gradients, which torch.inference_mode() rules out: call the pipeline without it (or under no_grad)")
+        raise Unsupported(f"{name} needs gradients, which torch.inference_mode() rules out: call the pipeline without it")
     if any(parameter.is_meta for parameter in model.parameters()):
         raise Unsupported(
             f"{name} needs gradients, but sequential CPU offload takes each layer's weights away before its backward runs: use "
@@ -132,7 +132,9 @@ def ensure_differentiable(call: DenoiseCall, model: nn.Module) -> None:
     for module in model.modules():
         registry = module.__dict__.get("_diffusers_hook")
         if registry is not None and (found := [hook for hook in MOVES_WEIGHTS if hook in registry.hooks]):
-            raise Unsupported(f"{name} needs gradients, but {found[0]} on this {cls} changes weights between forward and backward; disable it")
+            raise Unsupported(
+                f"{name} needs gradients, but {found[0]} on this {cls} changes its weights between forward and backward; load it without"
+            )
 
 
 @contextmanager

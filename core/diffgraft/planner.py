@@ -74,7 +74,7 @@ def judge(outer: Part, inner: Part) -> tuple[list[str], list[str]]:
             )
         if skipped and "plain_gradients" in y.effects.needs:
             warnings.append(
-                f"{y.name} takes its gradients through the whole denoiser, past {x.name}: what {x.name} skips is saved in the other calls only"
+                f"{y.name} takes its gradients through the whole denoiser, past {x.name}: {x.name} saves work in the other calls only"
             )
         if "denoiser" in x.effects.replaces and "plain_gradients" in y.effects.needs:
             warnings.append(f"{y.name} takes its gradients through the pipeline's own denoiser also where {x.name} lets another one run")

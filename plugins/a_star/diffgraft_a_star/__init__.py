@@ -30,8 +30,8 @@ class AStarConfig(PluginConfig):
 
     objects: tuple[str | int | tuple[int, ...], ...] | None = Field(
         None,
-        description="the concepts: words of the prompt ('cat face') or token indices (3 or (3, 4)); default: the nouns that the prompt joins "
-        "by 'and'",
+        description="the concepts: words of the prompt ('cat face') or token indices (3 or (3, 4)); default: the nouns that the prompt "
+        "joins by 'and'",
     )
     alpha: float = Field(
         20.0, ge=0, description="alpha_t at the first step: length of the gradient step, in latents of unit variance; 0 is off (the paper "
@@ -45,14 +45,15 @@ class AStarConfig(PluginConfig):
     )
     last: int | None = Field(None, ge=1, description="number of steps, from the first on, that are corrected; none: every step (paper)")
     resolution: int | None = Field(
-        None, ge=2, description="shorter side of the maps in pixels; default: the smallest of at least 16 that the model has (paper: 16), else "
-        "its largest"
-    )  # fmt: skip
+        None,
+        ge=2,
+        description="shorter side of the maps in pixels (paper: 16); default: the smallest of at least 16 that there is, else the largest",
+    )
     sharpen: float | None = Field(
         None, gt=0, description="maps become a softmax over the words of so many times the attention; Attend-and-Excite: 100; none: the "
         "attention itself"
     )  # fmt: skip
-    smoothing: float = Field(0.0, ge=0, le=3, description="width in pixels of a 3 x 3 Gaussian over each map; Attend-and-Excite: 0.5; 0 is none")
+    smoothing: float = Field(0.0, ge=0, le=3, description="width in pixels of a 3 x 3 Gaussian over each map; Attend-and-Excite: 0.5")
     checkpointing: bool = Field(False, description="less memory and more time: blocks are computed again for their gradient")
 
     @field_validator("objects", mode="before")
@@ -92,8 +93,8 @@ class AStar(Plugin):
     paper = Paper(
         title="A-STAR: Test-time Attention Segregation and Retention for Text-to-image Synthesis",
         arxiv="2306.14544",
-        implemented="both losses with their gradient step before every denoising step, for words or tokens of the prompt, on samples of a batch "
-        "each for itself",
+        implemented="both losses with their gradient step before every denoising step, for words or tokens of the prompt, each sample of a "
+        "batch for itself",
         omitted="nothing of the method; its prompt sets with concepts chosen by hand",
         licence="no official code; written from the paper's equations, with Attend-and-Excite's step size where the paper gives none",
     )
@@ -130,9 +131,13 @@ class AStar(Plugin):
         knobs, step = self.config, call.step
         if knobs.alpha == 0 or (knobs.last is not None and step.index >= knobs.last) or "cond" not in call.branches:
             return next(call)  # type: ignore[no-any-return]
-        call.shared.begin(step.index)
-        found = latent_gradient(call, lambda z: self.losses(call, z), checkpointing=knobs.checkpointing, scale=call.shared.scale)
-        call.shared.losses.append(found.losses)
+        memory: Memory = call.shared
+        memory.begin(step.index)
+        try:
+            found = latent_gradient(call, lambda z: self.losses(call, z), checkpointing=knobs.checkpointing, scale=memory.scale)
+        finally:
+            memory.collector = None
+        memory.losses.append(found.losses)
         call.count("gradient passes")
         alpha = step_size(knobs.alpha, knobs.alpha_end, step.index, step.total)
         z, gradient = call.latents, found.gradient
@@ -145,7 +150,7 @@ class AStar(Plugin):
         knobs, memory = self.config, call.shared
         A = self.maps(call, z)
         there = memory.weights.sum(-1) > 0
-        loss = knobs.segregation * segregation(A, there)
+        loss = 0 * A.sum((1, 2, 3)) + knobs.segregation * segregation(A, there)  # a single concept has no L_seg, but a gradient, of zeros
         if memory.before is not None and knobs.retention > 0:
             loss = loss + knobs.retention * retention(A, memory.before, there)
         memory.now = binarised(A.detach(), knobs.threshold)

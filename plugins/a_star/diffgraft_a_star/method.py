@@ -41,7 +41,7 @@ def retention(A: Tensor, B: Tensor, there: Tensor) -> Tensor:
 def binarised(A: Tensor, threshold: Literal["mean", "half_max"]) -> Tensor:
     """B_t^m: 1 where A_t^m is above its own mean, or above half of its own maximum, else 0."""
     level = A.mean((-2, -1), keepdim=True) if threshold == "mean" else A.amax((-2, -1), keepdim=True) / 2
-    return (A > level).to(A.dtype)
+    return (level < A).to(A.dtype)
 
 
 def step_size(alpha: float, end: float, i: int, N: int) -> float:
@@ -50,7 +50,7 @@ def step_size(alpha: float, end: float, i: int, N: int) -> float:
 
 
 def concept_maps(probabilities: Tensor, weights: Tensor) -> Tensor:
-    """A [batch, M, pixels] of probabilities [batch, pixels, tokens]: a concept of several tokens is their mean (weights [batch, M, tokens])."""
+    """A [batch, M, pixels] of probabilities [batch, pixels, tokens]; weights [batch, M, tokens] average a concept's tokens."""
     return weights @ probabilities.transpose(1, 2)
 
 

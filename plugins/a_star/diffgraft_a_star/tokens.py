@@ -8,15 +8,16 @@ from typing import Any
 
 from diffgraft.calls import RunCall
 from diffgraft.errors import ConfigError
+from diffgraft.inputs import parameters
 
 Indices = tuple[int, ...]
 Concept = str | int | Indices
 
-ENDS = "above at behind below beside by for from in inside into near next of on onto over to under with".split()
-"""A noun phrase ends before one of these words, or a comma."""
-NOT_NOUNS = set(
-    "a an the this that its his her their my your some one two three four five small little tiny big large huge red orange yellow green "
-    "blue purple pink brown black white gray grey golden silver".split()
+ENDS = re.compile(r"above|at|behind|below|beside|by|for|from|in|inside|into|near|next|of|on|onto|over|to|under|with|\W")
+"""What a noun phrase ends before: a preposition, or a comma and the like."""
+NOT_NOUNS = re.compile(
+    "an?|the|this|that|its|his|her|their|my|your|some|one|two|three|four|five|small|little|tiny|big|large|huge|"
+    "red|orange|yellow|green|blue|purple|pink|brown|black|white|gray|grey|golden|silver"
 )
 """Words in front of the noun: articles, numbers, sizes and colours."""
 
@@ -29,19 +30,19 @@ def find(call: RunCall, objects: Sequence[Concept] | None) -> list[list[Indices]
     """
     prompt = call.get("prompt")
     if prompt is None:
-        return [embedded(call, objects)] if (embeds := call.get("prompt_embeds")) is None else [embedded(call, objects)] * len(embeds)
+        embeds = call.get("prompt_embeds")
+        return [] if embeds is None else [embedded(objects, embeds.shape[1])] * len(embeds)  # without either the pipeline says so itself
     return [of_prompt(call, each, objects) for each in ([prompt] if isinstance(prompt, str) else prompt)]
 
 
-def embedded(call: RunCall, objects: Sequence[Concept] | None) -> list[Indices]:
-    """Where the prompt was given as embeddings."""
+def embedded(objects: Sequence[Concept] | None, limit: int) -> list[Indices]:
+    """Where the prompt was given as embeddings of ``limit`` tokens."""
     if objects is None or any(isinstance(each, str) for each in objects):
         raise ConfigError(
-            f"plugin 'a_star': objects = {objects!r}: there is no prompt to find them in (prompt_embeds was given); give token indices, "
+            f"plugin 'a_star': objects = {objects!r}: prompt_embeds was given, so there is no prompt to find words in; give token indices, "
             "as objects=[2, (5, 6)]"
         )
-    embeds = call.get("prompt_embeds")
-    return [checked(each, embeds.shape[1] if embeds is not None else 1, "prompt_embeds") for each in objects]
+    return [checked(each, limit, "prompt_embeds") for each in objects if not isinstance(each, str)]
 
 
 def of_prompt(call: RunCall, prompt: str, objects: Sequence[Concept] | None) -> list[Indices]:
@@ -65,7 +66,9 @@ def of_prompt(call: RunCall, prompt: str, objects: Sequence[Concept] | None) -> 
         nth = sum(each == other for other in objects[:number])
         if nth >= len(spans):
             times = "" if nth == 0 else f" {nth + 1} times"
-            raise ConfigError(f"plugin 'a_star': objects = {list(objects)!r}: {each!r} is not{times} in the prompt {prompt!r}")
+            raise ConfigError(
+                f"plugin 'a_star': objects = {list(objects)!r}: {each!r} is not{times} in the prompt {prompt!r}; name words that are"
+            )
         found.append(checked(token_range(tokenizer, text, *spans[nth]), limit, f"{each!r} of the prompt {prompt!r}"))
     return found
 
@@ -76,14 +79,19 @@ def as_read(call: RunCall, text: str) -> str:
     if hasattr(pipe, "maybe_convert_prompt"):
         text = pipe.maybe_convert_prompt(text, pipe.tokenizer)
     if hasattr(pipe, "_text_preprocessing"):
-        text = pipe._text_preprocessing(text, clean_caption=bool(call.get("clean_caption", False)))[0]
+        text = pipe._text_preprocessing(text, clean_caption=argument(call, "clean_caption"))[0]
     return text
 
 
 def token_limit(call: RunCall) -> int:
     """How many tokens the denoiser gets to see."""
-    longest = call.run.arguments.get("max_sequence_length") or call.get("max_sequence_length")
-    return int(longest) if longest is not None else int(call.pipe.tokenizer.model_max_length)
+    return int(argument(call, "max_sequence_length") or call.pipe.tokenizer.model_max_length)
+
+
+def argument(call: RunCall, name: str) -> Any:
+    """An argument of the call, or its default; None where the pipeline has none of this name."""
+    taken = parameters(call.pipe).get(name)
+    return call.get(name, None if taken is None else taken.default)
 
 
 def token_range(tokenizer: Any, text: str, start: int, end: int) -> Indices:
@@ -116,6 +124,6 @@ def nouns(prompt: str) -> list[str]:
     found = []
     for part in re.split(r"\band\b", prompt, flags=re.IGNORECASE):
         words = re.findall(r"[\w'-]+|[,.;:]", part)
-        stop = next((i for i, word in enumerate(words) if word.lower() in ENDS or not word[0].isalnum()), len(words))
-        found.append(" ".join(word for word in words[:stop] if word.lower() not in NOT_NOUNS))
+        stop = next((i for i, word in enumerate(words) if ENDS.fullmatch(word.lower())), len(words))
+        found.append(" ".join(word for word in words[:stop] if not NOT_NOUNS.fullmatch(word.lower())))
     return [] if "" in found else found
