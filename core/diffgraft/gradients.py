@@ -11,7 +11,7 @@ The pass goes **past the other plugins of the run**: it calls the denoiser itsel
 fire. So a cache neither gives the gradient an old step's features nor learns anything from it: it sees only the usual calls.
 A compiled denoiser is differentiated in its eager form.
 
-Nothing stays behind: parameters collect no ``.grad``, their ``requires_grad`` is as it was, and the graph is gone when the function returns.
+Nothing stays behind: parameters collect no ``.grad``, their ``requires_grad`` is as it was, the graph is gone when the function returns.
 """
 
 from __future__ import annotations

@@ -298,10 +298,12 @@ def test_bad_objects(objects):
         AStar(objects=objects)
 
 
-@pytest.mark.parametrize("knobs", [{"alpha": -1}, {"threshold": "median"}, {"last": 0}, {"smoothing": -1}, {"sharpen": 0}, {"alpha_end": 2}])
-def test_bad_knobs(knobs):
-    with pytest.raises(ConfigError, match=next(iter(knobs))):
-        AStar(**knobs)
+@pytest.mark.parametrize(
+    ("knob", "value"), [("alpha", -1), ("threshold", "median"), ("last", 0), ("smoothing", -1), ("sharpen", 0), ("alpha_end", 2)]
+)
+def test_bad_knobs(knob, value):
+    with pytest.raises(ConfigError, match=knob):
+        AStar(**{knob: value})
 
 
 # what it does to a run -------------------------------------------------------------------------------------------------------------
