@@ -280,7 +280,7 @@ class DenoiseCall(Call):
         return self.replace(**{run.family.sample: x.to(old.dtype)})  # type: ignore[no-any-return]
 
     def only(self, branch: str) -> DenoiseCall:
-        """A copy that holds the rows of one guidance branch alone.
+        """A copy that holds the rows of one guidance branch alone; a call of one branch (sequential guidance, none) stays as it is.
 
         Raises:
             KeyError: ``branch`` is not one of this call's ``branches``.

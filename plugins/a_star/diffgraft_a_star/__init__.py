@@ -19,7 +19,7 @@ from torch import Tensor
 
 from diffgraft_a_star.maps import Collector, Enough, choose, side_lengths, token_weights
 from diffgraft_a_star.method import binarised, concept_maps, retention, segregation, sharpened, smoothed, step_size
-from diffgraft_a_star.tokens import Indices, find
+from diffgraft_a_star.tokens import Indices, find, tokenizer_of
 
 __all__ = ["AStar"]
 __version__ = "0.1.0"
@@ -70,6 +70,7 @@ class Memory:
 
     concepts: list[list[Indices]] = field(default_factory=list)
     collector: Collector | None = None
+    size: tuple[int, int] | None = None
     pixels: int | None = None
     last: int | None = None
     index: int = -1
@@ -79,13 +80,13 @@ class Memory:
     losses: list[Tensor] = field(default_factory=list)
     scale: LossScale = field(default_factory=LossScale)
 
-    def begin(self, index: int) -> None:
-        """Step ``index`` begins, or is asked for once more: what was seen in the step before is to be retained."""
-        if index < self.index or index == 0 != self.index:  # the schedule began again, perhaps at another size
+    def begin(self, index: int, size: tuple[int, int]) -> None:
+        """Step ``index`` begins at latents of ``size``, or is asked for once more: the step before's masks are to be retained."""
+        if index < self.index or index == 0 != self.index or size != self.size:  # the schedule began again, or goes on at another size
             self.before = self.now = self.weights = self.pixels = self.last = None
         elif index != self.index:
             self.before = self.now
-        self.index = index
+        self.index, self.size = index, size
 
 
 class AStar(Plugin):
@@ -131,8 +132,8 @@ class AStar(Plugin):
         knobs, step = self.config, call.step
         if knobs.alpha == 0 or (knobs.last is not None and step.index >= knobs.last) or "cond" not in call.branches:
             return next(call)  # type: ignore[no-any-return]
-        memory: Memory = call.shared
-        memory.begin(step.index)
+        memory, z = call.shared, call.latents
+        memory.begin(step.index, (z.shape[-2], z.shape[-1]))
         try:
             found = latent_gradient(call, lambda z: self.losses(call, z), checkpointing=knobs.checkpointing, scale=memory.scale)
         finally:
@@ -140,9 +141,9 @@ class AStar(Plugin):
         memory.losses.append(found.losses)
         call.count("gradient passes")
         alpha = step_size(knobs.alpha, knobs.alpha_end, step.index, step.total)
-        z, gradient = call.latents, found.gradient
+        gradient = found.gradient
         if is_exploding(call.pipe.scheduler) and step.sigma is not None:
-            gradient = gradient * (1 + step.sigma.to(gradient) ** 2)  # alpha_t is meant for latents of unit variance
+            gradient = gradient * (1 + step.sigma.to(gradient, non_blocking=True) ** 2)  # alpha_t is meant for latents of unit variance
         return next(call.with_latents(z - alpha * gradient))  # type: ignore[no-any-return]
 
     def losses(self, call: DenoiseCall, z: Tensor) -> Tensor:
@@ -158,7 +159,7 @@ class AStar(Plugin):
 
     def maps(self, call: DenoiseCall, z: Tensor) -> Tensor:
         """A [batch, M, h, w]."""
-        knobs, memory, size = self.config, call.shared, (z.shape[-2], z.shape[-1])
+        knobs, memory = self.config, call.shared
         collector = memory.collector = Collector(memory.pixels, None if knobs.checkpointing else memory.last)
         try:
             predict_alone(call.only("cond").with_input(z))
@@ -167,13 +168,13 @@ class AStar(Plugin):
         finally:
             collector.closed = True
         if memory.pixels is None:
-            memory.pixels = choose(collector.seen, size, knobs.resolution)
+            memory.pixels = choose(collector.seen, memory.size, knobs.resolution)
             memory.last = collector.seen[memory.pixels].last
         P = collector.mean(memory.pixels)
         collector.seen.clear()
         if knobs.sharpen is not None:
-            P = sharpened(P, knobs.sharpen, int(call.pipe.tokenizer.bos_token_id is not None))
+            P = sharpened(P, knobs.sharpen, int(tokenizer_of(call.pipe).bos_token_id is not None))
         if memory.weights is None or memory.weights.shape[::2] != (P.shape[0], P.shape[2]):
             memory.weights = token_weights(memory.concepts, P.shape[0], P.shape[2]).to(P.device)
-        A = concept_maps(P, memory.weights).unflatten(-1, side_lengths(memory.pixels, size))
+        A = concept_maps(P, memory.weights).unflatten(-1, side_lengths(memory.pixels, memory.size))
         return smoothed(A, knobs.smoothing) if knobs.smoothing > 0 else A

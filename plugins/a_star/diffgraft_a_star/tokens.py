@@ -54,7 +54,7 @@ def of_prompt(call: RunCall, prompt: str, objects: Sequence[Concept] | None) -> 
                 f"plugin 'a_star': prompt {prompt!r} does not name two objects joined by 'and' (found: {', '.join(objects) or 'none'}); "
                 "say which words are the objects, as objects=['cat', 'dog']"
             )
-    tokenizer = call.pipe.tokenizer
+    tokenizer = tokenizer_of(call.pipe)
     text, limit = as_read(call, prompt), token_limit(call)
     found: list[Indices] = []
     for number, each in enumerate(objects):
@@ -77,7 +77,7 @@ def as_read(call: RunCall, text: str) -> str:
     """The text that the tokenizer gets: learned words of several tokens written out, captions cleaned."""
     pipe = call.pipe
     if hasattr(pipe, "maybe_convert_prompt"):
-        text = pipe.maybe_convert_prompt(text, pipe.tokenizer)
+        text = pipe.maybe_convert_prompt(text, tokenizer_of(pipe))
     if hasattr(pipe, "_text_preprocessing"):
         text = pipe._text_preprocessing(text, clean_caption=argument(call, "clean_caption"))[0]
     return text
@@ -85,7 +85,12 @@ def as_read(call: RunCall, text: str) -> str:
 
 def token_limit(call: RunCall) -> int:
     """How many tokens the denoiser gets to see."""
-    return int(argument(call, "max_sequence_length") or call.pipe.tokenizer.model_max_length)
+    return int(argument(call, "max_sequence_length") or tokenizer_of(call.pipe).model_max_length)
+
+
+def tokenizer_of(pipe: Any) -> Any:
+    """The tokenizer of the text that the denoiser's cross-attention sees (SDXL's refiner has the second one alone)."""
+    return pipe.tokenizer if pipe.tokenizer is not None else pipe.tokenizer_2
 
 
 def argument(call: RunCall, name: str) -> Any:
