@@ -340,6 +340,19 @@ def test_inference_mode_is_refused(pipe_and_kwargs):
     generate(pipe, kwargs)
 
 
+def test_hooks_in_a_whole_compiled_graph_are_refused():
+    """A hook inside the denoiser breaks the graph; ``fullgraph=True`` forbids that. Hooks outside it are welcome."""
+    pipe, kwargs = tiny(SD)
+    plain = generate(pipe, kwargs)
+    pipe.unet = torch.compile(pipe.unet, backend="eager", fullgraph=True)
+    load_pipeline(pipe, plugins=[Skipper()])
+    with pytest.raises(Unsupported, match=r"skipper needs its block hooks.*compile it without fullgraph"):
+        generate(pipe, kwargs)
+    assert "forward" not in pipe.unet.__dict__, "nothing was opened"
+    pipe.unet = pipe.unet._orig_mod
+    assert torch.equal(generate(unload(pipe), kwargs), plain)
+
+
 def test_weights_that_are_not_there_are_refused(pipe_and_kwargs):
     from accelerate import cpu_offload
 
