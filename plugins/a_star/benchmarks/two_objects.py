@@ -142,7 +142,7 @@ def draw_grid(ways: list[Way], right: list[list[bool]], prompts: list[str], path
     sheet = Image.new("RGB", (edge + len(order) * side, top + len(ways) * side), "white")
     pencil = ImageDraw.Draw(sheet)
     for column, i in enumerate(order):
-        words = prompts[i].split(" on a ")[0].replace(" and ", "\nand ").replace(" on the ", "\non the ").replace(" at the ", "\nat the ")
+        words = prompts[i].split(" on a")[0].replace(" and ", "\nand ").replace(" on the ", "\non the ").replace(" at the ", "\nat the ")
         pencil.multiline_text((edge + column * side + 2, 2), words, fill="black", font_size=10, spacing=1)
         for row, way in enumerate(ways):
             picture = way.images[i].resize((side - 6, side - 6), Image.Resampling.NEAREST)
@@ -227,6 +227,7 @@ def main(
     star, cache_alone, alone = (named[way.label] for way in (stars[0], cached, plain))
     parts = {
         "time": star["ratio"] * cache_alone["ratio"],
+        "time_sum": star["ratio"] - 1 + cache_alone["ratio"],
         "judge": star["judge"]["share"] * cache_alone["judge"]["share"] / alone["judge"]["share"],
     }
     table = Table(title=f"emoji-sd, {prompts} held-out pairs, {steps} steps, guidance {guidance:g}")
@@ -238,7 +239,10 @@ def main(
                       f"{j['right']}/{j['total']} = {j['share']:.0%} ({j['low']:.0%}-{j['high']:.0%})", str(row["fixed"]), str(row["lost"]),
                       f"{row['log_likelihood']:.3f}")  # fmt: skip
     console.print(table)
-    console.print(f"A-STAR + DeepCache, product of its parts: time {parts['time']:.2f}x, judge {parts['judge']:.0%}")
+    console.print(
+        f"A-STAR + DeepCache, product of its parts: time {parts['time']:.2f}x, judge {parts['judge']:.0%}; sum of what both add: "
+        f"{parts['time_sum']:.2f}x"
+    )
     shown = [plain, *stars, both]
     draw_grid(shown, [right[way.label] for way in shown], texts, out / "grid.png")
     watched = {label: {k: v for k, v in result.items() if k != "A"} for label, result in found.items()}

@@ -106,7 +106,10 @@ def token_range(tokenizer: Any, text: str, start: int, end: int) -> Indices:
     """
     whole, bare = tokenizer(text).input_ids, ids(tokenizer, text)
     offset = next(i for i in range(len(whole)) if whole[i : i + len(bare)] == bare)
-    first, last = len(ids(tokenizer, text[:start].rstrip())), len(ids(tokenizer, text[:end]))
+    before, until = ids(tokenizer, text[:start].rstrip()), ids(tokenizer, text[:end])
+    first, last = len(before), len(until)
+    if bare[:first] != before or bare[:last] != until:
+        raise ConfigError(f"plugin 'a_star': objects: which tokens of {text!r} are {text[start:end]!r} cannot be told; give their indices")
     return tuple(range(offset + first, offset + last))
 
 
@@ -128,7 +131,7 @@ def nouns(prompt: str) -> list[str]:
     numbers, sizes and colours. "a red cat face on the left and a star" -> ["cat face", "star"]."""
     found = []
     for part in re.split(r"\band\b", prompt, flags=re.IGNORECASE):
-        words = re.findall(r"[\w'-]+|[,.;:]", part)
+        words = re.findall(r"[^\s,.;:]+|[,.;:]", part)
         stop = next((i for i, word in enumerate(words) if ENDS.fullmatch(word.lower())), len(words))
         found.append(" ".join(word for word in words[:stop] if not NOT_NOUNS.fullmatch(word.lower())))
     return [] if "" in found else found

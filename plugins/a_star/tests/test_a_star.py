@@ -246,6 +246,26 @@ def test_words_are_found_in_the_prompt(name):
     assert concepts == [[tokens("star"), (3,), (4, 5)]]
 
 
+@pytest.mark.parametrize("objects", [None, ["<mycat>", "dog"]])
+def test_a_learned_word_of_several_tokens(objects):
+    """Textual inversion: diffusers writes out "<mycat>" as "<mycat> <mycat>_1"."""
+    pipe, kwargs = tiny(prompt="a red <mycat> and a dog")
+    pipe.tokenizer.add_tokens(["<mycat>", "<mycat>_1"])
+    pipe.text_encoder.resize_token_embeddings(len(pipe.tokenizer))
+    _, _, concepts = recorded(pipe, kwargs, alpha=1e-9, objects=objects)
+    ids = pipe.tokenizer("a red <mycat> <mycat>_1 and a dog").input_ids
+    cat = [ids.index(pipe.tokenizer.convert_tokens_to_ids(token)) for token in ("<mycat>", "<mycat>_1")]
+    assert concepts == [[tuple(cat), tuple(range(len(ids) - 4, len(ids) - 1))]]
+
+
+def test_a_word_inside_a_token_is_refused():
+    pipe, kwargs = tiny(prompt="a <mycat> and a dog")
+    pipe.tokenizer.add_tokens(["<mycat>"])
+    pipe.text_encoder.resize_token_embeddings(len(pipe.tokenizer))
+    with pytest.raises(ConfigError, match=r"mycat.*give their indices"):
+        recorded(pipe, kwargs, objects=["mycat", "dog"])
+
+
 def test_a_word_asked_for_twice_is_its_two_occurrences():
     pipe, kwargs = tiny(prompt="a cat and a cat in a catalogue")
     _, _, concepts = recorded(pipe, kwargs, alpha=1e-9)
