@@ -260,16 +260,19 @@ class DenoiseCall(Call):
         if run.carried is not None:
             return run.carried
         x = run.unscaled if run.unscaled is not None else self.sample
-        return x[: x.shape[0] // len(self.branches)]
+        return x[: self.sample.shape[0] // len(self.branches)]
 
     def with_latents(self, latents: Tensor) -> DenoiseCall:
         """A copy whose denoiser input is made of ``latents``; ``scheduler.step`` gets them too.
 
         A pipeline keeps its latents in a local variable, so the core carries the edit from here to the step.
         """
-        run = self.run
-        run.carried = latents
-        old = self.sample
+        self.run.carried = latents
+        return self.with_input(latents)
+
+    def with_input(self, latents: Tensor) -> DenoiseCall:
+        """The same for a denoiser call of the plugin's own: ``scheduler.step`` gets the pipeline's latents."""
+        run, old = self.run, self.sample
         x = torch.cat([latents] * len(self.branches))
         if run.scale_model_input is not None:
             x = run.scale_model_input(x, run.step.t)
@@ -278,6 +281,33 @@ class DenoiseCall(Call):
             d = differing[0]
             x = torch.cat([x, old.narrow(d, x.shape[d], old.shape[d] - x.shape[d]).to(x.dtype)], dim=d)
         return self.replace(**{run.family.sample: x.to(old.dtype)})  # type: ignore[no-any-return]
+
+    def only(self, branch: str) -> DenoiseCall:
+        """A copy that holds the rows of one guidance branch alone; a call of one branch (sequential guidance, none) stays as it is.
+
+        Raises:
+            KeyError: ``branch`` is not one of this call's ``branches``.
+        """
+        if branch not in self.branches:
+            raise KeyError(f"{branch!r} is not in this denoiser call; it holds {', '.join(self.branches)}")
+        n, number, rows = len(self.branches), self.branches.index(branch), self.sample.shape[0]
+        part = {k: v if k in self.family.common else part_of(v, rows, n, number) for k, v in self.arguments().items()} if n > 1 else {}
+        new: DenoiseCall = self.replace(**part)
+        new.branch, new.branches = branch, (branch,)
+        return new
+
+
+def part_of(value: Any, rows: int, n: int, number: int) -> Any:
+    """Part ``number`` of ``n`` of a denoiser argument of a batch of ``rows``: tensors that hold something for each row are cut, in lists
+    and dicts too; the rest is common to all rows."""
+    if isinstance(value, Tensor):
+        for_rows = value.ndim > 0 and value.shape[0] > 0 and value.shape[0] % rows == 0
+        return value.chunk(n)[number] if for_rows else value
+    if isinstance(value, dict):
+        return {key: part_of(item, rows, n, number) for key, item in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(part_of(item, rows, n, number) for item in value)
+    return value
 
 
 class ControlCall(Call):

@@ -64,7 +64,8 @@ class Effects:
     replaces   "scheduler", "denoiser"
     skips      "denoiser" (whole calls), "blocks", "branches"
     edits      "timestep", "schedule", "latents", "prediction", "attention", "conditioning", "resolution", "weights"
-    needs      "gradients", "determinism", "all_blocks", "extra_forwards", "calibrated_run" (the steps and size of its artefact)
+    needs      "gradients", "determinism", "all_blocks", "extra_forwards", "calibrated_run" (the steps and size of its artefact),
+               "plain_gradients" (of the denoiser itself, taken past all other plugins: `diffgraft.gradients`; "gradients": through them)
     stochastic  draws noise of its own
     couples_batch  sample i in a batch may differ from sample i alone
     """
@@ -80,7 +81,7 @@ class Effects:
         "replaces": frozenset({"scheduler", "denoiser"}),
         "skips": frozenset({"denoiser", "blocks", "branches"}),
         "edits": frozenset({"timestep", "schedule", "latents", "prediction", "attention", "conditioning", "resolution", "weights"}),
-        "needs": frozenset({"gradients", "determinism", "all_blocks", "extra_forwards", "calibrated_run"}),
+        "needs": frozenset({"gradients", "plain_gradients", "determinism", "all_blocks", "extra_forwards", "calibrated_run"}),
     }
 
     def __post_init__(self) -> None:

@@ -59,6 +59,8 @@ def compose(entries: Sequence[Entry], point: str, terminal: Chain) -> Chain:
 
 def _layer(entry: Entry, point: str, method: Callable[[Any, Chain], Any], inner: Chain) -> Chain:
     def around(call: Call) -> Any:
+        if call.run.alone not in (None, entry):  # a gradient pass of another plugin
+            return inner(call)
         outer, call.entry = call.entry, entry  # whose ``call.state`` and ``call.config`` it is
         fired = call.run.report_of(entry).fired
         fired[point] = fired.get(point, 0) + 1
@@ -89,6 +91,8 @@ class Run:
         self._promised: set[str] = set()
         self._states: dict[tuple[Entry, str | None], Any] = {}
         self.branch: str | None = None
+        self.alone: Entry | None = None
+        """Whose gradient pass is in progress: no other plugin's hooks fire in it."""
         self.predictions: dict[str, Tensor] = {}
         self._last_call: Any = None
         self.context: str | None = None

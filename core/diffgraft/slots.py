@@ -169,6 +169,11 @@ def is_part(timesteps: Any, of: Any) -> bool:
     return bool(same and timesteps.stride() == of.stride() and len(timesteps) <= len(of))
 
 
+def set_requires_grad(parameter: Any, value: bool) -> None:
+    """Switch a parameter's gradient off for a while, and on again; what it has collected in ``grad`` stays as it is."""
+    parameter.requires_grad_(value)
+
+
 def write_global(owner: Any, name: str, value: Any) -> Any:
     """Write an attribute that diffusers itself changes process-wide (the attention backend); returns what was there."""
     before = getattr(owner, name)
