@@ -94,7 +94,12 @@ class RBFSearch(Plugin):
     Config = RBFSearchConfig
     State = State
     neutral: ClassVar[dict[str, Any]] = {"reward": None, "interpolant": "linear", "norm": 0.0, "grid": "pipeline"}
-    active: ClassVar[dict[str, Any]] = {"reward": "diffgraft_rbf_search.rewards:compressibility", "max_nfe": 10, "particles": 2}
+    active: ClassVar[dict[str, Any]] = {
+        "reward": "diffgraft_rbf_search.rewards:compressibility",
+        "max_nfe": 10,
+        "particles": 2,
+        **{"interpolant": "vp", "norm": 3.0, "grid": "exp"},
+    }
     scheduler = VPFlowScheduler
     effects = Effects(
         replaces=frozenset({"scheduler"}),
