@@ -18,11 +18,11 @@ def ensure_decodes(pipe: Any, family: Family) -> None:
     Raises:
         Unsupported: with the reason.
     """
-    vae = getattr(pipe, "vae", None)
+    vae: Any = getattr(pipe, "vae", None)
     needed = {"bchw": ("image_processor",), "packed": ("image_processor", "default_sample_size"), "bcfhw": ("video_processor",)}
     known = vae is not None and all(hasattr(pipe, name) for name in needed.get(family.latents, ("no such layout",)))
-    scales = "latents_mean" if family.latents == "bcfhw" else "scaling_factor"
-    if not known or (vae.config.get("latents_mean") is None and vae.config.get(scales) is None):
+    scales = ("latents_mean",) if family.latents == "bcfhw" else ("latents_mean", "scaling_factor")
+    if not known or all(vae.config.get(name) is None for name in scales):
         raise Unsupported(f"{type(pipe).__name__} has no autoencoder of which it is known how the latents become pictures")
     if vae.dtype == torch.float16 and vae.config.get("force_upcast") and family.prediction != "flow":
         raise Unsupported(f"{type(pipe).__name__}: its vae overflows in float16; give it one that does not, or .to(torch.float32)")

@@ -4,8 +4,8 @@
 variance-preserving interpolant ones that differ more; a search proposes them one by one, keeps what the reward prefers, and lends
 evaluations that a step did not need to the next.
 
-The pipeline's own loop is the search's: each turn evaluates one candidate, with the pipeline's guidance, adapters and whatever else is on its
-denoiser; ``scheduler.step`` decodes and judges it and hands back the next one. So a turn is one function evaluation, and there are
+The pipeline's own loop is the search's: each turn evaluates one candidate, with the pipeline's guidance, adapters and whatever else is on
+its denoiser; ``scheduler.step`` decodes and judges it and hands back the next one. So a turn is one function evaluation, and there are
 exactly ``max_nfe`` of them.
 """
 
@@ -42,9 +42,9 @@ class RBFSearchConfig(PluginConfig):
         description="r: what the picture is searched for, a callable (images, prompts) -> numbers or the name of one; none: no search, the "
         "SDE alone",
     )
-    max_nfe: int = Field(500, ge=3, description="function evaluations of a picture: predictions, guidance done, each with a decoding and a reward")
+    max_nfe: int = Field(500, ge=3, description="function evaluations of a picture: predictions, guidance done, each decoded and judged")
     particles: int = Field(25, ge=1, description="evaluations of these that choose the initial noise")
-    interpolant: Literal["vp", "linear"] = Field("vp", description="vp: variance-preserving, where paths differ more; linear: the model's own")
+    interpolant: Literal["vp", "linear"] = Field("vp", description="vp: variance-preserving, paths differ more; linear: the model's own")
     norm: float = Field(3.0, ge=0, description="strength of the noise, g_r = norm r^2; 0 is the ODE")
     diffusion: Shape = Field("square", description="how the noise falls with r: norm r^2, norm r (linear) or norm (constant)")
     grid: Grid = Field(
@@ -68,7 +68,7 @@ class RBFSearchConfig(PluginConfig):
         if self.beta_min > self.beta_max:
             raise ValueError(f"beta_min = {self.beta_min} is above beta_max = {self.beta_max}")
         if self.reward is not None and self.norm == 0:
-            raise ValueError("norm = 0 with a reward: without noise all children of a state are one; give norm > 0, or no reward for the ODE")
+            raise ValueError("norm = 0 with a reward: without noise all children of a state are one; give norm > 0, or no reward")
         return self
 
 
@@ -86,7 +86,7 @@ class RBFSearch(Plugin):
     paper = Paper(
         title="Inference-Time Scaling for Flow Models via Stochastic Generation and Rollover Budget Forcing",
         arxiv="2503.19385",
-        implemented="SDE sampling of flow models on the linear and the variance-preserving interpolant; rollover budget forcing with any reward",
+        implemented="SDE sampling of flow models on the linear and the VP interpolant; rollover budget forcing with any reward",
         omitted="gradients of a reward (the paper's DPS variant); the other searches that it compares with",
         licence="official scheduler non-commercial; written from the equations",
     )
@@ -122,7 +122,7 @@ class RBFSearch(Plugin):
         if "strength" in parameters(target.pipe):
             raise Unsupported(f"rbf_search: {name} starts from a picture, the search from noise: without a reward it samples there too")
         if len(target.denoisers) > 1:
-            raise Unsupported(f"rbf_search: {name} has {len(target.denoisers)} denoisers, chosen by the pipeline's time and not by a candidate's")
+            raise Unsupported(f"rbf_search: {name} has {len(target.denoisers)} denoisers, chosen by the pipeline's time, not a candidate's")
         if target.pipe.config.get("expand_timesteps"):
             raise Unsupported(f"rbf_search: {name} gives each token a time of its own (expand_timesteps); the search has one a sample")
         ensure_decodes(target.pipe, target.family)
@@ -177,7 +177,8 @@ class RBFSearch(Plugin):
                     shared.start = (latents_of(call).float() / level.c).to(call.latents.dtype)
                 call = call.with_latents(shared.start)
         if search is not None:
-            t = torch.tensor([level.t * call.pipe.scheduler.config.num_train_timesteps * call.family.timestep_scale for level in search.places()])
+            scale = call.pipe.scheduler.config.num_train_timesteps * call.family.timestep_scale
+            t = torch.tensor([level.t * scale for level in search.places()])
             call = call.replace(**{call.family.timestep: t.repeat(len(call.branches)).to(call.timestep)})
         return next(call)  # type: ignore[no-any-return]
 

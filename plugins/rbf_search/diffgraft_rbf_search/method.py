@@ -1,6 +1,6 @@
 """Stochastic sampling and rollover budget forcing for flow models (arXiv 2503.19385), in the paper's symbols; free of diffusers.
 
-An interpolant keeps samples x_r = a_r x0 + s_r eps for times r from 1 (noise) to 0 (picture), and its velocity is u_r = E[a_r' x0 + s_r' eps | x_r].
+An interpolant keeps samples x_r = a_r x0 + s_r eps for times r from 1 (noise) to 0 (picture); its velocity is u_r = E[a_r' x0 + s_r' eps | x_r].
 A flow model is trained on the linear one, a = 1 - t, s = t: v_t = E[eps - x0 | x_t]. The functions here take numbers as well as tensors.
 """
 
@@ -139,8 +139,8 @@ class Climb:
     """Rollover budget forcing of one sample: which state children are proposed from, and with which budget. Told one reward an evaluation.
 
     ``level`` is the state's place on the grid. The first ``particles`` evaluations are draws from the prior, of which the best becomes the
-    state at level 0. A child that beats its parent is accepted at once, and what is left of the budget is added to the next step's. When the
-    budget is used up, the best child is taken, better or not. The last step is not left: it gets all evaluations that remain.
+    state at level 0. A child that beats its parent is accepted at once, and what is left of the budget is added to the next step's.
+    When the budget is used up, the best child is taken, better or not. The last step is not left: it gets all evaluations that remain.
     """
 
     def __init__(self, steps: int, particles: int, budget: int) -> None:

@@ -1,4 +1,4 @@
-"""SDE samplers for flow models as diffusers schedulers, on the linear and on the variance-preserving interpolant; they work without diffgraft.
+"""SDE samplers for flow models as diffusers schedulers, on the linear and on the VP interpolant; they work without diffgraft.
 
 Kim, Yoon, Hwang, Sung, "Inference-Time Scaling for Flow Models via Stochastic Generation and Rollover Budget Forcing", arXiv 2503.19385.
 """
