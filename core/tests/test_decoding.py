@@ -16,7 +16,10 @@ def call(made, output_type):
     return made.pipe(**{**made.kwargs, "num_inference_steps": 1, "output_type": output_type}, generator=generator)[0]
 
 
-@pytest.mark.parametrize("name", ["FluxPipeline", "StableDiffusion3Pipeline", "StableDiffusionPipeline", "QwenImagePipeline", "WanPipeline"])
+NAMES = ("FluxPipeline", "StableDiffusion3Pipeline", "StableDiffusionPipeline", "QwenImagePipeline", "WanPipeline")
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_as_the_pipeline_itself(name):
     made = make(name)
     family = find_family(type(made.pipe))

@@ -1,6 +1,7 @@
 """Stochastic sampling and rollover budget forcing for flow models (arXiv 2503.19385), in the paper's symbols; free of diffusers.
 
-An interpolant keeps samples x_r = a_r x0 + s_r eps for times r from 1 (noise) to 0 (picture); its velocity is u_r = E[a_r' x0 + s_r' eps | x_r].
+An interpolant keeps samples x_r = a_r x0 + s_r eps for times r from 1 (noise) to 0 (picture). Its velocity is
+u_r = E[a_r' x0 + s_r' eps | x_r].
 A flow model is trained on the linear one, a = 1 - t, s = t: v_t = E[eps - x0 | x_t]. The functions here take numbers as well as tensors.
 """
 

@@ -1,4 +1,4 @@
-"""rbf_search: the interpolants' identities, the SDE's marginals, the budget's arithmetic, the search in pipelines, bad input and bad rewards."""
+"""rbf_search: the interpolants' identities, the SDE's marginals, the budget's arithmetic, searches in pipelines, bad rewards."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ def test_equal_betas():
 
 
 def walk(path, norm, shape, steps, n, generator) -> torch.Tensor:
-    """The SDE on Gaussian data, by ``move`` on the flow model's own samples; from the exact marginal at r = 1 to Tweedie's x0 distribution."""
+    """The SDE on Gaussian data, by ``move`` on the flow model's own samples, from the exact marginal at r = 1 to the last level."""
     levels = [path.at(1 - i / steps) for i in range(steps)]
     first = Linear().at(levels[0].t)
     std = math.sqrt(first.a**2 * VARIANCE + first.s**2)
