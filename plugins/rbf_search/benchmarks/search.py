@@ -140,23 +140,23 @@ def main(
     }
     settings = f"{nfe} evaluations, {steps} steps; {particles} particles; VP {norm:g}, {grid}; linear {linear_norm:g}, {linear_grid}"
     table = Table(title=f"{pipeline}: {prompts} held-out prompts, {settings}")
-    for name in ("", "NFE", "reward", "VP SDE's is more by (95 %)", "all right", "made right", "made wrong", "seconds"):
+    for name in ("", "NFE", "reward", "linear RBF more (95 %)", "VP RBF more (95 %)", "all right", "gained", "lost", "seconds"):
         table.add_column(name, justify="right")
     made = {name: kept(out / "arms", name, make) for name, make in arms.items()}
     verdicts = {name: right(bench, images) for name, (images, _, _) in made.items()}
-    plain, winner = verdicts["one picture, ODE"], made["RBF, VP SDE"][1][-1]
+    plain, searches = verdicts["one picture, ODE"], ("RBF, linear SDE", "RBF, VP SDE")
     rows, curves = [], {}
     for name, (_, curve, seconds) in made.items():
         each = 1 if name.startswith("RBF") else steps
-        ahead, found = difference(winner, curve[-1]), share(verdicts[name])
+        ahead, found = {key: difference(made[key][1][-1], curve[-1]) for key in searches if key != name}, share(verdicts[name])
         assert found is not None
         gains = sum(b and not a for a, b in zip(plain, verdicts[name], strict=True))
         losses = sum(a and not b for a, b in zip(plain, verdicts[name], strict=True))
-        row = {"arm": name, "nfe": each * len(curve), "reward": float(curve[-1].mean()), "vp_sde_ahead": ahead}
+        row = {"arm": name, "nfe": each * len(curve), "reward": float(curve[-1].mean()), "ahead": ahead}
         rows.append({**row, "gains": gains, "losses": losses, "right": found.right, "low": found.low, "high": found.high, "s": seconds})
-        more = "" if name == "RBF, VP SDE" else f"{ahead['mean']:+.3f} ({ahead['low']:+.3f} to {ahead['high']:+.3f})"
+        more = [f"{d['mean']:+.3f} ({d['low']:+.3f} {d['high']:+.3f})" if (d := ahead.get(key)) else "" for key in searches]
         shares = f"{found.right}/{found.total} ({found.low:.0%}-{found.high:.0%})"
-        table.add_row(name, str(row["nfe"]), f"{row['reward']:.3f}", more, shares, str(gains), str(losses), f"{seconds:.0f}")
+        table.add_row(name, str(row["nfe"]), f"{row['reward']:.3f}", *more, shares, str(gains), str(losses), f"{seconds:.0f}")
         if len(curve) > 1:
             curves[name] = (each * np.arange(1, len(curve) + 1), curve)
     console.print(table)
