@@ -34,6 +34,10 @@ __all__ = ["FlowSDEScheduler", "RBFSearch", "VPFlowScheduler"]
 __version__ = "0.1.0"
 
 
+OF_STEPS = frozenset({"latents", "timestep", "schedule", "resolution"})
+"""What a method may edit only where one step follows another."""
+
+
 class RBFSearchConfig(PluginConfig):
     """Knobs of the sampler and of the search."""
 
@@ -138,6 +142,13 @@ class RBFSearch(Plugin):
         return cls.from_config({key: value for key, value in {**old.config, **options}.items() if key in known})
 
     def run(self, call: RunCall, next: Any) -> Any:
+        if self.config.reward is not None:
+            for other in call.others:
+                if edits := sorted(other.effects.edits & OF_STEPS):
+                    raise Unsupported(
+                        f"rbf_search: {other.name} edits {', '.join(edits)} from step to step, but the candidates of a search are not "
+                        f"successive steps: take {other.name} off, or sample without a reward"
+                    )
         result = next(call)
         if (search := call.shared.search) is not None:
             call.note("reward of the result: " + ", ".join(f"{value:.4g}" for value in search.reward))

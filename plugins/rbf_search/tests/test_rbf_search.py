@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import itertools
 import math
+from typing import ClassVar
 
 import pytest
 import torch
-from diffgraft import ConfigError, Conflict, Effects, Unsupported, load_pipeline
+from diffgraft import ConfigError, Conflict, Effects, Paper, Plugin, Unsupported, load_pipeline
 from diffgraft.errors import RewardError
 from diffgraft.planner import Part, plan
 from diffgraft_pipelines.tiny import make
@@ -522,6 +523,25 @@ def test_methods_that_skip_blocks_are_refused():
     for skipped in ("blocks", "denoiser"):
         with pytest.raises(Conflict, match="rbf_search needs every block computed"):
             plan([Part("rbf_search", RBFSearch.effects), Part("cache", Effects(skips=frozenset({skipped})))]).ensure()
+
+
+def test_methods_that_edit_from_step_to_step_are_refused_in_a_search_only():
+    class Nudge(Plugin):
+        name = "nudge"
+        paper = Paper("a probe", "0000.00000", "edits")
+        families = ("*",)
+        neutral: ClassVar[dict] = {}
+        effects = Effects(edits=frozenset({"latents"}))
+
+        def step(self, call, next):
+            return next(call)
+
+    made = make("FluxPipeline")
+    load_pipeline(made.pipe, plugins=[Nudge(), RBFSearch()])
+    assert torch.isfinite(call(made)).all()
+    made.pipe.plugins.configure("rbf_search", reward=SIZE, max_nfe=12, particles=3)
+    with pytest.raises(Unsupported, match="nudge edits latents from step to step"):
+        call(made)
 
 
 @pytest.mark.parametrize(
