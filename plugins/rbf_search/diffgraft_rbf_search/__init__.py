@@ -188,6 +188,7 @@ class RBFSearch(Plugin):
                     shared.start = (latents_of(call).float() / level.c).to(call.latents.dtype)
                 call = call.with_latents(shared.start)
         if search is not None:
+            search.asked = call.step.index
             scale = call.pipe.scheduler.config.num_train_timesteps * call.family.timestep_scale
             t = torch.tensor([level.t * scale for level in search.places()])
             call = call.replace(**{call.family.timestep: t.repeat(len(call.branches)).to(call.timestep)})
@@ -200,6 +201,11 @@ class RBFSearch(Plugin):
         if search is None:
             call.count("nfe")
             return next(call.replace(generator=call.generator))  # type: ignore[no-any-return]
+        if search.asked != call.step.index:
+            raise Unsupported(
+                "rbf_search: a plugin further out answered the denoiser's call in its place, so the candidates' own times were not asked "
+                "for: put rbf_search first in the list"
+            )
         x, v = call.sample.float(), call.model_output.float()
         x0 = search.clean(x, v)
         search.judge(x, v, x0, self.rewards(call, x0.to(call.sample.dtype)))

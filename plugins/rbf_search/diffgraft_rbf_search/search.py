@@ -25,6 +25,8 @@ class Search:
     quota: int
     result: str
     captions: Sequence[str] = ()
+    asked: int = -1
+    """The turn in which the model was last told the candidates' times."""
     climbs: list[Climb] = field(default_factory=list)
     state: tuple[Tensor, Tensor] | None = None
     """x_t and v of the state that children are proposed from."""

@@ -544,6 +544,26 @@ def test_methods_that_edit_from_step_to_step_are_refused_in_a_search_only():
         call(made)
 
 
+def test_a_model_that_stands_in_must_be_inside():
+    class StandIn(Plugin):
+        name = "stand_in"
+        paper = Paper("a probe", "0000.00000", "answers")
+        families = ("*",)
+        neutral: ClassVar[dict] = {}
+
+        def denoise(self, call, next):
+            return torch.zeros_like(call.sample)
+
+    made = make("FluxPipeline")
+    search = RBFSearch(reward=SIZE, max_nfe=12, particles=3)
+    load_pipeline(made.pipe, plugins=[StandIn(), search])
+    with pytest.raises(Unsupported, match="put rbf_search first"):
+        call(made)
+    made.pipe.plugins.clear()
+    load_pipeline(made.pipe, plugins=[search, StandIn()])
+    assert torch.isfinite(call(made)).all()
+
+
 @pytest.mark.parametrize(
     ("knobs", "key"),
     [
