@@ -121,6 +121,8 @@ class Wiring:
         slots.append(self._method(scheduler, "step", partial(run.scheduler_step, onions)))
         if any("latents" in entry.plugin.effects.edits for entry in entries) and hasattr(scheduler, "scale_model_input"):
             slots.append(self._method(scheduler, "scale_model_input", run.note_scaling))
+        if scheduler is not self.pipe.scheduler:  # made for this run: it is not held on to
+            self._used.clear()
         return slots
 
     def _denoisers(self, run: Run, onions: Onions) -> list[Slot]:
