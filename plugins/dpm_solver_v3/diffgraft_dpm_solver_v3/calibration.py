@@ -159,7 +159,8 @@ class DPMSolverV3Calibrator(Calibrator):
     config: DPMSolverV3Config
 
     def make_scheduler(self, old: Any, family: Family) -> Any:
-        plain = {"solver_order": 2, "corrector": "off", "spacing": "time", "final": "sigma_min"}
+        # x0 must be free of noise, or near the end x would hold that noise as well as its own
+        plain = {"solver_order": 2, "corrector": "off", "spacing": "time", "final": "zero"}
         return MeasuringScheduler.from_config(settings_of(old, family), **{**options(self.config), **plain})
 
     def schedule(self, call: ScheduleCall, next: Any) -> Schedule:
