@@ -29,7 +29,7 @@ class DPMSolverV3(Plugin):
     families = ("sd", "sdxl", "dit", "pixart", "sd3", "flux", "qwen_image", "wan")
     Config = DPMSolverV3Config
     neutral: ClassVar[dict[str, Any]] = {"order": 0}
-    active: ClassVar[dict[str, Any]] = {"intervals": 8}
+    active: ClassVar[dict[str, Any]] = {"order": 2, "intervals": 8}
     scheduler = DPMSolverV3Scheduler
     effects = Effects(replaces=frozenset({"scheduler"}), needs=frozenset({"determinism"}))
     needs = (Need("artefact", "artefact", fits=frozenset()),)  # l, s, b are functions of lambda: any scheduler, any number of steps
@@ -68,7 +68,7 @@ class DPMSolverV3(Plugin):
             needed, found = tuple(artefact.tensors["l"].shape[1:]), tuple(call.sample.shape[1:])
             if len(needed) != len(found) or any(n not in (1, size) for n, size in zip(needed, found, strict=True)):
                 raise ArtefactMismatch(
-                    f"dpm_solver_v3: the artefact's l, s, b have shape {needed}, this run's samples {found}; {make_again(self.name, 'artefact')}"
-                    " at this size, or with -o dpm_solver_v3.ems_shape=channel for any size"
+                    f"dpm_solver_v3: the artefact's l, s, b have shape {needed}, this run's samples {found}; "
+                    f"{make_again(self.name, 'artefact')} at this size, or with -o dpm_solver_v3.ems_shape=channel for any size"
                 )
         return next(call)  # type: ignore[no-any-return]

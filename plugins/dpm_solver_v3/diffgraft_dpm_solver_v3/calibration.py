@@ -1,8 +1,8 @@
 """How l, s, b are estimated on a pipeline.
 
-A scheduler asks the pipeline itself: once the sample x0 of the prompt is made, it goes on handing out states x_lambda = alpha x0 + sigma eps
-with their timesteps in the place of the next state, and takes down what comes back. So the prediction is the pipeline's own guided one,
-whatever its formula, and each answer is one step of the run. At each of the N + 1 grid points there are four questions:
+A scheduler asks the pipeline itself: once the sample x0 of the prompt is made, it goes on handing out states x_lambda = alpha x0 +
+sigma eps with their timesteps in the place of the next state, and takes down what comes back. So the prediction is the pipeline's own
+guided one, whatever its formula, and each answer is one step of the run. At each of the N + 1 grid points there are four questions:
 
     x                                  x0_theta, and with it d, q
     x + delta sigma v                  (sigma J_eps v) v, v Rademacher
@@ -27,7 +27,7 @@ from torch import Tensor
 
 from diffgraft_dpm_solver_v3.knobs import PAPER, DPMSolverV3Config, options, settings_of
 from diffgraft_dpm_solver_v3.method import Array, Moments, clean, moments, pooled, statistics
-from diffgraft_dpm_solver_v3.schedulers import DPMSolverV3Output, DPMSolverV3Scheduler, at_least_float32
+from diffgraft_dpm_solver_v3.schedulers import DPMSolverV3Output, DPMSolverV3Scheduler
 
 QUESTIONS = 4
 
@@ -78,6 +78,11 @@ class MeasuringScheduler(DPMSolverV3Scheduler):
 
     def step(self, model_output: Tensor, timestep: Any, sample: Tensor, return_dict: bool = True) -> Any:
         """A sampling step, or the answer to a question and the next question."""
+        if (self._begin_index or 0) >= self._sampling:
+            raise Unsupported(
+                "dpm_solver_v3: this pipeline begins behind the part of the schedule that makes a sample (image to image, strength of all "
+                "timesteps): calibrate the text-to-image pipeline of the same model"
+            )
         if self._index is None or self._index < self._sampling:
             out = super().step(model_output, timestep, sample, return_dict=True)
             if self._index == self._sampling:
@@ -89,8 +94,8 @@ class MeasuringScheduler(DPMSolverV3Scheduler):
         else:
             if sample is not self._state and not torch.equal(sample, self._state):
                 raise Unsupported(
-                    "dpm_solver_v3: this pipeline changes its samples between steps (inpainting?), so what it answers is not about the state "
-                    "that it was asked about; calibrate the text-to-image pipeline of the same model"
+                    "dpm_solver_v3: this pipeline changes its samples between steps (inpainting?), so what it answers is not about the "
+                    "state that it was asked about; calibrate the text-to-image pipeline of the same model"
                 )
             self._take(clean(self._at, model_output.to(self._at.dtype), self._level, self.config.prediction_type))
             self._index = self._index + 1

@@ -29,8 +29,8 @@ class DPMSolverV3Config(PluginConfig):
 
     artefact: str | Path | Artefact | None = Field(
         None,
-        description="the statistics l, s, b: a path, owner/name/file.safetensors on the Hub, or an Artefact; none: l = 1, s = b = 0, which is "
-        "DPM-Solver++",
+        description="the statistics l, s, b: a path, owner/name/file.safetensors on the Hub, or an Artefact; none: l = 1, s = b = 0, "
+        "which is DPM-Solver++",
     )
     order: int = Field(
         2, ge=0, le=3, description="n + 1 of the predictor: 2 with guidance, 3 without (paper); 0 leaves the pipeline's own scheduler"
@@ -39,14 +39,15 @@ class DPMSolverV3Config(PluginConfig):
         "full", description="derivatives of g: of the polynomial through all points, or pseudo-order ones (paper: 5 steps on CIFAR-10)"
     )
     corrector: Literal["auto", "pseudo", "full", "off"] = Field(
-        "auto", description="pseudo: of order n + 2; full: of order n + 1; auto: pseudo in runs of less than 10 steps, else off (paper, Table 13)"
+        "auto", description="pseudo: of order n + 2; full: of order n + 1; auto: pseudo below 10 steps, else off (paper, Table 13)"
     )
     half: Literal["t<=0.5", "t>0.5"] | None = Field(
         None, description="correct only in half of the time: t<=0.5 as the paper and the README say, t>0.5 as the official code does"
     )
     lower_order_final: bool = Field(True, description="order at most k at the k-th step from the end")
     spacing: Literal["time", "quadratic", "logsnr", "edm"] = Field(
-        "time", description="of the steps: uniform in t (Stable Diffusion; flow models: the pipeline's own sigmas), sqrt(t), lambda, or EDM's"
+        "time",
+        description="of the steps: uniform in t (as for Stable Diffusion; flow models: the pipeline's sigmas), sqrt(t), lambda, or EDM's",
     )
     final: Literal["sigma_min", "zero"] = Field(
         "sigma_min", description="where a run ends: at the least noise that the model was trained on (paper), or without noise (own)"

@@ -261,7 +261,7 @@ def moments(m: Tensor, d: Tensor, q: Tensor, r: Tensor, over: Sequence[int]) -> 
 
 def pooled(sets: Sequence[Moments]) -> Moments:
     """The moments of several sets of equally many samples together."""
-    m, d, q, r = (torch.stack([each[i] for each in sets]) for i in range(4))
+    d, q, r = (torch.stack([each[i] for each in sets]) for i in (1, 2, 3))
     mean = Moments(*(torch.stack(column).mean(0) for column in zip(*sets, strict=True)))
     cd, cq, cr = (x - x.mean(0) for x in (d, q, r))
     between = [(a * b).mean(0) for a, b in ((cd, cd), (cd, cq), (cq, cq), (cd, cr), (cq, cr))]
@@ -276,8 +276,8 @@ def statistics(lam: Array, at: Moments) -> tuple[Tensor, Tensor, Tensor]:
     """l, s, b [N + 1, ...] of moments on the grid [N + 1, ...] (Appendix C.1.1).
 
     l = E[(sigma J_eps v) v] minimises the expected Frobenius norm of sigma J_eps - diag(l); with l' by finite differences
-    f' = e^{-lambda} ((l - 1) eps + eps') - l' x / alpha, and s = Cov(f, f') / Var(f), b = E f' - s E f minimise E |f' - s f - b|^2. In terms
-    of the moments, with m = 1 - l:  f = d + m q  and  f' = r - m d - (m + l') q.
+    f' = e^{-lambda} ((l - 1) eps + eps') - l' x / alpha, and s = Cov(f, f') / Var(f), b = E f' - s E f minimise E |f' - s f - b|^2.
+    In terms of the moments, with m = 1 - l:  f = d + m q  and  f' = r - m d - (m + l') q.
     """
     m, d, q, r, dd, dq, qq, dr, qr = at
     step = float(lam[1] - lam[0])

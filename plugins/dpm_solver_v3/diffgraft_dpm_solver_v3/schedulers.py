@@ -157,8 +157,8 @@ class DPMSolverV3Scheduler(SchedulerMixin, ConfigMixin):
         if ends is not None and not np.allclose(ends, self.schedule.ends, rtol=0, atol=1e-2):
             first, last = self.schedule.ends
             raise ValueError(
-                f"the statistics are of a noise schedule with lambda from {ends[0]:.3f} to {ends[1]:.3f}, this one goes from {first:.3f} to "
-                f"{last:.3f}"
+                f"the statistics are of a noise schedule with lambda from {ends[0]:.3f} to {ends[1]:.3f}, this one goes from {first:.3f} "
+                f"to {last:.3f}"
             )
         self._statistics = l, s, b
 

@@ -596,9 +596,8 @@ def test_a_pipeline_is_measured_and_sampled(name):
 
 def test_the_measurement_is_about_the_guided_prediction():
     made = make("StableDiffusionPipeline")
-    found = [
-        calibrate_call(made.pipe, DPMSolverV3(intervals=N), lambda scale=scale: call(made, guidance_scale=scale)) for scale in (1.0, 7.5, 7.5)
-    ]
+    plugin = DPMSolverV3(intervals=N)
+    found = [calibrate_call(made.pipe, plugin, lambda scale=scale: call(made, guidance_scale=scale)) for scale in (1.0, 7.5, 7.5)]
     assert [each.facts["guidance_scale"] for each in found] == [1.0, 7.5, 7.5]
     assert torch.equal(found[1].tensors["s"], found[2].tensors["s"]), "the same seed, the same statistics"
     assert not torch.allclose(found[0].tensors["l"], found[1].tensors["l"], atol=1e-4)
@@ -634,9 +633,9 @@ def test_what_the_calibrator_measures_is_what_the_denoiser_says(artefact):
     v = (xv - x) / (0.01 * at.sigma)
     torch.testing.assert_close(v.abs(), torch.ones_like(v), rtol=0, atol=1e-3)
     axes = [0, 2, 3]
-    torch.testing.assert_close(records["m"][point].flatten(), (at.alpha * v * (x0v - x0) / (0.01 * at.sigma)).double().mean(axes), rtol=1e-2, atol=1e-3)
-    torch.testing.assert_close(records["d"][point].flatten(), -x0.double().mean(axes), rtol=1e-3, atol=1e-3)
-    torch.testing.assert_close(records["r"][point].flatten(), (-(xb - xa) / (last.lam - first.lam)).double().mean(axes), rtol=1e-2, atol=1e-2)
+    by_hand = {"m": at.alpha * v * (x0v - x0) / (0.01 * at.sigma), "d": -x0, "q": x / at.alpha, "r": -(xb - xa) / (last.lam - first.lam)}
+    for key, values in by_hand.items():
+        torch.testing.assert_close(records[key][point].flatten(), values.double().mean(axes), rtol=1e-2, atol=1e-2)
 
 
 def test_full_statistics_bind_to_the_size(artefact):
@@ -684,9 +683,11 @@ def test_denoisers_get_timesteps_that_are_not_whole():
         load_pipeline(made.pipe, plugins=[DPMSolverV3(intervals=30)])
         seen = []
         denoiser = getattr(made.pipe, "unet", None) or made.pipe.transformer
-        handle = denoiser.register_forward_pre_hook(
-            lambda module, args, kwargs, seen=seen: seen.append(kwargs.get("timestep", args[1] if len(args) > 1 else None)), with_kwargs=True
-        )
+
+        def note(module, args, kwargs, seen=seen):
+            seen.append(kwargs.get("timestep", args[1] if len(args) > 1 else None))
+
+        handle = denoiser.register_forward_pre_hook(note, with_kwargs=True)
         call(made)
         handle.remove()
         t = torch.stack([torch.as_tensor(each).float().flatten()[0] for each in seen[:5]])
