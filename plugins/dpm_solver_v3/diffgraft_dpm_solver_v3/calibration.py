@@ -27,7 +27,7 @@ from torch import Tensor
 
 from diffgraft_dpm_solver_v3.knobs import PAPER, DPMSolverV3Config, options, settings_of
 from diffgraft_dpm_solver_v3.method import Array, Moments, clean, moments, pooled, statistics
-from diffgraft_dpm_solver_v3.schedulers import DPMSolverV3Output, DPMSolverV3Scheduler
+from diffgraft_dpm_solver_v3.schedulers import DPMSolverV3Output, DPMSolverV3Scheduler, at_least_float32
 
 QUESTIONS = 4
 
@@ -66,6 +66,7 @@ class MeasuringScheduler(DPMSolverV3Scheduler):
         self._timesteps = torch.cat([own, asked])
         self.sigmas = torch.cat([self.sigmas, self.sigmas[-1].expand(len(asked))])  # some pipelines read one a step
         self._found: list[list[Moments]] = [[] for _ in self.grid]
+        self._asking: int | None = None  # number of the question that is being answered
 
     def _planned(self, device: torch.device, dtype: torch.dtype, begin: int) -> Any:
         """Of the sampling part."""
@@ -78,18 +79,17 @@ class MeasuringScheduler(DPMSolverV3Scheduler):
 
     def step(self, model_output: Tensor, timestep: Any, sample: Tensor, return_dict: bool = True) -> Any:
         """A sampling step, or the answer to a question and the next question."""
-        if (self._begin_index or 0) >= self._sampling:
-            raise Unsupported(
-                "dpm_solver_v3: this pipeline begins behind the part of the schedule that makes a sample (image to image, strength of all "
-                "timesteps): calibrate the text-to-image pipeline of the same model"
-            )
-        if self._index is None or self._index < self._sampling:
+        if self._asking is None:
+            if self._place(timestep) >= self._sampling:
+                raise Unsupported(
+                    "dpm_solver_v3: this pipeline begins behind the part of the schedule that makes a sample (image to image, where strength "
+                    "is a share of all timesteps): calibrate the text-to-image pipeline of the same model"
+                )
             out = super().step(model_output, timestep, sample, return_dict=True)
-            if self._index == self._sampling:
-                assert self._exact is not None
-                self._x0, self._dtype = self._exact, sample.dtype
+            if self._plan is None:  # the sample is made
+                self._x0, self._dtype = out.prev_sample.to(at_least_float32(sample.dtype)), sample.dtype
                 self._copies = 2 if len(sample) % 2 == 0 and torch.equal(*self._x0.chunk(2)) else 1
-                self._question = -1
+                self._asking = -1
                 out.prev_sample = self._ask()
         else:
             if sample is not self._state and not torch.equal(sample, self._state):
@@ -98,15 +98,14 @@ class MeasuringScheduler(DPMSolverV3Scheduler):
                     "state that it was asked about; calibrate the text-to-image pipeline of the same model"
                 )
             self._take(clean(self._at, model_output.to(self._at.dtype), self._level, self.config.prediction_type))
-            self._index = self._index + 1
-            done = self._question + 1 == self._draws * self._asked.size
+            done = self._asking + 1 == self._draws * self._asked.size
             out = DPMSolverV3Output(self._x0.to(self._dtype) if done else self._ask())
         return out if return_dict else (out.prev_sample, out.pred_original_sample)
 
     def _ask(self) -> Tensor:
         """The next state."""
-        self._question += 1
-        point, question = divmod(self._question % self._asked.size, QUESTIONS)
+        self._asking += 1
+        point, question = divmod(self._asking % self._asked.size, QUESTIONS)
         if point == question == 0:
             self._eps, self._v = self._noise(), torch.where(self._noise() < 0, -1.0, 1.0)
         here = self.schedule.level(float(self.grid[point]))
@@ -136,7 +135,7 @@ class MeasuringScheduler(DPMSolverV3Scheduler):
 
     def _take(self, x0: Tensor) -> None:
         """The answer; after a point's last one its moments are taken."""
-        point, question = divmod(self._question % self._asked.size, QUESTIONS)
+        point, question = divmod(self._asking % self._asked.size, QUESTIONS)
         self._answers = [x0] if question == 0 else [*self._answers, x0]
         if question < QUESTIONS - 1:
             return

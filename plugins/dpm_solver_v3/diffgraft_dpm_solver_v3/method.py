@@ -268,8 +268,8 @@ def pooled(sets: Sequence[Moments]) -> Moments:
     return Moments(*mean[:4], *(within + more for within, more in zip(mean[4:], between, strict=True)))
 
 
-FLAT = 1e-6
-"""Var(f) / Var(x0_theta) below which f is constant (Gaussian data) and s is set to 0."""
+FLAT = 1e-5
+"""Var(f) / (Var(x0_theta) + m^2 Var(x / alpha)) below which f is constant (Gaussian data) or rounding, and s is set to 0."""
 
 
 def statistics(lam: Array, at: Moments) -> tuple[Tensor, Tensor, Tensor]:
@@ -284,6 +284,6 @@ def statistics(lam: Array, at: Moments) -> tuple[Tensor, Tensor, Tensor]:
     k = -(m - torch.gradient(m, spacing=step, dim=0)[0])  # -(m + l'), as l' = -m'
     variance = dd + 2 * m * dq + m * m * qq
     covariance = dr - m * dd + k * dq + m * (qr - m * dq + k * qq)
-    s = torch.where(variance > FLAT * dd, covariance / variance.clamp_min(torch.finfo(variance.dtype).tiny), 0.0)
+    s = torch.where(variance > FLAT * (dd + m * m * qq), covariance / variance.clamp_min(torch.finfo(variance.dtype).tiny), 0.0)
     b = r - m * d + k * q - s * (d + m * q)
     return 1 - m, s, b

@@ -235,7 +235,12 @@ class DPMSolverV3Scheduler(SchedulerMixin, ConfigMixin):
 
     def _begin_run(self) -> None:
         self._begin_index: int | None = None
+        self._release()
+
+    def _release(self) -> None:
+        """Forget the run."""
         self._index: int | None = None
+        self._first = 0
         self._plan: Plan | None = None
         self._g: list[Tensor] = []  # of the steps before, newest first, with the base of the newest
         self._y: Tensor | None = None
@@ -251,6 +256,15 @@ class DPMSolverV3Scheduler(SchedulerMixin, ConfigMixin):
     def set_begin_index(self, begin_index: int = 0) -> None:
         """Called by image-to-image pipelines after ``set_timesteps``."""
         self._begin_index = begin_index
+
+    def _place(self, timestep: Any) -> int:
+        """Where the first step of a run is: ``begin_index``, or the place of ``timestep`` in the schedule that it is a view of."""
+        own = self._timesteps
+        if self._begin_index is not None or not isinstance(timestep, Tensor):
+            return self._begin_index or 0
+        if timestep.untyped_storage().data_ptr() != own.untyped_storage().data_ptr():
+            return 0
+        return (timestep.storage_offset() - own.storage_offset()) // own.stride(0)
 
     def _planned(self, device: torch.device, dtype: torch.dtype, begin: int) -> Plan:
         """The run's transitions. Statistics in float64 are small and stay on the CPU until the transitions are known."""
@@ -285,10 +299,11 @@ class DPMSolverV3Scheduler(SchedulerMixin, ConfigMixin):
             model_output: the prediction for ``sample`` at ``timestep`` [batch, ...], guidance done.
             sample: the present state x [batch, ...].
         """
-        begin = self._begin_index or 0
         if self._plan is None:
-            self._plan, self._index = self._planned(sample.device, at_least_float32(sample.dtype), begin), begin
+            self._first = self._index = self._place(timestep)
+            self._plan = self._planned(sample.device, at_least_float32(sample.dtype), self._first)
         assert self._index is not None
+        begin = self._first
         k, plan = self._index, self._plan
         # as long as the pipeline hands back the very tensor that it was given, a half-precision one is only a rounded copy
         x = self._exact if sample is self._returned and self._exact is not None else sample.to(at_least_float32(sample.dtype))
@@ -312,7 +327,10 @@ class DPMSolverV3Scheduler(SchedulerMixin, ConfigMixin):
             out = plan.levels[k + 1].alpha * after
         self._y, self._last_order, self._index = y, order, k + 1
         self._exact, self._returned = out, out.to(sample.dtype)
-        return DPMSolverV3Output(self._returned, x0.to(sample.dtype)) if return_dict else (self._returned, x0.to(sample.dtype))
+        result = DPMSolverV3Output(self._returned, x0.to(sample.dtype))
+        if k == steps - 1:
+            self._release()
+        return result if return_dict else (result.prev_sample, result.pred_original_sample)
 
     def _corrected(self, y: Tensor, f: Tensor, k: int) -> Tensor:
         """y of the present step again, now that its f is known (f itself is kept, and eps with it follows the corrected sample)."""
@@ -320,7 +338,7 @@ class DPMSolverV3Scheduler(SchedulerMixin, ConfigMixin):
         assert self._y is not None
         plan, kind = self._plan, self.config.corrector
         if kind == "auto":
-            kind = "pseudo" if len(plan.over) - (self._begin_index or 0) < AUTO_CORRECTOR else "off"
+            kind = "pseudo" if len(plan.over) - self._first < AUTO_CORRECTOR else "off"
         late = plan.times[k] <= 0.5
         order = self._last_order + (kind == "pseudo")
         if kind == "off" or order < 2 or (self.config.half is not None and late != (self.config.half == "t<=0.5")):
