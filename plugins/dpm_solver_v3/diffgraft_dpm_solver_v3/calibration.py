@@ -82,8 +82,8 @@ class MeasuringScheduler(DPMSolverV3Scheduler):
         if self._asking is None:
             if self._place(timestep) >= self._sampling:
                 raise Unsupported(
-                    "dpm_solver_v3: this pipeline begins behind the part of the schedule that makes a sample (image to image, where strength "
-                    "is a share of all timesteps): calibrate the text-to-image pipeline of the same model"
+                    "dpm_solver_v3: this pipeline begins behind the part of the schedule that makes a sample (image to image, where "
+                    "strength is a share of all timesteps): calibrate the text-to-image pipeline of the same model"
                 )
             out = super().step(model_output, timestep, sample, return_dict=True)
             if self._plan is None:  # the sample is made

@@ -224,8 +224,8 @@ class DPMSolverV3Scheduler(SchedulerMixin, ConfigMixin):
         elif timesteps is not None:
             lam = self.schedule.lam(np.append(np.asarray(timesteps, dtype=np.float64), 0.0))
         else:
-            assert num_inference_steps is not None
-            lam = spaced(self.schedule, num_inference_steps, self.config.spacing)
+            n = len(sigmas) if num_inference_steps is None else num_inference_steps
+            lam = spaced(self.schedule, n, self.config.spacing)
         index = snapped(lam, self.grid)
         self.num_inference_steps = len(index) - 1
         levels = [self.schedule.level(float(self.grid[i])) for i in index]

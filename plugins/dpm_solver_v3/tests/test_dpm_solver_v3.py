@@ -369,12 +369,14 @@ def test_half_precision_states_are_kept_exactly():
     scheduler = DPMSolverV3Scheduler(**SD)
     scheduler.set_timesteps(6)
     x = noise(dtype=torch.bfloat16)
-    for t in scheduler.timesteps:
+    for i, t in enumerate(scheduler.timesteps):
+        if i == 5:
+            kept = scheduler._exact
+            assert kept.dtype == torch.float32
+            assert torch.equal(kept.to(torch.bfloat16), x)
+            assert not torch.equal(kept, x.float())
         x = scheduler.step(of_mixture(x.double(), level_of(scheduler, t)).to(x.dtype), t, x).prev_sample
         assert x.dtype == torch.bfloat16
-        kept = scheduler._exact if scheduler._exact is not None else kept
-        assert kept.dtype == torch.float32
-    assert kept is not None
     assert scheduler._exact is None, "the run is over"
 
 
