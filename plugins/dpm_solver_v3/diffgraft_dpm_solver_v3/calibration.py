@@ -35,6 +35,11 @@ QUESTIONS = 4
 class MeasuringScheduler(DPMSolverV3Scheduler):
     """Samples as DPM-Solver++ does, then measures, and gives the sample back at the end; see the module's docstring."""
 
+    _x0: Tensor
+    _x: Tensor  # of this grid point
+    _state: Tensor  # that the denoiser was asked about
+    _answers: list[Tensor]  # x0_theta at this grid point
+
     def prepare(self, draws: int, delta: float, channel: int | None, generator: Any) -> None:
         """Say how to measure, before ``set_timesteps``.
 
@@ -61,12 +66,13 @@ class MeasuringScheduler(DPMSolverV3Scheduler):
         self._asked = np.stack(
             [self.grid, self.grid, (self.grid - self._delta).clip(first, last), (self.grid + self._delta).clip(first, last)], axis=1
         )
-        own = self._timesteps
+        own, sigmas = self._timesteps, self.sigmas
+        assert sigmas is not None
         asked = torch.from_numpy(self.schedule.t(np.tile(self._asked.ravel(), self._draws))).to(own.device, own.dtype)
         self._timesteps = torch.cat([own, asked])
-        self.sigmas = torch.cat([self.sigmas, self.sigmas[-1].expand(len(asked))])  # some pipelines read one a step
+        self.sigmas = torch.cat([sigmas, sigmas[-1].expand(len(asked))])  # some pipelines read one a step
         self._found: list[list[Moments]] = [[] for _ in self.grid]
-        self._asking: int | None = None  # number of the question that is being answered
+        self._asking = -1  # number of the question that is being answered; -1: the sample is being made
 
     def _planned(self, device: torch.device, dtype: torch.dtype, begin: int) -> Any:
         """Of the sampling part."""
@@ -79,7 +85,7 @@ class MeasuringScheduler(DPMSolverV3Scheduler):
 
     def step(self, model_output: Tensor, timestep: Any, sample: Tensor, return_dict: bool = True) -> Any:
         """A sampling step, or the answer to a question and the next question."""
-        if self._asking is None:
+        if self._asking < 0:
             if self._place(timestep) >= self._sampling:
                 raise Unsupported(
                     "dpm_solver_v3: this pipeline begins behind the part of the schedule that makes a sample (image to image, where "
@@ -89,7 +95,6 @@ class MeasuringScheduler(DPMSolverV3Scheduler):
             if self._plan is None:  # the sample is made
                 self._x0, self._dtype = out.prev_sample.to(at_least_float32(sample.dtype)), sample.dtype
                 self._copies = 2 if len(sample) % 2 == 0 and torch.equal(*self._x0.chunk(2)) else 1
-                self._asking = -1
                 out.prev_sample = self._ask()
         else:
             if sample is not self._state and not torch.equal(sample, self._state):

@@ -103,8 +103,9 @@ def spaced(schedule: NoiseSchedule, n: int, spacing: str) -> Array:
         return -7 * np.log(np.linspace(math.exp(-first / 7), math.exp(-last / 7), n + 1))
     shift = 0.0 if schedule.log_alpha is None else 1.0  # t in (0, 1] is (timestep + 1) / T of a discrete model
     ends = schedule.t(np.array([first, last])) + shift
-    t = np.linspace(*ends, n + 1) if spacing == "time" else np.linspace(*np.sqrt(ends), n + 1) ** 2
-    return schedule.lam(t - shift)
+    power = 1.0 if spacing == "time" else 2.0
+    begin, end = (float(each) ** (1 / power) for each in ends)
+    return schedule.lam(np.linspace(begin, end, n + 1) ** power - shift)
 
 
 def snapped(lam: Array, grid: Array) -> list[int]:
@@ -161,8 +162,8 @@ class Transition:
 
     def to(self, device: torch.device, dtype: torch.dtype) -> Transition:
         """A copy for samples of this kind."""
-        move = [x.to(device, dtype) for x in (self.A, self.D, self.B, self.EB)]
-        return Transition(*move, tuple(x.to(device, dtype) for x in self.E), self.h)
+        A, D, B, EB, *E = (x.to(device, dtype) for x in (self.A, self.D, self.B, self.EB, *self.E))
+        return Transition(A, D, B, EB, tuple(E), self.h)
 
 
 def cumulative(values: Tensor, step: float) -> Tensor:
@@ -201,7 +202,7 @@ def derivative_weights(lam: Sequence[float], pseudo: bool) -> Array:
         for k in range(1, n + 1):
             D = (D[1:] - D[:-1]) / (nodes[k:] - nodes[: n + 1 - k])[:, None]
             rows.append(D[0])
-        return factorials * np.stack(rows) if rows else np.zeros((0, 1))
+        return np.asarray(factorials * np.stack(rows)) if rows else np.zeros((0, 1))
     R = (nodes[1:, None] - nodes[0]) ** np.arange(1, n + 1)
     inverse = np.linalg.inv(R) if n else np.zeros((0, 0))
     return factorials * np.concatenate([-inverse.sum(1, keepdims=True), inverse], axis=1)

@@ -264,7 +264,7 @@ class DPMSolverV3Scheduler(SchedulerMixin, ConfigMixin):
             return self._begin_index or 0
         if timestep.untyped_storage().data_ptr() != own.untyped_storage().data_ptr():
             return 0
-        return (timestep.storage_offset() - own.storage_offset()) // own.stride(0)
+        return int(timestep.storage_offset() - own.storage_offset()) // own.stride(0)
 
     def _planned(self, device: torch.device, dtype: torch.dtype, begin: int) -> Plan:
         """The run's transitions. Statistics in float64 are small and stay on the CPU until the transitions are known."""
