@@ -2,11 +2,11 @@
 
     diffgraft calibrate dpm_solver_v3 --pipeline emoji-sd --prompts prompts.txt --out ems.safetensors -a num_images_per_prompt=8
     python plugins/dpm_solver_v3/benchmarks/against_solvers.py --artefact ems.safetensors --prompts 48 --out solvers
-    ... --arms dpm++,unipc,v3 --steps 5,10 --guidance 2
+    ... --full full.safetensors                      # beside it: statistics of every element (ems_shape=full)
+    ... --every --steps 5                            # all variants of the corrector, and diffusers' solvers as `from_config` makes them
 
 All arms get the same prompts and seeds, and end at the noise level at which DDIM ends on this pipeline (its `set_alpha_to_one` is off); the
-solvers of diffusers are given the evenly spaced timesteps that DPM-Solver-v3 uses (`linspace`), and as `from_config` makes them where
-an arm is called "as is". The reference is DDIM with --reference-steps; it is kept in OUT.pt and made again when prompts or steps differ.
+solvers of diffusers are given the evenly spaced timesteps that DPM-Solver-v3 uses (`linspace`), except those called "as is". The reference is DDIM with --reference-steps; it is kept in OUT.pt and made again when prompts or steps differ.
 Intervals are 95 % of a bootstrap over the pictures; those of the ratio to DPM-Solver++ resample the pictures of both together.
 Writes OUT.json, OUT.png (curves) and OUT-grid.png (pictures).
 """
@@ -38,6 +38,9 @@ from rich.table import Table
 BATCH = 16
 EVEN = {"timestep_spacing": "linspace", "final_sigmas_type": "sigma_min", "lower_order_final": True}
 
+MAIN = ("ddim", "dpm++ 2m", "unipc", "v3, l=1, no corrector", "v3, no corrector", "v3", "v3, full corrector", "v3 full, no corrector")
+"""What is measured without --every."""
+
 Arm = Callable[[Any], Any]
 """Puts a solver on a plain pipeline."""
 
@@ -56,7 +59,7 @@ def plugin(**knobs: Any) -> Arm:
     return lambda pipe: load_pipeline(pipe, plugins=[DPMSolverV3(**knobs)])
 
 
-def arms(artefact: Path | None, order: int) -> dict[str, Arm]:
+def arms(artefact: Path | None, full: Path | None, order: int) -> dict[str, Arm]:
     """All arms by name."""
     end = {"final_sigmas_type": "sigma_min"}
     found = {
@@ -76,6 +79,8 @@ def arms(artefact: Path | None, order: int) -> dict[str, Arm]:
             found[f"v3, corrector {half}"] = plugin(artefact=artefact, order=order, corrector="pseudo", half=half)
         found["v3, full corrector"] = plugin(artefact=artefact, order=order, corrector="full")
         found["v3, order 3"] = plugin(artefact=artefact, order=3, corrector="pseudo")
+    if full is not None:
+        found["v3 full, no corrector"] = plugin(artefact=full, order=order, corrector="off")
     return found
 
 
@@ -127,7 +132,8 @@ def main(
     artefact: Annotated[Path | None, typer.Option()] = None,
     prompts: Annotated[int, typer.Option(min=2)] = 48,
     steps: Annotated[str, typer.Option()] = "5,6,8,10",
-    chosen: Annotated[str, typer.Option("--arms", help="Names that begin so; default all.")] = "",
+    full: Annotated[Path | None, typer.Option()] = None,
+    every: Annotated[bool, typer.Option()] = False,
     guidance: Annotated[float | None, typer.Option()] = None,
     order: Annotated[int, typer.Option(min=1, max=3)] = 2,
     reference_steps: Annotated[int, typer.Option()] = 500,
@@ -156,7 +162,7 @@ def main(
         return share([all(row) for row in asked])
 
     errors: dict[tuple[str, int], np.ndarray] = {}
-    wanted = {n: arm for n, arm in arms(artefact, order).items() if not chosen or any(n.startswith(c) for c in chosen.split(","))}
+    wanted = {name: arm for name, arm in arms(artefact, full, order).items() if every or name in MAIN}
     for n in (int(x) for x in steps.split(",")):
         for name, put in wanted.items():
             try:
@@ -192,7 +198,7 @@ def main(
              "judge_of_reference": vars(at), "python": platform.python_version(), "torch": torch.__version__,
              "diffusers": diffusers.__version__, "rows": rows}  # fmt: skip
     out.with_suffix(".json").write_text(json.dumps(facts, indent=1))
-    shown = ["ddim", "dpm++ 2m", "unipc", "v3, l=1", "v3, no corrector", "v3"]
+    shown = ["ddim", "dpm++ 2m", "unipc", "v3, l=1, no corrector", "v3, no corrector", "v3"]
     draw(rows, shown, out.with_suffix(".png"))
     grid(pictures, errors, shown, out.with_name(out.stem + "-grid.png"))
 
