@@ -6,7 +6,8 @@
     ... --every --steps 5                            # all variants of the corrector, and diffusers' solvers as `from_config` makes them
 
 All arms get the same prompts and seeds, and end at the noise level at which DDIM ends on this pipeline (its `set_alpha_to_one` is off); the
-solvers of diffusers are given the evenly spaced timesteps that DPM-Solver-v3 uses (`linspace`), except those called "as is". The reference is DDIM with --reference-steps; it is kept in OUT.pt and made again when prompts or steps differ.
+solvers of diffusers are given the evenly spaced timesteps that DPM-Solver-v3 uses (`linspace`), except those called "as is". The reference
+is DDIM with --reference-steps; it is kept in OUT.pt and made again when prompts or steps differ.
 Intervals are 95 % of a bootstrap over the pictures; those of the ratio to DPM-Solver++ resample the pictures of both together.
 Writes OUT.json, OUT.png (curves) and OUT-grid.png (pictures).
 """

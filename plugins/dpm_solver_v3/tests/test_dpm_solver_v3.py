@@ -649,6 +649,8 @@ def test_full_statistics_bind_to_the_size(artefact):
     assert full.tensors["l"].shape == (N + 1, 4, 8, 8)
     assert full.tensors["l"].dtype == torch.float32
     assert artefact.tensors["l"].shape == (N + 1, 4, 1, 1)
+    means = full.tensors["l"].mean((2, 3), keepdim=True).double()
+    torch.testing.assert_close(means, artefact.tensors["l"], rtol=0, atol=1e-5)  # the same seeds: the same samples and noise
     load_pipeline(made.pipe, plugins=[DPMSolverV3(intervals=N, artefact=full)])
     call(made)
     with pytest.raises(ArtefactMismatch, match=r"shape \(4, 8, 8\), this run's samples \(4, 8, 16\).*ems_shape=channel"):
