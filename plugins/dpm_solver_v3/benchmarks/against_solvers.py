@@ -109,23 +109,26 @@ def bootstrap(values: np.ndarray, statistic: Callable[[np.ndarray], np.ndarray],
 
 
 def draw(rows: list[dict[str, Any]], shown: list[str], path: Path) -> None:
-    """MSE against denoiser calls."""
+    """MSE against denoiser calls, and its ratio to DPM-Solver++'s."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axis = plt.subplots(figsize=(6.5, 4), constrained_layout=True)
-    for name in shown:
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), constrained_layout=True)
+    for i, name in enumerate(shown):
         mine = [row for row in rows if row["arm"] == name]
-        if mine:
-            x, y = [row["steps"] for row in mine], [row["mse"] for row in mine]
-            low, high = zip(*(row["mse_95"] for row in mine), strict=True)
-            axis.plot(x, y, "o-", label=name)
-            axis.fill_between(x, low, high, alpha=0.12, linewidth=0)
-    axis.set(xlabel="denoiser calls", ylabel="MSE of the latents to the reference", yscale="log")
-    axis.legend(fontsize=8)
-    figure.savefig(path, dpi=110)
+        x = [row["steps"] for row in mine]
+        for axis, key in ((left, "mse"), (right, "ratio")):
+            if not mine or (axis is right and name == "ddim"):
+                continue
+            low, high = zip(*(row[f"{key}_95"] for row in mine), strict=True)
+            axis.plot(x, [row[key] for row in mine], "o-", label=name, color=f"C{i}")
+            axis.fill_between(x, low, high, alpha=0.12, linewidth=0, color=f"C{i}")
+    left.set(xlabel="denoiser calls", ylabel="MSE of the latents to the reference", yscale="log")
+    right.set(xlabel="denoiser calls", ylabel="MSE divided by that of dpm++ 2m")
+    left.legend(fontsize=8)
+    figure.savefig(path, dpi=100)
 
 
 def main(
@@ -215,7 +218,7 @@ def grid(pictures: dict[tuple[str, int], list[Image.Image]], errors: Any, shown:
         pen.multiline_text((4, y * side + 28), f"{key[0]}\n{key[1]} calls", fill="black", font_size=12)
         for x, image in enumerate(pictures[key][:columns]):
             sheet.paste(image.resize((side - 2, side - 2), Image.Resampling.LANCZOS), (left + x * side, y * side))
-    sheet.save(path, optimize=True)
+    sheet.quantize(256).save(path, optimize=True)
 
 
 if __name__ == "__main__":
