@@ -29,7 +29,7 @@ class DPMSolverV3(Plugin):
     families = ("sd", "sdxl", "dit", "pixart", "sd3", "flux", "qwen_image", "wan")
     Config = DPMSolverV3Config
     neutral: ClassVar[dict[str, Any]] = {"order": 0}
-    active: ClassVar[dict[str, Any]] = {"order": 2, "intervals": 12}
+    active: ClassVar[dict[str, Any]] = {"order": 2, "intervals": 12, "draws": 2}
     scheduler = DPMSolverV3Scheduler
     effects = Effects(replaces=frozenset({"scheduler"}), needs=frozenset({"determinism"}))
     needs = (Need("artefact", "artefact", fits=frozenset()),)  # l, s, b are functions of lambda: any scheduler, any number of steps
