@@ -121,8 +121,8 @@ class Wiring:
         slots.append(self._method(scheduler, "step", partial(run.scheduler_step, onions)))
         if any("latents" in entry.plugin.effects.edits for entry in entries) and hasattr(scheduler, "scale_model_input"):
             slots.append(self._method(scheduler, "scale_model_input", run.note_scaling))
-        if scheduler is not self.pipe.scheduler:  # made for this run: it is not held on to
-            self._used.clear()
+        if scheduler is not self.pipe.scheduler:  # made for this run: it goes with it
+            self._used = {key: slot for key, slot in self._used.items() if key[0] != id(scheduler)}
         return slots
 
     def _denoisers(self, run: Run, onions: Onions) -> list[Slot]:

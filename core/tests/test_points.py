@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import gc
 import inspect
+import weakref
 from typing import ClassVar
 
 import pytest
@@ -417,6 +419,25 @@ def test_a_scheduler_is_replaced_for_the_run_only():
     unload(pipe)
     pipe.scheduler = EulerDiscreteScheduler.from_config(own.config, timestep_spacing="trailing")
     assert torch.equal(generate(pipe, kwargs), replaced)
+
+
+def test_a_scheduler_made_for_a_run_is_freed_with_it():
+    made = []
+
+    class Remember(Replace):
+        name = "remember"
+
+        def make_scheduler(self, old, family):
+            scheduler = super().make_scheduler(old, family)
+            made.append(weakref.ref(scheduler))
+            return scheduler
+
+    pipe, kwargs = tiny("StableDiffusionPipeline")
+    load_pipeline(pipe, plugins=[Remember])
+    generate(pipe, kwargs)
+    generate(pipe, kwargs)
+    gc.collect()
+    assert [ref() for ref in made] == [None, None]
 
 
 def test_step_can_be_answered_without_the_scheduler():
