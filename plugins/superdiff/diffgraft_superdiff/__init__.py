@@ -92,11 +92,11 @@ class SuperDiff(Plugin):
     def second_prompt(self, first: Any) -> Any:
         """b, in the form of the call's own prompt."""
         second = self.config.prompt
-        if not isinstance(first, list):
-            first = [first]
-        if isinstance(second, tuple) and len(second) != len(first):
-            raise ConfigError(f"plugin 'superdiff': prompt has {len(second)} texts for a call with {len(first)} prompts; give one for each")
-        return list(second) if isinstance(second, tuple) else [second] * len(first)
+        count = len(first) if isinstance(first, list) else 1
+        if isinstance(second, tuple) and len(second) != count:
+            raise ConfigError(f"plugin 'superdiff': prompt has {len(second)} texts for a call with {count} prompts; give one for each")
+        texts = list(second) if isinstance(second, tuple) else [second] * count
+        return texts if isinstance(first, list) else texts[0]
 
     def denoise(self, call: DenoiseCall, next: Any) -> Tensor:
         if self.config.prompt is None:
