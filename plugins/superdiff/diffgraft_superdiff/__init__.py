@@ -86,7 +86,8 @@ class SuperDiff(Plugin):
         second = call.given("model") or call.pipe
         shared.heard = own_conditioning(second, {**call.arguments(), "prompt": self.second_prompt(call.get("prompt"))})
         result = next(call)
-        call.record({"log_qa": shared.log_qa, "log_qb": shared.log_qb, "kappa": torch.stack(shared.kappas)})
+        if shared.kappas:  # a run of one step goes straight to the clean sample
+            call.record({"log_qa": shared.log_qa, "log_qb": shared.log_qb, "kappa": torch.stack(shared.kappas)})
         return result
 
     def second_prompt(self, first: Any) -> Any:
