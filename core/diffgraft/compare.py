@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from diffgraft.doctor import machine, versions
-from diffgraft.errors import BrokenPlugin, ConfigError, Conflict
+from diffgraft.errors import BrokenPlugin, ConfigError
 from diffgraft.family import Bundled
 from diffgraft.inputs import CallSettings, Sample, make_pictures
 from diffgraft.instruments import DenoiseClock, MacCounter, synchronize
@@ -30,7 +30,7 @@ from diffgraft.metrics import Pictures, Share, Spread, psnr, share, ssim
 from diffgraft.pictures import to_images
 from diffgraft.plugin import Plugin
 from diffgraft.report import Report
-from diffgraft.stack import PluginStack, stack_of
+from diffgraft.stack import PluginStack, ensure_bare
 
 SCHEMA = 1
 """Number of the layout of ``compare.json``."""
@@ -282,8 +282,7 @@ def compare(
     """
     if not plugins:
         raise ConfigError("no plugin to compare: give at least one")
-    if stack_of(pipe) is not None:
-        raise Conflict("there are plugins on this pipeline already; diffgraft.unload(pipe) first, the baseline must be without any")
+    ensure_bare(pipe, "the baseline must be without any")
     started = time.perf_counter()
     environment = {"versions": versions(), **machine(pipe.device), "dtype": str(pipe.dtype), "attention_backend": attention_backend}
     with quiet(pipe):

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from diffgraft.artefacts import Artefact, MadeFor
-from diffgraft.errors import Conflict, Unsupported
+from diffgraft.errors import Unsupported
 from diffgraft.family import Family
 from diffgraft.inputs import CallSettings, Sample, call_arguments, parameters
 from diffgraft.loading import load_pipeline
 from diffgraft.plugin import Plugin
-from diffgraft.stack import describe, stack_of
+from diffgraft.stack import describe, ensure_bare
 
 
 def invert(
@@ -33,8 +33,7 @@ def invert(
     """
     if plugin.inversion is None:
         raise Unsupported(f"{plugin.name} cannot invert pictures")
-    if stack_of(pipe) is not None:
-        raise Conflict("there are plugins on this pipeline; diffgraft.unload(pipe) first: the walk back must be alone")
+    ensure_bare(pipe, "the walk back must be alone")
     if "latents" not in parameters(pipe):
         raise Unsupported(f"{type(pipe).__name__} takes no latents, so a picture cannot be walked back through it")
     inverter = plugin.inversion(**{name: getattr(plugin.config, name) for name in plugin.config.model_fields_set})

@@ -27,13 +27,13 @@ from diffgraft.artefacts import MadeFor
 from diffgraft.calibration import OnProgress, plain
 from diffgraft.calls import DenoiseCall, RunCall, Schedule, ScheduleCall, Target
 from diffgraft.config import PluginConfig, build_config
-from diffgraft.errors import ConfigError, Conflict, RewardError, Unsupported
+from diffgraft.errors import ConfigError, RewardError, Unsupported
 from diffgraft.findings import Finding, write_json
 from diffgraft.fitness import Fitness, make_outputs
 from diffgraft.inputs import CallSettings, Sample
 from diffgraft.loading import load_pipeline
 from diffgraft.plugin import Paper, Plugin, Watcher
-from diffgraft.stack import describe, stack_of
+from diffgraft.stack import describe, ensure_bare
 
 Genome = Any
 """A plain JSON value."""
@@ -271,8 +271,7 @@ def search(
         raise Unsupported(f"{plugin.name} has nothing to search for")
     if not samples or settings.steps is None:
         raise ConfigError("a search needs prompts to judge the candidates on, and the number of steps: give --prompts and --steps")
-    if stack_of(pipe) is not None:
-        raise Conflict("there are plugins on this pipeline; diffgraft.unload(pipe) first: what is searched must be alone on it")
+    ensure_bare(pipe, "what is searched must be alone on it")
     plan = plan or Plan()
     searcher = plugin.search(f"search of {plugin.name}", **(knobs or {}))
     own = {name: getattr(plugin.config, name) for name in plugin.config.model_fields_set}
