@@ -118,6 +118,8 @@ class SuperDiff(Plugin):
         out: StepOutput = next(call)  # the scheduler must count this step
         if config.prompt is None:
             return out
+        if shared.vb is None:
+            raise Unsupported("superdiff: a plugin further out answered this step's denoiser call in its place; put superdiff first")
         here = self.levels(call, call.step)
         sigma, x = here.s / here.a, call.sample.double() / here.a
         kind = prediction_kind(call.family, call.scheduler)
@@ -144,7 +146,7 @@ class SuperDiff(Plugin):
         shared.log_qa = shared.log_qa + density_change(va, dx, sigma, d_sigma, flip)
         shared.log_qb = shared.log_qb + density_change(vb, dx, sigma, d_sigma, flip)
         shared.kappas.append(kappa)
-        shared.branches = {}
+        shared.branches, shared.vb = {}, None
         return StepOutput(((x + dx) * there.a).to(out.sample.dtype), out.x0)
 
     def scale(self, call: StepCall) -> float:
