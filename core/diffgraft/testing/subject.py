@@ -539,14 +539,15 @@ def artefacts(plugin: type[Plugin], family: Family, class_name: str, setting: Se
     """The artefacts that the plugin needs under ``setting``, by knob."""
     if plugin.calibration is None and plugin.search is None:
         return {}
-    if any(need.fits for need in plugin.needs if need.kind == "artefact"):
+    needs = [need for need in plugin.needs if need.kind in ("artefact", "search")]
+    if any(need.fits for need in needs):
         made_under = replace(setting, samples=(0,), cut=None)
     else:  # it is of the model alone, so one serves every run
         made_under = Setting(processors=setting.processors, ip_adapter=setting.ip_adapter, lora=setting.lora)
     key = (plugin, family, class_name, made_under)
     if key not in _artefacts:
         _artefacts[key] = calibrated(*key)
-    return {need.knob: _artefacts[key] for need in plugin.needs if need.kind in ("artefact", "search")}
+    return {need.knob: _artefacts[key] for need in needs}
 
 
 _artefacts: dict[tuple[Any, ...], Artefact] = {}
