@@ -61,9 +61,32 @@ LAYOUT = (
 )  # fmt: skip
 
 
-def all_cases() -> list[Case]:
+EVERYWHERE = ("neutral", "same_seed", "fires")
+THIRD = 3
+
+
+def spread(cases: list[Case], shift: int) -> list[Case]:
+    """A third of what the families repeat: each check on every third class of a plugin, and each class with a check at least.
+
+    Plugins and checks take different thirds, so a mistake in the core or in a family meets them all; `--thorough` runs the whole table.
+    """
+    seen: dict[str, int] = {}
+    classes: set[str] = set()
+    kept = []
+    for case in cases:
+        check = case.check
+        place = seen[check.name] = seen.get(check.name, shift + len(seen)) + 1
+        repeated = check.scope in ("main", "every") and check.name not in EVERYWHERE
+        if not repeated or place % THIRD == 0 or case.class_name not in classes:
+            kept.append(case)
+            classes.add(case.class_name)
+    return kept
+
+
+def all_cases(thorough: bool = False) -> list[Case]:
     names = [name for name, info in registry.installed().items() if info.allowed and not info.broken]
-    cases = [case for name in names for case in contract_cases(name)]
+    of_plugin = [contract_cases(name) for name in names]
+    cases = [case for shift, each in enumerate(of_plugin) for case in (each if thorough else spread(each, shift))]
     guided = [f.name for f in registry.families().values() if f.guidance.layout != "none"]
     unguided = [f.name for f in registry.families().values() if f.guidance.layout == "none"]
     probes = contract_cases(NothingGuided, guided, TWO_DENOISERS, True) + contract_cases(Nothing, unguided, (), True)
@@ -71,7 +94,21 @@ def all_cases() -> list[Case]:
     return sorted(cases, key=lambda case: case.class_name)  # neighbours share baselines, and a worker gets neighbours
 
 
-@pytest.mark.parametrize("case", all_cases(), ids=str)
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "case" in metafunc.fixturenames:
+        metafunc.parametrize("case", all_cases(metafunc.config.getoption("--thorough")), ids=str)
+
+
+def test_every_check_and_every_class_of_a_plugin_is_kept() -> None:
+    for shift, name in enumerate(name for name, info in registry.installed().items() if info.allowed and not info.broken):
+        everything = contract_cases(name)
+        kept = spread(everything, shift)
+        for key in (lambda case: case.class_name, lambda case: case.family.name):
+            assert {key(case) for case in kept} == {key(case) for case in everything}
+        often = {case.check.name for case in everything if sum(other.check.name == case.check.name for other in everything) >= THIRD}
+        assert often <= {case.check.name for case in kept}
+
+
 def test_contract(case: Case, record_property: pytest.FixtureRequest) -> None:
     for remark in case.run():
         record_property("remark", remark)  # type: ignore[operator]

@@ -11,7 +11,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,8 +20,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
+from typing_extensions import Self
 
 from diffgraft.errors import ArtefactMismatch, ConfigError
+from diffgraft.plugin import RUN_FACTS
 
 FORMAT = 1
 """Number of the file layout."""
@@ -116,6 +118,7 @@ class Artefact:
     tensors: dict[str, Tensor]
     facts: dict[str, Any] = field(default_factory=dict)
     path: str = ""
+    kind: str = "artefact"
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the file: the whole of it, or nothing."""
@@ -130,35 +133,43 @@ class Artefact:
         partial.replace(target)
 
     @classmethod
-    def load(cls, source: str | os.PathLike[str], plugin: str) -> Artefact:
-        """The artefact at a path, or at ``owner/name/file.safetensors`` on the Hub.
+    def load(cls, source: str | os.PathLike[str], plugin: str, kind: str = "artefact") -> Self:
+        """The artefact at a path, or at ``owner/name/file.safetensors`` on the Hub; ``kind`` as in ``Need``.
 
         Raises:
             ConfigError: there is no such file.
             ArtefactMismatch: it is no artefact, is damaged, or was made for another plugin.
         """
-        path = find_file(source, plugin)
+        path = find_file(source, plugin, kind)
         try:
             with safe_open(path, framework="pt") as file:
                 written = (file.metadata() or {}).get("diffgraft")
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a dict
         except (SafetensorError, OSError) as error:
-            raise ArtefactMismatch(f"{source} cannot be read ({error}); {make_again(plugin)}") from error
+            raise ArtefactMismatch(f"{source} cannot be read ({error}); {make_again(plugin, kind)}") from error
         if written is None:
-            raise ArtefactMismatch(f"{source} is a safetensors file, but no diffgraft artefact; {make_again(plugin)}")
-        header = json.loads(written)
+            raise ArtefactMismatch(f"{source} is a safetensors file, but no diffgraft artefact; {make_again(plugin, kind)}")
+        return cls.checked(json.loads(written), tensors, source, plugin, kind)
+
+    @classmethod
+    def checked(cls, header: dict[str, Any], tensors: dict[str, Tensor], source: Any, plugin: str, kind: str) -> Self:
+        """What a file's header and tensors say.
+
+        Raises:
+            ArtefactMismatch: another layout, a wrong checksum, or made for another plugin.
+        """
         if header.get("format") != FORMAT:
-            raise ArtefactMismatch(f"{source} has layout {header.get('format')}, this diffgraft reads {FORMAT}; {make_again(plugin)}")
+            raise ArtefactMismatch(f"{source} has layout {header.get('format')}, this diffgraft reads {FORMAT}; {make_again(plugin, kind)}")
         expected = header.pop("checksum")
         tensors.pop("none", None)
         if checksum(header, tensors) != expected:
-            raise ArtefactMismatch(f"{source} is damaged: its checksum is wrong; {make_again(plugin)}")
+            raise ArtefactMismatch(f"{source} is damaged: its checksum is wrong; {make_again(plugin, kind)}")
         facts = header["made_for"]
         denoisers = {name: Fingerprint(**{**f, "weights": tuple(f["weights"])}) for name, f in facts["denoisers"].items()}
         made_for = MadeFor(**{**facts, "denoisers": denoisers, "shape": tuple(facts["shape"])})
         if made_for.plugin != plugin:
-            raise ArtefactMismatch(f"{source} was made for the plugin {made_for.plugin!r}, not for {plugin!r}; {make_again(plugin)}")
-        return cls(made_for, tensors, header["facts"], os.fspath(source))
+            raise ArtefactMismatch(f"{source} was made for the plugin {made_for.plugin!r}, not for {plugin!r}; {make_again(plugin, kind)}")
+        return cls(made_for, tensors, header["facts"], os.fspath(source), kind)
 
     def ensure_model(self, pipe: Any, denoisers: Mapping[str, nn.Module]) -> None:
         """Raises ArtefactMismatch when it was made for another model; all that can be said before a run."""
@@ -172,26 +183,35 @@ class Artefact:
                 differing.append(f"{name}: found {why}")
         self._refuse(differing)
 
-    def ensure_run(self, scheduler: Any, steps: int, shape: tuple[int, ...]) -> None:
-        """Raises ArtefactMismatch when it was made for another scheduler, number of steps or size."""
+    def ensure_run(
+        self,
+        scheduler: Any,
+        steps: int,
+        shape: tuple[int, ...],
+        fits: Collection[str] = RUN_FACTS,
+        guidance: float | None = None,
+    ) -> None:
+        """Raises ArtefactMismatch when scheduler, number of steps, size or guidance scale are others, as far as ``fits`` names them."""
         differing = []
-        if self.made_for.scheduler != type(scheduler).__name__:
+        if "scheduler" in fits and self.made_for.scheduler != type(scheduler).__name__:
             differing.append(f"scheduler: made for {self.made_for.scheduler}, found {type(scheduler).__name__}")
-        else:
+        elif "scheduler" in fits:
             found, expected = scheduler_facts(scheduler), self.made_for.scheduler_config
             keys = sorted(key for key in found.keys() | expected.keys() if found.get(key) != expected.get(key))
             differing += [f"scheduler.{key}: made for {expected.get(key)}, found {found.get(key)}" for key in keys]
-        if self.made_for.steps != steps:
+        if "steps" in fits and self.made_for.steps != steps:
             differing.append(f"steps: made for {self.made_for.steps}, found {steps}")
-        if self.made_for.shape != tuple(shape):
+        if "shape" in fits and self.made_for.shape != tuple(shape):
             differing.append(f"shape of the latents: made for {self.made_for.shape}, found {tuple(shape)}")
+        if "guidance" in fits and self.facts.get("guidance_scale") != guidance:
+            differing.append(f"guidance scale: made for {self.facts.get('guidance_scale')}, found {guidance}")
         self._refuse(differing)
 
     def _refuse(self, differing: list[str]) -> None:
         if differing:
             raise ArtefactMismatch(
                 f"{self.made_for.plugin}: the artefact {self.path or '(in memory)'} does not fit: {'; '.join(differing)}; "
-                f"{make_again(self.made_for.plugin)}"
+                f"{make_again(self.made_for.plugin, self.kind)}"
             )
 
 
@@ -205,18 +225,22 @@ def checksum(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def make_again(plugin: str) -> str:
+def make_again(plugin: str, kind: str) -> str:
     """How to get an artefact that fits."""
+    if kind == "inversion":
+        return f"make one with `diffgraft invert {plugin} --pipeline NAME --image FILE`"
+    if kind == "search":
+        return f"make one with `diffgraft search {plugin} --pipeline NAME --prompts FILE --steps K`"
     return f"make one with `diffgraft calibrate {plugin} --pipeline NAME --prompts FILE`"
 
 
-def find_file(source: str | os.PathLike[str], plugin: str) -> Path:
+def find_file(source: str | os.PathLike[str], plugin: str, kind: str) -> Path:
     """A local path, or the file fetched from the Hub."""
     path = Path(source).expanduser()
     if path.is_file():
         return path
     text = os.fspath(source)
-    if text.count("/") >= 2 and text.endswith(".safetensors") and not text.startswith((".", "/", "~")):
+    if text.count("/") >= 2 and text.endswith((".safetensors", ".json")) and not text.startswith((".", "/", "~")):
         from huggingface_hub import hf_hub_download
         from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
@@ -224,5 +248,5 @@ def find_file(source: str | os.PathLike[str], plugin: str) -> Path:
         try:
             return Path(hf_hub_download(f"{owner}/{name}", file))
         except (HfHubHTTPError, LocalEntryNotFoundError) as error:
-            raise ConfigError(f"artefact = {text!r}: neither a file here nor on the Hub ({error}); {make_again(plugin)}") from error
-    raise ConfigError(f"artefact = {text!r}: there is no such file; {make_again(plugin)}")
+            raise ConfigError(f"{kind} = {text!r}: neither a file here nor on the Hub ({error}); {make_again(plugin, kind)}") from error
+    raise ConfigError(f"{kind} = {text!r}: there is no such file; {make_again(plugin, kind)}")

@@ -17,11 +17,11 @@ from typing import Any
 from torch import Tensor
 
 from diffgraft.artefacts import Artefact, MadeFor
-from diffgraft.errors import ConfigError, Conflict, Unsupported
+from diffgraft.errors import ConfigError, Unsupported
 from diffgraft.inputs import CallSettings, Sample, call_arguments
 from diffgraft.loading import load_pipeline
 from diffgraft.plugin import Plugin
-from diffgraft.stack import describe, stack_of
+from diffgraft.stack import describe, ensure_bare
 
 OnProgress = Callable[[str, int, int], None]
 
@@ -50,8 +50,7 @@ def calibrate(
         raise Unsupported(f"{plugin.name} needs no calibration: it has no artefact")
     if not samples:
         raise ConfigError("nothing to calibrate on: give at least one prompt")
-    if stack_of(pipe) is not None:
-        raise Conflict("there are plugins on this pipeline; diffgraft.unload(pipe) first: what is measured must be the plain one")
+    ensure_bare(pipe, "what is measured must be the plain one")
     knobs = {name: getattr(plugin.config, name) for name in plugin.config.model_fields_set}
     calibrator = plugin.calibration(**knobs)
     stack = load_pipeline(pipe, [calibrator]).plugins

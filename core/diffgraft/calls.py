@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
@@ -28,12 +29,14 @@ class Step:
     total   how many there will be (image-to-image runs only the tail of the schedule; Heun counts each of its two stages)
     t       the scheduler's timestep, a 0-dim tensor (reading its value would wait for the GPU)
     sigma   the scheduler's sigma at this step, a 0-dim tensor, or None where the scheduler has none
+    begin   steps of the schedule before the first that is run: this one is number ``begin + index`` of the schedule
     """
 
     index: int
     total: int
     t: Tensor
     sigma: Tensor | None
+    begin: int = 0
 
     @property
     def is_last(self) -> bool:
@@ -166,6 +169,11 @@ class Call:
         return self.entry.given[knob]
 
     @property
+    def generator(self) -> Any:
+        """The call's generator, a list of them (one a sample) or None: a plugin's noise is drawn from it too (see ``StepCall.noise``)."""
+        return self.run.arguments.get("generator")
+
+    @property
     def others(self) -> list[Plugin]:
         """The other plugins of this run, outermost first."""
         return [entry.plugin for entry in self.run.entries if entry is not self.entry]
@@ -185,8 +193,8 @@ class Call:
         self.run.report_of(self.entry).count(key, self.branch or "run", n)
 
     def record(self, tensors: Mapping[str, Tensor]) -> None:
-        """Keep tensors in the run's report, for whoever reads it after the run."""
-        self.run.report_of(self.entry).records.update(tensors)
+        """Keep tensors in the run's report, on the CPU, for whoever reads it after the run (log-probabilities, densities, statistics)."""
+        self.run.report_of(self.entry).records.update({name: value.detach().cpu() for name, value in tensors.items()})
 
     def note(self, text: str) -> None:
         """Say something once in the run's report."""
@@ -252,16 +260,19 @@ class DenoiseCall(Call):
         if run.carried is not None:
             return run.carried
         x = run.unscaled if run.unscaled is not None else self.sample
-        return x[: x.shape[0] // len(self.branches)]
+        return x[: self.sample.shape[0] // len(self.branches)]
 
     def with_latents(self, latents: Tensor) -> DenoiseCall:
         """A copy whose denoiser input is made of ``latents``; ``scheduler.step`` gets them too.
 
         A pipeline keeps its latents in a local variable, so the core carries the edit from here to the step.
         """
-        run = self.run
-        run.carried = latents
-        old = self.sample
+        self.run.carried = latents
+        return self.with_input(latents)
+
+    def with_input(self, latents: Tensor) -> DenoiseCall:
+        """The same for a denoiser call of the plugin's own: ``scheduler.step`` gets the pipeline's latents."""
+        run, old = self.run, self.sample
         x = torch.cat([latents] * len(self.branches))
         if run.scale_model_input is not None:
             x = run.scale_model_input(x, run.step.t)
@@ -270,6 +281,33 @@ class DenoiseCall(Call):
             d = differing[0]
             x = torch.cat([x, old.narrow(d, x.shape[d], old.shape[d] - x.shape[d]).to(x.dtype)], dim=d)
         return self.replace(**{run.family.sample: x.to(old.dtype)})  # type: ignore[no-any-return]
+
+    def only(self, branch: str) -> DenoiseCall:
+        """A copy that holds the rows of one guidance branch alone; a call of one branch (sequential guidance, none) stays as it is.
+
+        Raises:
+            KeyError: ``branch`` is not one of this call's ``branches``.
+        """
+        if branch not in self.branches:
+            raise KeyError(f"{branch!r} is not in this denoiser call; it holds {', '.join(self.branches)}")
+        n, number, rows = len(self.branches), self.branches.index(branch), self.sample.shape[0]
+        part = {k: v if k in self.family.common else part_of(v, rows, n, number) for k, v in self.arguments().items()} if n > 1 else {}
+        new: DenoiseCall = self.replace(**part)
+        new.branch, new.branches = branch, (branch,)
+        return new
+
+
+def part_of(value: Any, rows: int, n: int, number: int) -> Any:
+    """Part ``number`` of ``n`` of a denoiser argument of a batch of ``rows``: tensors that hold something for each row are cut, in lists
+    and dicts too; the rest is common to all rows."""
+    if isinstance(value, Tensor):
+        for_rows = value.ndim > 0 and value.shape[0] > 0 and value.shape[0] % rows == 0
+        return value.chunk(n)[number] if for_rows else value
+    if isinstance(value, dict):
+        return {key: part_of(item, rows, n, number) for key, item in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(part_of(item, rows, n, number) for item in value)
+    return value
 
 
 class ControlCall(Call):
@@ -334,6 +372,13 @@ class StepCall(Call):
     @property
     def sample(self) -> Tensor:
         return self["sample"]  # type: ignore[no-any-return]
+
+    def noise(self) -> Tensor:
+        """Standard normal noise like ``sample`` in float32, drawn from the call's generators; guidance copies of a sample get the same."""
+        x = self.sample
+        copies = 2 if self.family.guidance.doubled and self.run.guidance_active() else 1
+        z = randn_tensor((x.shape[0] // copies, *x.shape[1:]), generator=self.generator, device=x.device, dtype=torch.float32)
+        return z if copies == 1 else torch.cat([z] * copies)
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from diffgraft.errors import ConfigError, PipelineNotFound, nearest
 
 if TYPE_CHECKING:
     from diffgraft.family import Bundled
+    from diffgraft.fitness import Fitness
     from diffgraft.inputs import CallSettings
     from diffgraft.plugin import Plugin
 
@@ -210,6 +211,27 @@ def call_settings(
         image=picture,
         extra={**own, **extra},
     )
+
+
+def make_fitness(
+    name: str, reward: str | None, features: str | None, reference: Path | None, reference_steps: int, bundled: Bundled | None
+) -> Fitness:
+    """What a search minimises; a bundled pipeline brings its judge's features."""
+    from diffgraft.compare import load_judge
+    from diffgraft.fitness import FrechetFitness, RewardFitness, TrajectoryFitness, read_pictures
+
+    if name == "trajectory":
+        return TrajectoryFitness(reference_steps)
+    if name == "reward":
+        if reward is None:
+            raise ConfigError("--fitness reward: give --reward NAME (emoji_judge, or package.module:name)")
+        return RewardFitness(reward)
+    if name == "frechet":
+        used: Any = features or (getattr(load_judge(bundled), "features", None) if bundled else None)
+        if used is None:
+            raise ConfigError("--fitness frechet: give --features package.module:name, a callable (images) -> features [n, d]")
+        return FrechetFitness(used, None if reference is None else read_pictures(reference), reference_steps)
+    raise ConfigError(f"--fitness {name!r}: trajectory, reward or frechet{nearest(name, ('trajectory', 'reward', 'frechet'))}")
 
 
 @contextmanager

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from diffgraft.doctor import machine, versions
-from diffgraft.errors import BrokenPlugin, ConfigError, Conflict
+from diffgraft.errors import BrokenPlugin, ConfigError
 from diffgraft.family import Bundled
 from diffgraft.inputs import CallSettings, Sample, make_pictures
 from diffgraft.instruments import DenoiseClock, MacCounter, synchronize
@@ -30,7 +30,7 @@ from diffgraft.metrics import Pictures, Share, Spread, psnr, share, ssim
 from diffgraft.pictures import to_images
 from diffgraft.plugin import Plugin
 from diffgraft.report import Report
-from diffgraft.stack import PluginStack, stack_of
+from diffgraft.stack import PluginStack, ensure_bare
 
 SCHEMA = 1
 """Number of the layout of ``compare.json``."""
@@ -211,6 +211,22 @@ class EqualTime:
         )
 
 
+@dataclass(frozen=True)
+class Product:
+    """What a stack would gain if its parts did not meet, the gains of each alone multiplied, beside what it gains."""
+
+    speedup_of_parts: float
+    speedup: float
+    macs_limit_of_parts: float
+    macs_limit: float
+
+    def __str__(self) -> str:
+        return (
+            f"the parts' speed-ups multiplied: {self.speedup_of_parts:.2f}x (MAC limits {self.macs_limit_of_parts:.2f}x); "
+            f"the stack: {self.speedup:.2f}x (MAC limit {self.macs_limit:.2f}x)"
+        )
+
+
 @dataclass
 class Comparison:
     """The result; ``to_json`` gives all raw numbers (pictures apart)."""
@@ -227,9 +243,19 @@ class Comparison:
         """The arm of this name."""
         return next(result for result in self.arms if result.arm.name == name)
 
+    @property
+    def product(self) -> Product | None:
+        """The product of the parts of a stack; None for a single plugin."""
+        parts = [result for result in self.arms if result.arm.kind == "plugin"]
+        whole = next((result for result in self.arms if result.arm.kind == "stack"), None)
+        if whole is None:
+            return None
+        speedups = (math.prod(part.latency.of_medians for part in parts), whole.latency.of_medians)
+        return Product(*speedups, math.prod(part.macs.limit for part in parts), whole.macs.limit)
+
     def to_json(self) -> dict[str, Any]:
         """Plain lists, numbers and texts; an infinite number (PSNR of equal pictures) becomes None."""
-        return {"schema": SCHEMA, "method": METHOD, **plain(self)}
+        return {"schema": SCHEMA, "method": METHOD, **plain(self), "product": plain(self.product)}
 
 
 def compare(
@@ -256,8 +282,7 @@ def compare(
     """
     if not plugins:
         raise ConfigError("no plugin to compare: give at least one")
-    if stack_of(pipe) is not None:
-        raise Conflict("there are plugins on this pipeline already; diffgraft.unload(pipe) first, the baseline must be without any")
+    ensure_bare(pipe, "the baseline must be without any")
     started = time.perf_counter()
     environment = {"versions": versions(), **machine(pipe.device), "dtype": str(pipe.dtype), "attention_backend": attention_backend}
     with quiet(pipe):

@@ -73,6 +73,8 @@ def print_comparison(result: Comparison) -> None:
     out.print(fidelity_table(result))
     out.print()
     typer.echo(f"fewer steps at equal time: {result.equal_time}.")
+    if result.product is not None:
+        typer.echo(f"{result.product}.")
     told: set[str] = set()
     for item in result.arms:
         if item.changed_nothing:

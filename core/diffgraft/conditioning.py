@@ -82,12 +82,10 @@ def own_conditioning(second: Any, arguments: Mapping[str, Any]) -> Conditioning:
         Unsupported: the prompt was given as embeddings, which only the first pipeline understands.
     """
     from diffgraft.loading import load_pipeline
-    from diffgraft.stack import stack_of
 
     run = active_run()
     is_itself = run is not None and run.pipe is second
-    if run is not None and run.pipe.scheduler is second.scheduler:  # itself, or one that ``from_pipe`` made of it
-        second = sibling(second)
+    second = sibling(second)  # its scheduler stays as it is; the running pipeline itself can be asked
     asked = parameters(second).keys() - NOT_COPIED - PARTS_OF_A_RUN
     given = {name: value for name, value in arguments.items() if value is not None and name in asked}
     if "strength" in given:
@@ -97,16 +95,14 @@ def own_conditioning(second: Any, arguments: Mapping[str, Any]) -> Conditioning:
             f"{', '.join(embeddings)}: embeddings of the first pipeline say nothing to {type(second).__name__} with another text encoder; "
             "give the prompt as text"
         )
-    fresh = stack_of(second) is None
-    listener = Listener()
-    stack = load_pipeline(second, [listener]).plugins
+    stack = load_pipeline(second, [Listener()]).plugins
     heard: dict[str, dict[str, Any]] = {}
     try:
         second(**given, num_inference_steps=1, output_type="latent", generator=torch.Generator().manual_seed(0))
     except Heard as end:
         heard = end.of_branch
     finally:
-        stack.clear() if fresh else stack.remove(listener.name)
+        stack.clear()
     return Conditioning(heard)
 
 
@@ -147,10 +143,12 @@ class Listener(Plugin):
 
 
 def split(value: Any, n: int) -> Sequence[Any]:
-    """A tensor, or tensors in a dict, in ``n`` equal parts of rows."""
+    """A tensor, or tensors in dicts and lists, in ``n`` equal parts of rows."""
     if isinstance(value, dict):
         parts = {key: split(item, n) for key, item in value.items()}
         return [{key: parts[key][i] for key in parts} for i in range(n)]
+    if isinstance(value, (list, tuple)):  # an IP-Adapter's pictures
+        return [list(part) for part in zip(*(split(item, n) for item in value), strict=True)]
     return value.chunk(n)  # type: ignore[no-any-return]
 
 
@@ -158,4 +156,6 @@ def join(parts: Sequence[Any]) -> Any:
     """The inverse of :func:`split`."""
     if isinstance(parts[0], dict):
         return {key: join([part[key] for part in parts]) for key in parts[0]}
+    if isinstance(parts[0], list):
+        return [join(each) for each in zip(*parts, strict=True)]
     return parts[0] if len(parts) == 1 else torch.cat(list(parts))

@@ -8,6 +8,7 @@
     ├── Conflict             two plugins (or two uses) that do not fit: both sides, the reason, the way out
     ├── ConfigError          a knob: key, value, what is allowed
     ├── ArtefactMismatch     a calibration file made for something else
+    ├── RewardError          a reward gave something that is no score
     └── NeverFired           a hook that the plan promised was never reached in a run
 """
 
@@ -48,6 +49,10 @@ class ConfigError(DiffgraftError):
 
 class ArtefactMismatch(DiffgraftError):
     """A calibration artefact was made for another model, scheduler or shape."""
+
+
+class RewardError(DiffgraftError):
+    """A reward gave no finite number, or not one for each picture."""
 
 
 class NeverFired(DiffgraftError):

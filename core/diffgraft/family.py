@@ -80,6 +80,8 @@ class Family:
                   "same"; "drop_sigma" (a denoiser with twice the channels: the second half is a learned variance); "first_tokens" (keep
                   as many tokens as the sample has); "unpacked_tail" (tokens unpacked to bcfhw by the denoiser's ``num_frames``,
                   ``height``, ``width``, without the first frame)
+    common        arguments of the denoiser that all rows of a batch share, though their first axis may be as long as the batch (rotary
+                  tables, token positions); every other tensor whose first axis is a multiple of the batch holds a part for each row
     tiny          "module:function" of a seeded random tiny pipeline, ``function(class_name, seed) -> Tiny``, for tests
     """
 
@@ -97,6 +99,7 @@ class Family:
     latents: Literal["bchw", "bcfhw", "bfchw", "packed", "pixels"] = "bchw"
     appended: Literal["none", "channels", "tokens"] = "none"
     branch_prediction: Literal["same", "drop_sigma", "first_tokens", "unpacked_tail"] = "same"
+    common: tuple[str, ...] = ()
     tiny: str | None = None
 
     def is_among(self, families: Iterable[str]) -> bool:

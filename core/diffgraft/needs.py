@@ -11,11 +11,13 @@ from torch import nn
 
 from diffgraft.artefacts import Artefact, Fingerprint
 from diffgraft.errors import ConfigError, Unsupported
+from diffgraft.findings import Finding
 from diffgraft.predictions import prediction_kind
+from diffgraft.rewards import find_reward
 
 if TYPE_CHECKING:
     from diffgraft.calls import Target
-    from diffgraft.plugin import Plugin
+    from diffgraft.plugin import Need, Plugin
 
 
 def fetch(plugin: Plugin, target: Target, known: Mapping[str, Any]) -> dict[str, Any]:
@@ -33,8 +35,10 @@ def fetch(plugin: Plugin, target: Target, known: Mapping[str, Any]) -> dict[str,
         value = known.get(need.knob, getattr(plugin.config, need.knob))
         if value is None:
             given[need.knob] = None
-        elif need.kind == "artefact":
-            given[need.knob] = fetch_artefact(plugin, value, target)
+        elif need.kind == "reward":
+            given[need.knob] = find_reward(f"plugin {plugin.name!r}: {need.knob}", value)
+        elif need.kind != "pipeline":
+            given[need.knob] = fetch_artefact(plugin, need, value, target)
         elif isinstance(value, (list, tuple)):
             given[need.knob] = [fetch_pipeline(plugin, need.knob, one, target) for one in value]
         else:
@@ -42,9 +46,10 @@ def fetch(plugin: Plugin, target: Target, known: Mapping[str, Any]) -> dict[str,
     return given
 
 
-def fetch_artefact(plugin: Plugin, value: Any, target: Target) -> Artefact:
-    """An artefact that was made for this model (scheduler, steps and size are checked when a run begins)."""
-    artefact = value if isinstance(value, Artefact) else Artefact.load(value, plugin.name)
+def fetch_artefact(plugin: Plugin, need: Need, value: Any, target: Target) -> Artefact:
+    """An artefact that was made for this model (what else it must fit is checked when a run begins)."""
+    read = Finding.load if need.kind == "search" else Artefact.load
+    artefact = value if isinstance(value, Artefact) else read(value, plugin.name, need.kind)
     artefact.ensure_model(target.pipe, target.denoisers)
     return artefact
 

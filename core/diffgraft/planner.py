@@ -72,6 +72,12 @@ def judge(outer: Part, inner: Part) -> tuple[list[str], list[str]]:
             conflicts.append(
                 f"{y.name} needs every block computed, but {x.name} skips {', '.join(sorted(skipped))}; disable one"
             )
+        if skipped and "plain_gradients" in y.effects.needs:
+            warnings.append(
+                f"{y.name} takes its gradients through the whole denoiser, past {x.name}: {x.name} saves work in the other calls only"
+            )
+        if "denoiser" in x.effects.replaces and "plain_gradients" in y.effects.needs:
+            warnings.append(f"{y.name} takes its gradients through the pipeline's own denoiser also where {x.name} lets another one run")
         if x.effects.stochastic and "determinism" in y.effects.needs:
             conflicts.append(
                 f"{y.name} needs a deterministic run, but {x.name} draws noise of its own; disable {x.name} or set it neutral"

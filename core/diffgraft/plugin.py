@@ -28,11 +28,15 @@ from diffgraft.errors import BrokenPlugin
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from diffgraft.calls import AttentionInfo, BlockInfo, RunCall, Target
+    from diffgraft.calls import AttentionInfo, BlockInfo, DenoiseCall, RunCall, Target
+    from diffgraft.family import Family
+    from diffgraft.search import Searcher
 
 API = 1
 """Number of the plugin contract. It changes when a plugin written for it could break, and only then."""
 
+RUN_FACTS = frozenset({"scheduler", "steps", "shape"})
+"""What of a run a file may be made for, beside the model."""
 POINTS = ("run", "schedule", "control", "denoise", "block", "attention", "guide", "step", "modules")
 
 
@@ -60,7 +64,8 @@ class Effects:
     replaces   "scheduler", "denoiser"
     skips      "denoiser" (whole calls), "blocks", "branches"
     edits      "timestep", "schedule", "latents", "prediction", "attention", "conditioning", "resolution", "weights"
-    needs      "gradients", "determinism", "all_blocks", "extra_forwards", "calibrated_run" (the steps and size of its artefact)
+    needs      "gradients", "determinism", "all_blocks", "extra_forwards", "calibrated_run" (the steps and size of its artefact),
+               "plain_gradients" (of the denoiser itself, taken past all other plugins: `diffgraft.gradients`; "gradients": through them)
     stochastic  draws noise of its own
     couples_batch  sample i in a batch may differ from sample i alone
     """
@@ -76,7 +81,7 @@ class Effects:
         "replaces": frozenset({"scheduler", "denoiser"}),
         "skips": frozenset({"denoiser", "blocks", "branches"}),
         "edits": frozenset({"timestep", "schedule", "latents", "prediction", "attention", "conditioning", "resolution", "weights"}),
-        "needs": frozenset({"gradients", "determinism", "all_blocks", "extra_forwards", "calibrated_run"}),
+        "needs": frozenset({"gradients", "plain_gradients", "determinism", "all_blocks", "extra_forwards", "calibrated_run"}),
     }
 
     def __post_init__(self) -> None:
@@ -98,13 +103,16 @@ class Effects:
 class Need:
     """One thing that a plugin needs beside its knobs; the core fetches and checks it before anything is touched (``call.given``).
 
-    kind   "artefact": a calibration file (path or Hub id) or an ``Artefact``; "pipeline": a second pipeline of the same latent space
-           (bundled name, folder, Hub id or a live one), or a list of them
+    kind   "artefact": what `calibrate` made, a file (path or Hub id) or an ``Artefact``; "inversion": what `invert` made, likewise;
+           "pipeline": a second pipeline of the same latent space (bundled name, folder, Hub id or a live one), or a list of them;
+           "reward": how good a picture is, see `diffgraft.rewards`; "search": what `search` found, a file or a ``Finding``
     knob   the knob that names it; where the knob is None the plugin does without
+    fits   what of a run a file is held against beside the model; of what was found by a search also "guidance"
     """
 
-    kind: Literal["artefact", "pipeline"]
+    kind: Literal["artefact", "inversion", "pipeline", "reward", "search"]
     knob: str
+    fits: frozenset[str] = RUN_FACTS
 
 
 @dataclass
@@ -127,6 +135,8 @@ class Plugin:
     scheduler a ``SchedulerMixin`` subclass that replaces the pipeline's for a run, or None
     needs     what it needs beside its knobs, see :class:`Need`
     calibration  the :class:`Calibrator` that makes its artefact, or None
+    inversion    the :class:`Inverter` that makes the code of a picture, or None
+    search       the :class:`~diffgraft.search.Searcher` that finds its settings, or None
     """
 
     name: ClassVar[str]
@@ -141,6 +151,8 @@ class Plugin:
     scheduler: ClassVar[type[Any] | None] = None
     needs: ClassVar[tuple[Need, ...]] = ()
     calibration: ClassVar[type[Calibrator] | None] = None
+    inversion: ClassVar[type[Inverter] | None] = None
+    search: ClassVar[type[Searcher] | None] = None
 
     def __init__(self, **knobs: Any) -> None:
         self.config = build_config(self.name, self.Config, knobs)
@@ -156,9 +168,12 @@ class Plugin:
         """The attention layers that ``attention`` wants to wrap; by default all."""
         return layers
 
-    def scheduler_options(self) -> dict[str, Any]:
-        """Keyword arguments for ``scheduler.from_config`` beside the old scheduler's config."""
-        return {}
+    def make_scheduler(self, old: Any, family: Family) -> Any | None:
+        """The scheduler that takes the place of the pipeline's ``old`` one for a run; None leaves it (at neutral settings).
+
+        Raise ``Unsupported`` for a scheduler that the method is not valid for: nothing has begun yet.
+        """
+        return None if self.scheduler is None else self.scheduler.from_config(old.config)
 
     @classmethod
     def points(cls) -> tuple[str, ...]:
@@ -166,11 +181,10 @@ class Plugin:
         return tuple(point for point in POINTS if callable(getattr(cls, point, None)))
 
 
-class Calibrator(Plugin):
-    """Measures what a plugin's artefact holds: a plugin of its own, alone on the pipeline, one run a prompt.
+class Watcher(Plugin):
+    """A plugin of its own, alone on the pipeline for one run: its hooks keep what they see in ``call.shared``, ``collect`` hands it over.
 
-    It takes the plugin's knobs. Its hooks watch the run and keep what they see in ``call.shared``; ``collect`` makes a record of it,
-    ``summarise`` the artefact of all records.
+    It takes the knobs of the plugin that it works for.
     """
 
     families = ("*",)
@@ -181,13 +195,25 @@ class Calibrator(Plugin):
         call.record(self.collect(call))
         return result
 
+    def denoise(self, call: DenoiseCall, next: Callable[[DenoiseCall], Tensor]) -> Tensor:
+        """Here so that the report knows the denoiser calls and their shape."""
+        return next(call)
+
     def collect(self, call: RunCall) -> dict[str, Tensor]:
         """What one run showed."""
         raise NotImplementedError
 
+
+class Calibrator(Watcher):
+    """Measures what a plugin's artefact holds, one run a prompt."""
+
     def summarise(self, records: Sequence[dict[str, Tensor]]) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """(tensors, facts) of the artefact; facts are plain JSON values."""
         raise NotImplementedError
+
+
+class Inverter(Watcher):
+    """Walks from a picture's latents back to noise in one run; what it collects is the code from which the picture is made again."""
 
 
 @dataclass(eq=False)

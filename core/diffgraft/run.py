@@ -33,7 +33,7 @@ from diffgraft.calls import (
 )
 from diffgraft.errors import NeverFired, Unsupported
 from diffgraft.report import PluginReport, Report
-from diffgraft.slots import write_schedule
+from diffgraft.slots import is_part, is_strided, strides_of, striding, write_schedule
 
 if TYPE_CHECKING:
     from diffgraft.family import Family
@@ -59,6 +59,8 @@ def compose(entries: Sequence[Entry], point: str, terminal: Chain) -> Chain:
 
 def _layer(entry: Entry, point: str, method: Callable[[Any, Chain], Any], inner: Chain) -> Chain:
     def around(call: Call) -> Any:
+        if call.run.alone not in (None, entry):  # a gradient pass of another plugin
+            return inner(call)
         outer, call.entry = call.entry, entry  # whose ``call.state`` and ``call.config`` it is
         fired = call.run.report_of(entry).fired
         fired[point] = fired.get(point, 0) + 1
@@ -89,13 +91,19 @@ class Run:
         self._promised: set[str] = set()
         self._states: dict[tuple[Entry, str | None], Any] = {}
         self.branch: str | None = None
+        self.alone: Entry | None = None
+        """Whose gradient pass is in progress: no other plugin's hooks fire in it."""
         self.predictions: dict[str, Tensor] = {}
         self._last_call: Any = None
         self.context: str | None = None
         self.carried: Tensor | None = None
         self.unscaled: Tensor | None = None
         self.scale_model_input: Callable[..., Tensor] | None = None
-        self._artefacts = [value for entry in entries for value in entry.given.values() if isinstance(value, Artefact)]
+        self.strides: list[int] = []
+        """How far each step goes down, where the schedule was edited and the scheduler would not follow by itself."""
+        self.artefacts = [
+            (value, need.fits) for entry in entries for need in entry.plugin.needs if isinstance(value := entry.given[need.knob], Artefact)
+        ]
         self._begin_schedule()
 
     # state and report -------------------------------------------------------------------------------------------------------------
@@ -181,7 +189,7 @@ class Run:
         position = min(begin + index, len(timesteps) - 1)
         sigmas = getattr(scheduler, "sigmas", None)
         sigma = sigmas[position] if isinstance(sigmas, Tensor) and position < len(sigmas) else None
-        return Step(index, total, timesteps[position], sigma)
+        return Step(index, total, timesteps[position], sigma, begin)
 
     def _locate(self, timestep: Any) -> None:
         """Where in the schedule this run begins (image-to-image cuts the front off).
@@ -206,7 +214,10 @@ class Run:
         call = ScheduleCall(self, inner, names, args, kwargs)
         call.scheduler = scheduler
         schedule = chain(call)
+        self.strides = []
         if schedule.timesteps is not scheduler.timesteps or schedule.sigmas is not getattr(scheduler, "sigmas", None):
+            if is_strided(scheduler) and not is_part(schedule.timesteps, scheduler.timesteps):
+                self.strides = strides_of(scheduler, schedule.timesteps)
             write_schedule(scheduler, schedule.timesteps, schedule.sigmas)
         self._begin_schedule()
 
@@ -223,8 +234,8 @@ class Run:
         call = DenoiseCall(self, inner, names, args, kwargs)
         if self._begin is None:
             self._locate(call.get(self.family.timestep))
-        if self._artefacts:
-            self._ready(call)
+        if self.artefacts:
+            self._ready(call, model_name)
         branch, branches = self._branch_of_call()
         call.branch, call.branches = branch, branches
         call.model, call.model_name = getattr(self.pipe, model_name), model_name
@@ -255,11 +266,12 @@ class Run:
             return name, (name,)
         return "cond", ("cond",)
 
-    def _ready(self, call: DenoiseCall) -> None:
+    def _ready(self, call: DenoiseCall, model_name: str) -> None:
         """Before the first denoiser call: scheduler, steps and size are known now, and nothing was computed yet."""
-        for artefact in self._artefacts:
-            artefact.ensure_run(self.pipe.scheduler, self.step.total, tuple(call.sample.shape[1:]))
-        self._artefacts = []
+        for artefact, fits in self.artefacts:
+            guidance = self.guidance_scale(model_name)
+            artefact.ensure_run(self.pipe.scheduler, self.step.total, tuple(call.sample.shape[1:]), fits, guidance)
+        self.artefacts = []
 
     def guidance_active(self) -> bool:
         """Whether batched guidance is on now; read live, because it can be cut in mid-run."""
@@ -308,10 +320,12 @@ class Run:
             call = call.replace(sample=_fill_rows(self.carried, call.sample.shape[0]))
         if onions.guide is not None and len(self.predictions) > 1:
             call = self._guide(onions.guide, call)
-        if onions.step is None:
-            result = call_inner(call)
-        else:
-            result = _step_result(onions.step, call)
+        position = (self._begin or 0) + self.index
+        with striding(scheduler, self.strides[position] if position < len(self.strides) else None):
+            if onions.step is None:
+                result = call_inner(call)
+            else:
+                result = _step_result(onions.step, call)
         self.report.steps += 1
         self.index += 1
         self._step = None

@@ -8,7 +8,10 @@ hands its predecessor up. Nothing is ever written to a class.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, MutableMapping
+from collections.abc import Callable, Iterator, MutableMapping
+from contextlib import contextmanager
+from fractions import Fraction
+from itertools import pairwise
 from typing import Any
 
 from diffgraft.errors import Unsupported
@@ -96,13 +99,16 @@ def write_schedule(scheduler: Any, timesteps: Any, sigmas: Any) -> None:
     """Put an edited schedule, or a part of the scheduler's own (slices of its timesteps and sigmas), into a scheduler.
 
     Raises:
-        Unsupported: the scheduler derives its step size from ``num_inference_steps`` alone (DDIM, PNDM), so it cannot follow the edit.
+        Unsupported: the scheduler derives its step size from ``num_inference_steps`` alone and keeps a plan of the steps (PNDM), so it
+            cannot follow the edit; or it moves between whole timesteps (DDIM), and these are not falling whole numbers.
     """
     name = type(scheduler).__name__
     part = is_part(timesteps, scheduler.timesteps)
     has_sigmas = getattr(scheduler, "sigmas", None) is not None
     custom = getattr(scheduler, "custom_timesteps", None) is not None
-    if not has_sigmas and not custom and not part:
+    if is_strided(scheduler) and not part:
+        strides_of(scheduler, timesteps)  # refuses what it cannot step along
+    elif not has_sigmas and not custom and not part:
         raise Unsupported(
             f"{name} cannot follow an edited schedule: it steps by num_train_timesteps / num_inference_steps; use a sigma scheduler"
         )
@@ -117,10 +123,55 @@ def write_schedule(scheduler: Any, timesteps: Any, sigmas: Any) -> None:
         scheduler.num_inference_steps = len(timesteps)
 
 
+STRIDED = frozenset({"DDIMScheduler", "DDIMParallelScheduler", "CogVideoXDDIMScheduler"})
+"""Schedulers that go from t to t - T // num_inference_steps, whatever their timesteps are."""
+
+
+def is_strided(scheduler: Any) -> bool:
+    """Whether the scheduler is one of :data:`STRIDED` or made from one."""
+    return any(cls.__name__ in STRIDED for cls in type(scheduler).__mro__)
+
+
+def strides_of(scheduler: Any, timesteps: Any) -> list[int]:
+    """How far each step of an edited schedule goes down; the last goes past 0, to the clean sample. Reads the values: once a run.
+
+    Raises:
+        Unsupported: they are not falling whole numbers of 0 to T - 1.
+    """
+    values = [float(t) for t in timesteps.tolist()]
+    T = int(scheduler.config.num_train_timesteps)
+    falling = all(a > b for a, b in pairwise(values))
+    if not values or not falling or any(t != int(t) or not 0 <= t < T for t in values):
+        raise Unsupported(f"{type(scheduler).__name__} moves between falling whole timesteps of 0 to {T - 1}, and cannot follow {values}")
+    return [int(a - b) for a, b in pairwise(values)] + [T]
+
+
+@contextmanager
+def striding(scheduler: Any, stride: int | None) -> Iterator[None]:
+    """For one step: let a strided scheduler go ``stride`` timesteps down (None: as far as it goes by itself).
+
+    It takes T // num_inference_steps, and no whole number of steps gives every stride; a fraction does, exactly.
+    """
+    if stride is None:
+        yield
+        return
+    before = scheduler.num_inference_steps
+    scheduler.num_inference_steps = Fraction(scheduler.config.num_train_timesteps, stride)
+    try:
+        yield
+    finally:
+        scheduler.num_inference_steps = before
+
+
 def is_part(timesteps: Any, of: Any) -> bool:
     """Whether ``timesteps`` is a slice ``of[a:b]``: a view of the same storage. A part of a schedule keeps the schedule's step size."""
     same = timesteps.untyped_storage().data_ptr() == of.untyped_storage().data_ptr()
     return bool(same and timesteps.stride() == of.stride() and len(timesteps) <= len(of))
+
+
+def set_requires_grad(parameter: Any, value: bool) -> None:
+    """Switch a parameter's gradient off for a while, and on again; what it has collected in ``grad`` stays as it is."""
+    parameter.requires_grad_(value)
 
 
 def write_global(owner: Any, name: str, value: Any) -> Any:

@@ -39,6 +39,13 @@ def stack_of(pipe: Any) -> PluginStack | None:
     return getattr(type(pipe), _STACK, None)
 
 
+def ensure_bare(pipe: Any, why: str) -> None:
+    """Raises Conflict when there are plugins on the pipeline."""
+    stack = stack_of(pipe)
+    if stack is not None and (names := stack.list()):
+        raise Conflict(f"{', '.join(names)} on this pipeline; diffgraft.unload(pipe) first: {why}")
+
+
 def attach(pipe: Any, plugins: Sequence[Plugin]) -> PluginStack:
     """Put ``plugins`` on ``pipe``, inside those that are there. All checks come first: if one fails, the pipeline is as it was.
 

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from diffgraft.calls import AttentionInfo, BlockInfo
+from diffgraft.errors import Unsupported
 from diffgraft.family import Family
 from diffgraft.plugin import Entry
 from diffgraft.run import Chain, Onions, Run, active_run, call_inner, compose
@@ -88,7 +89,7 @@ class Wiring:
         onions = Onions(entries)
         self._used = {}
         slots = self._scheduler(run, onions, entries)
-        if points & {"denoise", "block", "attention", "guide"}:
+        if points & {"denoise", "block", "attention", "guide"} or run.artefacts:  # they are held against the first denoiser call
             slots += self._denoisers(run, onions)
         if "control" in points:
             networks = controls_of(self.pipe)
@@ -96,11 +97,11 @@ class Wiring:
             run.promise("control", bool(networks))
         denoisers = denoisers_of(self.pipe, self.family)
         if "block" in points:
-            chosen = _select(entries, "block", blocks_of(self.family, denoisers))
+            chosen = _select(entries, "block", blocks_of(self.family, denoisers), denoisers)
             slots += [self._method(info.module, "forward", partial(run.block, chain, info), inside=True) for info, chain in chosen]
             run.promise("block", bool(chosen))
         if "attention" in points:
-            layers = _select(entries, "attention", attention_of(denoisers))
+            layers = _select(entries, "attention", attention_of(denoisers), denoisers)
             slots += [self._processor(info, partial(run.attention, chain, info)) for info, chain in layers]
             run.promise("attention", bool(layers))
         self._kept, self._used = self._used, {}  # a scheduler or denoiser that was replaced is not held on to
@@ -110,8 +111,8 @@ class Wiring:
         slots: list[Slot] = []
         scheduler = self.pipe.scheduler
         for entry in entries:
-            if (cls := entry.plugin.scheduler) is not None:
-                scheduler = cls.from_config(scheduler.config, **entry.plugin.scheduler_options())
+            if (new := entry.plugin.make_scheduler(scheduler, self.family)) is not None:
+                scheduler = new
                 slot = Slot(self.pipe.__dict__, "scheduler", lambda: self.pipe.__dict__["scheduler"])
                 slot.put(scheduler)
                 slots.append(slot)
@@ -120,6 +121,8 @@ class Wiring:
         slots.append(self._method(scheduler, "step", partial(run.scheduler_step, onions)))
         if any("latents" in entry.plugin.effects.edits for entry in entries) and hasattr(scheduler, "scale_model_input"):
             slots.append(self._method(scheduler, "scale_model_input", run.note_scaling))
+        if scheduler is not self.pipe.scheduler:  # made for this run: it goes with it
+            self._used = {key: slot for key, slot in self._used.items() if key[0] != id(scheduler)}
         return slots
 
     def _denoisers(self, run: Run, onions: Onions) -> list[Slot]:
@@ -163,7 +166,7 @@ class Wiring:
         return slot
 
 
-def _select(entries: Sequence[Entry], point: str, infos: Sequence[Any]) -> list[tuple[Any, Chain]]:
+def _select(entries: Sequence[Entry], point: str, infos: Sequence[Any], denoisers: Mapping[str, nn.Module]) -> list[tuple[Any, Chain]]:
     """(info, onion) for each block or layer that at least one plugin selects."""
     wanted: dict[int, list[Entry]] = {}
     for entry in entries:
@@ -171,7 +174,17 @@ def _select(entries: Sequence[Entry], point: str, infos: Sequence[Any]) -> list[
             select = entry.plugin.select_blocks if point == "block" else entry.plugin.select_attention
             for info in select(infos):
                 wanted.setdefault(info.order, []).append(entry)
+                ensure_breakable(denoisers[info.model], entry.name, point)
     return [(info, compose(wanted[info.order], point, call_inner)) for info in infos if info.order in wanted]
+
+
+def ensure_breakable(denoiser: nn.Module, name: str, point: str) -> None:
+    """Raises Unsupported where a hook inside the denoiser would end in an error of dynamo's: a hook is a break in a compiled graph."""
+    if getattr(getattr(denoiser, "dynamo_ctx", None), "fullgraph", False):
+        raise Unsupported(
+            f"{name} needs its {point} hooks inside the denoiser, but that was compiled by torch.compile(fullgraph=True), which allows no "
+            "break in its graph; compile it without fullgraph"
+        )
 
 
 @contextmanager

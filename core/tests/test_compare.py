@@ -86,6 +86,16 @@ def test_macs(result, pipe):
     assert macs["baseline"].per_run == STEPS * counter.get_total_flops() // 2
 
 
+def test_product_of_the_parts(result):
+    alone = [result.arm(name).latency.of_medians for name in ("sparse", "idle")]
+    found = result.product
+    assert found.speedup_of_parts == pytest.approx(alone[0] * alone[1])
+    assert found.speedup == result.arm("sparse + idle").latency.of_medians
+    assert (found.macs_limit_of_parts, found.macs_limit) == (2, 2)
+    assert result.to_json()["product"]["macs_limit"] == 2
+    assert "MAC limits 2.00x" in str(found)
+
+
 def latent_size(pipe):
     return 64 // pipe.vae_scale_factor, 64 // pipe.vae_scale_factor
 

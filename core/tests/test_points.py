@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import gc
 import inspect
+import weakref
 from typing import ClassVar
 
 import pytest
@@ -14,6 +16,7 @@ from diffusers import (
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     HeunDiscreteScheduler,
+    PNDMScheduler,
 )
 from probes import Effects, Everything, PluginConfig, Probe, generate, tiny, trace
 
@@ -324,13 +327,73 @@ def test_an_edited_schedule_is_run(name):
 
 
 def test_a_scheduler_that_cannot_follow_an_edited_schedule_is_refused():
-    pipe, kwargs = tiny("StableDiffusionPipeline")  # DDIM
+    pipe, kwargs = tiny("StableDiffusionPipeline")
+    pipe.scheduler = PNDMScheduler.from_config(pipe.scheduler.config)
     before = generate(pipe, kwargs)
     load_pipeline(pipe, plugins=[Halve])
-    with pytest.raises(Unsupported, match="DDIMScheduler cannot follow"):
+    with pytest.raises(Unsupported, match="PNDMScheduler cannot follow"):
         generate(pipe, kwargs)
     pipe.plugins.remove("halve")
     assert torch.equal(generate(pipe, kwargs), before)
+
+
+def test_a_step_knows_how_much_of_the_schedule_was_left_out_before_it():
+    class Places(Probe):
+        seen: ClassVar[list[tuple[int, int, int]]] = []
+
+        def denoise(self, call, next):
+            self.seen.append((call.step.begin, call.step.index, call.step.total))
+            return next(call)
+
+    pipe, kwargs = tiny("StableDiffusionImg2ImgPipeline")
+    load_pipeline(pipe, plugins=[Places])
+    generate(pipe, kwargs, num_inference_steps=4, strength=0.5)
+    assert Places.seen == [(2, 0, 2), (2, 1, 2)]
+
+
+class Given(Probe):
+    """Puts these timesteps into the scheduler."""
+
+    name = "given"
+    timesteps: ClassVar[list[float]] = []
+
+    def schedule(self, call, next):
+        made = next(call)
+        return Schedule(torch.tensor(self.timesteps), made.sigmas)
+
+
+@pytest.mark.parametrize("name", ["StableDiffusionPipeline", "DiTPipeline"])
+@pytest.mark.parametrize("eta", [0.0, 0.5])
+def test_ddim_follows_an_edited_schedule(name, eta, monkeypatch):
+    """Timesteps of one spacing given to the scheduler of another: the same bits as the scheduler of that spacing."""
+    pipe, kwargs = tiny(name)
+    if eta and "eta" not in inspect.signature(type(pipe).__call__).parameters:
+        return
+    more = {"num_inference_steps": 4} | ({"eta": eta} if eta else {})
+    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, timestep_spacing="leading")
+    wanted = generate(pipe, kwargs, **more)
+    monkeypatch.setattr(Given, "timesteps", pipe.scheduler.timesteps.tolist())
+    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, timestep_spacing="trailing")
+    assert not torch.equal(generate(pipe, kwargs, **more), wanted)
+    load_pipeline(pipe, plugins=[Given])
+    assert torch.equal(generate(pipe, kwargs, **more), wanted)
+    assert pipe.scheduler.num_inference_steps == 4
+
+
+def test_ddim_goes_exactly_as_far_as_an_edited_schedule_says(monkeypatch):
+    pipe, kwargs = tiny("StableDiffusionPipeline")
+    visited, scheduler = [], pipe.scheduler
+    variance = scheduler._get_variance
+    monkeypatch.setattr(scheduler, "_get_variance", lambda t, before: visited.append((int(t), int(before))) or variance(t, before))
+    monkeypatch.setattr(Given, "timesteps", [977, 611, 610, 7])
+    load_pipeline(pipe, plugins=[Given])
+    generate(pipe, kwargs, num_inference_steps=4)
+    assert visited == [(977, 611), (611, 610), (610, 7), (7, -993)]
+    for bad in ([977, 611, 611, 7], [7, 611], [611.5, 7.0], [1000, 3]):
+        monkeypatch.setattr(Given, "timesteps", bad)
+        with pytest.raises(Unsupported, match="DDIMScheduler moves between falling whole timesteps of 0 to 999"):
+            generate(pipe, kwargs, num_inference_steps=4)
+
 
 
 class MySteps(EulerDiscreteScheduler):
@@ -342,8 +405,8 @@ class Replace(Probe):
     scheduler = MySteps
     effects = Effects(replaces=frozenset({"scheduler"}))
 
-    def scheduler_options(self):
-        return {"timestep_spacing": "trailing"}
+    def make_scheduler(self, old, family):
+        return MySteps.from_config(old.config, timestep_spacing="trailing")
 
 
 def test_a_scheduler_is_replaced_for_the_run_only():
@@ -356,6 +419,25 @@ def test_a_scheduler_is_replaced_for_the_run_only():
     unload(pipe)
     pipe.scheduler = EulerDiscreteScheduler.from_config(own.config, timestep_spacing="trailing")
     assert torch.equal(generate(pipe, kwargs), replaced)
+
+
+def test_a_scheduler_made_for_a_run_is_freed_with_it():
+    made = []
+
+    class Remember(Replace):
+        name = "remember"
+
+        def make_scheduler(self, old, family):
+            scheduler = super().make_scheduler(old, family)
+            made.append(weakref.ref(scheduler))
+            return scheduler
+
+    pipe, kwargs = tiny("StableDiffusionPipeline")
+    load_pipeline(pipe, plugins=[Remember])
+    generate(pipe, kwargs)
+    generate(pipe, kwargs)
+    gc.collect()
+    assert [ref() for ref in made] == [None, None]
 
 
 def test_step_can_be_answered_without_the_scheduler():

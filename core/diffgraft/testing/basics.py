@@ -159,6 +159,7 @@ def memory(s: Subject) -> None:
             s.run(pipe)
         before = live_tensors(pipe.scheduler)
         s.run(pipe)
+        pipe.plugins.report().plugins.clear()  # what it recorded is there for the user to read
         after = live_tensors(pipe.scheduler)
     if "resolution" in s.plugin.effects.edits:  # models cache tables for every size that they see: what goes with the plugin is its own
         unload(pipe)

@@ -26,6 +26,7 @@ from diffgraft.family import Family
 from diffgraft.loading import load_pipeline
 from diffgraft.plugin import Plugin
 from diffgraft.report import PluginReport
+from diffgraft.search import search_call
 from diffgraft.stack import stack_of
 
 STEPS = 4
@@ -536,21 +537,27 @@ def has_plugin(pipe: Any, plugin: type[Plugin]) -> bool:
 
 def artefacts(plugin: type[Plugin], family: Family, class_name: str, setting: Setting) -> dict[str, Any]:
     """The artefacts that the plugin needs under ``setting``, by knob."""
-    if plugin.calibration is None:
+    if plugin.calibration is None and plugin.search is None:
         return {}
-    made_under = replace(setting, samples=(0,), cut=None)
+    needs = [need for need in plugin.needs if need.kind in ("artefact", "search")]
+    if any(need.fits for need in needs):
+        made_under = replace(setting, samples=(0,), cut=None)
+    else:  # it is of the model alone, so one serves every run
+        made_under = Setting(processors=setting.processors, ip_adapter=setting.ip_adapter, lora=setting.lora)
     key = (plugin, family, class_name, made_under)
     if key not in _artefacts:
         _artefacts[key] = calibrated(*key)
-    return {need.knob: _artefacts[key] for need in plugin.needs if need.kind == "artefact"}
+    return {need.knob: _artefacts[key] for need in needs}
 
 
 _artefacts: dict[tuple[Any, ...], Artefact] = {}
 
 
 def calibrated(plugin: type[Plugin], family: Family, class_name: str, setting: Setting) -> Artefact:
-    """What the plugin's calibrator makes of one run under ``setting``."""
+    """What the plugin's calibrator makes of one run under ``setting``, or an example of what its search would find."""
     pipe = prepared(tiny(family, class_name).pipe, family, setting)
+    if plugin.search is not None:
+        return search_call(pipe, plugin(**plugin.active), lambda: call(pipe, family, class_name, setting))
     return calibrate_call(pipe, plugin(**plugin.active), lambda: call(pipe, family, class_name, setting))
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -108,9 +109,7 @@ class Judge:
         if len(images) != len(prompts):
             raise ValueError(f"{len(images)} images but {len(prompts)} prompts; give one prompt for each image")
         wanted = [scenes.parse_prompt(prompt) for prompt in prompts]
-        parts = [part if len(labels) == 1 else isolate(part, labels[i].place or "") for part, labels in zip(images, wanted, strict=True)
-                 for i in range(len(labels))]  # fmt: skip
-        seen = iter(self.predict(parts))
+        seen = iter(self.predict(apart(images, wanted)))
         scores: dict[str, list[bool | None]] = {name: [] for name in FIELDS}
         for labels in wanted:
             found = [(asdict(each), next(seen)) for each in labels]
@@ -119,6 +118,27 @@ class Judge:
                 said = [want[name] == have[name] for want, have in found if want[name] is not None and not open_]
                 scores[name].append(all(said) if said else None)
         return scores
+
+    @torch.no_grad()
+    def likelihood(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> list[float]:
+        """For each picture the mean log-probability (at most 0) of what its prompt says, over the fields that it names.
+
+        Where `score` says right or wrong this says how nearly: what a search can climb.
+        """
+        wanted = [scenes.parse_prompt(prompt) for prompt in prompts]
+        parts = apart(images, wanted)
+        logs = [{name: row.log_softmax(1) for name, row in self.net(part).items()} for part in to_batch(parts).split(64)] if parts else []
+        rows = iter([{name: part[name][i] for name in FIELDS} for part in logs for i in range(len(part["object"]))])
+        answer = []
+        for labels in wanted:
+            said = [
+                row[name][self.config.classes[name].index(value)]
+                for each, row in zip(labels, rows, strict=False)
+                for name, value in asdict(each).items()
+                if value is not None and not (len(labels) > 1 and name == "place")
+            ]
+            answer.append(float(torch.stack(said).mean()) if said else 0.0)
+        return answer
 
     @torch.no_grad()
     def features(self, images: Sequence[Image.Image]) -> Tensor:
@@ -131,6 +151,23 @@ def load_bundled() -> Judge:
     from ..bundled import emoji_sd
 
     return Judge.from_pretrained(Path(emoji_sd.path) / "judge")
+
+
+def reward(images: Sequence[Image.Image], prompts: Sequence[str]) -> list[float]:
+    """`Judge.likelihood` of the bundled judge, as the reward "emoji_judge"."""
+    return bundled_once().likelihood(images, prompts)
+
+
+@cache
+def bundled_once() -> Judge:
+    """The bundled judge, read once."""
+    return load_bundled()
+
+
+def apart(images: Sequence[Image.Image], wanted: Sequence[Sequence[scenes.Labels]]) -> list[Image.Image]:
+    """One picture for each object that is asked for: of a pair each half alone."""
+    return [part if len(labels) == 1 else isolate(part, each.place or "")
+            for part, labels in zip(images, wanted, strict=True) for each in labels]  # fmt: skip
 
 
 def isolate(image: Image.Image, place: str) -> Image.Image:

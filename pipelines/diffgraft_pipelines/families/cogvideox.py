@@ -15,5 +15,6 @@ family = Family(
     guidance=Guidance("batched"),
     latents="bfchw",
     appended="channels",  # image to video: the start picture
+    common=("image_rotary_emb",),
     tiny="diffgraft_pipelines.tiny.cogvideox:make",
 )

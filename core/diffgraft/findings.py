@@ -1,0 +1,62 @@
+"""What a search found, in a small JSON file that fits only where it was searched: the sibling of a calibration's safetensors file."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from typing_extensions import Self
+
+from diffgraft.artefacts import FORMAT, Artefact, checksum, find_file, make_again
+from diffgraft.errors import ArtefactMismatch
+
+
+@dataclass(frozen=True)
+class Finding(Artefact):
+    """The best genome of a search, and how it was found.
+
+    ``facts``: "genome", "fitness" (what was minimised, its value and that of the start), "guidance_scale", "prompts" (number and SHA-256),
+    "history" (an entry a generation), "searcher" and "plan" (settings). There are no tensors.
+    """
+
+    kind: str = "search"
+
+    @property
+    def genome(self) -> Any:
+        """The best genome, as the plugin's searcher wrote it."""
+        return self.facts["genome"]
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the file: the whole of it, or nothing."""
+        header: dict[str, Any] = json.loads(json.dumps({"format": FORMAT, "made_for": asdict(self.made_for), "facts": self.facts}))
+        header["checksum"] = checksum(header, {})
+        write_json(path, header)
+
+    @classmethod
+    def load(cls, source: str | os.PathLike[str], plugin: str, kind: str = "search") -> Self:
+        """The finding at a path, or at ``owner/name/file.json`` on the Hub.
+
+        Raises:
+            ConfigError: there is no such file.
+            ArtefactMismatch: it is none, is damaged, or was made for another plugin.
+        """
+        path = find_file(source, plugin, kind)
+        try:
+            header = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise ArtefactMismatch(f"{source} cannot be read as JSON ({error}); {make_again(plugin, kind)}") from error
+        if not isinstance(header, dict) or not {"made_for", "facts", "checksum"} <= header.keys():
+            raise ArtefactMismatch(f"{source} is JSON, but not what a search found; {make_again(plugin, kind)}")
+        return cls.checked(header, {}, source, plugin, kind)
+
+
+def write_json(path: str | os.PathLike[str], value: Any) -> None:
+    """Write a JSON file: the whole of it, or nothing."""
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(f".{target.name}.partial")
+    partial.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+    partial.replace(target)

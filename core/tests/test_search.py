@@ -1,0 +1,414 @@
+"""The search: its loop, its fitnesses, what it keeps when it is interrupted, and the file in the end."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+from typing import Any
+
+import pytest
+import torch
+from diffgraft import ArtefactMismatch, ConfigError, Conflict, Need, Unsupported, load_pipeline
+from diffgraft.artefacts import MadeFor
+from diffgraft.cli import app
+from diffgraft.errors import RewardError
+from diffgraft.findings import Finding
+from diffgraft.fitness import FrechetFitness, RewardFitness, TrajectoryFitness, find_features, frechet, make_outputs, read_pictures
+from diffgraft.inputs import CallSettings, Sample
+from diffgraft.search import Plan, Searcher, evolve, search, search_call
+from diffusers import EulerDiscreteScheduler
+from PIL import Image
+from probes import Everything, PluginConfig, Probe, generate, tiny, trace
+from pydantic import Field
+from typer.testing import CliRunner
+
+
+class GainConfig(PluginConfig):
+    gain: float = Field(1.0, description="what predictions are multiplied with")
+    artefact: Any = Field(None, description="what a search found")
+
+
+class GainSearchConfig(PluginConfig):
+    spread: float = Field(0.5, gt=0, description="standard deviation of a mutation")
+
+
+class GainSearcher(Searcher):
+    """Genomes are the gain in hundredths."""
+
+    Config = GainSearchConfig
+
+    def prepare(self, probe):
+        self.asked = probe.steps
+
+    def first(self, rng, number, size):
+        return 160 if number == 0 else self.draw(rng, 0)
+
+    def draw(self, rng, epoch):
+        return rng.randint(50, 200)
+
+    def mutate(self, rng, parent, epoch):
+        return max(1, parent + round(100 * rng.gauss(0, self.config.spread)))
+
+    def cross(self, rng, one, other):
+        return (one + other) // 2 if one != other else None
+
+    def steps(self, genome):
+        return self.asked
+
+    def knobs(self, genome):
+        return {"gain": genome / 100}
+
+
+class Gain(Probe):
+    """Multiplies predictions by a gain."""
+
+    name = "gain"
+    Config = GainConfig
+    needs = (Need("search", "artefact", fits=frozenset({"scheduler", "steps", "guidance"})),)
+    search = GainSearcher
+
+    def denoise(self, call, next):
+        artefact = call.given("artefact")
+        return next(call) * (self.config.gain if artefact is None else artefact.genome / 100)
+
+
+SMALL = Plan.of(5, epochs=3, seed=3)
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    made = tiny("StableDiffusionPipeline")[0]
+    made.set_progress_bar_config(disable=True)
+    return made
+
+
+def sized(pipe: Any, **more: Any) -> CallSettings:
+    side = pipe.unet.config.sample_size * pipe.vae_scale_factor
+    return CallSettings(**{"steps": 2, "guidance_scale": 4.0, "height": side, "width": side, **more})
+
+
+def samples(n: int = 2) -> list[Sample]:
+    return [Sample(seed=i, prompt=f"picture {i}") for i in range(n)]
+
+
+def found(pipe: Any, path: Any, **more: Any) -> Finding:
+    fitness = more.pop("fitness", TrajectoryFitness(2))
+    return search(pipe, Gain(), samples(), sized(pipe), path, fitness, **{"plan": SMALL, **more})
+
+
+# the loop ----------------------------------------------------------------------------------------------------------------------------
+
+
+class Line(GainSearcher):
+    def prepare(self, probe):
+        pass
+
+
+def test_the_loop_minimises_counts_and_repeats_itself():
+    judged: list[int] = []
+
+    def judge(genome):
+        judged.append(genome)
+        return (genome - 77) ** 2
+
+    plan = Plan.of(10, epochs=6, seed=1)
+    assert (plan.top, plan.mutations, plan.crossovers) == (2, 5, 2)
+    one = evolve(Line(), judge, plan)
+    assert len(judged) == len(set(judged)) == one.judged == 60
+    assert one.start == (160 - 77) ** 2 == judged[0] * 0 + 83**2
+    assert one.loss == min((g - 77) ** 2 for g in judged) == (one.best - 77) ** 2
+    assert one.loss < min((g - 77) ** 2 for g in judged[:10]), "later generations have found nothing better"
+    assert [entry["judged"] for entry in one.history] == [10, 20, 30, 40, 50, 60]
+    assert all(a["best"] >= b["best"] for a, b in zip(one.history, one.history[1:], strict=False))
+    assert evolve(Line(), judge, plan) == one
+    assert evolve(Line(), judge, Plan.of(10, epochs=6, seed=2)) != one
+
+
+def test_a_space_with_less_than_a_generation_ends():
+    class Few(Line):
+        def first(self, rng, number, size):
+            return number % 2
+
+        def draw(self, rng, epoch):
+            return rng.randint(0, 3)
+
+        def mutate(self, rng, parent, epoch):
+            return None
+
+    got = evolve(Few(), lambda genome: -genome, Plan.of(8, epochs=4))
+    assert (got.best, got.judged) == (3, 4)
+
+
+@pytest.mark.parametrize("loss", [math.nan, math.inf, -math.inf])
+def test_a_fitness_that_is_no_number_is_refused(loss):
+    with pytest.raises(RewardError, match=r"the fitness is .* for the candidate 160"):
+        evolve(Line(), lambda genome: loss, SMALL)
+
+
+@pytest.mark.parametrize(("key", "value"), [("population", 0), ("epochs", 0), ("top", 0), ("mutations", 9), ("crossovers", -1)])
+def test_bad_plans_are_refused(key, value):
+    with pytest.raises(ConfigError, match=key):
+        Plan(**{"population": 5, "mutations": 2, "crossovers": 1, key: value})
+
+
+def test_a_bad_searcher_knob_is_refused(pipe, tmp_path):
+    with pytest.raises(ConfigError, match=r"search of gain.*spread = 0"):
+        found(pipe, tmp_path / "a.json", knobs={"spread": 0})
+
+
+# on a pipeline -----------------------------------------------------------------------------------------------------------------------
+
+
+def test_search_use_and_leave_no_trace(pipe, tmp_path):
+    settings = sized(pipe)
+    kwargs = {"prompt": "x", "num_inference_steps": 2, "guidance_scale": 4.0, "height": settings.height, "width": settings.width}
+    plain = generate(pipe, kwargs, output_type="latent")
+    before = trace(pipe)
+    path, phases = tmp_path / "gain.json", []
+    made = found(pipe, path, on_progress=lambda phase, done, total: phases.append((phase, done, total)))
+    assert trace(pipe) == before
+    assert not path.with_name("gain.json.partial").exists()
+    assert phases[0] == ("reference", 2, 2)
+    assert phases[-1] == ("search", made.facts["judged"], 15)
+    fitness = made.facts["fitness"]
+    assert 0 <= fitness["loss"] < fitness["loss_of_start"], "a gain of 1 is the reference itself, 1.6 is far off"
+    assert (made.facts["guidance_scale"], made.made_for.steps, made.facts["prompts"]["seeds"]) == (4.0, 2, [0, 1])
+    assert Finding.load(path, "gain") == Finding(made.made_for, {}, json.loads(json.dumps(made.facts)), str(path))
+    load_pipeline(pipe, plugins=[Gain(artefact=path)])
+    try:
+        changed = generate(pipe, kwargs, output_type="latent")
+        pipe.plugins.configure("gain", artefact=None, gain=made.genome / 100)
+        assert torch.equal(generate(pipe, kwargs, output_type="latent"), changed)
+        pipe.plugins.configure("gain", artefact=None, gain=1.0)
+        assert torch.equal(generate(pipe, kwargs, output_type="latent"), plain)
+    finally:
+        pipe.plugins.clear()
+
+
+class Stop(BaseException):
+    """Comes from where Ctrl-C may come."""
+
+
+def test_an_interrupted_search_goes_on_at_every_candidate_and_ends_alike(pipe, tmp_path, monkeypatch):
+    whole = found(pipe, tmp_path / "whole.json")
+    calls, stop = 0, -1
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == stop:
+            raise Stop
+        return make_outputs(*args, **kwargs)
+
+    monkeypatch.setattr("diffgraft.search.make_outputs", counted)
+    monkeypatch.setattr("diffgraft.fitness.make_outputs", counted)
+    path, total = tmp_path / "again.json", 0
+    while True:  # every attempt makes the look, what was lost, and is stopped in its second candidate
+        calls, stop = 0, 4 if total == 0 else 3
+        try:
+            again = found(pipe, path)
+            break
+        except Stop:
+            total += 1
+            assert not hasattr(pipe, "plugins"), "the pipeline is left as it was"
+            assert len(list((tmp_path / "again.json.partial").glob("0*.json"))) == total
+    assert total == whole.facts["judged"] - 1
+    assert again.facts == whole.facts
+    assert path.read_bytes() == (tmp_path / "whole.json").read_bytes()
+
+
+def test_an_unfinished_search_of_something_else_is_refused(pipe, tmp_path):
+    path = tmp_path / "gain.json"
+
+    def broken(images, prompts):
+        raise Stop
+
+    with pytest.raises(Stop):
+        found(pipe, path, fitness=RewardFitness(broken))
+    with pytest.raises(ConfigError, match="unfinished search with another model, other knobs"):
+        found(pipe, path)
+
+
+def test_a_reward_that_is_no_number_ends_the_search_and_keeps_what_was_judged(pipe, tmp_path):
+    given = iter([0.5, 0.25, math.nan])
+
+    def fickle(images, prompts):
+        value = next(given)
+        return [value] * len(images)
+
+    with pytest.raises(RewardError, match=r"fickle.*nan"):
+        found(pipe, tmp_path / "gain.json", fitness=RewardFitness(fickle))
+    assert not hasattr(pipe, "plugins")
+    records = sorted((tmp_path / "gain.json.partial").glob("0*.json"))
+    assert [json.loads(p.read_text())["loss"] for p in records] == [-0.5, -0.25]
+
+
+def test_refusals_before_anything_is_made(pipe, tmp_path):
+    fitness, path = TrajectoryFitness(), tmp_path / "a.json"
+    with pytest.raises(Unsupported, match="nothing to search for"):
+        search(pipe, Everything(), samples(), sized(pipe), path, fitness)
+    with pytest.raises(Unsupported, match="nothing to search for"):
+        search_call(pipe, Everything(), lambda: None)
+    with pytest.raises(ConfigError, match="--prompts and --steps"):
+        search(pipe, Gain(), [], sized(pipe), path, fitness)
+    with pytest.raises(ConfigError, match="--prompts and --steps"):
+        search(pipe, Gain(), samples(), sized(pipe, steps=None), path, fitness)
+    load_pipeline(pipe, plugins=[Everything])
+    with pytest.raises(Conflict, match="unload"):
+        found(pipe, path)
+    pipe.plugins.clear()
+    assert not list(tmp_path.iterdir())
+
+
+# the file ----------------------------------------------------------------------------------------------------------------------------
+
+
+def test_what_does_not_fit_is_refused(pipe, tmp_path):
+    settings = sized(pipe)
+    kwargs = {"prompt": "x", "num_inference_steps": 2, "guidance_scale": 4.0, "height": settings.height, "width": settings.width}
+    found(pipe, tmp_path / "gain.json", plan=Plan(1, 1, 0, 0, 1))
+    load_pipeline(pipe, plugins=[Gain(artefact=tmp_path / "gain.json")])
+    scheduler = pipe.scheduler
+    try:
+        with pytest.raises(ArtefactMismatch, match=r"guidance scale: made for 4.0, found 5.0; make one with `diffgraft search gain"):
+            generate(pipe, {**kwargs, "guidance_scale": 5.0})
+        with pytest.raises(ArtefactMismatch, match="steps: made for 2, found 3"):
+            generate(pipe, {**kwargs, "num_inference_steps": 3})
+        pipe.scheduler = EulerDiscreteScheduler.from_config(scheduler.config)
+        with pytest.raises(ArtefactMismatch, match="scheduler: made for DDIMScheduler, found EulerDiscreteScheduler"):
+            generate(pipe, kwargs)
+    finally:
+        pipe.scheduler = scheduler
+        pipe.plugins.clear()
+    other = tiny("StableDiffusionPipeline")[0]
+    with torch.no_grad():
+        for p in other.unet.parameters():
+            p.mul_(1.5)
+    with pytest.raises(ArtefactMismatch, match="with other weights"):
+        load_pipeline(other, plugins=[Gain(artefact=tmp_path / "gain.json")])
+
+
+def test_damaged_and_foreign_files_are_refused(pipe, tmp_path):
+    made_for = MadeFor("gain", "P", {}, "S", {}, 2, (1,))
+    path = tmp_path / "f.json"
+    Finding(made_for, {}, {"genome": 120, "guidance_scale": None}).save(path)
+    assert Finding.load(path, "gain").genome == 120
+    with pytest.raises(ArtefactMismatch, match="made for the plugin 'gain', not for 'other'"):
+        Finding.load(path, "other")
+    path.write_text(path.read_text().replace("120", "121"))
+    with pytest.raises(ArtefactMismatch, match="checksum is wrong; make one with `diffgraft search gain"):
+        Finding.load(path, "gain")
+    for text, why in (("[1, 2]", "not what a search found"), ("{", "cannot be read as JSON")):
+        path.write_text(text)
+        with pytest.raises(ArtefactMismatch, match=why):
+            Finding.load(path, "gain")
+    with pytest.raises(ConfigError, match="no such file; make one with `diffgraft search gain"):
+        Finding.load(tmp_path / "none.json", "gain")
+
+
+# fitnesses ---------------------------------------------------------------------------------------------------------------------------
+
+
+def test_frechet_distance_against_the_closed_forms():
+    rng = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(n, 5, generator=rng, dtype=torch.float64) @ torch.randn(5, 5, generator=rng, dtype=torch.float64) for n in (40, 60))
+    ca, cb = a.T.cov(), b.T.cov()
+    root = torch.linalg.eigvals(ca @ cb).real.clamp_min(0).sqrt().sum()
+    wanted = (a.mean(0) - b.mean(0)).square().sum() + ca.trace() + cb.trace() - 2 * root
+    assert frechet(a, b) == pytest.approx(float(wanted), rel=1e-9)
+    assert frechet(b, a) == pytest.approx(frechet(a, b))
+    assert frechet(a, a) == pytest.approx(0, abs=1e-9)
+    assert frechet(a, a + 2) == pytest.approx(20)
+    few = a[:3]  # fewer rows than features: the covariance is singular
+    assert frechet(few, few + 1) == pytest.approx(5)
+    assert frechet(a, 3 * (a - a.mean(0)) + a.mean(0)) == pytest.approx(float(4 * ca.trace()))
+
+
+def test_trajectory_is_zero_for_the_reference_itself(pipe, tmp_path):
+    fitness, settings = TrajectoryFitness(3), sized(pipe, steps=3)
+    fitness.prepare(pipe, samples(3), settings, 2, tmp_path, None)
+    assert fitness.loss(make_outputs(pipe, samples(3), settings, 2, True), []) == 0
+    other = fitness.loss(make_outputs(pipe, samples(3), sized(pipe, steps=2), 2, True), [])
+    assert other > 0
+    again = TrajectoryFitness(3)
+    again.prepare(None, [], settings, 2, tmp_path, None)  # read back: no pipeline is needed
+    assert torch.equal(again.reference, fitness.reference)
+    (tmp_path / "reference.safetensors").write_bytes(b"x")
+    with pytest.raises(ConfigError, match="cannot be read"):
+        again.prepare(None, [], settings, 2, tmp_path, None)
+
+
+def test_a_pipeline_without_latents_is_judged_by_its_pictures(tmp_path):
+    pipe = tiny("DDIMPipeline")[0]
+    pipe.set_progress_bar_config(disable=True)
+    fitness, settings = TrajectoryFitness(2), CallSettings(steps=2)
+    fitness.prepare(pipe, [Sample(0), Sample(1)], settings, 2, tmp_path, None)
+    assert fitness.reference.shape[0] == 2
+    assert fitness.loss(make_outputs(pipe, [Sample(0), Sample(1)], settings, 2, True), []) == 0
+
+
+def mean_colours(images):
+    return torch.tensor([[sum(band.getdata()) / band.size[0] / band.size[1] for band in image.split()] for image in images])
+
+
+def pictures(*levels: int) -> list[Image.Image]:
+    return [Image.new("RGB", (4, 4), (level, 0, 0)) for level in levels]
+
+
+def test_frechet_fitness(pipe, tmp_path):
+    fitness = FrechetFitness(mean_colours, pictures(10, 20, 30))
+    fitness.prepare(None, samples(2), CallSettings(), 2, tmp_path, None)
+    assert fitness.loss(pictures(10, 20, 30), []) == pytest.approx(0)
+    assert fitness.loss(pictures(40, 50, 60), []) == pytest.approx(900)
+    assert fitness.describe() != FrechetFitness(mean_colours, pictures(10, 20, 31)).describe()
+    own = FrechetFitness(mean_colours, reference_steps=2)
+    (tmp_path / "own").mkdir()
+    own.prepare(pipe, samples(2), sized(pipe), 2, tmp_path / "own", None)
+    assert own.loss(make_outputs(pipe, samples(2), sized(pipe), 2, False), []) == pytest.approx(0)
+    with pytest.raises(ConfigError, match="at least two"):
+        own.prepare(pipe, samples(1), sized(pipe), 2, tmp_path / "own", None)
+    with pytest.raises(RewardError, match="a row each"):
+        FrechetFitness(lambda images: torch.zeros(1, 3)).of(pictures(1, 2))
+    with pytest.raises(RewardError, match="not finite"):
+        FrechetFitness(lambda images: torch.full((2, 3), math.nan)).of(pictures(1, 2))
+
+
+def test_features_and_pictures_are_found_or_refused(tmp_path):
+    assert find_features("features", mean_colours) == ("mean_colours", mean_colours)
+    assert find_features("features", "math:fsum") == ("math:fsum", math.fsum)
+    for bad in ("emoji", "math:no_such", "no_such_module:f", "math:pi"):
+        with pytest.raises(ConfigError, match="features = "):
+            find_features("features", bad)
+    with pytest.raises(ConfigError, match="no picture there"):
+        read_pictures(tmp_path)
+    pictures(7)[0].save(tmp_path / "a.png")
+    assert [p.getpixel((0, 0)) for p in read_pictures(tmp_path)] == [(7, 0, 0)]
+
+
+def test_search_call_gives_an_example(pipe):
+    settings = sized(pipe)
+    size = {"height": settings.height, "width": settings.width}
+    got = search_call(pipe, Gain(), lambda: pipe("x", num_inference_steps=2, guidance_scale=3.0, **size))
+    assert got.genome == Line().draw(random.Random(0), 0)
+    assert (got.made_for.steps, got.facts["guidance_scale"]) == (2, 3.0)
+
+
+# the command line ----------------------------------------------------------------------------------------------------------------------
+
+
+def test_the_command_refuses_what_it_cannot_do(tmp_path):
+    run = CliRunner().invoke
+    base = ["search", "deepcache", "--pipeline", "emoji-sd"]
+    for more, why in [
+        ([], "--prompts FILE"),
+        (["--prompt", "x"], "--steps K"),
+        (["--prompt", "x", "--steps", "2", "--out", "a.safetensors"], ".json file"),
+        (["--prompt", "x", "--steps", "2", "--fitness", "trajectry"], "did you mean 'trajectory'"),
+        (["--prompt", "x", "--steps", "2", "--fitness", "reward"], "--reward NAME"),
+        (["--prompt", "x", "--steps", "2", "--mutations", "60"], "mutations = 60"),
+        (["--prompt", "x", "--steps", "2", "--out", str(tmp_path / "a.json")], "nothing to search for"),
+    ]:
+        done = run(app, base + more)
+        assert done.exit_code == 2, done.output
+        assert why in " ".join(done.output.split()), done.output

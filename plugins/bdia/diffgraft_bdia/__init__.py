@@ -1,0 +1,122 @@
+"""BDIA: a solver whose steps can be undone exactly (Zhang, Lewis, Kleijn, arXiv 2307.10829).
+
+DDIM's step from z_i averages over an interval; BDIA also takes the step back from z_i into account and so ties three states together by an
+equation that can be solved for either end. A run is its own inverse: `diffgraft invert bdia` walks from a picture to a pair of latents, and
+``start=`` walks back from there, with the same prompt to the same picture, with another to an edit of it.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from diffgraft import Effects, Need, Paper, Plugin, PluginConfig
+from diffgraft.artefacts import Artefact
+from diffgraft.calls import RunCall, ScheduleCall
+from diffgraft.errors import ConfigError, Unsupported
+from diffgraft.family import Family
+from diffgraft.plugin import Inverter
+from pydantic import Field
+
+from diffgraft_bdia.schedulers import BDIAScheduler, FlowBDIAScheduler
+
+__all__ = ["BDIA", "BDIAScheduler", "FlowBDIAScheduler"]
+__version__ = "0.1.0"
+
+
+class BDIAConfig(PluginConfig):
+    """Knobs of BDIA."""
+
+    gamma: float = Field(
+        1.0,
+        ge=0,
+        le=1,
+        description="gamma: weight of the step back; 1 is exact to invert, 0.5 more accurate in few steps; 0 leaves the pipeline's own "
+        "scheduler",
+    )
+    precision: Literal["float32", "float64"] = Field("float32", description="in which the two states are kept; float64 for smaller gamma")
+    start: str | Path | Artefact | None = Field(
+        None, description="a picture's code, made by `diffgraft invert bdia`: the run makes that picture again, or edits it"
+    )
+
+
+def scheduler_for(old: Any, family: Family, **options: Any) -> Any:
+    """A BDIA scheduler on the noise schedule of ``old``.
+
+    Raises:
+        Unsupported: ``old`` belongs to a distilled model, clips its x0, or has a noise schedule that BDIA does not know.
+    """
+    config, name = old.config, type(old).__name__
+    if "original_inference_steps" in config or name.startswith("TCD"):
+        raise Unsupported(f"bdia: {name} is made for a distilled model, which jumps and does not follow a trajectory that could be undone")
+    for key in ("clip_sample", "thresholding"):
+        if config.get(key):
+            raise Unsupported(f"bdia: {name}.{key} = True: a clipped step cannot be undone; set pipe.scheduler with {key}=False")
+    if family.prediction == "flow":
+        shift = {"shift": config["flow_shift"]} if "flow_shift" in config else {}  # DPM-Solver and UniPC call it so
+        return FlowBDIAScheduler.from_config(config, **shift, **options)
+    if config.get("snr_shift_scale", 1.0) != 1.0 or config.get("timestep_type") == "continuous":
+        raise Unsupported(f"bdia: {name} has a noise schedule of its own, which BDIA does not know")
+    return BDIAScheduler.from_config(config, **options)
+
+
+class BDIA(Plugin):
+    name = "bdia"
+    paper = Paper(
+        title="Exact Diffusion Inversion via Bi-directional Integration Approximation",
+        arxiv="2307.10829",
+        implemented="BDIA-DDIM and its flow-matching Euler form as schedulers; exact inversion of pictures to a pair of latents, and back",
+        omitted="BDIA on EDM's parametrisation (its models run as variance-preserving ones); editing by attention control",
+        licence="official code MIT; written from the paper's equations",
+    )
+    families = ("sd", "sdxl", "animatediff", "dit", "pixart", "sd3", "flux", "flux_kontext", "flux_fill", "qwen_image", "wan", "ltx")
+    Config = BDIAConfig
+    neutral: ClassVar[dict[str, Any]] = {"gamma": 0.0}
+    active: ClassVar[dict[str, Any]] = {"gamma": 0.5}
+    scheduler = BDIAScheduler
+    effects = Effects(replaces=frozenset({"scheduler"}), needs=frozenset({"determinism"}))
+    needs = (Need("inversion", "start", fits=frozenset({"steps", "shape"})),)
+    config: BDIAConfig
+
+    def make_scheduler(self, old: Any, family: Family) -> Any | None:
+        if self.config.gamma == 0:
+            return None
+        return scheduler_for(old, family, gamma=self.config.gamma, precision=self.config.precision)
+
+    def run(self, call: RunCall, next: Any) -> Any:
+        code = call.given("start")
+        if code is None:
+            return next(call)
+        if code.facts["knobs"]["gamma"] != self.config.gamma:
+            raise ConfigError(
+                f"plugin 'bdia': gamma = {self.config.gamma}, but start was made with gamma = {code.facts['knobs']['gamma']}: "
+                "a walk is undone by one of the same gamma"
+            )
+        return next(call.replace(latents=code.tensors["noise"].to(call.pipe._execution_device, call.pipe.dtype)))
+
+    def schedule(self, call: ScheduleCall, next: Any) -> Any:
+        schedule = next(call)
+        if (code := call.given("start")) is not None:
+            device = call.pipe._execution_device
+            call.scheduler.start_from(code.tensors["noise"].to(device), code.tensors["neighbour"].to(device))
+        return schedule
+
+
+class BDIAInverter(Inverter):
+    """Walks from a picture's latents to the noise."""
+
+    name = "bdia inversion"
+    paper = BDIA.paper
+    Config = BDIAConfig
+    scheduler = BDIAScheduler
+    effects = BDIA.effects
+    config: BDIAConfig
+
+    def make_scheduler(self, old: Any, family: Family) -> Any:
+        return scheduler_for(old, family, gamma=self.config.gamma, precision=self.config.precision, inverse=True)
+
+    def collect(self, call: RunCall) -> dict[str, Any]:
+        return call.pipe.scheduler.pair()
+
+
+BDIA.inversion = BDIAInverter

@@ -1,0 +1,281 @@
+"""BDIA: the solver on data whose score is known, exact round trips through real pipelines, inversion and edits."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from diffgraft import ConfigError, Unsupported, load_pipeline, registry, unload
+from diffgraft.artefacts import Artefact
+from diffgraft.inputs import CallSettings, Sample
+from diffgraft.inversion import encode, invert
+from diffgraft_bdia import BDIA, BDIAScheduler, FlowBDIAScheduler
+from diffgraft_bdia.method import Levels, bdia, clean_and_noise, move
+from diffgraft_pipelines.tiny import make
+from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, LCMScheduler, StableDiffusionPipeline
+from PIL import Image
+
+MEANS = torch.tensor([-1.5, 0.3, 1.2], dtype=torch.float64)
+SPREADS = torch.tensor([0.3, 0.2, 0.4], dtype=torch.float64)
+SHARES = torch.tensor([0.3, 0.3, 0.4], dtype=torch.float64)
+SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "set_alpha_to_one": False, "steps_offset": 1}
+
+
+def noise_in(x, a, s):
+    """eps of the exact denoiser of a Gaussian mixture."""
+    variance = (a * SPREADS) ** 2 + s**2
+    away = x[..., None] - a * MEANS
+    share = (SHARES.log() - 0.5 * away**2 / variance - 0.5 * variance.log()).softmax(-1)
+    return s * (share * away / variance).sum(-1)
+
+
+def output(scheduler, x, t):
+    """What a perfect model of the scheduler's kind predicts."""
+    if isinstance(scheduler, FlowBDIAScheduler | FlowMatchEulerDiscreteScheduler):
+        s = t.double() / 1000
+        eps = noise_in(x, 1 - s, s)
+        return eps - (MEANS @ SHARES if s == 1 else (x - s * eps) / (1 - s))
+    a = scheduler.alphas_cumprod.double()[t].sqrt()
+    s = (1 - a**2).sqrt()
+    eps = noise_in(x, a, s)
+    return {"epsilon": eps, "v_prediction": a * eps - s * (x - s * eps) / a, "sample": (x - s * eps) / a}[scheduler.config.prediction_type]
+
+
+def walk(scheduler, z, steps, pair=None):
+    """All states of a run."""
+    scheduler.set_timesteps(steps)
+    if pair is not None:
+        scheduler.start_from(*pair)
+    states = [z]
+    for t in scheduler.timesteps:
+        z = scheduler.step(output(scheduler, z.double(), t).to(z.dtype), t, z).prev_sample
+        states.append(z)
+    return states
+
+
+def noise(n=200, dtype=torch.float64):
+    return torch.randn(n, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(dtype)
+
+
+# the solver -----------------------------------------------------------------------------------------------------------------------
+
+
+def test_the_equation_can_be_solved_for_either_end():
+    generator = torch.Generator().manual_seed(0)
+    before, back, forth = torch.randn(3, 16, generator=generator, dtype=torch.float64)
+    z = torch.randn(16, generator=generator, dtype=torch.float64)
+    after = bdia(before, back, forth, 0.7)
+    torch.testing.assert_close(after, before - 0.3 * (before - z) - 0.7 * (back - z) + forth - z)  # eq. 17 as it is written
+    torch.testing.assert_close(bdia(after, forth, back, 1 / 0.7), before)
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample", "flow"])
+def test_x0_and_noise_come_back_from_every_prediction(kind):
+    generator = torch.Generator().manual_seed(0)
+    x0, eps = torch.randn(2, 8, generator=generator, dtype=torch.float64)
+    s = torch.tensor(0.6, dtype=torch.float64)
+    at = Levels(1 - s if kind == "flow" else (1 - s**2).sqrt(), s)
+    z = at.a * x0 + at.s * eps
+    said = {"epsilon": eps, "v_prediction": at.a * eps - at.s * x0, "sample": x0, "flow": eps - x0}[kind]
+    found = clean_and_noise(z, said, at, at, kind)
+    torch.testing.assert_close(torch.stack(found), torch.stack([x0, eps]))
+    torch.testing.assert_close(move(*found, at), z)
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
+@pytest.mark.parametrize("spacing", ["leading", "trailing"])
+def test_gamma_nought_is_ddim(kind, spacing):
+    config = {**SD, "prediction_type": kind, "timestep_spacing": spacing}
+    ddim = DDIMScheduler(**config, clip_sample=False)
+    ddim.set_timesteps(20)
+    z = noise()
+    for t in ddim.timesteps:
+        z = ddim.step(output(ddim, z, t), t, z).prev_sample
+    torch.testing.assert_close(walk(BDIAScheduler(**config, gamma=0.0, precision="float64"), noise(), 20)[-1], z, rtol=0, atol=1e-5)
+
+
+def test_gamma_nought_is_flow_matching_euler():
+    euler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    euler.set_timesteps(12)
+    z = noise(dtype=torch.float32)
+    for t in euler.timesteps:
+        z = euler.step(output(euler, z.double(), t).float(), t, z).prev_sample
+    torch.testing.assert_close(walk(FlowBDIAScheduler(shift=3.0, gamma=0.0), noise(dtype=torch.float32), 12)[-1], z, rtol=0, atol=1e-5)
+
+
+def test_half_gamma_is_of_second_order():
+    """Card: RMS against 500 steps on a mixture; gamma = 0.5 gains the most, gamma = 1 less, and nothing at few steps."""
+    reference = walk(BDIAScheduler(**SD, gamma=0.0, precision="float64"), noise(), 500)[-1]
+
+    def error(gamma, steps):
+        found = walk(BDIAScheduler(**SD, gamma=gamma, precision="float64"), noise(), steps)[-1]
+        return float((found - reference).square().mean().sqrt())
+
+    errors = {gamma: [error(gamma, steps) for steps in (10, 20, 40)] for gamma in (0.0, 0.5, 1.0)}
+    assert all(half < one < nought for half, one, nought in zip(errors[0.5], errors[1.0], errors[0.0], strict=True)), errors
+    assert errors[0.0][0] / errors[0.0][2] < 6, "DDIM is of first order"
+    assert errors[0.5][0] / errors[0.5][2] > 6, "halving the step divides the error by more than two"
+
+
+@pytest.mark.parametrize("cls", [BDIAScheduler, FlowBDIAScheduler])
+@pytest.mark.parametrize(("gamma", "steps", "precision", "tolerance"), [
+    (1.0, 50, "float64", 1e-9), (0.96, 50, "float64", 1e-9), (0.9, 50, "float64", 1e-9), (0.5, 10, "float64", 1e-9),
+    (1.0, 50, "float32", 1e-4), (0.96, 50, "float32", 1e-4),
+])  # fmt: skip
+def test_a_walk_is_undone(cls, gamma, steps, precision, tolerance):
+    options = {"gamma": gamma, "precision": precision, **(SD if cls is BDIAScheduler else {"shift": 3.0})}
+    dtype = getattr(torch, precision)
+    down = walk(cls(**options), noise(dtype=dtype), steps)
+    up = walk(cls(**options, inverse=True), down[-1], steps, down[:-3:-1])
+    assert float((up[-1] - down[0]).abs().max()) < tolerance
+    assert float((walk(cls(**options), up[-1], steps, up[:-3:-1])[-1] - down[-1]).abs().max()) < tolerance
+
+
+@pytest.mark.parametrize("cls", [BDIAScheduler, FlowBDIAScheduler])
+def test_any_picture_has_a_code(cls):
+    """One that no walk of this solver made; DDIM's inversion loses it."""
+    options = SD if cls is BDIAScheduler else {"shift": 3.0}
+    picture = MEANS[torch.arange(200) % 3] + 0.1 * noise()
+    up = walk(cls(**options, precision="float64", inverse=True), picture, 20)
+    assert float((walk(cls(**options, precision="float64"), up[-1], 20, up[:-3:-1])[-1] - picture).abs().max()) < 1e-9
+    assert float((walk(cls(**options, precision="float64", gamma=0.0), up[-1], 20)[-1] - picture).abs().max()) > 1e-2
+
+
+@pytest.mark.parametrize(("options", "part"), [
+    ({"gamma": 1.5}, "gamma = 1.5"), ({"gamma": 0.0, "inverse": True}, "cannot be undone"), ({"precision": "bfloat16"}, "bfloat16"),
+    ({"clip_sample": True}, "clip_sample"), ({"thresholding": True}, "thresholding"),
+])  # fmt: skip
+def test_settings_without_meaning_are_refused(options, part):
+    with pytest.raises(ValueError, match=part):
+        BDIAScheduler(**options)
+
+
+def test_an_unstable_inversion_is_refused_before_it_begins():
+    scheduler = BDIAScheduler(**SD, gamma=0.5, inverse=True)
+    with pytest.raises(ValueError, match=r"gamma = 0.5 cannot be inverted over 50 steps in float32.*float64"):
+        scheduler.set_timesteps(50)
+    scheduler.set_timesteps(8)
+
+
+# in pipelines ---------------------------------------------------------------------------------------------------------------------
+
+PIPELINES = ("StableDiffusionPipeline", "PixArtAlphaPipeline", "StableDiffusion3Pipeline", "FluxPipeline")
+
+
+def call(made, **changes):
+    kwargs = {**made.kwargs, "output_type": "latent", "num_inference_steps": 6, **changes}
+    return made.pipe(**kwargs, generator=torch.Generator().manual_seed(3))[0]
+
+
+def settings(made):
+    return CallSettings(steps=6, extra={k: v for k, v in made.kwargs.items() if k not in ("prompt", "num_inference_steps", "output_type")})
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+@pytest.mark.parametrize("gamma", [1.0, 0.96])
+def test_latents_come_back_through_a_pipeline_with_guidance(name, gamma):
+    made = make(name)
+    load_pipeline(made.pipe, plugins=[BDIA(gamma=gamma)])
+    latents = call(made)
+    unload(made.pipe)
+    code = invert(made.pipe, BDIA(gamma=gamma), latents, Sample(0, str(made.kwargs["prompt"])), settings(made))
+    load_pipeline(made.pipe, plugins=[BDIA(gamma=gamma, start=code)])
+    assert float((call(made) - latents).abs().max()) < 1e-4
+    edited = call(made, prompt="something else")
+    assert float((edited - latents).abs().max()) > 1e-3
+
+
+def test_plain_diffusers_use():
+    grafted, plain = make("StableDiffusionPipeline"), make("StableDiffusionPipeline")
+    load_pipeline(grafted.pipe, plugins=[BDIA(gamma=0.7)])
+    plain.pipe.scheduler = BDIAScheduler.from_config(plain.pipe.scheduler.config, gamma=0.7)
+    assert torch.equal(call(grafted), call(plain))
+
+
+def test_a_scheduler_survives_saving(tmp_path):
+    scheduler = BDIAScheduler.from_config(DDIMScheduler(**SD, clip_sample=False).config, gamma=0.7)
+    scheduler.save_pretrained(tmp_path)
+    loaded = BDIAScheduler.from_pretrained(tmp_path)
+    assert loaded.config.gamma == 0.7
+    torch.testing.assert_close(walk(loaded, noise(), 5)[-1], walk(scheduler, noise(), 5)[-1])
+
+
+def test_half_precision_pipelines_keep_exact_states():
+    """Latents handed out in bfloat16 and handed back are the states that were kept, not their rounded copies."""
+    scheduler = BDIAScheduler(**SD, gamma=1.0)
+    scheduler.set_timesteps(10)
+    z = noise(dtype=torch.bfloat16)
+    for t in scheduler.timesteps:
+        z = scheduler.step(output(scheduler, z.double(), t).to(z.dtype), t, z).prev_sample
+        assert z.dtype == torch.bfloat16
+    kept = scheduler.pair()["noise"]
+    assert kept.dtype == torch.float32
+    assert torch.equal(kept.to(torch.bfloat16), z)
+    assert not torch.equal(kept, z.float())
+
+
+def test_a_picture_goes_to_latents_and_back():
+    made = make("StableDiffusionPipeline")
+    picture = Image.effect_noise((64, 64), 60).convert("RGB")
+    latents = encode(made.pipe, registry.find_family(StableDiffusionPipeline), picture, CallSettings())
+    assert latents.shape == (1, 4, 8, 8)
+    code = invert(made.pipe, BDIA(precision="float64"), picture, Sample(0, "a picture"), settings(made))
+    load_pipeline(made.pipe, plugins=[BDIA(precision="float64", start=code)])
+    torch.testing.assert_close(call(made, prompt="a picture"), latents, rtol=0, atol=1e-4)
+
+
+def test_a_code_is_written_and_read(tmp_path):
+    made = make("StableDiffusionPipeline")
+    path = tmp_path / "code.safetensors"
+    latents = call(made)
+    invert(made.pipe, BDIA(), latents, Sample(0, str(made.kwargs["prompt"])), settings(made), path)
+    load_pipeline(made.pipe, plugins=[BDIA(start=str(path))])
+    torch.testing.assert_close(call(made), latents, rtol=0, atol=1e-4)
+
+
+def test_codes_that_do_not_fit_are_refused(tmp_path):
+    made = make("StableDiffusionPipeline")
+    code = invert(made.pipe, BDIA(), call(made), Sample(0, "x"), settings(made))
+    load_pipeline(made.pipe, plugins=[BDIA(start=code)])
+    with pytest.raises(Exception, match=r"steps: made for 6, found 5.*diffgraft invert bdia"):
+        call(made, num_inference_steps=5)
+    unload(made.pipe)
+    load_pipeline(made.pipe, plugins=[BDIA(gamma=0.9, start=code)])
+    with pytest.raises(ConfigError, match=r"gamma = 0.9, but start was made with gamma = 1.0"):
+        call(made)
+    with pytest.raises(ConfigError, match=r"no such file; make one with `diffgraft invert bdia"):
+        load_pipeline(make("StableDiffusionPipeline").pipe, plugins=[BDIA(start=str(tmp_path / "none.safetensors"))])
+    assert isinstance(code, Artefact)
+
+
+def test_schedulers_that_it_is_not_valid_for_are_refused_and_the_pipeline_works_on():
+    made = make("StableDiffusionPipeline")
+    own = made.pipe.scheduler
+    before = call(made)
+    load_pipeline(made.pipe, plugins=[BDIA])
+    for scheduler, part in (
+        (LCMScheduler.from_config(own.config), "distilled model"),
+        (DDIMScheduler.from_config(own.config, clip_sample=True), "clip_sample=False"),
+    ):
+        made.pipe.scheduler = scheduler
+        with pytest.raises(Unsupported, match=part):
+            call(made)
+    unload(made.pipe)
+    made.pipe.scheduler = own
+    assert torch.equal(call(made), before)
+
+
+def test_plugins_that_cannot_invert_say_so():
+    from diffgraft import Paper, Plugin
+
+    class Other(Plugin):
+        name = "other"
+        paper = Paper("none", "0000.00000", "nothing")
+        families = ("*",)
+        neutral = {}  # noqa: RUF012
+
+        def step(self, call, next):
+            return next(call)
+
+    made = make("StableDiffusionPipeline")
+    with pytest.raises(Unsupported, match="other cannot invert pictures"):
+        invert(made.pipe, Other(), call(made), Sample(0, "x"), settings(made))

@@ -1,0 +1,71 @@
+"""What noise along the way does to the pictures of a bundled pipeline: judge score and diversity against eta and the number of steps.
+
+    python plugins/interpolant_sde/benchmarks/noise.py --pipeline emoji-flux --prompts 48 --out emoji-flux.png
+
+Every arm draws the same prompts from the same seeds. eta = 0 is the pipeline's own ODE. RMS: of pixels (0..255), to the ODE's picture.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import typer
+from diffgraft import load_pipeline, registry
+from diffgraft.compare import load_judge
+from diffgraft.inputs import CallSettings, Sample, call_arguments
+from diffgraft.metrics import share
+from diffgraft_pipelines.emoji import scenes
+from diffgraft_pipelines.train.evaluate import grid, held_out_labels
+from PIL import Image
+from rich.console import Console
+from rich.table import Table
+
+BATCH = 16
+ARMS = [("flow_grpo", 0.0), ("flow_grpo", 0.3), ("flow_grpo", 0.7), ("flow_grpo", 1.0), ("const", 0.7), ("sigma", 0.7)]
+console = Console(width=140)
+
+
+def main(
+    pipeline: Annotated[str, typer.Option(help="A bundled pipeline of pictures.")] = "emoji-flux",
+    prompts: Annotated[int, typer.Option(help="Held-out prompts.")] = 48,
+    steps: Annotated[str, typer.Option(help="Numbers of steps, by comma.")] = "10,25,50",
+    out: Annotated[Path, typer.Option(help="Picture grid, a column an arm.")] = Path("noise.png"),
+) -> None:
+    """Judge every arm and draw the grid of the largest number of steps."""
+    bundled = registry.bundled()[pipeline]
+    pipe, judge = load_pipeline(pipeline), load_judge(bundled)
+    assert judge is not None
+    pipe.set_progress_bar_config(disable=True)
+    texts = [scenes.caption(each) for each in held_out_labels()[:prompts]]
+    counts = [int(each) for each in steps.split(",")]
+    table = Table("noise", "eta", *(f"{n} steps: all right, RMS to ODE" for n in counts), title=f"{pipeline}, {prompts} prompts")
+    ode: dict[int, list[Image.Image]] = {}
+    columns: list[list[Image.Image]] = []
+    for noise, eta in ARMS:
+        cells = []
+        for n in counts:
+            load_pipeline(pipe, plugins={"interpolant_sde": {"noise": noise, "eta": eta}})
+            images: list[Image.Image] = []
+            for start in range(0, prompts, BATCH):
+                samples = [Sample(i, text) for i, text in enumerate(texts)][start : start + BATCH]
+                settings = CallSettings(steps=n, guidance_scale=bundled.guidance_scale, extra=bundled.call)
+                images += pipe(**{**call_arguments(pipe, samples, settings), "output_type": "pil"}).images
+            pipe.plugins.clear()
+            ode.setdefault(n, images)
+            scores = judge.score(images, texts)
+            found = share([all(s is not False for s in each) for each in zip(*scores.values(), strict=True)])
+            assert found is not None
+            rms = np.mean([np.sqrt(np.mean((np.float32(a) - np.float32(b)) ** 2)) for a, b in zip(images, ode[n], strict=True)])
+            cells.append(f"{found.right}/{found.total} ({100 * found.low:.0f}-{100 * found.high:.0f} %), {rms:.0f}")
+        columns.append(images[:6])
+        table.add_row(noise if eta else "none", f"{eta:g}", *cells)
+    console.print(table)
+    titles = [f"{noise}, eta {eta:g}" if eta else "ODE" for noise, eta in ARMS]
+    shown = range(min(6, prompts))
+    grid([column[i] for i in shown for column in columns], [title for _ in shown for title in titles], columns=len(ARMS)).save(out)
+
+
+if __name__ == "__main__":
+    typer.run(main)

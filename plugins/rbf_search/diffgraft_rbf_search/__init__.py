@@ -1,0 +1,235 @@
+"""Rollover budget forcing: search among the children of a flow model's SDE for the picture that a reward likes best.
+
+(Kim, Yoon, Hwang, Sung, arXiv 2503.19385.) A flow model's ODE has one path for each noise. An SDE with the same marginals has many, on the
+variance-preserving interpolant ones that differ more; a search proposes them one by one, keeps what the reward prefers, and lends
+evaluations that a step did not need to the next.
+
+The pipeline's own loop is the search's: each turn evaluates one candidate, with the pipeline's guidance, adapters and whatever else is on
+its denoiser; ``scheduler.step`` decodes and judges it and hands back the next one. So a turn is one function evaluation, and there are
+exactly ``max_nfe`` of them.
+"""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from diffgraft import Effects, Need, Paper, Plugin, PluginConfig
+from diffgraft.calls import DenoiseCall, RunCall, Schedule, ScheduleCall, StepCall, StepOutput, Target
+from diffgraft.decoding import decode, ensure_decodes
+from diffgraft.errors import ConfigError, RewardError, Unsupported
+from diffgraft.family import Family
+from diffgraft.inputs import parameters
+from diffusers.utils.torch_utils import randn_tensor
+from pydantic import Field, field_validator, model_validator
+from torch import Tensor
+
+from diffgraft_rbf_search.method import Grid, Shape, quota
+from diffgraft_rbf_search.schedulers import FlowSDEScheduler, VPFlowScheduler
+from diffgraft_rbf_search.search import Search, captions, nominal
+
+__all__ = ["FlowSDEScheduler", "RBFSearch", "VPFlowScheduler"]
+__version__ = "0.1.0"
+
+
+OF_STEPS = frozenset({"latents", "timestep", "schedule", "resolution"})
+"""What a method may edit only where one step follows another."""
+
+
+class RBFSearchConfig(PluginConfig):
+    """Knobs of the sampler and of the search."""
+
+    reward: Any = Field(
+        None,
+        description="r: what the picture is searched for, a callable (images, prompts) -> numbers or the name of one; none: no search, the "
+        "SDE alone",
+    )
+    max_nfe: int = Field(500, ge=3, description="function evaluations of a picture: predictions, guidance done, each decoded and judged")
+    particles: int = Field(25, ge=1, description="evaluations of these that choose the initial noise")
+    interpolant: Literal["vp", "linear"] = Field("vp", description="vp: variance-preserving, paths differ more; linear: the model's own")
+    norm: float = Field(3.0, ge=0, description="strength of the noise, g_r = norm r^2; 0 is the ODE")
+    diffusion: Shape = Field("square", description="how the noise falls with r: norm r^2, norm r (linear) or norm (constant)")
+    grid: Grid = Field(
+        "exp", description="times r of uniform t: sqrt(1 - (1 - t)^2) (exp), t (uniform), or those of the pipeline's own levels (pipeline)"
+    )
+    beta_min: float = Field(0.1, gt=0, description="beta_min of the vp interpolant")
+    beta_max: float = Field(20.0, gt=0, description="beta_max of the vp interpolant")
+    result: Literal["last", "best"] = Field("last", description="the best picture of the step at which the budget ends, or of all steps")
+    captions: str | tuple[str, ...] | None = Field(None, description="what the reward is given as prompts; none: the call's own")
+    record: bool = Field(False, description="keep level and reward of every evaluation in the report")
+
+    @field_validator("reward")
+    @classmethod
+    def _named_or_callable(cls, value: Any) -> Any:
+        if value is not None and not isinstance(value, str) and not callable(value):
+            raise ValueError("give a callable (images, prompts) -> numbers, or the name of one")
+        return value
+
+    @model_validator(mode="after")
+    def _can_search(self) -> RBFSearchConfig:
+        if self.beta_min > self.beta_max:
+            raise ValueError(f"beta_min = {self.beta_min} is above beta_max = {self.beta_max}")
+        if self.reward is not None and self.norm == 0:
+            raise ValueError("norm = 0 with a reward: without noise all children of a state are one; give norm > 0, or no reward")
+        return self
+
+
+@dataclass
+class State:
+    """Of one run."""
+
+    search: Search | None = None
+    start: Tensor | None = None
+    """The initial noise at the interpolant's first level, where that is not the pipeline's."""
+
+
+class RBFSearch(Plugin):
+    name = "rbf_search"
+    paper = Paper(
+        title="Inference-Time Scaling for Flow Models via Stochastic Generation and Rollover Budget Forcing",
+        arxiv="2503.19385",
+        implemented="SDE sampling of flow models on the linear and the VP interpolant; rollover budget forcing with any reward",
+        omitted="gradients of a reward (the paper's DPS variant); the other searches that it compares with",
+        licence="official scheduler non-commercial; written from the equations",
+    )
+    families = ("flux", "sd3", "qwen_image", "wan")
+    Config = RBFSearchConfig
+    State = State
+    neutral: ClassVar[dict[str, Any]] = {"reward": None, "interpolant": "linear", "norm": 0.0, "grid": "pipeline"}
+    active: ClassVar[dict[str, Any]] = {
+        "reward": "diffgraft_rbf_search.rewards:compressibility",
+        "max_nfe": 10,
+        "particles": 2,
+        **{"interpolant": "vp", "norm": 3.0, "grid": "exp"},
+    }
+    scheduler = VPFlowScheduler
+    effects = Effects(
+        replaces=frozenset({"scheduler"}),
+        edits=frozenset({"schedule", "timestep", "latents"}),
+        needs=frozenset({"all_blocks", "extra_forwards"}),
+        stochastic=True,
+    )
+    needs = (Need("reward", "reward"),)
+    config: RBFSearchConfig
+
+    @property
+    def is_neutral(self) -> bool:
+        """Whether nothing is asked that differs from the pipeline's own sampler."""
+        return all(getattr(self.config, knob) == value for knob, value in self.neutral.items())
+
+    def check(self, target: Target) -> None:
+        if self.config.reward is None:
+            return
+        name = type(target.pipe).__name__
+        if "strength" in parameters(target.pipe):
+            raise Unsupported(f"rbf_search: {name} starts from a picture, the search from noise: without a reward it samples there too")
+        if len(target.denoisers) > 1:
+            raise Unsupported(f"rbf_search: {name} has {len(target.denoisers)} denoisers, chosen by the pipeline's time, not a candidate's")
+        if target.pipe.config.get("expand_timesteps"):
+            raise Unsupported(f"rbf_search: {name} gives each token a time of its own (expand_timesteps); the search has one a sample")
+        ensure_decodes(target.pipe, target.family)
+
+    def make_scheduler(self, old: Any, family: Family) -> Any | None:
+        if self.is_neutral:
+            return None
+        options = {key: getattr(self.config, key) for key in ("grid", "norm", "diffusion", "beta_min", "beta_max")}
+        if "flow_shift" in old.config:  # DPM-Solver and UniPC call it so
+            options["shift"] = old.config["flow_shift"]
+        cls = VPFlowScheduler if self.config.interpolant == "vp" else FlowSDEScheduler
+        known = inspect.signature(cls).parameters
+        return cls.from_config({key: value for key, value in {**old.config, **options}.items() if key in known})
+
+    def run(self, call: RunCall, next: Any) -> Any:
+        if self.config.reward is not None:
+            for other in call.others:
+                if edits := sorted(other.effects.edits & OF_STEPS):
+                    raise Unsupported(
+                        f"rbf_search: {other.name} edits {', '.join(edits)} from step to step, but the candidates of a search are not "
+                        f"successive steps: take {other.name} off, or sample without a reward"
+                    )
+        result = next(call)
+        if (search := call.shared.search) is not None:
+            call.note("reward of the result: " + ", ".join(f"{value:.4g}" for value in search.reward))
+            if self.config.record:
+                call.record(search.records())
+        return result
+
+    def schedule(self, call: ScheduleCall, next: Any) -> Schedule:
+        schedule: Schedule = next(call)
+        call.shared.__init__()  # an outer plugin may run the pipeline several times
+        if self.config.reward is None:
+            return schedule
+        knobs, n = self.config, len(schedule.timesteps)
+        Q = quota(knobs.max_nfe, knobs.particles, n)
+        if n < 2 or Q < 1:
+            raise ConfigError(
+                f"plugin 'rbf_search': max_nfe = {knobs.max_nfe} with particles = {knobs.particles} leaves nothing for one of {n} steps: "
+                f"give max_nfe >= {knobs.particles + max(n, 2)}, fewer particles, or another number of steps (at least 2)"
+            )
+        assert schedule.sigmas is not None
+        levels = [call.scheduler.path.at(call.scheduler.path.time(t)) for t in schedule.sigmas.tolist()]
+        call.shared.search = Search(levels, knobs.max_nfe, knobs.particles, Q, knobs.result)
+        shown = nominal(knobs.max_nfe, knobs.particles, Q, n)
+        return Schedule(schedule.timesteps[shown], schedule.sigmas[[*shown, n]])
+
+    def denoise(self, call: DenoiseCall, next: Any) -> Tensor:
+        if self.is_neutral:
+            return next(call)  # type: ignore[no-any-return]
+        shared: State = call.shared
+        search = shared.search
+        if call.step.index == 0:
+            if search is not None and not search.climbs:
+                search.begin(captions(self.config.captions, call.run.arguments, len(call.latents)))
+            level = search.levels[0] if search is not None else call.pipe.scheduler.levels[0]
+            if level.c != 1 and "strength" not in call.run.arguments:  # x_t = x_r / c; a picture's are at the pipeline's scale already
+                if shared.start is None:
+                    shared.start = (latents_of(call).float() / level.c).to(call.latents.dtype)
+                call = call.with_latents(shared.start)
+        if search is not None:
+            search.asked = call.step.index
+            scale = call.pipe.scheduler.config.num_train_timesteps * call.family.timestep_scale
+            t = torch.tensor([level.t * scale for level in search.places()])
+            call = call.replace(**{call.family.timestep: t.repeat(len(call.branches)).to(call.timestep)})
+        return next(call)  # type: ignore[no-any-return]
+
+    def step(self, call: StepCall, next: Any) -> StepOutput:
+        search: Search | None = call.shared.search
+        if self.is_neutral:
+            return next(call)  # type: ignore[no-any-return]
+        if search is None:
+            call.count("nfe")
+            return next(call.replace(generator=call.generator))  # type: ignore[no-any-return]
+        if search.asked != call.step.index:
+            raise Unsupported(
+                "rbf_search: a plugin further out answered the denoiser's call in its place, so the candidates' own times were not asked "
+                "for: put rbf_search first in the list"
+            )
+        x, v = call.sample.float(), call.model_output.float()
+        x0 = search.clean(x, v)
+        search.judge(x, v, x0, self.rewards(call, x0.to(call.sample.dtype)))
+        call.count("nfe")
+        if search.is_over:
+            assert search.x0 is not None
+            call.count("accepted", sum(climb.accepted for climb in search.climbs))
+            call.count("exhausted", sum(climb.exhausted for climb in search.climbs))
+            return StepOutput(search.x0.to(call.sample.dtype), search.x0)
+        noise = randn_tensor(x.shape, generator=call.generator, device=x.device, dtype=torch.float32)
+        return StepOutput(search.propose(noise, call.scheduler).to(call.sample.dtype), x0)
+
+    def rewards(self, call: StepCall, x0: Tensor) -> list[float]:
+        """The rewards of the pictures that the candidates' x0 decode to."""
+        images = decode(call.pipe, call.family, x0, call.run.arguments)
+        try:
+            return call.given("reward")(images, call.shared.search.captions)  # type: ignore[no-any-return]
+        except RewardError as error:
+            raise RewardError(f"rbf_search, evaluation {call.step.index + 1} of {self.config.max_nfe}: {error}") from error
+
+
+def latents_of(call: DenoiseCall) -> Tensor:
+    """The latents alone, without the channels of a start picture behind them."""
+    x = call.latents
+    if call.family.appended != "channels" or call.family.latents == "packed":
+        return x
+    return x[:, : call.model.config["out_channels"]]  # type: ignore[index]
