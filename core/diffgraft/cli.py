@@ -73,13 +73,13 @@ ClassLabels = Annotated[
     list[int] | None, typer.Option("--class-label", help="Class number, for class-conditional pipelines; repeat for several.")
 ]
 ImagePath = Annotated[Path | None, typer.Option("--image", help="Input picture, for pipelines that take one.")]
-Steps = Annotated[int | None, typer.Option(min=1, help="Denoising steps [default: the pipeline's].")]
-GuidanceScale = Annotated[float | None, typer.Option(help="Guidance scale [default: the pipeline's].")]
+Steps = Annotated[int | None, typer.Option(min=1, help="Denoising steps (default: the pipeline's).")]
+GuidanceScale = Annotated[float | None, typer.Option(help="Guidance scale (default: the pipeline's).")]
 Height = Annotated[int | None, typer.Option(min=1, help="Height in pixels.")]
 Width = Annotated[int | None, typer.Option(min=1, help="Width in pixels.")]
-Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps [default: the best that is there].")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps (default: the best that is there).")]
 Dtype = Annotated[
-    str | None, typer.Option(help="float32, float16 or bfloat16 [default: float32; on CUDA float16 for U-Nets, bfloat16 for transformers].")
+    str | None, typer.Option(help="float32, float16 or bfloat16 (default: float32; on CUDA float16 for U-Nets, bfloat16 for transformers).")
 ]
 Backend = Annotated[
     str | None, typer.Option(help="Attention backend of diffusers' dispatcher (native, xformers, flash...); `doctor` lists those at hand.")
@@ -252,10 +252,10 @@ def compare(
         int | None,
         typer.Option(
             min=1,
-            help="Pictures for the fidelity figures and the judge [default: one a prompt; without prompts 24 for a bundled pipeline].",
+            help="Pictures for the fidelity figures and the judge (default: one a prompt; without prompts 24 for a bundled pipeline).",
         ),
     ] = None,
-    seeds: Annotated[str | None, typer.Option(help="Seeds, 0,1,2: every prompt with every seed [default: picture i has seed i].")] = None,
+    seeds: Annotated[str | None, typer.Option(help="Seeds, 0,1,2: every prompt with every seed (default: picture i has seed i).")] = None,
     steps: Steps = None,
     guidance_scale: GuidanceScale = None,
     negative_prompt: NegativePrompt = None,
@@ -267,7 +267,7 @@ def compare(
     repeats: Annotated[int, typer.Option(min=1, help="Latency rounds.")] = 7,
     warmup: Annotated[int, typer.Option(min=0, help="Warm-up calls of every arm.")] = 2,
     batch: Annotated[
-        int | None, typer.Option(min=1, help="Pictures in one call for the fidelity figures [default: 8 for a bundled pipeline, else 1].")
+        int | None, typer.Option(min=1, help="Pictures in one call for the fidelity figures (default: 8 for a bundled pipeline, else 1).")
     ] = None,
     device: Device = None,
     dtype: Dtype = None,
@@ -346,7 +346,7 @@ def calibrate(
     pipeline: Annotated[str, typer.Option("--pipeline", help="A bundled name, a folder, or a Hub id.")],
     prompts: Annotated[Path | None, typer.Option("--prompts", help="A text file with one prompt a line.")] = None,
     prompt: Annotated[list[str] | None, typer.Option("--prompt", help="A prompt; repeat for several.")] = None,
-    out: Annotated[Path | None, typer.Option("--out", help="File to write [default: PLUGIN.safetensors].")] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="File to write (default: PLUGIN.safetensors).")] = None,
     option: KnobValues = None,
     seed: Annotated[int, typer.Option(help="Seed of the noise; prompt i has seed + i.")] = 0,
     steps: Steps = None,
@@ -391,22 +391,22 @@ def search(
     pipeline: Annotated[str, typer.Option("--pipeline", help="A bundled name, a folder, or a Hub id.")],
     prompts: Annotated[Path | None, typer.Option("--prompts", help="A text file with one prompt a line.")] = None,
     prompt: Annotated[list[str] | None, typer.Option("--prompt", help="A prompt; repeat for several.")] = None,
-    out: Annotated[Path | None, typer.Option("--out", help="File to write [default: PLUGIN.json].")] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="File to write (default: PLUGIN.json).")] = None,
     steps: Steps = None,
     fitness: Annotated[str, typer.Option(help="trajectory, reward or frechet: see docs of diffgraft.fitness.")] = "trajectory",
     reward: Annotated[str | None, typer.Option(help="For --fitness reward: emoji_judge, or package.module:name.")] = None,
     features: Annotated[
-        str | None, typer.Option(help="For --fitness frechet: package.module:name of (images) -> rows [default: the bundled judge's].")
+        str | None, typer.Option(help="For --fitness frechet: package.module:name of (images) -> rows (default: the bundled judge's).")
     ] = None,
     reference: Annotated[
-        Path | None, typer.Option(help="For --fitness frechet: a folder of pictures [default: the pipeline's own, with many steps].")
+        Path | None, typer.Option(help="For --fitness frechet: a folder of pictures (default: the pipeline's own, with many steps).")
     ] = None,
     reference_steps: Annotated[int, typer.Option(min=1, help="Steps of the many-step reference.")] = 50,
     population: Annotated[int, typer.Option(min=1, help="Candidates of a generation.")] = 50,
     epochs: Annotated[int, typer.Option(min=1, help="Generations.")] = 10,
-    top: Annotated[int | None, typer.Option(min=1, help="Best candidates that have children [default: a fifth].")] = None,
-    mutations: Annotated[int | None, typer.Option(min=0, help="Mutations of a generation [default: half].")] = None,
-    crossovers: Annotated[int | None, typer.Option(min=0, help="Crossovers of a generation [default: a fifth].")] = None,
+    top: Annotated[int | None, typer.Option(min=1, help="Best candidates that have children (default: a fifth).")] = None,
+    mutations: Annotated[int | None, typer.Option(min=0, help="Mutations of a generation (default: half).")] = None,
+    crossovers: Annotated[int | None, typer.Option(min=0, help="Crossovers of a generation (default: a fifth).")] = None,
     searcher: Annotated[
         list[str] | None, typer.Option("--set", "-s", metavar="NAME=VALUE", help="A knob of the search itself: mutation=0.1.")
     ] = None,
@@ -470,7 +470,7 @@ def invert(
     pipeline: Annotated[str, typer.Option("--pipeline", help="A bundled name, a folder, or a Hub id.")],
     image: Annotated[Path, typer.Option("--image", help="The picture.")],
     prompt: Annotated[str | None, typer.Option(help="What the picture shows; the same prompt makes it again.")] = None,
-    out: Annotated[Path | None, typer.Option("--out", help="File to write [default: PLUGIN-code.safetensors].")] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="File to write (default: PLUGIN-code.safetensors).")] = None,
     option: KnobValues = None,
     steps: Steps = None,
     guidance_scale: GuidanceScale = None,

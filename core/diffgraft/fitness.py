@@ -11,8 +11,6 @@ import hashlib
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from importlib import import_module
-from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -22,8 +20,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from diffgraft.calibration import OnProgress
-from diffgraft.errors import ConfigError, RewardError, nearest
+from diffgraft.errors import ConfigError, RewardError
 from diffgraft.inputs import CallSettings, Sample, call_arguments, parameters, to_float
+from diffgraft.registry import find_callable
 from diffgraft.rewards import Reward, find_reward
 
 FEATURES = "diffgraft.features"
@@ -105,7 +104,7 @@ class FrechetFitness(Fitness):
     name = "frechet"
 
     def __init__(self, features: Any, reference: Sequence[Any] | None = None, reference_steps: int = 50) -> None:
-        self.feature_name, self.features = find_features("features", features)
+        self.feature_name, self.features = find_callable("features", features, FEATURES, "features")
         self.pictures = reference
         self.reference_steps = reference_steps
         self.reference = torch.empty(0)
@@ -205,30 +204,6 @@ def kept(path: Path, make: Callable[[], Tensor]) -> Tensor:
     save_file({"reference": value}, partial)
     partial.replace(path)
     return value
-
-
-def find_features(knob: str, value: Any) -> tuple[str, Features]:
-    """(name, callable) that a setting stands for: a callable, a name registered in :data:`FEATURES`, or "package.module:attribute".
-
-    Raises:
-        ConfigError: it is none of them.
-    """
-    if callable(value):
-        return getattr(value, "__qualname__", type(value).__name__), value
-    registered = {entry.name: entry for entry in entry_points(group=FEATURES)}
-    if value in registered:
-        return str(value), registered[value].load()
-    module, colon, attribute = str(value).partition(":")
-    if not colon:
-        known = ", ".join(sorted(registered)) or "none"
-        raise ConfigError(f"{knob} = {value!r} are no features{nearest(module, registered)}; installed: {known}; or 'package.module:name'")
-    try:
-        found = getattr(import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
-        raise ConfigError(f"{knob} = {value!r}: {error}") from error
-    if not callable(found):
-        raise ConfigError(f"{knob} = {value!r}: {type(found).__name__} is not callable")
-    return str(value), found
 
 
 def read_pictures(folder: str | os.PathLike[str]) -> list[Any]:

@@ -11,11 +11,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from importlib import import_module
-from importlib.metadata import entry_points
 from typing import Any
 
-from diffgraft.errors import ConfigError, RewardError, nearest
+from diffgraft.errors import RewardError
+from diffgraft.registry import find_callable
 
 REWARDS = "diffgraft.rewards"
 
@@ -50,23 +49,4 @@ def find_reward(knob: str, value: Any) -> Reward:
     Raises:
         ConfigError: it is neither callable, nor a registered name, nor "package.module:attribute" of something callable.
     """
-    if isinstance(value, Reward):
-        return value
-    if callable(value):
-        return Reward(getattr(value, "__name__", type(value).__name__), value)
-    if not isinstance(value, str):
-        raise ConfigError(f"{knob} = {value!r}: give a callable (images, prompts) -> numbers, or the name of one")
-    registered = {entry.name: entry for entry in entry_points(group=REWARDS)}
-    if value in registered:
-        return Reward(value, registered[value].load())
-    module, colon, attribute = value.partition(":")
-    if not colon:
-        known = ", ".join(sorted(registered)) or "none"
-        raise ConfigError(f"{knob} = {value!r} is no reward{nearest(value, registered)}; installed: {known}; or give 'package.module:name'")
-    try:
-        found = getattr(import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
-        raise ConfigError(f"{knob} = {value!r}: {error}") from error
-    if not callable(found):
-        raise ConfigError(f"{knob} = {value!r}: {type(found).__name__} is not callable")
-    return Reward(value, found)
+    return value if isinstance(value, Reward) else Reward(*find_callable(knob, value, REWARDS, "reward"))

@@ -14,8 +14,9 @@ from diffgraft.artefacts import MadeFor
 from diffgraft.cli import app
 from diffgraft.errors import RewardError
 from diffgraft.findings import Finding
-from diffgraft.fitness import FrechetFitness, RewardFitness, TrajectoryFitness, find_features, frechet, make_outputs, read_pictures
+from diffgraft.fitness import FEATURES, FrechetFitness, RewardFitness, TrajectoryFitness, frechet, make_outputs, read_pictures
 from diffgraft.inputs import CallSettings, Sample
+from diffgraft.registry import find_callable
 from diffgraft.search import Plan, Searcher, evolve, search, search_call
 from diffusers import EulerDiscreteScheduler
 from PIL import Image
@@ -375,11 +376,11 @@ def test_frechet_fitness(pipe, tmp_path):
 
 
 def test_features_and_pictures_are_found_or_refused(tmp_path):
-    assert find_features("features", mean_colours) == ("mean_colours", mean_colours)
-    assert find_features("features", "math:fsum") == ("math:fsum", math.fsum)
+    assert find_callable("features", mean_colours, FEATURES, "features") == ("mean_colours", mean_colours)
+    assert find_callable("features", "math:fsum", FEATURES, "features") == ("math:fsum", math.fsum)
     for bad in ("emoji", "math:no_such", "no_such_module:f", "math:pi"):
         with pytest.raises(ConfigError, match="features = "):
-            find_features("features", bad)
+            find_callable("features", bad, FEATURES, "features")
     with pytest.raises(ConfigError, match="no picture there"):
         read_pictures(tmp_path)
     pictures(7)[0].save(tmp_path / "a.png")

@@ -220,7 +220,7 @@ def make_tiny(family: str) -> tuple[Any, CallSettings]:
 def main(
     pipeline: Annotated[str, typer.Option(help="A bundled name, a folder, a Hub id, or tiny:FAMILY.")],
     computed: Annotated[list[int], typer.Option(help="Computed steps to compare at; repeat for several.")],
-    prompts: Annotated[Path | None, typer.Option(help="A text file with one prompt a line [default: the bundled pipeline's].")] = None,
+    prompts: Annotated[Path | None, typer.Option(help="A text file with one prompt a line (default: the bundled pipeline's).")] = None,
     samples: Annotated[int, typer.Option(min=1, help="Samples to compare.")] = 4,
     calibrate_on: Annotated[int, typer.Option(min=1, help="Prompts to calibrate on; their seeds are others than the samples'.")] = 8,
     artefact: Annotated[Path | None, typer.Option(help="A calibration made before.")] = None,
