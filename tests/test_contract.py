@@ -61,11 +61,11 @@ LAYOUT = (
 )  # fmt: skip
 
 
-EVERYWHERE = ("neutral", "same_seed", "fires")
+EVERYWHERE = ("same_seed",)
 THIRD = 3
 
 
-def spread(cases: list[Case], shift: int) -> list[Case]:
+def spread(cases: list[Case], shift: int, scopes: tuple[str, ...] = ("main", "every")) -> list[Case]:
     """A third of what the families repeat: each check on every third class of a plugin, and each class with a check at least.
 
     Plugins and checks take different thirds, so a mistake in the core or in a family meets them all; `--thorough` runs the whole table.
@@ -76,7 +76,7 @@ def spread(cases: list[Case], shift: int) -> list[Case]:
     for case in cases:
         check = case.check
         place = seen[check.name] = seen.get(check.name, shift + len(seen)) + 1
-        repeated = check.scope in ("main", "every") and check.name not in EVERYWHERE
+        repeated = check.scope in scopes and check.name not in EVERYWHERE
         if not repeated or place % THIRD == 0 or case.class_name not in classes:
             kept.append(case)
             classes.add(case.class_name)
@@ -90,6 +90,7 @@ def all_cases(thorough: bool = False) -> list[Case]:
     guided = [f.name for f in registry.families().values() if f.guidance.layout != "none"]
     unguided = [f.name for f in registry.families().values() if f.guidance.layout == "none"]
     probes = contract_cases(NothingGuided, guided, TWO_DENOISERS, True) + contract_cases(Nothing, unguided, (), True)
+    probes = probes if thorough else spread(probes, 0, ("kind", "main", "every"))
     cases += [case for case in probes if case.family.name not in LIKE_SD or case.check.name in LAYOUT]
     return sorted(cases, key=lambda case: case.class_name)  # neighbours share baselines, and a worker gets neighbours
 

@@ -225,7 +225,7 @@ def checksum(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def make_again(plugin: str, kind: str) -> str:
+def make_again(plugin: str, kind: str = "artefact") -> str:
     """How to get an artefact that fits."""
     if kind == "inversion":
         return f"make one with `diffgraft invert {plugin} --pipeline NAME --image FILE`"
