@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from diffgraft.errors import ArtefactMismatch, ConfigError
+from diffgraft.files import write_atomic
 from diffgraft.plugin import RUN_FACTS
 
 FORMAT = 1
@@ -122,15 +123,11 @@ class Artefact:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the file: the whole of it, or nothing."""
-        target = Path(path)
         tensors = {name: value.detach().cpu().contiguous() for name, value in self.tensors.items()}
         header = {"format": FORMAT, "made_for": asdict(self.made_for), "facts": self.facts}
         header["checksum"] = checksum(header, tensors)
         content = save(tensors or {"none": torch.zeros(1)}, metadata={"diffgraft": json.dumps(header, sort_keys=True)})
-        target.parent.mkdir(parents=True, exist_ok=True)
-        partial = target.with_name(f".{target.name}.partial")
-        partial.write_bytes(content)
-        partial.replace(target)
+        write_atomic(Path(path), content)
 
     @classmethod
     def load(cls, source: str | os.PathLike[str], plugin: str, kind: str = "artefact") -> Self:

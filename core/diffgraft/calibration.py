@@ -19,9 +19,9 @@ from torch import Tensor
 from diffgraft.artefacts import Artefact, MadeFor
 from diffgraft.errors import ConfigError, Unsupported
 from diffgraft.inputs import CallSettings, Sample, call_arguments
-from diffgraft.loading import load_pipeline
 from diffgraft.plugin import Plugin
-from diffgraft.stack import describe, ensure_bare
+from diffgraft.stack import describe
+from diffgraft.watching import made_for, watching
 
 OnProgress = Callable[[str, int, int], None]
 
@@ -50,17 +50,11 @@ def calibrate(
         raise Unsupported(f"{plugin.name} needs no calibration: it has no artefact")
     if not samples:
         raise ConfigError("nothing to calibrate on: give at least one prompt")
-    ensure_bare(pipe, "what is measured must be the plain one")
-    knobs = {name: getattr(plugin.config, name) for name in plugin.config.model_fields_set}
-    calibrator = plugin.calibration(**knobs)
-    stack = load_pipeline(pipe, [calibrator]).plugins
-    try:
-        family = stack.family
-        if not family.is_among(plugin.families):
-            raise Unsupported(f"{plugin.name} does not work on {stack.base_class.__name__}: it is made for {', '.join(plugin.families)}")
-        denoisers = describe(pipe, family).denoisers
+    calibrator = plugin.calibration(**plugin.own_knobs)
+    with watching(pipe, plugin, calibrator) as stack:
+        denoisers = describe(pipe, stack.family).denoisers
         records: list[dict[str, Tensor]] = []
-        made_for: MadeFor | None = None
+        fits: MadeFor | None = None
         folder = Path(out).with_name(Path(out).name + ".partial")
         for number, sample in enumerate(samples):
             path = folder / f"{number:05d}.safetensors"
@@ -69,24 +63,21 @@ def calibrate(
             found = resume(path, plugin.name, digest) if path.exists() else None
             if found is None:
                 pipe(**call_arguments(pipe, [sample], settings))
-                report = stack.report()
-                made_for = MadeFor.describe(plugin.name, pipe, denoisers, report.steps, report.shape[1:])
-                found = Artefact(made_for, report.plugins[calibrator.name].records, {"digest": digest})
+                fits = made_for(plugin, stack)
+                found = Artefact(fits, stack.report().plugins[calibrator.name].records, {"digest": digest})
                 found.save(path)
-            elif made_for is None:
+            elif fits is None:
                 found.ensure_model(pipe, denoisers)
-                made_for = found.made_for
+                fits = found.made_for
             records.append(found.tensors)
             if on_progress:
                 on_progress("calibration", number + 1, len(samples))
-        assert made_for is not None
+        assert fits is not None
         tensors, facts = calibrator.summarise(records)
-        artefact = Artefact(made_for, tensors, {**facts, "prompts": len(samples), "knobs": calibrator.config.model_dump(mode="json")})
+        artefact = Artefact(fits, tensors, {**facts, "prompts": len(samples), "knobs": calibrator.config.model_dump(mode="json")})
         artefact.save(out)
         shutil.rmtree(folder)
         return artefact
-    finally:
-        stack.clear()
 
 
 def calibrate_call(pipe: Any, plugin: Plugin, call: Callable[[], Any]) -> Artefact:
@@ -97,15 +88,10 @@ def calibrate_call(pipe: Any, plugin: Plugin, call: Callable[[], Any]) -> Artefa
     """
     if plugin.calibration is None:
         raise Unsupported(f"{plugin.name} needs no calibration: it has no artefact")
-    calibrator = plugin.calibration(**{name: getattr(plugin.config, name) for name in plugin.config.model_fields_set})
-    stack = load_pipeline(pipe, [calibrator]).plugins
-    try:
+    calibrator = plugin.calibration(**plugin.own_knobs)
+    with watching(pipe, plugin, calibrator) as stack:
         call()
-        report = stack.report()
-        made_for = MadeFor.describe(plugin.name, pipe, describe(pipe, stack.family).denoisers, report.steps, report.shape[1:])
-        return Artefact(made_for, *calibrator.summarise([report.plugins[calibrator.name].records]))
-    finally:
-        stack.clear()
+        return Artefact(made_for(plugin, stack), *calibrator.summarise([stack.report().plugins[calibrator.name].records]))
 
 
 def resume(path: Path, plugin: str, digest: str) -> Artefact:

@@ -254,13 +254,18 @@ class DenoiseCall(Call):
     def latents(self) -> Tensor:
         """The pipeline's latents x_t [batch, ...] as ``scheduler.step`` will get them.
 
-        Before ``scale_model_input`` where that is called (``edits`` must name "latents" for that), without guidance copies.
+        Before ``scale_model_input`` where that is called (``edits`` must name "latents" for that), without guidance copies and appended
+        channels. Appended tokens (the reference picture of Kontext or Qwen-Image-Edit) are in it.
         """
         run = self.run
         if run.carried is not None:
             return run.carried
         x = run.unscaled if run.unscaled is not None else self.sample
-        return x[: self.sample.shape[0] // len(self.branches)]
+        x = x[: self.sample.shape[0] // len(self.branches)]
+        if run.family.appended != "channels":
+            return x
+        axis = run.family.channel_axis
+        return x.narrow(axis, 0, min(x.shape[axis], self.model.config["out_channels"]))  # type: ignore[index, no-any-return, operator]
 
     def with_latents(self, latents: Tensor) -> DenoiseCall:
         """A copy whose denoiser input is made of ``latents``; ``scheduler.step`` gets them too.

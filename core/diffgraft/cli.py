@@ -1,4 +1,4 @@
-"""The command line: ``diffgraft list | show | run | compare | calibrate | search | doctor``.
+"""The command line: ``diffgraft list | show | run | compare | calibrate | search | invert | doctor``.
 
 Torch is imported inside the commands that need it.
 """
@@ -264,6 +264,10 @@ def compare(
     class_label: ClassLabels = None,
     image: ImagePath = None,
     arg: Extra = None,
+    reference_steps: Annotated[
+        int | None,
+        typer.Option(min=2, help="Hold pictures against the plain pipeline's with so many steps, not against the baseline's (solvers)."),
+    ] = None,
     repeats: Annotated[int, typer.Option(min=1, help="Latency rounds.")] = 7,
     warmup: Annotated[int, typer.Option(min=0, help="Warm-up calls of every arm.")] = 2,
     batch: Annotated[
@@ -319,6 +323,7 @@ def compare(
         repeats=repeats,
         warmup=warmup,
         batch=batch or (BUNDLED_BATCH if bundled else 1),
+        reference_steps=reference_steps,
     )
     judge = load_judge(bundled) if bundled else None
     with progress() as on_progress, refusals(pipe):

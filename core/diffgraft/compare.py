@@ -26,7 +26,7 @@ from diffgraft.family import Bundled
 from diffgraft.inputs import CallSettings, Sample, make_pictures
 from diffgraft.instruments import DenoiseClock, MacCounter, synchronize
 from diffgraft.loading import load_pipeline
-from diffgraft.metrics import Pictures, Share, Spread, psnr, share, ssim
+from diffgraft.metrics import Mean, Pictures, Share, Spread, psnr, share, ssim
 from diffgraft.pictures import to_images
 from diffgraft.plugin import Plugin
 from diffgraft.report import Report
@@ -45,8 +45,9 @@ METHOD = {
     "element-wise work and custom kernels are not seen)",
     "macs.limit": "MACs of the baseline / MACs of the arm: the speed-up of the denoiser if time went with MACs; limit_whole_call adds the "
     "baseline's measured time outside the denoise part",
-    "fidelity": "PSNR (dB) and SSIM (Gaussian window 11) of each float picture to the baseline's, data range 1; equal pictures count in "
-    "`identical`, and the PSNR's mean is over the others",
+    "fidelity": "PSNR (dB) and SSIM (Gaussian window 11) of each float picture to the reference's (the baseline with `reference_steps` "
+    "steps where that is given, else the baseline itself), data range 1; equal ones count in `identical`, PSNR's mean is over the others",
+    "advantage": "mean over the pictures of the stack's PSNR minus that of fewer steps at equal time, with its 95 % bootstrap interval",
     "fewer_steps": "the baseline with the step count whose time is nearest to the stack's: "
     "linear fit through pilot runs at all and at half the steps",
     "judge": "shares of right verdicts with 95 % Wilson intervals; `all` = everything that the prompt asks for is right",
@@ -74,6 +75,8 @@ class CompareSettings:
     warmup    calls of every arm before the rounds
     pilot     rounds that find the step count of equal time
     batch     samples in one call for the fidelity pictures (1 when a plugin couples the samples of a batch)
+    reference_steps  steps of the plain pipeline whose pictures are the measure of fidelity, for methods that change the sampling; None: the
+                     baseline's pictures
     """
 
     samples: tuple[Sample, ...]
@@ -83,12 +86,15 @@ class CompareSettings:
     warmup: int = 2
     pilot: int = 3
     batch: int = 1
+    reference_steps: int | None = None
 
     def __post_init__(self) -> None:
         limits = {"steps": 1, "repeats": 1, "warmup": 0, "pilot": 1, "batch": 1}
         for name, least in limits.items():
             if getattr(self, name) < least:
                 raise ConfigError(f"{name} = {getattr(self, name)}: must be >= {least}")
+        if self.reference_steps is not None and self.reference_steps <= self.steps:
+            raise ConfigError(f"reference_steps = {self.reference_steps}: must be more than the {self.steps} steps that are compared")
         if not self.samples:
             raise ConfigError("nothing to compare: give at least one prompt or seed")
 
@@ -140,7 +146,7 @@ class Macs:
 
 @dataclass(frozen=True)
 class Fidelity:
-    """Nearness to the baseline's pictures, per picture. Means and worsts are over the pictures that differ (None: none does)."""
+    """Nearness to the reference's pictures, per picture. Means and worsts are over the pictures that differ (None: none does)."""
 
     identical: int
     pictures: int
@@ -235,6 +241,8 @@ class Comparison:
     settings: CompareSettings
     arms: list[ArmResult]
     equal_time: EqualTime
+    reference: Pictures | None
+    """The plain pipeline's pictures with ``settings.reference_steps``."""
     environment: dict[str, Any]
     warnings: list[str]
     seconds: float
@@ -253,9 +261,18 @@ class Comparison:
         speedups = (math.prod(part.latency.of_medians for part in parts), whole.latency.of_medians)
         return Product(*speedups, math.prod(part.macs.limit for part in parts), whole.macs.limit)
 
+    @property
+    def advantage(self) -> Mean | None:
+        """By how many dB the stack's pictures are nearer to the reference's than those of fewer steps in the same time; None where they
+        (or the baseline's, that they are compared with) are equal."""
+        stack, fewer = (result.fidelity for result in self.arms[-2:])
+        pairs = [a - b for a, b in zip(stack.psnr, fewer.psnr, strict=True) if math.isfinite(a) and math.isfinite(b)]
+        return Mean.of(pairs) if pairs else None
+
     def to_json(self) -> dict[str, Any]:
         """Plain lists, numbers and texts; an infinite number (PSNR of equal pictures) becomes None."""
-        return {"schema": SCHEMA, "method": METHOD, **plain(self), "product": plain(self.product)}
+        derived = {"product": plain(self.product), "advantage": plain(self.advantage)}
+        return {"schema": SCHEMA, "method": METHOD, **plain(self), **derived}
 
 
 def compare(
@@ -290,12 +307,12 @@ def compare(
         try:
             warnings = list(stack.plan.warnings)
             bench = Bench(pipe, stack, settings, on_progress or (lambda phase, done, total: None))
-            arms, equal_time = bench.measure(judge)
+            arms, equal_time, reference = bench.measure(judge)
         finally:
             stack.clear()
     environment["load_after"] = machine(pipe.device)["load"]
     name = type(pipe).__name__
-    return Comparison(name, settings, arms, equal_time, environment, warnings, time.perf_counter() - started)
+    return Comparison(name, settings, arms, equal_time, reference, environment, warnings, time.perf_counter() - started)
 
 
 @contextmanager
@@ -320,7 +337,7 @@ class Bench:
         self.names = stack.list()
         self.device = torch.device(pipe.device)
 
-    def measure(self, judge: Judge | None) -> tuple[list[ArmResult], EqualTime]:
+    def measure(self, judge: Judge | None) -> tuple[list[ArmResult], EqualTime, Pictures | None]:
         """All phases: pilot, MACs, rounds, pictures, scores."""
         steps = self.settings.steps
         baseline = Arm("baseline", "baseline", steps)
@@ -332,13 +349,15 @@ class Bench:
         arms = [baseline, *grafted, fewer]
         macs = [self.count_macs(arm, i, len(arms)) for i, arm in enumerate(arms)]
         rounds = self.run_rounds(arms)
-        pictures = self.make_all(arms)
+        many = self.settings.reference_steps
+        pictures = self.make_all([*arms, Arm("reference", "baseline", many)] if many else arms)
+        reference = pictures.pop() if many else None
         verdicts, judge_note = self.judge_all(judge, pictures)
-        results = [self.result(arm, i, rounds, macs, pictures, verdicts) for i, arm in enumerate(arms)]
+        results = [self.result(arm, i, rounds, macs, pictures, reference, verdicts) for i, arm in enumerate(arms)]
         if judge_note:
             results[0].notes.append(judge_note)
         target, found = results[-2].latency.seconds.p50, results[-1].latency.seconds.p50
-        return results, replace(equal_time, realised=found / target)
+        return results, replace(equal_time, realised=found / target), reference
 
     def plugin_arm(self, name: str, kind: Literal["plugin", "stack"], members: Sequence[str]) -> Arm:
         plugins = {member: self.stack[member] for member in members}
@@ -452,10 +471,10 @@ class Bench:
         rounds: Sequence[list[Timing]],
         macs: Sequence[int],
         pictures: Sequence[Pictures],
+        reference: Pictures | None,
         verdicts: Sequence[Verdicts | None],
     ) -> ArmResult:
         latency = latency_of(rounds[index], rounds[0])
-        fidelity = fidelity_of(pictures[index], pictures[0])
         reports = [timing.report for timing in rounds[index] if timing.report is not None]
         skipped = {
             f"{name}: {key}": statistics.mean(report.plugins[name].total(key) for report in reports)
@@ -467,11 +486,11 @@ class Bench:
             arm=arm,
             latency=latency,
             macs=macs_of(macs[index], macs[0], latency_of(rounds[0], rounds[0])),
-            fidelity=fidelity,
+            fidelity=fidelity_of(pictures[index], pictures[0] if reference is None else reference),
             verdicts=verdicts[index],
             skipped=skipped,
             denoiser_calls=statistics.mean(sum(report.denoiser_calls.values()) for report in reports) if reports else 0,
-            changed_nothing=bool(arm.plugins) and not arm.neutral and fidelity.identical == fidelity.pictures,
+            changed_nothing=bool(arm.plugins) and not arm.neutral and np.array_equal(pictures[index], pictures[0]),
             notes=notes,
             pictures=pictures[index],
         )
@@ -526,9 +545,9 @@ def macs_of(macs: int, baseline: int, latency: Latency) -> Macs:
 
 
 def fidelity_of(pictures: Pictures, reference: Pictures) -> Fidelity:
-    """Nearness of an arm's pictures to the baseline's."""
+    """Nearness of an arm's pictures to the reference's."""
     if pictures.shape != reference.shape:
-        raise ConfigError(f"pictures of {pictures.shape[1:]} cannot be compared with the baseline's {reference.shape[1:]}")
+        raise ConfigError(f"pictures of {pictures.shape[1:]} cannot be compared with the reference's {reference.shape[1:]}")
     ratios = psnr(pictures, reference)
     similar = ssim(pictures, reference)
     differing = [i for i in range(len(ratios)) if not np.array_equal(pictures[i], reference[i])]

@@ -13,7 +13,8 @@ import typer
 from rich.table import Table
 
 from diffgraft.compare import ArmResult, Comparison
-from diffgraft.pictures import draw_grid, strip, to_images, write_atomic
+from diffgraft.files import write_atomic
+from diffgraft.pictures import draw_grid, strip, to_images
 from diffgraft.terminal import console
 
 GRID_COLUMNS = 6
@@ -33,11 +34,14 @@ def comparison_grid(result: Comparison, pipeline: str) -> Any:
     """The labelled picture grid: a row an arm, a column a prompt; of a video a strip of frames."""
     video = result.arms[0].pictures.shape[1] > 1
     samples = result.settings.samples[: VIDEO_COLUMNS if video else GRID_COLUMNS]
-    rows = [(grid_label(item), [strip(to_images(frames)) for frames in item.pictures[: len(samples)]]) for item in result.arms]
-    machine = result.environment
+    labelled = [(grid_label(item, result), item.pictures) for item in result.arms]
+    if result.reference is not None:
+        labelled.append(([reference_name(result)], result.reference))
+    rows = [(label, [strip(to_images(frames)) for frames in pictures[: len(samples)]]) for label, pictures in labelled]
+    machine, number = result.environment, len(result.settings.samples)
     footer = (
         f"{machine.get('device_name') or machine['processor']}, {machine['dtype'].removeprefix('torch.')}, one picture a call, p50 of "
-        f"{result.settings.repeats} interleaved rounds. PSNR to the baseline: mean (worst) of {len(result.settings.samples)} pictures. "
+        f"{result.settings.repeats} interleaved rounds. PSNR to the {reference_name(result)}: mean (worst) of {number} pictures. "
         f"Fewer steps at equal time: {result.equal_time}."
     )
     captions = [f"{sample.label} (seed {sample.seed})" for sample in samples]
@@ -45,12 +49,24 @@ def comparison_grid(result: Comparison, pipeline: str) -> Any:
     return draw_grid(f"{pipeline}: plugins against the plain pipeline", footer, captions, rows, side)
 
 
-def grid_label(item: ArmResult) -> list[str]:
+def reference_name(result: Comparison) -> str:
+    """What the fidelity figures are held against."""
+    steps = result.settings.reference_steps
+    return "baseline" if steps is None else f"baseline with {steps} steps"
+
+
+def is_measure(item: ArmResult, result: Comparison) -> bool:
+    """Whether the arm is itself what fidelity is held against."""
+    return item.arm.kind == "baseline" and result.reference is None
+
+
+def grid_label(item: ArmResult, result: Comparison) -> list[str]:
     """The lines beside a row of the grid."""
     seconds = item.latency.seconds.p50
     lines = [item.arm.name, f"{item.arm.steps} steps, {seconds_text(seconds)}"]
     if item.arm.kind != "baseline":
         lines.append(faster_text(item))
+    if not is_measure(item, result):
         lines.append("changed nothing" if item.changed_nothing else f"PSNR {psnr_text(item)}")
     if item.verdicts is not None and (everything := item.verdicts.shares.get("all")) is not None:
         lines.append(f"as prompted {everything.right}/{everything.total}")
@@ -73,6 +89,8 @@ def print_comparison(result: Comparison) -> None:
     out.print(fidelity_table(result))
     out.print()
     typer.echo(f"fewer steps at equal time: {result.equal_time}.")
+    if result.advantage is not None and not result.equal_time.capped:
+        typer.echo(f"PSNR of {result.equal_time.matched_to} above that of fewer steps: {result.advantage} dB (95 % interval).")
     if result.product is not None:
         typer.echo(f"{result.product}.")
     told: set[str] = set()
@@ -132,7 +150,7 @@ def fidelity_table(result: Comparison) -> Table:
     fields = list(judged[0].shares) if judged else []
     number = len(result.settings.samples)
     table = Table(
-        title=f"fidelity to the baseline ({number} pictures), what was skipped, and the judge (95 % Wilson)",
+        title=f"fidelity to the {reference_name(result)} ({number} pictures), what was skipped, and the judge (95 % Wilson)",
         title_justify="left",
         header_style="bold",
     )
@@ -142,8 +160,8 @@ def fidelity_table(result: Comparison) -> Table:
         near = item.fidelity
         ssim = "-" if near.ssim_mean is None or near.ssim_worst is None else f"{near.ssim_mean:.3f} ({near.ssim_worst:.3f})"
         skipped = ", ".join(skipped_text(key, value, item.denoiser_calls) for key, value in item.skipped.items())
-        baseline = item.arm.kind == "baseline"
-        cells = [item.arm.name, "-" if baseline else psnr_text(item), "-" if baseline else ssim, skipped or "-"]
+        measure = is_measure(item, result)
+        cells = [item.arm.name, "-" if measure else psnr_text(item), "-" if measure else ssim, skipped or "-"]
         for name in fields:
             found = item.verdicts.shares.get(name) if item.verdicts else None
             cells.append("-" if found is None else f"{found.right}/{found.total} ({100 * found.low:.0f}-{100 * found.high:.0f} %)")

@@ -129,11 +129,9 @@ class Listener(Plugin):
     effects = Effects(skips=frozenset({"denoiser"}))
 
     def denoise(self, call: DenoiseCall, next: Any) -> Tensor:
-        for name in call.family.conditioning:
-            value = call.get(name)
-            if value is not None:
-                for branch, part in zip(call.branches, split(value, len(call.branches)), strict=True):
-                    call.shared.of_branch.setdefault(branch, {})[name] = part
+        for branch in call.branches:
+            part = call.only(branch)
+            call.shared.of_branch[branch] = {name: part[name] for name in call.family.conditioning if part.get(name) is not None}
         if len(call.branches) > 1:
             raise Heard(call.shared.of_branch)
         return torch.zeros_like(call.sample)
@@ -142,20 +140,10 @@ class Listener(Plugin):
         raise Heard(call.shared.of_branch)
 
 
-def split(value: Any, n: int) -> Sequence[Any]:
-    """A tensor, or tensors in dicts and lists, in ``n`` equal parts of rows."""
-    if isinstance(value, dict):
-        parts = {key: split(item, n) for key, item in value.items()}
-        return [{key: parts[key][i] for key in parts} for i in range(n)]
-    if isinstance(value, (list, tuple)):  # an IP-Adapter's pictures
-        return [list(part) for part in zip(*(split(item, n) for item in value), strict=True)]
-    return value.chunk(n)  # type: ignore[no-any-return]
-
-
 def join(parts: Sequence[Any]) -> Any:
-    """The inverse of :func:`split`."""
+    """The parts of branches one behind the other: the inverse of ``DenoiseCall.only``."""
     if isinstance(parts[0], dict):
         return {key: join([part[key] for part in parts]) for key in parts[0]}
-    if isinstance(parts[0], list):
+    if isinstance(parts[0], (list, tuple)):
         return [join(each) for each in zip(*parts, strict=True)]
     return parts[0] if len(parts) == 1 else torch.cat(list(parts))

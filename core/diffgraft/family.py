@@ -102,6 +102,11 @@ class Family:
     common: tuple[str, ...] = ()
     tiny: str | None = None
 
+    @property
+    def channel_axis(self) -> int:
+        """The axis of the channels in the sample given to ``scheduler.step``."""
+        return {"packed": -1, "pixels": 1}.get(self.latents, self.latents.find("c"))
+
     def is_among(self, families: Iterable[str]) -> bool:
         """Whether a plugin's ``families`` name it: by name, by kind in the plural ("unets", "dits"; "dit" is a family), or by "*"."""
         return bool({"*", self.name, f"{self.kind}s"} & set(families))

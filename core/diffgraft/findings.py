@@ -12,6 +12,7 @@ from typing_extensions import Self
 
 from diffgraft.artefacts import FORMAT, Artefact, checksum, find_file, make_again
 from diffgraft.errors import ArtefactMismatch
+from diffgraft.files import write_atomic
 
 
 @dataclass(frozen=True)
@@ -55,8 +56,4 @@ class Finding(Artefact):
 
 def write_json(path: str | os.PathLike[str], value: Any) -> None:
     """Write a JSON file: the whole of it, or nothing."""
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f".{target.name}.partial")
-    partial.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
-    partial.replace(target)
+    write_atomic(Path(path), (json.dumps(value, indent=1) + "\n").encode())

@@ -16,11 +16,12 @@ from typing import Any, ClassVar
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from diffgraft.calibration import OnProgress
 from diffgraft.errors import ConfigError, RewardError
+from diffgraft.files import write_atomic
 from diffgraft.inputs import CallSettings, Sample, call_arguments, parameters, to_float
 from diffgraft.registry import find_callable
 from diffgraft.rewards import Reward, find_reward
@@ -200,9 +201,7 @@ def kept(path: Path, make: Callable[[], Tensor]) -> Tensor:
         except (SafetensorError, OSError, KeyError) as error:
             raise ConfigError(f"{path} cannot be read ({error}): delete {path.parent}, or choose another --out") from error
     value = make().contiguous()
-    partial = path.with_name(f".{path.name}.partial")
-    save_file({"reference": value}, partial)
-    partial.replace(path)
+    write_atomic(path, save({"reference": value}))
     return value
 
 

@@ -8,13 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffgraft.artefacts import Artefact, MadeFor
+from diffgraft.artefacts import Artefact
 from diffgraft.errors import Unsupported
 from diffgraft.family import Family
 from diffgraft.inputs import CallSettings, Sample, call_arguments, parameters
-from diffgraft.loading import load_pipeline
 from diffgraft.plugin import Plugin
-from diffgraft.stack import describe, ensure_bare
+from diffgraft.watching import made_for, watching
 
 
 def invert(
@@ -33,24 +32,15 @@ def invert(
     """
     if plugin.inversion is None:
         raise Unsupported(f"{plugin.name} cannot invert pictures")
-    ensure_bare(pipe, "the walk back must be alone")
     if "latents" not in parameters(pipe):
         raise Unsupported(f"{type(pipe).__name__} takes no latents, so a picture cannot be walked back through it")
-    inverter = plugin.inversion(**{name: getattr(plugin.config, name) for name in plugin.config.model_fields_set})
-    stack = load_pipeline(pipe, [inverter]).plugins
-    try:
-        family = stack.family
-        if not family.is_among(plugin.families):
-            raise Unsupported(f"{plugin.name} does not work on {stack.base_class.__name__}: it is made for {', '.join(plugin.families)}")
-        latents = image if isinstance(image, Tensor) else encode(pipe, family, image, settings)
+    inverter = plugin.inversion(**plugin.own_knobs)
+    with watching(pipe, plugin, inverter) as stack:
+        latents = image if isinstance(image, Tensor) else encode(pipe, stack.family, image, settings)
         arguments = call_arguments(pipe, [sample], settings)
         pipe(**{**arguments, "latents": latents, "output_type": "latent"})
-        report = stack.report()
-        made_for = MadeFor.describe(plugin.name, pipe, describe(pipe, family).denoisers, report.steps, report.shape[1:])
         facts = {"prompt": sample.prompt, "knobs": inverter.config.model_dump(mode="json"), "guidance_scale": settings.guidance_scale}
-        code = Artefact(made_for, report.plugins[inverter.name].records, facts, kind="inversion")
-    finally:
-        stack.clear()
+        code = Artefact(made_for(plugin, stack), stack.report().plugins[inverter.name].records, facts, kind="inversion")
     if out is not None:
         code.save(out)
     return code

@@ -75,6 +75,25 @@ def wilson(right: int, total: int, z: float = 1.959964) -> tuple[float, float]:
 
 
 @dataclass(frozen=True)
+class Mean:
+    """Mean of independent values with its 95 % interval (percentile bootstrap)."""
+
+    mean: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, values: Sequence[float], draws: int = 10_000) -> Mean:
+        found = np.asarray(values, dtype=np.float64)
+        chosen = np.random.default_rng(0).integers(len(found), size=(draws, len(found)))
+        low, high = np.quantile(found[chosen].mean(axis=1), [0.025, 0.975])
+        return cls(float(found.mean()), float(low), float(high))
+
+    def __str__(self) -> str:
+        return f"{self.mean:+.2f} ({self.low:+.2f} to {self.high:+.2f})"
+
+
+@dataclass(frozen=True)
 class Spread:
     """Median (p50), quartiles and extremes of repeated measurements."""
 

@@ -12,23 +12,13 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from diffgraft.errors import ConfigError
+from diffgraft.files import write_atomic
 from diffgraft.metrics import Pictures
 
 STILL = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP", ".gif": "GIF"}
 ANIMATED = {".gif", ".webp"}
 FRAME_MS = 125
 GAP = 10
-
-
-def write_atomic(path: Path, data: bytes) -> None:
-    """Write beside the target, then rename: nobody ever sees half a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        part.write_bytes(data)
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def check_picture_path(path: Path) -> None:

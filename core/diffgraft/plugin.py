@@ -157,6 +157,11 @@ class Plugin:
     def __init__(self, **knobs: Any) -> None:
         self.config = build_config(self.name, self.Config, knobs)
 
+    @property
+    def own_knobs(self) -> dict[str, Any]:
+        """The knobs that were set, as given (live objects stay the same objects)."""
+        return {name: getattr(self.config, name) for name in self.config.model_fields_set}
+
     def check(self, target: Target) -> None:
         """Refuse a pipeline that the families alone do not rule out. Raise ``Unsupported`` or ``ConfigError``; touch nothing."""
 

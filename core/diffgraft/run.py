@@ -33,7 +33,7 @@ from diffgraft.calls import (
 )
 from diffgraft.errors import NeverFired, Unsupported
 from diffgraft.report import PluginReport, Report
-from diffgraft.slots import is_part, is_strided, strides_of, striding, write_schedule
+from diffgraft.slots import striding, write_schedule
 
 if TYPE_CHECKING:
     from diffgraft.family import Family
@@ -216,9 +216,7 @@ class Run:
         schedule = chain(call)
         self.strides = []
         if schedule.timesteps is not scheduler.timesteps or schedule.sigmas is not getattr(scheduler, "sigmas", None):
-            if is_strided(scheduler) and not is_part(schedule.timesteps, scheduler.timesteps):
-                self.strides = strides_of(scheduler, schedule.timesteps)
-            write_schedule(scheduler, schedule.timesteps, schedule.sigmas)
+            self.strides = write_schedule(scheduler, schedule.timesteps, schedule.sigmas)
         self._begin_schedule()
 
     def control(self, chain: Chain, inner: Any, names: Mapping[str, int], args: Any, kwargs: Any) -> Any:
@@ -268,8 +266,8 @@ class Run:
 
     def _ready(self, call: DenoiseCall, model_name: str) -> None:
         """Before the first denoiser call: scheduler, steps and size are known now, and nothing was computed yet."""
+        guidance = self.guidance_scale(model_name)
         for artefact, fits in self.artefacts:
-            guidance = self.guidance_scale(model_name)
             artefact.ensure_run(self.pipe.scheduler, self.step.total, tuple(call.sample.shape[1:]), fits, guidance)
         self.artefacts = []
 

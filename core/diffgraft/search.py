@@ -33,7 +33,8 @@ from diffgraft.fitness import Fitness, make_outputs
 from diffgraft.inputs import CallSettings, Sample
 from diffgraft.loading import load_pipeline
 from diffgraft.plugin import Paper, Plugin, Watcher
-from diffgraft.stack import describe, ensure_bare
+from diffgraft.stack import describe
+from diffgraft.watching import made_for, watching
 
 Genome = Any
 """A plain JSON value."""
@@ -271,15 +272,13 @@ def search(
         raise Unsupported(f"{plugin.name} has nothing to search for")
     if not samples or settings.steps is None:
         raise ConfigError("a search needs prompts to judge the candidates on, and the number of steps: give --prompts and --steps")
-    ensure_bare(pipe, "what is searched must be alone on it")
     plan = plan or Plan()
     searcher = plugin.search(f"search of {plugin.name}", **(knobs or {}))
-    own = {name: getattr(plugin.config, name) for name in plugin.config.model_fields_set}
 
     def look_call() -> None:
         make_outputs(pipe, samples[:1], settings, batch, False)
 
-    probe, made_for, guidance = look(pipe, plugin, look_call)
+    probe, fits, guidance = look(pipe, plugin, look_call)
     searcher.prepare(probe)
     what = {
         "plugin": plugin.name,
@@ -290,7 +289,7 @@ def search(
         "call": plain(settings),
         "batch": batch,
         "fitness": fitness.describe(),
-        "model": asdict(made_for),
+        "model": asdict(fits),
     }
     digest = hashlib.sha256(json.dumps(what, sort_keys=True, default=str).encode()).hexdigest()
     folder = Path(out).with_name(Path(out).name + ".partial")
@@ -301,7 +300,7 @@ def search(
 
     def judge(genome: Genome) -> float:
         nonlocal stack
-        setting = {**own, **searcher.knobs(genome)}
+        setting = {**plugin.own_knobs, **searcher.knobs(genome)}
         if stack is None:
             stack = load_pipeline(pipe, [type(plugin)(**setting)]).plugins
         else:
@@ -315,7 +314,7 @@ def search(
         if stack is not None:
             stack.clear()
     finding = Finding(
-        replace(made_for, steps=searcher.steps(evolved.best)),
+        replace(fits, steps=searcher.steps(evolved.best)),
         {},
         {
             "genome": evolved.best,
@@ -346,9 +345,9 @@ def search_call(pipe: Any, plugin: Plugin, call: Callable[[], Any], seed: int = 
     if plugin.search is None:
         raise Unsupported(f"{plugin.name} has nothing to search for")
     searcher = plugin.search(f"search of {plugin.name}")
-    probe, made_for, guidance = look(pipe, plugin, call)
+    probe, fits, guidance = look(pipe, plugin, call)
     searcher.prepare(probe)
-    return Finding(made_for, {}, {"genome": searcher.example(random.Random(seed)), "guidance_scale": guidance})
+    return Finding(fits, {}, {"genome": searcher.example(random.Random(seed)), "guidance_scale": guidance})
 
 
 # a first look --------------------------------------------------------------------------------------------------------------------------
@@ -393,18 +392,10 @@ class Look(Watcher):
 def look(pipe: Any, plugin: Plugin, call: Callable[[], Any]) -> tuple[Probe, MadeFor, float | None]:
     """What a searcher may look at, what a finding is made for, and the guidance scale, from one plain run."""
     watcher = Look()
-    stack = load_pipeline(pipe, [watcher]).plugins
-    try:
-        family = stack.family
-        if not family.is_among(plugin.families):
-            raise Unsupported(f"{plugin.name} does not work on {stack.base_class.__name__}: it is made for {', '.join(plugin.families)}")
+    with watching(pipe, plugin, watcher) as stack:
         call()
-        report = stack.report()
-    finally:
-        stack.clear()
-    target = describe(pipe, family)
-    seen = report.plugins[watcher.name].records
-    made_for = MadeFor.describe(plugin.name, pipe, target.denoisers, report.steps, report.shape[1:])
+        fits = made_for(plugin, stack)
+    seen = stack.report().plugins[watcher.name].records
     guidance = seen.get("guidance")
-    probe = Probe(target, len(seen["timesteps"]), seen["timesteps"], seen.get("sigmas"))
-    return probe, made_for, None if guidance is None else float(guidance)
+    probe = Probe(describe(pipe, stack.family), len(seen["timesteps"]), seen["timesteps"], seen.get("sigmas"))
+    return probe, fits, None if guidance is None else float(guidance)

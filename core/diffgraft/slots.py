@@ -95,8 +95,10 @@ def set_class(pipe: Any, cls: type) -> None:
     object.__setattr__(pipe, "__class__", cls)
 
 
-def write_schedule(scheduler: Any, timesteps: Any, sigmas: Any) -> None:
+def write_schedule(scheduler: Any, timesteps: Any, sigmas: Any) -> list[int]:
     """Put an edited schedule, or a part of the scheduler's own (slices of its timesteps and sigmas), into a scheduler.
+
+    Returns how far each step goes down where the scheduler would not follow by itself (see :func:`striding`), else nothing.
 
     Raises:
         Unsupported: the scheduler derives its step size from ``num_inference_steps`` alone and keeps a plan of the steps (PNDM), so it
@@ -106,8 +108,9 @@ def write_schedule(scheduler: Any, timesteps: Any, sigmas: Any) -> None:
     part = is_part(timesteps, scheduler.timesteps)
     has_sigmas = getattr(scheduler, "sigmas", None) is not None
     custom = getattr(scheduler, "custom_timesteps", None) is not None
+    strides: list[int] = []
     if is_strided(scheduler) and not part:
-        strides_of(scheduler, timesteps)  # refuses what it cannot step along
+        strides = strides_of(scheduler, timesteps)
     elif not has_sigmas and not custom and not part:
         raise Unsupported(
             f"{name} cannot follow an edited schedule: it steps by num_train_timesteps / num_inference_steps; use a sigma scheduler"
@@ -121,6 +124,7 @@ def write_schedule(scheduler: Any, timesteps: Any, sigmas: Any) -> None:
         scheduler.custom_timesteps = True
     if custom or not part:
         scheduler.num_inference_steps = len(timesteps)
+    return strides
 
 
 STRIDED = frozenset({"DDIMScheduler", "DDIMParallelScheduler", "CogVideoXDDIMScheduler"})

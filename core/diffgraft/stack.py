@@ -142,7 +142,7 @@ class PluginStack:
         """
         self._refuse_in_run("configure a plugin of")
         entry = self._entry(name)
-        new = type(entry.plugin)(**{**_knobs(entry.plugin), **knobs})
+        new = type(entry.plugin)(**{**entry.plugin.own_knobs, **knobs})
         same = [need.knob for need in new.needs if getattr(new.config, need.knob) == getattr(entry.plugin.config, need.knob)]
         given = self._fetch(new, describe(self.pipe, self.family), {knob: entry.given[knob] for knob in same})
         enabled, old = entry.enabled, (entry.plugin, entry.given)
@@ -187,7 +187,7 @@ class PluginStack:
         target = describe(self.pipe, self.family)
         given = []
         for plugin in plugins:
-            self._refuse_family(plugin)
+            self.refuse_family(plugin)
             given.append(self._fetch(plugin, target, {}))
         before = self._entries
         try:
@@ -211,7 +211,8 @@ class PluginStack:
         """Have ``undo`` called by :meth:`clear`."""
         self._undo = (*self._undo, undo)
 
-    def _refuse_family(self, plugin: Plugin) -> None:
+    def refuse_family(self, plugin: Plugin) -> None:
+        """Raises Unsupported when the plugin is not made for this pipeline."""
         name, family = self.base_class.__name__, self.family
         if not family.is_among(plugin.families):
             raise Unsupported(
@@ -337,11 +338,6 @@ class PluginStack:
             self._last = run.report
 
 
-def _knobs(plugin: Plugin) -> dict[str, Any]:
-    """The knobs that were set, as given (live objects stay the same objects)."""
-    return {name: getattr(plugin.config, name) for name in plugin.config.model_fields_set}
-
-
 def _class_with(stack: PluginStack) -> type:
     """A subclass of the pipeline's class, for this one object, that runs its calls through ``stack``."""
     base = stack.base_class
@@ -353,7 +349,7 @@ def _class_with(stack: PluginStack) -> type:
         new: Any = object.__new__(base)
         memo[id(pipe)] = new
         new.__dict__.update(copy.deepcopy(pipe.__dict__, memo))
-        copied = attach(new, [type(entry.plugin)(**_knobs(entry.plugin)) for entry in stack._entries])
+        copied = attach(new, [type(entry.plugin)(**entry.plugin.own_knobs) for entry in stack._entries])
         for entry in stack._entries:
             copied._switch(copied._entry(entry.name), entry.enabled)
         return new

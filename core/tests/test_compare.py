@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,9 +12,10 @@ import torch
 from cli_plugins import Idle, OnlyTransformers, Rival, Slow, Sparse
 from diffgraft import BrokenPlugin, Bundled, ConfigError, Conflict, Unsupported, load_pipeline
 from diffgraft.compare import CompareSettings, all_right, compare, fit_steps, load_judge, plain
+from diffgraft.compare_view import comparison_grid, grid_label
 from diffgraft.inputs import CallSettings, Sample, call_arguments, make_pictures, make_samples
 from diffgraft.instruments import missing_formulas
-from diffgraft.metrics import Spread, psnr, share, ssim, wilson
+from diffgraft.metrics import Mean, Spread, psnr, share, ssim, wilson
 from diffgraft_pipelines.tiny import make
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -123,6 +125,35 @@ def test_fidelity_against_pictures_made_by_hand(result, pipe):
     assert near.psnr_worst == min(near.psnr)
     assert near.ssim_worst == min(near.ssim) < 1
     assert (near.identical, near.pictures) == (0, 3)
+
+
+def test_fidelity_against_many_steps(pipe):
+    settings = CompareSettings(SAMPLES, STEPS, CALL, repeats=1, warmup=0, pilot=1, batch=2, reference_steps=9)
+    result = compare(pipe, [Idle()], settings)
+    many = make_pictures(pipe, [SAMPLES[2]], CallSettings(steps=9, height=64, width=64, guidance_scale=5.0))
+    assert np.abs(result.reference[2] - many[0]).max() < 1e-4
+    baseline, idle, fewer = result.arms
+    assert baseline.fidelity.psnr == idle.fidelity.psnr == psnr(baseline.pictures, result.reference)
+    assert baseline.fidelity.identical == 0
+    assert idle.changed_nothing  # against the baseline, not against the reference
+    expected = np.mean(np.subtract(idle.fidelity.psnr, fewer.fidelity.psnr))
+    assert result.advantage.mean == pytest.approx(expected)
+    assert result.advantage.low <= expected <= result.advantage.high
+    shown = grid_label(baseline, result)
+    assert any("PSNR" in line for line in shown)
+    assert "PSNR" not in " ".join(grid_label(baseline, replace(result, reference=None)))
+    assert comparison_grid(result, "tiny").height > comparison_grid(replace(result, reference=None), "tiny").height
+    assert result.to_json()["advantage"]["mean"] == result.advantage.mean
+    with pytest.raises(ConfigError, match="reference_steps = 4: must be more than the 4 steps"):
+        CompareSettings(SAMPLES, STEPS, CALL, reference_steps=4)
+
+
+def test_mean_with_its_interval():
+    values = np.random.default_rng(1).normal(3, 2, 400)
+    found = Mean.of(values)
+    assert found.mean == pytest.approx(values.mean())
+    assert (found.low, found.high) == pytest.approx((found.mean - 1.96 * 0.1, found.mean + 1.96 * 0.1), abs=0.02)
+    assert str(Mean.of([1.0, 1.0])) == "+1.00 (+1.00 to +1.00)"
 
 
 def test_a_plugin_that_changes_nothing_is_told(result):

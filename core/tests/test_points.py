@@ -23,6 +23,7 @@ from probes import Effects, Everything, PluginConfig, Probe, generate, tiny, tra
 BATCHED = ("StableDiffusionPipeline", "PixArtAlphaPipeline")
 SEQUENTIAL = ("FluxPipeline", "WanPipeline")
 ALL = BATCHED + SEQUENTIAL
+APPENDING = ("WanImageToVideoPipeline", "CogVideoXImageToVideoPipeline", "FluxFillPipeline", "StableVideoDiffusionPipeline")
 
 
 class Log(Everything):
@@ -266,7 +267,7 @@ class EditLatents(Probe):
 
 @pytest.mark.parametrize(
     ("name", "euler"),
-    [(name, False) for name in (*ALL, "StableDiffusionInpaintPipeline", "DiTPipeline")]
+    [(name, False) for name in (*ALL, "StableDiffusionInpaintPipeline", "DiTPipeline", *APPENDING)]
     + [(name, True) for name in (*BATCHED, "StableDiffusionInpaintPipeline")],  # a scheduler that scales the denoiser's input
 )
 def test_edited_latents_reach_the_denoiser_and_the_step(name, euler):

@@ -28,9 +28,9 @@ import typer
 from diffgraft import load_pipeline
 from diffgraft.calibration import calibrate_call
 from diffgraft.cli_values import plugin_specs
+from diffgraft.files import write_atomic
 from diffgraft.instruments import LiveBytes, MacCounter, synchronize
 from diffgraft.loading import build_plugin
-from diffgraft.pictures import write_atomic
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table

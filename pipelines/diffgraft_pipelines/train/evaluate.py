@@ -12,9 +12,9 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
+from diffgraft.fitness import frechet
 from PIL import Image, ImageDraw
 from rich.progress import track
-from torch import Tensor
 
 from ..emoji import scenes
 from ..emoji.judge import FIELDS, Judge
@@ -81,14 +81,6 @@ def rms_distance(images: Sequence[Image.Image]) -> float:
     """Mean over pairs of the root mean square pixel difference, 0..255."""
     arrays = [np.asarray(im, dtype=np.float32) for im in images]
     return float(np.mean([np.sqrt(np.mean((a - b) ** 2)) for a, b in itertools.combinations(arrays, 2)]))
-
-
-def frechet(a: Tensor, b: Tensor) -> float:
-    """Frechet distance of two sets of features, each (N, D)."""
-    a, b = a.double(), b.double()
-    eigenvalues = torch.linalg.eigvals(a.T.cov() @ b.T.cov()).real.clamp_min(0)
-    traces = a.T.cov().trace() + b.T.cov().trace() - 2 * eigenvalues.sqrt().sum()
-    return float((a.mean(0) - b.mean(0)).square().sum() + traces)
 
 
 def renders(labels: Sequence[scenes.Labels], seed: int) -> list[Image.Image]:

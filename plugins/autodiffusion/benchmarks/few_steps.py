@@ -27,10 +27,10 @@ import numpy as np
 import torch
 import typer
 from diffgraft import load_pipeline, unload
+from diffgraft.files import write_atomic
 from diffgraft.findings import Finding
 from diffgraft.fitness import frechet
 from diffgraft.metrics import share
-from diffgraft.pictures import write_atomic
 from diffgraft_pipelines.emoji import scenes
 from diffgraft_pipelines.emoji.judge import load_bundled
 from diffgraft_pipelines.train.evaluate import generate, held_out_labels, held_out_pairs, renders

@@ -26,9 +26,10 @@ import typer
 from diffgraft import load_pipeline, registry
 from diffgraft.adapters import adapter_layers
 from diffgraft.compare import load_judge
+from diffgraft.files import write_atomic
 from diffgraft.loading import read_pipeline
 from diffgraft.metrics import share
-from diffgraft.pictures import draw_grid, write_atomic
+from diffgraft.pictures import draw_grid
 from diffusers import LCMScheduler
 from PIL import Image
 from rich.console import Console

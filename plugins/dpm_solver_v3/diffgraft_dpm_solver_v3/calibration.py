@@ -173,8 +173,7 @@ class DPMSolverV3Calibrator(Calibrator):
         return MeasuringScheduler.from_config(settings_of(old, family), **{**options(self.config), **plain})
 
     def schedule(self, call: ScheduleCall, next: Any) -> Schedule:
-        latents = call.family.latents
-        axis = None if self.config.ems_shape == "full" else -1 if latents == "packed" else 1 if latents == "pixels" else latents.index("c")
+        axis = None if self.config.ems_shape == "full" else call.family.channel_axis
         call.scheduler.prepare(self.config.draws, self.config.delta, axis, call.generator)
         return next(call)  # type: ignore[no-any-return]
 

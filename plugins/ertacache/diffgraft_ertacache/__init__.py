@@ -137,7 +137,7 @@ class ERTACache(Plugin):
             tensors = calibrated(call).tensors
             K, B = (torch.stack([of_branch(tensors, name, b) for b in call.branches], dim=2) for name in "KB")
             shape = [1] * v.ndim
-            shape[channel_axis(call.family.latents, v.ndim)] = K.shape[-1]
+            shape[channel_axis(call.family, v.ndim)] = K.shape[-1]
             found = tuple(x.to(v.device).reshape(*K.shape[:3], *shape) for x in rectification(K, B))  # type: ignore[assignment]
             call.shared.linear[key] = found
         return found  # type: ignore[return-value]

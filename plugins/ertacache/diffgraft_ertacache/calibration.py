@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from diffgraft import Calibrator
 from diffgraft.calls import BlockCall, DenoiseCall, RunCall
+from diffgraft.family import Family
 from torch import Tensor
 
 from diffgraft_ertacache.knobs import PAPER, ERTACacheConfig
@@ -75,7 +76,7 @@ class Measure(Calibrator):
         i, n = call.step.index, len(call.branches)
         T, W = call.step.total, self.config.max_reuse
         records = call.shared.records
-        axis = channel_axis(call.family.latents, velocities[0].ndim)
+        axis = channel_axis(call.family, velocities[0].ndim)
         for branch, cached, true, guess, v, before in zip(call.branches, *(x.chunk(n) for x in (*residuals, *velocities)), strict=True):
             if branch == LEADING:
                 error = records.setdefault("error", torch.full((T, W), torch.inf))
@@ -107,6 +108,6 @@ class Measure(Calibrator):
         return tensors, {"branches": branches}
 
 
-def channel_axis(latents: str, ndim: int) -> int:
+def channel_axis(family: Family, ndim: int) -> int:
     """The axis of the channels in a denoiser's output: tokens [rows, tokens, C] or the family's layout of latents."""
-    return -1 if ndim == 3 else latents.index("c") if latents != "pixels" else 1
+    return -1 if ndim == 3 else family.channel_axis

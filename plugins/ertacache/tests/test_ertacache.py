@@ -184,7 +184,8 @@ def test_moments_of_parts_add_up():
     ("layout", "ndim", "axis"), [("bchw", 4, 1), ("bfchw", 5, 2), ("bcfhw", 5, 1), ("packed", 3, -1), ("bcfhw", 3, -1)]
 )
 def test_channel_axis(layout, ndim, axis):
-    assert channel_axis(layout, ndim) == axis
+    family = next(family for family in registry.families().values() if family.latents == layout)
+    assert channel_axis(family, ndim) == axis
 
 
 # reuse ------------------------------------------------------------------------------------------------------------------------------

@@ -22,7 +22,6 @@ from diffgraft.decoding import decode, ensure_decodes
 from diffgraft.errors import ConfigError, RewardError, Unsupported
 from diffgraft.family import Family
 from diffgraft.inputs import parameters
-from diffusers.utils.torch_utils import randn_tensor
 from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
@@ -185,7 +184,7 @@ class RBFSearch(Plugin):
             level = search.levels[0] if search is not None else call.pipe.scheduler.levels[0]
             if level.c != 1 and "strength" not in call.run.arguments:  # x_t = x_r / c; a picture's are at the pipeline's scale already
                 if shared.start is None:
-                    shared.start = (latents_of(call).float() / level.c).to(call.latents.dtype)
+                    shared.start = (call.latents.float() / level.c).to(call.latents.dtype)
                 call = call.with_latents(shared.start)
         if search is not None:
             search.asked = call.step.index
@@ -215,8 +214,7 @@ class RBFSearch(Plugin):
             call.count("accepted", sum(climb.accepted for climb in search.climbs))
             call.count("exhausted", sum(climb.exhausted for climb in search.climbs))
             return StepOutput(search.x0.to(call.sample.dtype), search.x0)
-        noise = randn_tensor(x.shape, generator=call.generator, device=x.device, dtype=torch.float32)
-        return StepOutput(search.propose(noise, call.scheduler).to(call.sample.dtype), x0)
+        return StepOutput(search.propose(call.noise(), call.scheduler).to(call.sample.dtype), x0)
 
     def rewards(self, call: StepCall, x0: Tensor) -> list[float]:
         """The rewards of the pictures that the candidates' x0 decode to."""
@@ -225,11 +223,3 @@ class RBFSearch(Plugin):
             return call.given("reward")(images, call.shared.search.captions)  # type: ignore[no-any-return]
         except RewardError as error:
             raise RewardError(f"rbf_search, evaluation {call.step.index + 1} of {self.config.max_nfe}: {error}") from error
-
-
-def latents_of(call: DenoiseCall) -> Tensor:
-    """The latents alone, without the channels of a start picture behind them."""
-    x = call.latents
-    if call.family.appended != "channels" or call.family.latents == "packed":
-        return x
-    return x[:, : call.model.config["out_channels"]]  # type: ignore[index]
