@@ -244,6 +244,10 @@ def run(
 def compare(
     pipeline: Pipeline,
     plugins: PluginNames = None,
+    always: Annotated[
+        list[str] | None,
+        typer.Option("--always", metavar="NAME", help="A plugin of the list that is part of every arm: what do the others add to it?"),
+    ] = None,
     out: Annotated[Path, typer.Option("--out", help="Folder for compare.png and compare.json.")] = Path("out"),
     option: KnobValues = None,
     prompt: Annotated[list[str] | None, typer.Option("--prompt", help="A prompt; repeat for several.")] = None,
@@ -327,7 +331,7 @@ def compare(
     )
     judge = load_judge(bundled) if bundled else None
     with progress() as on_progress, refusals(pipe):
-        result = measure(pipe, built, settings, judge=judge, on_progress=on_progress, attention_backend=backend)
+        result = measure(pipe, built, settings, always=always or (), judge=judge, on_progress=on_progress, attention_backend=backend)
     write_comparison(result, pipeline, out)
     print_comparison(result)
     typer.echo(f"wrote {out / 'compare.png'} and {out / 'compare.json'}")

@@ -99,12 +99,16 @@ class CompareSettings:
             raise ConfigError("nothing to compare: give at least one prompt or seed")
 
 
+Kind = Literal["baseline", "plugin", "stack", "fewer_steps"]
+
+
 @dataclass(frozen=True)
 class Arm:
-    """One side of the comparison. ``plugins``: knobs in force by name, outermost first; ``neutral``: they are set to change nothing."""
+    """One side of the comparison. ``plugins``: knobs in force by name, outermost first; ``neutral``: those that are compared are set to
+    change nothing."""
 
     name: str
-    kind: Literal["baseline", "plugin", "stack", "fewer_steps"]
+    kind: Kind
     steps: int
     plugins: dict[str, dict[str, Any]] = field(default_factory=dict)
     neutral: bool = False
@@ -239,6 +243,8 @@ class Comparison:
 
     pipeline: str
     settings: CompareSettings
+    always: tuple[str, ...]
+    """Plugins that are part of every arm, the baseline included."""
     arms: list[ArmResult]
     equal_time: EqualTime
     reference: Pictures | None
@@ -280,6 +286,7 @@ def compare(
     plugins: Sequence[Plugin],
     settings: CompareSettings,
     *,
+    always: Sequence[str] = (),
     judge: Judge | None = None,
     attention_backend: str | None = None,
     on_progress: OnProgress | None = None,
@@ -289,6 +296,7 @@ def compare(
     Args:
         pipe: a diffusers pipeline without plugins, on its device.
         plugins: the stack, outermost first.
+        always: names of those among them that are part of every arm, the baseline included: what do the others add on top of these?
         judge: scores pictures against prompts, or None.
         attention_backend: for all arms, the baseline included.
         on_progress: told of every call.
@@ -297,8 +305,11 @@ def compare(
         ConfigError: no plugin, or a setting that this pipeline does not take.
         Conflict, Unsupported: the stack cannot be put on this pipeline; nothing was run.
     """
-    if not plugins:
-        raise ConfigError("no plugin to compare: give at least one")
+    names = [plugin.name for plugin in plugins]
+    if strange := sorted(set(always) - set(names)):
+        raise ConfigError(f"always = {', '.join(strange)}: not among the plugins that are compared ({', '.join(names) or 'none'})")
+    if not set(names) - set(always):
+        raise ConfigError("no plugin to compare: give at least one" + (" that is not part of every arm" if always else ""))
     ensure_bare(pipe, "the baseline must be without any")
     started = time.perf_counter()
     environment = {"versions": versions(), **machine(pipe.device), "dtype": str(pipe.dtype), "attention_backend": attention_backend}
@@ -306,13 +317,13 @@ def compare(
         stack: PluginStack = load_pipeline(pipe, plugins, attention_backend=attention_backend).plugins
         try:
             warnings = list(stack.plan.warnings)
-            bench = Bench(pipe, stack, settings, on_progress or (lambda phase, done, total: None))
+            bench = Bench(pipe, stack, settings, always, on_progress or (lambda phase, done, total: None))
             arms, equal_time, reference = bench.measure(judge)
         finally:
             stack.clear()
     environment["load_after"] = machine(pipe.device)["load"]
     name = type(pipe).__name__
-    return Comparison(name, settings, arms, equal_time, reference, environment, warnings, time.perf_counter() - started)
+    return Comparison(name, settings, bench.always, arms, equal_time, reference, environment, warnings, time.perf_counter() - started)
 
 
 @contextmanager
@@ -329,28 +340,31 @@ def quiet(pipe: Any) -> Iterator[None]:
 class Bench:
     """One comparison in progress."""
 
-    def __init__(self, pipe: Any, stack: PluginStack, settings: CompareSettings, on_progress: OnProgress) -> None:
+    def __init__(
+        self, pipe: Any, stack: PluginStack, settings: CompareSettings, always: Sequence[str], on_progress: OnProgress
+    ) -> None:
         self.pipe = pipe
         self.stack = stack
         self.settings = settings
         self.on_progress = on_progress
-        self.names = stack.list()
+        self.always = tuple(name for name in stack if name in always)
+        self.names = tuple(name for name in stack if name not in always)
         self.device = torch.device(pipe.device)
 
     def measure(self, judge: Judge | None) -> tuple[list[ArmResult], EqualTime, Pictures | None]:
         """All phases: pilot, MACs, rounds, pictures, scores."""
         steps = self.settings.steps
-        baseline = Arm("baseline", "baseline", steps)
-        grafted = [self.plugin_arm(name, "plugin", (name,)) for name in self.names]
+        baseline = self.arm("baseline", "baseline", steps)
+        grafted = [self.arm(name, "plugin", steps, (name,)) for name in self.names]
         if len(self.names) > 1:
-            grafted.append(self.plugin_arm(" + ".join(self.names), "stack", self.names))
+            grafted.append(self.arm(" + ".join(self.names), "stack", steps, self.names))
         equal_time = self.find_equal_time(baseline, grafted[-1])
-        fewer = Arm(f"baseline, {equal_time.steps} steps", "fewer_steps", equal_time.steps)
+        fewer = self.arm(f"baseline, {equal_time.steps} steps", "fewer_steps", equal_time.steps)
         arms = [baseline, *grafted, fewer]
         macs = [self.count_macs(arm, i, len(arms)) for i, arm in enumerate(arms)]
         rounds = self.run_rounds(arms)
         many = self.settings.reference_steps
-        pictures = self.make_all([*arms, Arm("reference", "baseline", many)] if many else arms)
+        pictures = self.make_all([*arms, self.arm("reference", "baseline", many)] if many else arms)
         reference = pictures.pop() if many else None
         verdicts, judge_note = self.judge_all(judge, pictures)
         results = [self.result(arm, i, rounds, macs, pictures, reference, verdicts) for i, arm in enumerate(arms)]
@@ -359,10 +373,9 @@ class Bench:
         target, found = results[-2].latency.seconds.p50, results[-1].latency.seconds.p50
         return results, replace(equal_time, realised=found / target), reference
 
-    def plugin_arm(self, name: str, kind: Literal["plugin", "stack"], members: Sequence[str]) -> Arm:
-        plugins = {member: self.stack[member] for member in members}
-        knobs = {member: plugin.config.model_dump() for member, plugin in plugins.items()}
-        return Arm(name, kind, self.settings.steps, knobs, all(is_neutral(plugin) for plugin in plugins.values()))
+    def arm(self, name: str, kind: Kind, steps: int, members: Sequence[str] = ()) -> Arm:
+        knobs = {each: self.stack[each].config.model_dump() for each in self.stack if each in members or each in self.always}
+        return Arm(name, kind, steps, knobs, all(is_neutral(self.stack[member]) for member in members))
 
     # calls ------------------------------------------------------------------------------------------------------------------------
 
@@ -490,7 +503,7 @@ class Bench:
             verdicts=verdicts[index],
             skipped=skipped,
             denoiser_calls=statistics.mean(sum(report.denoiser_calls.values()) for report in reports) if reports else 0,
-            changed_nothing=bool(arm.plugins) and not arm.neutral and np.array_equal(pictures[index], pictures[0]),
+            changed_nothing=arm.kind in ("plugin", "stack") and not arm.neutral and np.array_equal(pictures[index], pictures[0]),
             notes=notes,
             pictures=pictures[index],
         )

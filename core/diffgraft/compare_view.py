@@ -43,6 +43,7 @@ def comparison_grid(result: Comparison, pipeline: str) -> Any:
         f"{machine.get('device_name') or machine['processor']}, {machine['dtype'].removeprefix('torch.')}, one picture a call, p50 of "
         f"{result.settings.repeats} interleaved rounds. PSNR to the {reference_name(result)}: mean (worst) of {number} pictures. "
         f"Fewer steps at equal time: {result.equal_time}."
+        + (f" In every arm: {', '.join(result.always)}." if result.always else "")
     )
     captions = [f"{sample.label} (seed {sample.seed})" for sample in samples]
     side = 480 if video else 192
@@ -89,6 +90,8 @@ def print_comparison(result: Comparison) -> None:
     out.print(fidelity_table(result))
     out.print()
     typer.echo(f"fewer steps at equal time: {result.equal_time}.")
+    if result.always:
+        typer.echo(f"in every arm, the baseline included: {', '.join(result.always)}.")
     if result.advantage is not None and not result.equal_time.capped:
         typer.echo(f"PSNR of {result.equal_time.matched_to} above that of fewer steps: {result.advantage} dB (95 % interval).")
     if result.product is not None:

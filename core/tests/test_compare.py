@@ -148,6 +148,21 @@ def test_fidelity_against_many_steps(pipe):
         CompareSettings(SAMPLES, STEPS, CALL, reference_steps=4)
 
 
+def test_on_top_of_another_plugin(pipe):
+    settings = CompareSettings(SAMPLES[:1], STEPS, CALL, repeats=1, warmup=0, pilot=1)
+    result = compare(pipe, [Idle(), Sparse()], settings, always=["sparse"])
+    assert [(r.arm.name, list(r.arm.plugins)) for r in result.arms[:2]] == [("baseline", ["sparse"]), ("idle", ["idle", "sparse"])]
+    assert list(result.arms[-1].arm.plugins) == ["sparse"]
+    assert result.always == ("sparse",)
+    assert result.arm("idle").changed_nothing
+    assert not result.arm("baseline").changed_nothing
+    assert all(r.macs.per_run == result.arms[0].macs.per_run for r in result.arms[:2])
+    with pytest.raises(ConfigError, match="always = nobody: not among the plugins that are compared"):
+        compare(pipe, [Idle()], settings, always=["nobody"])
+    with pytest.raises(ConfigError, match="at least one that is not part of every arm"):
+        compare(pipe, [Idle()], settings, always=["idle"])
+
+
 def test_mean_with_its_interval():
     values = np.random.default_rng(1).normal(3, 2, 400)
     found = Mean.of(values)
