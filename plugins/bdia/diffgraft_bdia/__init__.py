@@ -13,9 +13,10 @@ from typing import Any, ClassVar, Literal
 from diffgraft import Effects, Need, Paper, Plugin, PluginConfig
 from diffgraft.artefacts import Artefact
 from diffgraft.calls import RunCall, ScheduleCall
-from diffgraft.errors import ConfigError, Unsupported
+from diffgraft.errors import ConfigError
 from diffgraft.family import Family
 from diffgraft.plugin import Inverter
+from diffgraft.solvers import ode_settings
 from pydantic import Field
 
 from diffgraft_bdia.schedulers import BDIAScheduler, FlowBDIAScheduler
@@ -46,18 +47,8 @@ def scheduler_for(old: Any, family: Family, **options: Any) -> Any:
     Raises:
         Unsupported: ``old`` belongs to a distilled model, clips its x0, or has a noise schedule that BDIA does not know.
     """
-    config, name = old.config, type(old).__name__
-    if "original_inference_steps" in config or name.startswith("TCD"):
-        raise Unsupported(f"bdia: {name} is made for a distilled model, which jumps and does not follow a trajectory that could be undone")
-    for key in ("clip_sample", "thresholding"):
-        if config.get(key):
-            raise Unsupported(f"bdia: {name}.{key} = True: a clipped step cannot be undone; set pipe.scheduler with {key}=False")
-    if family.prediction == "flow":
-        shift = {"shift": config["flow_shift"]} if "flow_shift" in config else {}  # DPM-Solver and UniPC call it so
-        return FlowBDIAScheduler.from_config(config, **shift, **options)
-    if config.get("snr_shift_scale", 1.0) != 1.0 or config.get("timestep_type") == "continuous":
-        raise Unsupported(f"bdia: {name} has a noise schedule of its own, which BDIA does not know")
-    return BDIAScheduler.from_config(config, **options)
+    cls = FlowBDIAScheduler if family.prediction == "flow" else BDIAScheduler
+    return cls.from_config(ode_settings("bdia", old, family), **options)
 
 
 class BDIA(Plugin):

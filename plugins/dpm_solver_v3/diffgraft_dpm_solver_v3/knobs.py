@@ -10,6 +10,7 @@ from diffgraft import Paper, PluginConfig
 from diffgraft.artefacts import Artefact
 from diffgraft.errors import Unsupported
 from diffgraft.family import Family
+from diffgraft.solvers import ode_settings
 from pydantic import Field
 
 from diffgraft_dpm_solver_v3.schedulers import DPMSolverV3Scheduler
@@ -76,21 +77,13 @@ def settings_of(old: Any, family: Family) -> dict[str, Any]:
     Raises:
         Unsupported: ``old`` is stochastic, belongs to a distilled model, clips its x0, or has a noise schedule that is not known here.
     """
-    config, name = dict(old.config), type(old).__name__
-    if "original_inference_steps" in config or name.startswith(("LCM", "TCD")):
-        raise Unsupported(f"dpm_solver_v3: {name} is made for a distilled model, which jumps and does not follow the diffusion ODE")
+    config, name = ode_settings("dpm_solver_v3", old, family), type(old).__name__
     if "SDE" in name or "Ancestral" in name or "sde" in str(config.get("algorithm_type", "")) or config.get("stochastic_sampling"):
         raise Unsupported(
             f"dpm_solver_v3: {name} samples the diffusion SDE, this method solves the ODE: set pipe.scheduler to one without noise (DDIM, "
             "DPMSolverMultistepScheduler with algorithm_type='dpmsolver++', FlowMatchEulerDiscreteScheduler)"
         )
-    for key in ("clip_sample", "thresholding"):
-        if config.get(key):
-            raise Unsupported(f"dpm_solver_v3: {name}.{key} = True: a clipped x0 is not what l, s, b speak of; set it to False")
     if family.prediction == "flow":
-        shift = {"shift": config["flow_shift"]} if "flow_shift" in config else {}  # as DPM-Solver and UniPC call it
-        config = {**config, **shift, "prediction_type": "flow_prediction"}
-    elif config.get("snr_shift_scale", 1.0) != 1.0 or config.get("timestep_type") == "continuous":
-        raise Unsupported(f"dpm_solver_v3: {name} has a noise schedule of its own, which is not known here")
+        config["prediction_type"] = "flow_prediction"
     known = inspect.signature(DPMSolverV3Scheduler.__init__).parameters
     return {key: value for key, value in config.items() if key in known}
