@@ -87,6 +87,6 @@ emoji_flux = replace(
     name="emoji-flux",
     path=str(HERE / "emoji-flux"),
     guidance_scale=None,  # Flux has a distilled one and a true one: it is the true one that this checkpoint was trained for
-    call={"height": 64, "width": 64, "max_sequence_length": 20, "negative_prompt": "", "true_cfg_scale": 1.5},
+    call={"height": 64, "width": 64, "max_sequence_length": 20, "negative_prompt": "", "true_cfg_scale": 2.0},
 )
 """The same prompts drawn by a flow transformer."""
