@@ -17,7 +17,6 @@ import platform
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -31,78 +30,11 @@ from diffgraft.cli_values import plugin_specs
 from diffgraft.files import write_atomic
 from diffgraft.instruments import LiveBytes, MacCounter, synchronize
 from diffgraft.loading import build_plugin
+from diffgraft_bench.layouts import CONFIGS, Case, make_case
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from torch import Tensor
-
-Noise = Callable[..., Tensor]
-
-
-@dataclass(frozen=True)
-class Case:
-    """A pipeline and the arguments of its call; `scale` says what was made smaller than the real model."""
-
-    pipe: Any
-    arguments: dict[str, Any]
-    scale: str
-
-
-def sd15(noise: Noise, full: bool, width: float = 1.0) -> Case:
-    """Stable Diffusion 1.5's U-Net, guidance on."""
-    channels = tuple(int(c * width) for c in (320, 640, 1280, 1280))
-    unet = diffusers.UNet2DConditionModel(sample_size=64, cross_attention_dim=768, attention_head_dim=8, block_out_channels=channels)
-    scheduler = diffusers.DDIMScheduler(
-        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=False, steps_offset=1
-    )
-    pipe = diffusers.StableDiffusionPipeline(
-        vae=None, text_encoder=None, tokenizer=None, unet=unet, scheduler=scheduler, safety_checker=None, feature_extractor=None,
-        requires_safety_checker=False,
-    )  # fmt: skip
-    size = 512 if full else 256
-    embeds = {"prompt_embeds": noise(1, 77, 768), "negative_prompt_embeds": noise(1, 77, 768)}
-    return Case(pipe, {**embeds, "height": size, "width": size}, "real size" if full else "256 px instead of 512")
-
-
-def flux(noise: Noise, full: bool, width: float = 1.0) -> Case:
-    """Flux: double and single blocks, no true CFG."""
-    double, single, heads, size = (19, 38, int(24 * width), 1024) if full else (2, 4, int(8 * width), 256)
-    transformer = diffusers.FluxTransformer2DModel(num_layers=double, num_single_layers=single, num_attention_heads=heads,
-                                                   pooled_projection_dim=768, joint_attention_dim=512, guidance_embeds=False)  # fmt: skip
-    pipe = diffusers.FluxPipeline(
-        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True), transformer=transformer,
-        vae=None, text_encoder=None, tokenizer=None, text_encoder_2=None, tokenizer_2=None,
-    )  # fmt: skip
-    embeds = {"prompt_embeds": noise(1, 64, 512), "pooled_prompt_embeds": noise(1, 768)}
-    scale = "real size" if full else "2 + 4 blocks of 8 heads instead of 19 + 38 of 24, 256 px instead of 1024"
-    return Case(pipe, {**embeds, "height": size, "width": size}, scale)
-
-
-def wan(noise: Noise, full: bool, width: float = 1.0) -> Case:
-    """Wan 2.1: sequential CFG."""
-    layers, heads, height, frames = (30, int(12 * width), 480, 81) if full else (4, int(6 * width), 192, 9)
-    transformer = diffusers.WanTransformer3DModel(num_layers=layers, num_attention_heads=heads, ffn_dim=heads * 128 * 6, text_dim=512)
-    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
-    pipe = diffusers.WanPipeline(vae=None, text_encoder=None, tokenizer=None, transformer=transformer, scheduler=scheduler)
-    embeds = {"prompt_embeds": noise(1, 64, 512), "negative_prompt_embeds": noise(1, 64, 512)}
-    scale = "real size" if full else "4 blocks of 6 heads instead of 30 of 12, 192 px and 9 frames instead of 480 x 832 and 81"
-    return Case(pipe, {**embeds, "height": height, "width": 832 if full else height, "num_frames": frames}, scale)
-
-
-CONFIGS: dict[str, Callable[..., Case]] = {"sd15": sd15, "flux": flux, "wan": wan}
-
-
-def make_case(config: str, device: str, dtype: torch.dtype, full: bool, steps: int, width: float = 1.0) -> Case:
-    """The case on its device, without progress bar."""
-    torch.manual_seed(0)
-    generator = torch.Generator().manual_seed(0)
-    case = CONFIGS[config](lambda *shape: torch.randn(shape, generator=generator).to(device, dtype), full, width)
-    for name in ("unet", "transformer"):
-        if (model := getattr(case.pipe, name, None)) is not None:
-            model.eval().requires_grad_(False).to(device, dtype)
-    case.pipe.set_progress_bar_config(disable=True)
-    case.arguments.update(num_inference_steps=steps, output_type="latent")
-    return case
 
 
 def run(case: Case) -> Tensor:

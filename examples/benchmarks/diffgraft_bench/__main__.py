@@ -1,0 +1,117 @@
+"""``python -m diffgraft_bench run | worker | report``."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from diffgraft.files import write_atomic
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from .bout import How, fight
+from .cases import Bout, all_bouts
+from .peers import install, interpreter
+from .report import write_report
+from .rows import Store, key_of
+
+app = typer.Typer(add_completion=False, pretty_exceptions_show_locals=False)
+console = Console()
+Out = Annotated[Path, typer.Option(help="Everything goes there; a second run makes what is missing.")]
+OUT = Path("out/benchmarks")
+
+
+@app.command()
+def run(
+    out: Out = OUT,
+    quick: Annotated[bool, typer.Option("--quick", help="Fewer settings, pictures and rounds: under 20 minutes on two cores.")] = False,
+    only: Annotated[str, typer.Option(help="Bouts whose arm, pipeline or environment has this in its name.")] = "",
+    device: Annotated[str, typer.Option()] = "cpu",
+    dtype: Annotated[str, typer.Option(help="Of the speed arm: float32, float16 or bfloat16.")] = "float32",
+    full: Annotated[bool, typer.Option("--full", help="The speed arm at the models' real sizes.")] = False,
+    compile: Annotated[bool, typer.Option("--compile", help="The speed arm compiled (all sides).")] = False,
+    batch: Annotated[int, typer.Option(min=1, help="Pictures in one call of the speed arm.")] = 1,
+    rounds: Annotated[int | None, typer.Option(min=1)] = None,
+    samples: Annotated[int | None, typer.Option(min=2, help="Pictures for the figures of quality.")] = None,
+    threads: Annotated[int, typer.Option(min=1, help="Of torch, on the CPU.")] = 1,
+    retry: Annotated[bool, typer.Option("--retry", help="Measure again what failed before.")] = False,
+    peers: Annotated[bool, typer.Option("--peers/--no-peers", help="Install and measure other packages.")] = True,
+) -> None:
+    """Measure what is missing, then write the report."""
+    command = shlex.join(["python", "-m", "diffgraft_bench", *sys.argv[1:]])
+    shared = {"out": str(out), "device": device, "threads": threads, "command": command}
+    quality = How(**shared, rounds=rounds or (3 if quick else 7), warmup=1, samples=samples or (24 if quick else 96), batch=8,
+                  reference_steps=100 if quick else 500)  # fmt: skip
+    speed = How(**shared, rounds=rounds or (2 if quick else 5), warmup=1, samples=0, batch=1, reference_steps=0, dtype=dtype, full=full,
+                compile=compile, timed_batch=batch)  # fmt: skip
+    bouts = [bout for bout in all_bouts(quick, full) if only in f"{bout.arm} {bout.pipeline} {bout.env}" and (peers or not bout.env)]
+    envs = out / "envs"
+    told = install(envs, lambda name: console.print(f"installing {name}")) if peers else {}
+    store = Store(out)
+    if retry:
+        store.forget_failures()
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task("", total=sum(len(bout.methods) for bout in bouts))
+        for bout in bouts:
+            how = quality if bout.arm == "quality" else speed
+            progress.update(task, description=f"{bout.arm}, {bout.pipeline}, {bout.env or bout.methods[0].label}")
+            one_bout(bout, how, store, envs, told)
+            progress.advance(task, len(bout.methods))
+    report(out)
+
+
+def one_bout(bout: Bout, how: How, store: Store, envs: Path, told: dict[str, str]) -> None:
+    """In a process of its own; a process that dies leaves its message as the row of every method that it owes."""
+    keys = {key_of(bout, method, how.circumstances): method for method in bout.methods}
+    if all(store.has(key) for key in keys):
+        return
+    failure = told.get(bout.env, "")
+    if not failure:
+        task = Path(how.out) / "bout.json"
+        write_atomic(task, json.dumps({"bout": bout.to_json(), "how": asdict(how)}).encode())
+        here = str(Path(__file__).parents[1])
+        environment = {**os.environ, "PYTHONPATH": here, "OMP_NUM_THREADS": str(how.threads), "PRUNA_TELEMETRY": "0", "HF_HUB_OFFLINE": "1"}
+        command = [str(interpreter(envs, bout.env)), "-m", "diffgraft_bench", "worker", str(task)]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        name = f"{bout.pipeline}-{bout.env or 'own'}-{time.time():.0f}.log"
+        write_atomic(Path(how.out) / "logs" / name, (done.stdout + done.stderr).encode())
+        failure = "" if done.returncode == 0 else last_line(done.stderr)
+    for key, method in keys.items():
+        if not store.has(key):
+            reason = failure or "the process ended without a result"
+            row = {"arm": bout.arm, "pipeline": bout.pipeline, "env": bout.env, "steps_of_plain": bout.steps, **how.circumstances}
+            who = {"label": method.label, "kind": method.kind, "name": method.name, "setting": method.setting, "ours": method.ours}
+            store.put(key, {**row, **who, "steps": method.steps or bout.steps, "command": how.command, "error": reason})
+
+
+def last_line(text: str) -> str:
+    """What a process said last."""
+    lines = [line.strip() for line in text.splitlines() if line.strip(" │╭╮╰╯─")]
+    return lines[-1][:800] if lines else "no message"
+
+
+@app.command()
+def worker(task: Path) -> None:
+    """One bout (called by `run` in the environment that the bout needs)."""
+    data = json.loads(task.read_text())
+    fight(Bout.from_json(data["bout"]), How(**data["how"]))
+
+
+@app.command()
+def report(out: Out = OUT) -> None:
+    """Write report.html, the plots and rows.csv from what is there."""
+    page = write_report(Store(out), out)
+    console.print(f"{page} ({sum(1 for _ in Store(out))} rows), {out / 'rows.csv'}")
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,244 @@
+"""One process: a pipeline, the methods of one bout on copies of it, and the plain pipeline, measured in turn."""
+
+from __future__ import annotations
+
+import gc
+import os
+import statistics
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffgraft.doctor import machine, versions
+from diffgraft.files import write_atomic
+from diffgraft.inputs import Sample, as_array
+from diffgraft.instruments import LiveBytes, missing_formulas, synchronize
+from diffgraft.metrics import Pictures
+from diffgraft.pictures import strip, to_images
+from diffgraft.registry import find_bundled, find_family
+from diffgraft.wiring import denoisers_of
+from torch.utils.flop_counter import FlopCounterMode
+
+from .cases import Bout, Method
+from .methods import own_copy, put_on
+from .models import BundledModel, LayoutModel, Model
+from .quality import Quality
+from .rows import Row, Store, key_of
+
+SHOWN = 6
+"""Pictures of every row that the report shows."""
+
+
+@dataclass(frozen=True)
+class How:
+    """How everything of one benchmark is measured.
+
+    rounds, warmup   timed rounds (each runs every method of a bout once), and calls of each before them
+    samples, batch   pictures for the figures of quality; pictures in one call where those are made, and where time is measured
+    reference_steps  of the plain pipeline, whose pictures tell a solver's error
+    """
+
+    out: str
+    rounds: int
+    warmup: int
+    samples: int
+    batch: int
+    reference_steps: int
+    device: str = "cpu"
+    dtype: str = "float32"
+    full: bool = False
+    compile: bool = False
+    timed_batch: int = 1
+    threads: int = 1
+    command: str = ""
+
+    @property
+    def circumstances(self) -> dict[str, Any]:
+        """What makes rows comparable."""
+        names = ("rounds", "samples", "reference_steps", "device", "dtype", "full", "compile", "timed_batch")
+        return {name: getattr(self, name) for name in names}
+
+
+@dataclass
+class Fighter:
+    """One method that could be put on: what is called, its own pipeline, and its times."""
+
+    method: Method
+    pipe: Any
+    call: Callable[..., Any]
+    seconds: list[float]
+    row: Row
+
+
+def fight(bout: Bout, how: How) -> None:
+    """Measure what is missing of a bout; every row is kept when it is complete. A method that fails is a row with its message."""
+    store = Store(Path(how.out))
+    keys = {id(method): key_of(bout, method, how.circumstances) for method in bout.methods}
+    missing = [method for method in bout.methods if not store.has(keys[id(method)])]
+    if not missing:
+        return
+    torch.set_num_threads(how.threads)
+    model = open_model(bout, how)
+    plain = Fighter(Method("plain", "plain"), model.pipe, model.pipe, [], {})
+    common = {
+        "arm": bout.arm, "pipeline": bout.pipeline, "steps_of_plain": bout.steps, "env": bout.env, "scale": getattr(model, "scale", ""),
+        **how.circumstances, "session": f"{time.time():.0f}-{os.getpid()}", "command": how.command, "versions": {**versions(), **package(bout.env)}, "machine": machine(model.pipe.device),
+    }  # fmt: skip
+    fighters: list[Fighter] = []
+    for method in missing:
+        row = {**common, "label": method.label, "kind": method.kind, "name": method.name, "setting": method.setting,
+               "steps": method.steps or bout.steps, "ours": method.ours, "error": None}  # fmt: skip
+        try:
+            pipe = own_copy(model.pipe)
+            fighter = Fighter(method, pipe, put_on(method, pipe, model), [], row)
+            prepare(fighter, model, how)
+            fighters.append(fighter)
+        except Exception as error:  # whatever it is, it is a result
+            store.put(keys[id(method)], {**row, "error": told(error)})
+    if not fighters:
+        return
+    prepare(plain, model, how)
+    run_rounds([plain, *fighters], model, how)
+    quality = Quality.of(model, how, bout.distilled) if isinstance(model, BundledModel) else None
+    for fighter in fighters:
+        row = {**fighter.row, **timing(fighter, plain)}
+        try:
+            if quality is not None:
+                made = pictures(fighter, model, how)
+                row.update(quality.figures(made))
+                save_strip(made, Path(how.out) / "pictures" / f"{keys[id(fighter.method)]}.png")
+            store.put(keys[id(fighter.method)], row)
+        except Exception as error:
+            store.put(keys[id(fighter.method)], {**row, "error": told(error)})
+
+
+def open_model(bout: Bout, how: How) -> Model:
+    """The pipeline of a bout."""
+    if bout.arm == "speed":
+        return LayoutModel(bout.pipeline, bout.steps, how.device, getattr(torch, how.dtype), how.full, how.timed_batch)
+    prompts = find_bundled(bout.pipeline).prompts
+    samples = [Sample(i, prompts[i % len(prompts)]) for i in range(how.samples)]
+    return BundledModel(bout.pipeline, bout.steps, samples, how.device, Path(how.out) / "kept")
+
+
+def package(env: str) -> dict[str, str]:
+    """The version of the peer that a bout is about."""
+    try:
+        return {env: version(env)} if env else {}
+    except PackageNotFoundError:
+        return {env: "not installed"}
+
+
+def told(error: BaseException) -> str:
+    """The error as the report shows it: its type, its message, and where it came from."""
+    where = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{type(error).__name__}: {str(error).strip()[:600]} ({Path(where.filename).name}, line {where.lineno})"
+
+
+# one method ----------------------------------------------------------------------------------------------------------------------------
+
+
+def prepare(fighter: Fighter, model: Model, how: How) -> None:
+    """First calls: multiply-adds and memory, compilation, warm-up."""
+    numbers = list(range(how.timed_batch))
+
+    def run() -> Any:
+        return model.run(fighter.call, fighter.method.steps, numbers)
+
+    run()  # what is built in the first call counts for nobody
+    fighter.row["macs"] = macs_of(fighter.pipe, run)
+    fighter.row["peak_bytes"] = peak_of(model, run)
+    if how.compile:
+        for denoiser in denoisers(fighter.pipe).values():
+            denoiser.compile()
+    for _ in range(how.warmup):
+        run()
+
+
+def denoisers(pipe: Any) -> dict[str, Any]:
+    return dict(denoisers_of(pipe, find_family(type(pipe))))
+
+
+def macs_of(pipe: Any, run: Callable[[], Any]) -> int:
+    """Multiply-adds of a whole call inside matrix products, convolutions and attention."""
+    with FlopCounterMode(display=False, custom_mapping=missing_formulas()) as counter:
+        run()
+    return int(counter.get_total_flops() // 2)
+
+
+def peak_of(model: Model, run: Callable[[], Any]) -> int:
+    """Bytes at the worst moment: of the device's allocator on CUDA, else of tensors made in the run and alive."""
+    if str(model.pipe.device).startswith("cuda"):
+        torch.cuda.reset_peak_memory_stats()
+        run()
+        return int(torch.cuda.max_memory_allocated())
+    gc.collect()
+    with LiveBytes(model.parameters() if isinstance(model, LayoutModel) else set()) as counter:
+        run()
+    return counter.peak
+
+
+def run_rounds(fighters: Sequence[Fighter], model: Model, how: How) -> None:
+    """Every fighter once a round, every other round in reverse."""
+    device = torch.device(model.pipe.device)
+    for number in range(how.rounds):
+        gc.collect()
+        for fighter in fighters if number % 2 == 0 else fighters[::-1]:
+            numbers = [(number * how.timed_batch + i) % max(how.samples, 1) for i in range(how.timed_batch)]
+            synchronize(device)
+            started = time.perf_counter()
+            model.run(fighter.call, fighter.method.steps, numbers)
+            synchronize(device)
+            fighter.seconds.append(time.perf_counter() - started)
+
+
+def timing(fighter: Fighter, plain: Fighter) -> Row:
+    """The times of a row, and their ratios to the plain pipeline's of the same rounds."""
+    ratios = [p / s for p, s in zip(plain.seconds, fighter.seconds, strict=True)]
+    return {
+        "seconds": fighter.seconds,
+        "plain_seconds": plain.seconds,
+        "median_seconds": statistics.median(fighter.seconds),
+        "speedup": statistics.median(ratios),
+        "speedup_low": min(ratios),
+        "speedup_high": max(ratios),
+        "mac_limit": plain.row["macs"] / fighter.row["macs"],
+        "plain_peak_bytes": plain.row["peak_bytes"],
+    }
+
+
+# pictures ------------------------------------------------------------------------------------------------------------------------------
+
+
+def pictures(fighter: Fighter, model: BundledModel, how: How) -> Pictures:
+    """All samples, in batches."""
+    parts = []
+    for start in range(0, how.samples, how.batch):
+        numbers = list(range(start, min(start + how.batch, how.samples)))
+        parts.append(as_array(model.run(fighter.call, fighter.method.steps, numbers), len(numbers)))
+    return np.concatenate(parts)
+
+
+def save_strip(made: Pictures, path: Path) -> None:
+    """The first pictures side by side (of videos the frames)."""
+    import io
+
+    from PIL import Image
+
+    tiles = [strip(to_images(frames)) for frames in made[: SHOWN if made.shape[1] == 1 else 1]]
+    sheet = Image.new("RGB", (sum(tile.width + 4 for tile in tiles), max(tile.height for tile in tiles)), "white")
+    left = 0
+    for tile in tiles:
+        sheet.paste(tile, (left, 0))
+        left += tile.width + 4
+    buffer = io.BytesIO()
+    sheet.save(buffer, "PNG", optimize=True)
+    write_atomic(path, buffer.getvalue())
+
+

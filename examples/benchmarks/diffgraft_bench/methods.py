@@ -1,0 +1,168 @@
+"""How a method gets on a pipeline. Each function changes the pipeline that it is given, which is the method's own copy."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import diffusers
+from diffgraft import load_pipeline
+from diffgraft.calibration import calibrate_call
+from diffgraft.loading import build_plugin
+from diffgraft.registry import find_family
+from diffgraft.wiring import denoisers_of
+
+from .cases import Method
+from .models import Model
+
+
+def own_copy(pipe: Any) -> Any:
+    """A pipeline with a denoiser and a scheduler of its own, the other parts shared."""
+    new = type(pipe)(**{name: pipe.components[name] for name in pipe.components}, **optional(pipe))
+    for name in denoisers_of(pipe, find_family(type(pipe))):
+        setattr(new, name, copy.deepcopy(getattr(pipe, name)))
+    new.scheduler = copy.deepcopy(pipe.scheduler)
+    new.set_progress_bar_config(disable=True)
+    return new
+
+
+def optional(pipe: Any) -> dict[str, Any]:
+    """Settings of a pipeline that are no components ("requires_safety_checker")."""
+    names = {name for name, p in signature(type(pipe).__init__).items() if p.default is not p.empty} - set(pipe.components)
+    return {name: value for name, value in pipe.config.items() if name in names}
+
+
+def signature(function: Any) -> Mapping[str, Any]:
+    import inspect
+
+    return inspect.signature(function).parameters
+
+
+def put_on(method: Method, pipe: Any, model: Model) -> Callable[..., Any]:
+    """Put a method on its copy of the pipeline; what then is called like a pipeline.
+
+    Raises:
+        Exception: whatever the method says against this pipeline. It goes into the report.
+    """
+    return PUT[method.kind](method, pipe, model)
+
+
+def put_plain(method: Method, pipe: Any, model: Model) -> Any:
+    return pipe
+
+
+def put_diffgraft(method: Method, pipe: Any, model: Model) -> Any:
+    stack = {name: fill(name, knobs, model, method.steps) for name, knobs in method.knobs.items()}
+    return load_pipeline(pipe, plugins=stack)
+
+
+def fill(name: str, knobs: Mapping[str, Any], model: Model, steps: int | None) -> dict[str, Any]:
+    """Knobs with what they only name: "calibrate" is an artefact made here, "autodiffusion" a schedule that was searched for."""
+    found = dict(knobs)
+    if found.get("model") == "half":
+        found["model"] = model.half()
+    if found.get("artefact") == "calibrate":
+        plain = {knob: value for knob, value in found.items() if knob != "artefact"}
+        found["artefact"] = model.artefact(name, plain, steps)
+    elif found.get("artefact") == name:
+        found["artefact"] = str(model.root / f"plugins/{name}/benchmarks/emoji-sd-{steps}-steps.json")
+    return found
+
+
+def put_scheduler(method: Method, pipe: Any, model: Model) -> Any:
+    old = pipe.scheduler.config
+    options = {key: old["shift"] if value == "shift" else value for key, value in method.knobs.items()}
+    pipe.scheduler = getattr(diffusers, method.name).from_config(old, **options)
+    return pipe
+
+
+def put_cache(method: Method, pipe: Any, model: Model) -> Any:
+    """One of diffusers' caches, with what it must be told about the run."""
+    options: dict[str, Any] = dict(method.knobs)
+    cls = getattr(diffusers, method.name)
+    known = signature(cls)
+    if "taylor_factors_dtype" in known:
+        options["taylor_factors_dtype"] = pipe.dtype
+    if "current_timestep_callback" in known:
+        options["current_timestep_callback"] = lambda: pipe.current_timestep
+    if method.name == "MagCacheConfig":
+        options["mag_ratios"] = model.mag_ratios()
+    if method.name == "FasterCacheConfig":
+        options["attention_weight_callback"] = lambda module: 0.5
+    pipe.transformer.enable_cache(cls(**options))
+    return pipe
+
+
+def put_peer(method: Method, pipe: Any, model: Model) -> Any:
+    return PEER[method.name](pipe, dict(method.knobs))
+
+
+def deepcache(pipe: Any, knobs: dict[str, Any]) -> Any:
+    from DeepCache import DeepCacheSDHelper
+
+    helper = DeepCacheSDHelper(pipe=pipe)
+    helper.set_params(cache_interval=knobs["interval"], cache_branch_id=0)
+    helper.enable()
+    return pipe
+
+
+def tomesd(pipe: Any, knobs: dict[str, Any]) -> Any:
+    import tomesd as package
+
+    return package.apply_patch(pipe, ratio=knobs["ratio"])
+
+
+def tgate(pipe: Any, knobs: dict[str, Any]) -> Any:
+    from tgate import TgateSDLoader
+
+    loaded = TgateSDLoader(pipe)
+
+    def call(**arguments: Any) -> Any:
+        return loaded.tgate(gate_step=knobs["gate_step"], **arguments)
+
+    return call
+
+
+def cache_dit(pipe: Any, knobs: dict[str, Any]) -> Any:
+    import cache_dit as package
+
+    config = package.DBCacheConfig(residual_diff_threshold=knobs["threshold"])
+    package.enable_cache(pipe, cache_config=config)
+    return pipe
+
+
+def para_attn(pipe: Any, knobs: dict[str, Any]) -> Any:
+    from para_attn.first_block_cache.diffusers_adapters import apply_cache_on_pipe
+
+    return apply_cache_on_pipe(pipe, residual_diff_threshold=knobs["threshold"])
+
+
+def pruna(pipe: Any, knobs: dict[str, Any]) -> Any:
+    from pruna import SmashConfig, smash
+
+    config = SmashConfig(device=str(pipe.device))
+    config.add(knobs["cacher"]) if hasattr(config, "add") else config.__setitem__("cacher", knobs["cacher"])
+    return smash(pipe, config)
+
+
+PUT: dict[str, Callable[[Method, Any, Model], Any]] = {
+    "plain": put_plain,
+    "diffgraft": put_diffgraft,
+    "scheduler": put_scheduler,
+    "cache": put_cache,
+    "peer": put_peer,
+}
+PEER: dict[str, Callable[[Any, dict[str, Any]], Any]] = {
+    "DeepCache": deepcache,
+    "tomesd": tomesd,
+    "tgate": tgate,
+    "cache-dit": cache_dit,
+    "para-attn": para_attn,
+    "pruna": pruna,
+}
+
+
+def calibrated(name: str, knobs: Mapping[str, Any], pipe: Any, call: Callable[[], Any]) -> Any:
+    """The artefact of a plugin from one call of the plain pipeline."""
+    return calibrate_call(pipe, build_plugin((name, dict(knobs))), call)

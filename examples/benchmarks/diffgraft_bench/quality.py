@@ -1,0 +1,107 @@
+"""Fidelity and quality of a set of pictures: to the plain pipeline's, to those of many steps, and by the judge."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from diffgraft.compare import all_right, as_seen, load_judge
+from diffgraft.files import write_atomic
+from diffgraft.fitness import frechet
+from diffgraft.inputs import as_array
+from diffgraft.metrics import Pictures, psnr, share, ssim
+
+from .models import BundledModel
+
+if TYPE_CHECKING:
+    from .bout import How
+
+LPIPS_WEIGHTS = "alexnet-owt-7be5be79.pth"
+
+
+class Quality:
+    """What pictures of one pipeline are held against."""
+
+    def __init__(self, model: BundledModel, plain: Pictures, reference: Pictures) -> None:
+        self.model, self.plain, self.reference = model, plain, reference
+        self.prompts = [sample.prompt or "" for sample in model.samples]
+        self.judge: Any = load_judge(model.bundled)
+        self.features = None if not hasattr(self.judge, "features") else self.judge.features
+        self.truth = true_features(self.features) if self.features else None
+
+    @classmethod
+    def of(cls, model: BundledModel, how: How, distilled: bool) -> Quality:
+        """The plain pipeline's pictures are made once for all processes."""
+        many = model.steps if distilled else max(how.reference_steps, model.steps)
+        return cls(model, kept(model, how, model.steps), kept(model, how, many))
+
+    def figures(self, made: Pictures) -> dict[str, Any]:
+        """The columns of a row; PSNR of equal pictures is left out of the mean."""
+        ratios, errors = psnr(made, self.plain), psnr(made, self.reference)
+        similar = ssim(made, self.plain)
+        row: dict[str, Any] = {
+            "identical": sum(math.isinf(r) for r in ratios),
+            "psnr": [r if math.isfinite(r) else None for r in ratios],
+            "psnr_reference": [r if math.isfinite(r) else None for r in errors],
+            "psnr_mean": mean(ratios),
+            "psnr_reference_mean": mean(errors),
+            "ssim_mean": None if similar is None else statistics.mean(similar),
+            "lpips_mean": lpips(made, self.plain),
+        }
+        images = [as_seen(frames) for frames in made]
+        if self.judge is not None:
+            found = share(all_right(self.judge.score(images, self.prompts)))
+            assert found is not None
+            row |= {"right": found.right, "judged": found.total, "right_low": found.low, "right_high": found.high}
+        if self.features is not None and self.truth is not None:
+            row["likelihood"] = statistics.mean(self.judge.likelihood(images, self.prompts))
+            row["frechet"] = frechet(self.features(images), self.truth)
+        return row
+
+
+def mean(values: Sequence[float]) -> float | None:
+    """Mean of the finite ones."""
+    finite = [value for value in values if math.isfinite(value)]
+    return statistics.mean(finite) if finite else None
+
+
+def kept(model: BundledModel, how: How, steps: int) -> Pictures:
+    """The plain pipeline's pictures with so many steps."""
+    path = model.kept / f"{model.name}-{steps}-steps-{how.samples}.npz"
+    if not path.exists():
+        parts = []
+        for start in range(0, how.samples, how.batch):
+            numbers = list(range(start, min(start + how.batch, how.samples)))
+            parts.append(as_array(model.run(model.pipe, steps, numbers), len(numbers)))
+        import io
+
+        buffer = io.BytesIO()
+        np.savez(buffer, pictures=np.concatenate(parts))
+        write_atomic(path, buffer.getvalue())
+    found: Pictures = np.load(path)["pictures"]
+    return found
+
+
+def true_features(features: Any) -> torch.Tensor:
+    """The judge's features of true pictures."""
+    from diffgraft_pipelines.train.evaluate import held_out_labels, renders
+
+    found: torch.Tensor = features(renders(held_out_labels(), 1))
+    return found
+
+
+def lpips(made: Pictures, reference: Pictures) -> float | None:
+    """LPIPS (AlexNet), where its backbone's weights are on this machine: it is not fetched for a benchmark."""
+    if not (Path(torch.hub.get_dir()) / "checkpoints" / LPIPS_WEIGHTS).exists():
+        return None
+    from torchmetrics.functional.image import learned_perceptual_image_patch_similarity as distance
+
+    def batch(x: Pictures) -> torch.Tensor:
+        return torch.from_numpy(x).flatten(0, 1).permute(0, 3, 1, 2)
+
+    return float(distance(batch(made), batch(reference), net_type="alex", normalize=True))
