@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -84,7 +85,7 @@ def one_bout(bout: Bout, how: How, store: Store, envs: Path, told: dict[str, str
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
         name = f"{bout.pipeline}-{bout.env or 'own'}-{time.time():.0f}.log"
         write_atomic(Path(how.out) / "logs" / name, (done.stdout + done.stderr).encode())
-        failure = "" if done.returncode == 0 else last_line(done.stderr)
+        failure = "" if done.returncode == 0 else last_words(done.stderr)
     for key, method in keys.items():
         if not store.has(key):
             reason = failure or "the process ended without a result"
@@ -93,10 +94,13 @@ def one_bout(bout: Bout, how: How, store: Store, envs: Path, told: dict[str, str
             store.put(key, {**row, **who, "steps": method.steps or bout.steps, "command": how.command, "error": reason})
 
 
-def last_line(text: str) -> str:
-    """What a process said last."""
-    lines = [line.strip() for line in text.splitlines() if line.strip(" │╭╮╰╯─")]
-    return lines[-1][:800] if lines else "no message"
+def last_words(text: str) -> str:
+    """What a process said when it died: its last error, and the first one, which is often the reason."""
+    lines = [line.strip(" │╭╮╰╯─") for line in text.splitlines()]
+    errors = [line for line in lines if re.match(r"[\w.]*(Error|Exception)\b.*:", line)]
+    if not errors:
+        return next((line[:600] for line in reversed(lines) if line), "no message")
+    return errors[-1][:400] + (f" (before that: {errors[0][:400]})" if errors[0] != errors[-1] else "")
 
 
 @app.command()

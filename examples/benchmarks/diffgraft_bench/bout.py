@@ -87,9 +87,11 @@ def fight(bout: Bout, how: How) -> None:
     model = open_model(bout, how)
     plain = Fighter(Method("plain", "plain"), model.pipe, model.pipe, [], {})
     common = {
-        "arm": bout.arm, "pipeline": bout.pipeline, "steps_of_plain": bout.steps, "env": bout.env, "scale": getattr(model, "scale", ""),
-        **how.circumstances, "session": f"{time.time():.0f}-{os.getpid()}", "command": how.command, "versions": {**versions(), **package(bout.env)}, "machine": machine(model.pipe.device),
-    }  # fmt: skip
+        **{"arm": bout.arm, "pipeline": bout.pipeline, "steps_of_plain": bout.steps, "env": bout.env, "scale": getattr(model, "scale", "")},
+        **how.circumstances,
+        **{"session": f"{time.time():.0f}-{os.getpid()}", "command": how.command, "machine": machine(model.pipe.device)},
+        "versions": {**versions(), **package(bout.env)},
+    }
     fighters: list[Fighter] = []
     for method in missing:
         row = {**common, "label": method.label, "kind": method.kind, "name": method.name, "setting": method.setting,

@@ -1,0 +1,66 @@
+"""The plots of the report, as PNG."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from typing import Any
+
+import matplotlib as mpl
+from matplotlib.figure import Figure
+
+mpl.use("agg")
+Row = dict[str, Any]
+SHAPES = {"plain": "s", "diffgraft": "o", "scheduler": "^", "cache": "D", "peer": "X"}
+KINDS = {"plain": "the pipeline itself", "diffgraft": "diffgraft", "scheduler": "diffusers' schedulers", "cache": "diffusers' caches",
+         "peer": "other packages"}  # fmt: skip
+
+
+def png(figure: Figure) -> bytes:
+    """A figure as a file."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110)
+    return buffer.getvalue()
+
+
+def pareto(rows: Sequence[Row], value: str, title: str, axis: str) -> bytes:
+    """Time (share of the plain pipeline's) against a figure: a line a method, a point a setting, whiskers from the slowest to the fastest
+    round."""
+    figure = Figure(figsize=(9, 5.5), layout="constrained")
+    plot = figure.subplots()
+    shown = [row for row in rows if row.get(value) is not None]
+    labels = sorted({(list(SHAPES).index(row["kind"]), row["label"], row["kind"]) for row in shown})
+    colours = mpl.colormaps["tab20"].colors
+    for number, (_, label, kind) in enumerate(labels):
+        points = sorted((1 / row["speedup"], row[value], row) for row in shown if row["label"] == label and row["kind"] == kind)
+        x, y = [point[0] for point in points], [point[1] for point in points]
+        low = [x_ - 1 / row["speedup_high"] for x_, _, row in points]
+        high = [1 / row["speedup_low"] - x_ for x_, _, row in points]
+        plain = kind == "plain"
+        style = {"color": "black" if plain else colours[number % len(colours)], "marker": SHAPES[kind], "markersize": 6}
+        line = "-" if plain else "--" if kind != "diffgraft" else "-"
+        plot.errorbar(x, y, xerr=[low, high], linestyle=line, linewidth=2 if plain else 1, elinewidth=0.5, label=label, **style)
+    plot.set(xscale="log", xlabel="time of a call, share of the plain pipeline's", ylabel=axis, title=title)
+    for ticks in (plot.xaxis.set_major_formatter, plot.xaxis.set_minor_formatter):
+        ticks("{x:.2g}")
+    plot.grid(alpha=0.3, which="both")
+    plot.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    return png(figure)
+
+
+def bars(rows: Sequence[Row], title: str) -> bytes:
+    """Speed-up of each method beside its MAC limit."""
+    figure = Figure(figsize=(9, 0.45 * len(rows) + 1.2), layout="constrained")
+    plot = figure.subplots()
+    ordered = sorted(rows, key=lambda row: (row["pipeline"], row["speedup"]))
+    names = [f"{row['pipeline']}: {row['label']} ({row['setting']})" for row in ordered]
+    values = [row["speedup"] for row in ordered]
+    spread = [[row["speedup"] - row["speedup_low"] for row in ordered], [row["speedup_high"] - row["speedup"] for row in ordered]]
+    colours = ["tab:blue" if row["kind"] == "diffgraft" else "tab:gray" for row in ordered]
+    plot.barh(names, values, xerr=spread, color=colours, error_kw={"linewidth": 0.8})
+    plot.scatter([row["mac_limit"] for row in ordered], names, marker="|", s=200, color="red", zorder=3, label="MAC limit")
+    plot.axvline(1, color="black", linewidth=0.8)
+    plot.set(xlabel="times as fast as the plain pipeline", title=title)
+    plot.tick_params(axis="y", labelsize=8)
+    plot.legend(loc="lower right", fontsize=8)
+    return png(figure)
