@@ -49,8 +49,8 @@ from diffgraft.stack import describe, ensure_bare
 
 SCHEMA = 1
 """Number of the layout of ``tune.json``."""
-LADDER = (1.0, 0.7, 0.5, 0.35, 0.25, 0.15)
-"""Numbers of steps that are tried, as shares of the pipeline's own."""
+RUNGS = 8
+"""Numbers of steps that are tried, from the pipeline's own down, two a halving: 50, 35, 25, 18, 12, 9, 6, 4."""
 MOST_DB = 100.0
 """PSNR of equal pictures, which is infinite, counts as this in means; 8-bit files of equal look differ by about 59 dB."""
 TRIES = 64
@@ -59,6 +59,8 @@ STARTUP = 10
 """Trials before Optuna's sampler models anything."""
 FINALISTS = 3
 CALIBRATION_SAMPLES = 8
+CALIBRATION_SHARE = 0.25
+"""The most of a budget that goes into artefacts, all plugins together."""
 
 METHOD = {
     "ratio": "median over the rounds of seconds of the candidate / seconds of the plain pipeline with its default steps, both whole "
@@ -123,7 +125,7 @@ def parse_budget(text: str) -> float:
 
 def ladder_of(steps: int) -> tuple[int, ...]:
     """The numbers of steps that are tried for a pipeline that takes ``steps``, largest first."""
-    return tuple(sorted({max(1, round(share * steps)) for share in LADDER}, reverse=True))
+    return tuple(sorted({max(1, round(steps * 2 ** (-i / 2))) for i in range(RUNGS)}, reverse=True))
 
 
 @dataclass(frozen=True)
@@ -153,7 +155,7 @@ class TuneSettings:
     budget: float | None = None
     trials: int | None = None
     rounds: int = 2
-    final_rounds: int = 5
+    final_rounds: int = 7
     batch: int = 1
     seed: int = 0
 
@@ -290,10 +292,13 @@ def front_of(trials: Sequence[Trial]) -> list[Trial]:
     return front
 
 
-def ready_line(pipeline: str, candidate: Candidate) -> str:
-    """Python that loads a candidate and runs it."""
+def ready_line(pipeline: str, candidate: Candidate, call: CallSettings) -> str:
+    """Python that loads a candidate and calls it as it was called here."""
     plugins = f", plugins={candidate.plugins!r}" if candidate.plugins else ""
-    return f"pipe = load_pipeline({pipeline!r}{plugins}); pipe(..., num_inference_steps={candidate.steps})"
+    names = ("guidance_scale", "negative_prompt", "height", "width")
+    said = {"num_inference_steps": candidate.steps, **{name: getattr(call, name) for name in names}, **call.extra}
+    arguments = ", ".join(f"{name}={value!r}" for name, value in said.items() if value is not None)
+    return f"pipe = load_pipeline({pipeline!r}{plugins}); pipe(..., {arguments})"
 
 
 # the space -------------------------------------------------------------------------------------------------------------------------------
@@ -388,10 +393,6 @@ def with_plugin(stack: Sequence[Plugin], plugin: Plugin) -> list[Plugin] | None:
 # the search ------------------------------------------------------------------------------------------------------------------------------
 
 
-class OutOfTime(Exception):
-    """The budget ended in a calibration."""
-
-
 def tune(
     pipe: Any,
     plugins: Sequence[Plugin],
@@ -445,7 +446,7 @@ def tune(
         front_of(tuner.trials),
         finals,
         winner,
-        {**(left_out or {}), **{one: "the budget ended while its artefact was being made" for one in tuner.unmade}},
+        dict(left_out or {}),
         environment,
         tuner.spent(),
         exhausted,
@@ -584,7 +585,8 @@ class Tuner:
         self.trials: list[Trial] = []
         self.started = time.monotonic()
         self.earlier = 0.0
-        self.unmade: list[str] = []
+        self.calibrating = 0.0
+        self.unmade: dict[Path, str] = {}
         self.fetched: dict[tuple[str, str], dict[str, Any]] = {}
         self.made: dict[tuple[int, tuple[Sample, ...]], Pictures] = {}
         self.batch = 1 if any(plugin.effects.couples_batch for plugin in plugins) else settings.batch
@@ -606,20 +608,35 @@ class Tuner:
     # running a candidate ----------------------------------------------------------------------------------------------------------------
 
     def artefact(self, plugin: Plugin, need: Need, steps: int) -> Path:
-        """Where its artefact is; made where it is not there."""
+        """Where its artefact is; made where it is not there.
+
+        Raises:
+            Unsupported: that would take more than its share of the budget.
+        """
         path = self.folder / f"{plugin.name}{f'-{steps}' if 'steps' in need.fits else ''}.safetensors"
-        if not path.exists():
-            table = self.space.tables[plugin.name]
-            single = {knob: values[0] for knob, values in table.items() if len(values) == 1}
+        if path in self.unmade:
+            raise Unsupported(self.unmade[path])
+        if path.exists():
+            return path
+        single = {knob: values[0] for knob, values in self.space.tables[plugin.name].items() if len(values) == 1}
+        limit, started = CALIBRATION_SHARE * (self.settings.budget or math.inf), time.monotonic()
 
-            def watched(phase: str, done: int, total: int) -> None:
-                self.on_progress(phase, done, total)
-                if done < total and self.left() < 0:
-                    raise OutOfTime
+        def watched(phase: str, done: int, total: int) -> None:
+            self.on_progress(phase, done, total)
+            expected = (time.monotonic() - started) * total / done
+            if done < total and self.calibrating + expected > limit:
+                self.unmade[path] = (
+                    f"{plugin.name}: its artefact takes about {expected:.0f} s, and all artefacts may take {limit:.0f} s of the budget: make "
+                    f"it beforehand with `diffgraft calibrate` and give -o {plugin.name}.{need.knob}=FILE, or give a longer --budget"
+                )
+                raise Unsupported(self.unmade[path])
 
+        samples = self.settings.samples[:CALIBRATION_SAMPLES]
+        try:
             call = replace(self.settings.call, steps=steps)
-            samples = self.settings.samples[:CALIBRATION_SAMPLES]
             calibrate(self.pipe, type(plugin)(**plugin.own_knobs, **single), samples, call, path, on_progress=watched)
+        finally:
+            self.calibrating += time.monotonic() - started
         return path
 
     def files(self, name: str, steps: int) -> dict[str, Path]:
@@ -730,11 +747,7 @@ class Tuner:
             asked = study.ask(self.trials)
             if asked is None:
                 return True
-            try:
-                found = self.measure(len(self.trials), asked[1])
-            except OutOfTime:
-                self.unmade = [name for name in asked[1].plugins if any(makes(self.plugins[name], n) for n in self.plugins[name].needs)]
-                break
+            found = self.measure(len(self.trials), asked[1])
             study.tell(asked[0], found)
             self.trials.append(found)
             if settings.trials is not None:
@@ -746,9 +759,9 @@ class Tuner:
     # the end ----------------------------------------------------------------------------------------------------------------------------
 
     def finish(self, out: Path, name: str) -> tuple[list[Final], Final | None]:
-        """The plain pipeline, fewer steps, and the best of the front, on prompts that were not seen; and the winner."""
+        """The plain pipeline, fewer steps, and the fastest good stacks, on prompts that were not seen; and the winner."""
         goal, held_out = self.settings.goal, self.settings.held_out
-        good = [trial for trial in front_of(self.trials) if trial.candidate.plugins and trial.fidelity >= goal.value]
+        good = [trial for trial in front_of([t for t in self.trials if t.candidate.plugins]) if self.is_good(trial)]  # stacks' own front
         fewer = Candidate(self.fewest_steps())
         sides = [self.plain, fewer, *(trial.candidate for trial in good[:FINALISTS])]
         near = []
@@ -773,7 +786,7 @@ class Tuner:
                     surely=not near[i].low < goal.value <= near[i].high,
                     against_fewer=against,
                     faster=faster,
-                    ready=ready_line(name, kept),
+                    ready=ready_line(name, kept, self.settings.call),
                 )
             )
         winners = [final for final in finals if final.reaches and final.faster]

@@ -59,7 +59,8 @@ def draw(result: Tuning, pipeline: str) -> Any:
     line = [unit * t.ratio for t in steps], [shown(t.fidelity) for t in steps]
     axes.plot(*line, "o-", color="black", label="plain, fewer steps", zorder=3)
     for trial in steps:
-        axes.annotate(str(trial.candidate.steps), (unit * trial.ratio, shown(trial.fidelity)), (5, -12), textcoords="offset points")
+        text = f"{trial.candidate.steps}{' (identical)' if trial.fidelity >= MOST_DB else ''}"
+        axes.annotate(text, (unit * trial.ratio, shown(trial.fidelity)), (5, -12), textcoords="offset points")
     stacks: dict[str, list[Trial]] = {}
     for trial in measured:
         if trial.candidate.plugins:
