@@ -626,8 +626,8 @@ class Tuner:
             expected = (time.monotonic() - started) * total / done
             if done < total and self.calibrating + expected > limit:
                 self.unmade[path] = (
-                    f"{plugin.name}: its artefact takes about {expected:.0f} s, and all artefacts may take {limit:.0f} s of the budget: make "
-                    f"it beforehand with `diffgraft calibrate` and give -o {plugin.name}.{need.knob}=FILE, or give a longer --budget"
+                    f"{plugin.name}: its artefact takes about {expected:.0f} s, and all artefacts may take {limit:.0f} s of the budget: "
+                    f"make it beforehand with `diffgraft calibrate` and give -o {plugin.name}.{need.knob}=FILE, or give a longer --budget"
                 )
                 raise Unsupported(self.unmade[path])
 

@@ -120,8 +120,8 @@ def print_tuning(result: Tuning) -> None:
     out.print()
     stop = ", the whole space" if result.exhausted else ""
     typer.echo(f"{len(result.trials)} candidates in {result.spent:.0f} s{stop}; {len(result.front)} on the front, {len(refused)} refused")
-    for trial in refused[:3]:
-        typer.echo(f"refused: {trial.candidate}: {trial.reason}")
+    for reason, candidate in {trial.reason: trial.candidate for trial in reversed(refused)}.items():  # the first of each reason
+        typer.echo(f"refused: {candidate}: {reason}")
     for name, why in result.left_out.items():
         typer.echo(f"not tried: {name}: {why}")
     if not any(final.kind == "stack" for final in result.finals):
