@@ -84,7 +84,7 @@ def draw(result: Tuning, pipeline: str) -> Any:
             color="crimson",
             capsize=3,
             zorder=5,
-            label=None if number else "the end: other prompts, 95 %",
+            label=None if number else "the end, other prompts: 95 % and range of the rounds",
         )
     axes.set_xlim(left=0)
     axes.set_ylim(low - margin, top + margin / 2)
