@@ -1,4 +1,4 @@
-"""The command line: ``diffgraft list | show | run | compare | calibrate | search | invert | doctor``.
+"""The command line: ``diffgraft list | show | run | compare | tune | calibrate | search | invert | doctor``.
 
 Torch is imported inside the commands that need it.
 """
@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
+import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -21,6 +23,7 @@ from diffgraft.errors import ConfigError, DiffgraftError
 BUNDLED_SAMPLES = 24
 OTHER_SAMPLES = 6
 BUNDLED_BATCH = 8
+TUNE_SAMPLES = 6
 
 
 class Group(TyperGroup):
@@ -344,6 +347,97 @@ def choose_samples(asked: list[Any], given: bool, seeds: list[int] | None, numbe
     if seeds is not None:
         return [(item, seed) for seed in seeds for item in asked[:number]]
     return [(asked[i % len(asked)], i) for i in range(number)]
+
+
+# tune -------------------------------------------------------------------------------------------------------------------------------
+
+
+@app.command()
+def tune(
+    pipeline: Pipeline,
+    target: Annotated[str, typer.Option("--target", help="What to reach: psnr=30 (dB), ssim=0.95 or judge=0.9 (share right).")],
+    budget: Annotated[str | None, typer.Option(help="When to end: 90s, 30m, 1h30m; what an interrupted run spent counts.")] = None,
+    trials: Annotated[int | None, typer.Option(min=1, help="How many candidates are measured.")] = None,
+    plugins: Annotated[
+        list[str] | None,
+        typer.Option("--plugin", "--plugins", "-p", metavar="NAME", help="A candidate (default: all that say what to tune and fit)."),
+    ] = None,
+    option: KnobValues = None,
+    out: Annotated[Path, typer.Option("--out", help="Folder for tune.json and tune.png; OUT.partial is for going on.")] = Path("out"),
+    prompt: Annotated[list[str] | None, typer.Option("--prompt", help="A prompt; repeat for several.")] = None,
+    prompts: Annotated[Path | None, typer.Option("--prompts", help="A text file with one prompt a line.")] = None,
+    num_prompts: Annotated[
+        int, typer.Option(min=1, help="Pictures that a candidate is judged on; the end takes twice as many.")
+    ] = TUNE_SAMPLES,
+    steps: Annotated[int | None, typer.Option(min=1, help="The most steps that are tried (default: the pipeline's).")] = None,
+    reference_steps: Annotated[
+        int | None, typer.Option(min=1, help="psnr and ssim are to the plain pipeline's pictures with so many steps (default: --steps).")
+    ] = None,
+    guidance_scale: GuidanceScale = None,
+    negative_prompt: NegativePrompt = None,
+    height: Height = None,
+    width: Width = None,
+    class_label: ClassLabels = None,
+    image: ImagePath = None,
+    arg: Extra = None,
+    seed: Annotated[int, typer.Option(help="Seed of the search and of the noise; picture i has seed + i.")] = 0,
+    batch: Annotated[int | None, typer.Option(min=1, help="Pictures in one call (default: 8 for a bundled pipeline, else 1).")] = None,
+    device: Device = None,
+    dtype: Dtype = None,
+) -> None:
+    """Find the fastest stack, settings and number of steps that reach a fidelity; an interrupted run goes on where it stopped."""
+    from diffgraft.cli_values import bundled_of, call_settings, load_bare, parse_assignments, plugin_specs, read_prompts, refusals
+    from diffgraft.tune import Goal, TuneSettings, find_optuna, find_plugins, parse_budget
+    from diffgraft.tune import tune as look
+    from diffgraft.tune_view import find_matplotlib, print_tuning, write_plot
+
+    find_optuna(), find_matplotlib()
+    goal, seconds = Goal.parse(target), None if budget is None else parse_budget(budget)
+    specs = plugin_specs(plugins or list(registry.installed()), option)
+    extra = parse_assignments(arg, "-a")
+    texts = read_prompts(prompt, prompts)
+    from diffgraft.pictures import check_folder
+
+    check_folder(out, "--out")
+    from diffgraft.compare import load_judge
+    from diffgraft.inputs import default_steps, make_samples
+    from diffgraft.loading import build_plugin
+    from diffgraft.terminal import progress
+
+    named = [build_plugin(spec) for spec in specs] if plugins else None
+    bundled = bundled_of(pipeline)
+    call = call_settings(bundled, None, guidance_scale, negative_prompt, height, width, image, extra)
+    pipe, _ = load_bare(pipeline, [], device, dtype)
+    found, left_out = (named, {}) if named else find_plugins(pipe, {name: knobs for name, knobs in specs if knobs})
+    asked: list[Any] = texts or list(class_label or ()) or (list(bundled.prompts) if bundled else [None])
+    chosen = [(asked[i % len(asked)], seed + i) for i in range(3 * num_prompts)]
+    samples = make_samples(
+        pipe,
+        [number for _, number in chosen],
+        [text for text, _ in chosen if isinstance(text, str)],
+        [label for label, _ in chosen if isinstance(label, int)],
+    )
+    settings = TuneSettings(
+        goal=goal,
+        samples=tuple(samples[:num_prompts]),
+        held_out=tuple(samples[num_prompts:]),
+        steps=steps or (bundled.steps if bundled else default_steps(pipe)),
+        call=call,
+        reference_steps=reference_steps,
+        budget=seconds,
+        trials=trials,
+        batch=batch or (BUNDLED_BATCH if bundled else 1),
+        seed=seed,
+    )
+    judge = load_judge(bundled) if bundled and goal.measure == "judge" else None
+    command = shlex.join(["diffgraft", *sys.argv[1:]])
+    with progress() as on_progress, refusals(pipe):
+        result = look(
+            pipe, found, settings, out, name=pipeline, judge=judge, left_out=left_out, command=command, on_progress=on_progress
+        )
+    write_plot(result, pipeline, out)
+    print_tuning(result)
+    typer.echo(f"wrote {out / 'tune.png'} and {out / 'tune.json'}")
 
 
 # calibrate --------------------------------------------------------------------------------------------------------------------------

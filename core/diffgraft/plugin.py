@@ -18,7 +18,7 @@ A plugin keeps nothing of a run on itself: ``call.state`` is fresh for every run
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -137,6 +137,8 @@ class Plugin:
     calibration  the :class:`Calibrator` that makes its artefact, or None
     inversion    the :class:`Inverter` that makes the code of a picture, or None
     search       the :class:`~diffgraft.search.Searcher` that finds its settings, or None
+    tune         knob -> the values worth trying for time against fidelity, gentlest first, each valid with the other knobs' defaults;
+                 one value alone sets the knob for tuning. Read by ``diffgraft tune``
     """
 
     name: ClassVar[str]
@@ -153,6 +155,7 @@ class Plugin:
     calibration: ClassVar[type[Calibrator] | None] = None
     inversion: ClassVar[type[Inverter] | None] = None
     search: ClassVar[type[Searcher] | None] = None
+    tune: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
 
     def __init__(self, **knobs: Any) -> None:
         self.config = build_config(self.name, self.Config, knobs)

@@ -428,6 +428,10 @@ class Undescribed(PluginConfig):
     interval: int = 1
 
 
+class TunesTheImpossible(Scaled):
+    tune: ClassVar[dict[str, Any]] = {"interval": (2, 0)}
+
+
 class DescribesNothing(Scaled):
     Config = Undescribed
 
@@ -487,6 +491,7 @@ MUTANTS = [
     (KnowsTheClass, DIT, "compiled"),
     (AcceptsAnyKnob, DIT, "bad_knob"),
     (DescribesNothing, DIT, "declared"),
+    (TunesTheImpossible, DIT, "declared"),
     (AcceptsAnyFamily, DIT, "wrong_family"),
 ]
 """(mutant, pipeline class, name of the check that must fail)"""

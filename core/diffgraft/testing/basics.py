@@ -26,6 +26,10 @@ def declared(s: Subject) -> None:
     plugin(**plugin.active)
     for key, field in plugin.Config.model_fields.items():
         assert field.description, f"knob {key!r} has no description"
+    for key, values in plugin.tune.items():
+        assert values, f"tune: no value for {key!r}"
+        for value in values:
+            assert valid(plugin, {key: value}), f"tune: {key} = {value!r} is refused by Config"
 
 
 @check("plugin")

@@ -118,6 +118,10 @@ class BottleneckSampling(Plugin):
     # LTX takes multiples of 32 pixels only, whatever its VAE
     active: ClassVar[dict[str, Any]] = {"scales": (1.0, 0.5, 1.0), "shares": (1.0, 2.0, 1.0), "multiple": 32}
     effects = Effects(edits=frozenset({"schedule", "latents", "resolution"}), stochastic=True)
+    tune: ClassVar[dict[str, Any]] = {
+        "scales": ((1.0, 0.75, 1.0), (1.0, 0.5, 1.0)),
+        "shares": ((6.0, 8.0, 7.0), (4.0, 12.0, 5.0)),
+    }
     config: BottleneckSamplingConfig
 
     # refusals -------------------------------------------------------------------------------------------------------------------

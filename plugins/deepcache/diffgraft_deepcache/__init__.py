@@ -99,6 +99,7 @@ class DeepCache(Plugin):
     neutral = {"interval": 1}  # noqa: RUF012
     active = {"interval": 2}  # noqa: RUF012
     effects = Effects(skips=frozenset({"blocks"}))
+    tune = {"interval": (2, 3, 5), "branch": (1, 0)}  # noqa: RUF012
     config: DeepCacheConfig
 
     def check(self, target: Target) -> None:

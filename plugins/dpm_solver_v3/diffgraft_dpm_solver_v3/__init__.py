@@ -34,6 +34,11 @@ class DPMSolverV3(Plugin):
     effects = Effects(replaces=frozenset({"scheduler"}), needs=frozenset({"determinism"}))
     needs = (Need("artefact", "artefact", fits=frozenset()),)  # l, s, b are functions of lambda: any scheduler, any number of steps
     calibration = DPMSolverV3Calibrator
+    tune: ClassVar[dict[str, Any]] = {
+        "order": (2, 3),
+        "intervals": (50,),  # hardly matters (README), and a calibration takes time in proportion
+        "draws": (4,),  # with the few prompts of a search, less is worse than no statistics
+    }
     config: DPMSolverV3Config
 
     def make_scheduler(self, old: Any, family: Family) -> Any | None:

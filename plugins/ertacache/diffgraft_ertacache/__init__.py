@@ -53,6 +53,7 @@ class ERTACache(Plugin):
     effects = Effects(skips=frozenset({"blocks"}), edits=frozenset({"schedule", "prediction"}), needs=frozenset({"calibrated_run"}))
     needs = (Need("artefact", "artefact"),)
     calibration = Measure
+    tune: ClassVar[dict[str, Any]] = {"threshold": (0.05, 0.1, 0.2, 0.4), "phi": ("off", "velocity")}
     config: ERTACacheConfig
 
     def check(self, target: Target) -> None:

@@ -158,6 +158,7 @@ class FasterDiffusion(Plugin):
     neutral: ClassVar[dict[str, Any]] = {"keys": 1, "noise": 0}
     active: ClassVar[dict[str, Any]] = {"keys": 2, "parallel": 1, "noise": None}
     effects = Effects(skips=frozenset({"blocks"}), edits=frozenset({"latents"}))
+    tune: ClassVar[dict[str, Any]] = {"keys": (2, "paper", 3, 5), "noise": (0.0, None)}  # noise moves away from the plain pictures
     config: FasterDiffusionConfig
 
     def check(self, target: Target) -> None:
