@@ -387,8 +387,10 @@ def tune(
 ) -> None:
     """Find the fastest stack, settings and number of steps that reach a fidelity; an interrupted run goes on where it stopped."""
     from diffgraft.cli_values import bundled_of, call_settings, load_bare, parse_assignments, plugin_specs, read_prompts, refusals
-    from diffgraft.tune import Goal, TuneSettings, find_optuna, find_plugins, parse_budget
     from diffgraft.tune import tune as look
+    from diffgraft.tune_goal import Goal, TuneSettings, parse_budget
+    from diffgraft.tune_space import find_plugins
+    from diffgraft.tune_study import find_optuna
     from diffgraft.tune_view import find_matplotlib, print_tuning, write_plot
 
     find_optuna(), find_matplotlib()

@@ -14,7 +14,7 @@ from diffgraft.errors import Unsupported
 from diffgraft.files import write_atomic
 from diffgraft.metrics import Mean
 from diffgraft.terminal import console, escaped
-from diffgraft.tune import MOST_DB, Final, Trial, Tuning
+from diffgraft.tune_goal import MOST_DB, Final, Trial, Tuning
 
 COLOURS = ("#d95f02", "#7570b3", "#e7298a", "#1b9e77", "#e6ab02", "#a6761d", "#66a61e", "#0072b2", "#999933")
 

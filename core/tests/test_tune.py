@@ -17,21 +17,9 @@ from diffgraft.cli import app
 from diffgraft.inputs import CallSettings, Sample, make_pictures
 from diffgraft.metrics import psnr
 from diffgraft.plugin import Calibrator
-from diffgraft.tune import (
-    Candidate,
-    Goal,
-    Space,
-    Trial,
-    Tuner,
-    TuneSettings,
-    Tuning,
-    find_plugins,
-    front_of,
-    ladder_of,
-    parse_budget,
-    ready_line,
-    tune,
-)
+from diffgraft.tune import Tuner, tune
+from diffgraft.tune_goal import Candidate, Goal, Trial, TuneSettings, Tuning, front_of, ladder_of, parse_budget, ready_line
+from diffgraft.tune_space import Space, find_plugins
 from diffgraft.tune_view import draw, print_tuning, verdict
 from probes import PAPER, Probe, tiny, trace
 from pydantic import Field
