@@ -162,7 +162,7 @@ def transformer(pipeline: str, steps: int, quick: bool) -> list[Bout]:
         *(cache("TaylorSeer", "TaylorSeerCacheConfig", cache_interval=n) for n in ((3,) if quick else (2, 3, 5))),
         *(cache("MagCache", "MagCacheConfig", threshold=t, num_inference_steps=steps) for t in ((0.06,) if quick else (0.03, 0.06, 0.12))),
         *(cache("PAB", "PyramidAttentionBroadcastConfig", spatial_attention_block_skip_range=n) for n in ((2,) if quick else (2, 4))),
-        cache("FasterCache", "FasterCacheConfig", tensor_format="BCFHW" if pipeline == "emoji-wan" else "BCHW"),
+        cache("FasterCache", "FasterCacheConfig", is_guidance_distilled=True),  # these pipelines call once a branch, which it cannot join
     )
     return [
         Bout("quality", pipeline, steps, plain(*ladder)),

@@ -89,7 +89,7 @@ def put_cache(method: Method, pipe: Any, model: Model) -> Any:
     if method.name == "MagCacheConfig":
         options["mag_ratios"] = model.mag_ratios()
     if method.name == "FasterCacheConfig":
-        options["attention_weight_callback"] = lambda module: 0.5
+        options["attention_weight_callback"] = lambda module: 0.5  # the documentation's
     pipe.transformer.enable_cache(cls(**options))
     return pipe
 
@@ -127,7 +127,8 @@ def tgate(pipe: Any, knobs: dict[str, Any]) -> Any:
 def cache_dit(pipe: Any, knobs: dict[str, Any]) -> Any:
     import cache_dit as package
 
-    config = package.DBCacheConfig(residual_diff_threshold=knobs["threshold"])
+    # its defaults are for models with more blocks than these; one block in front is also what FirstBlockCache computes
+    config = package.DBCacheConfig(Fn_compute_blocks=1, Bn_compute_blocks=0, residual_diff_threshold=knobs["threshold"])
     package.enable_cache(pipe, cache_config=config)
     return pipe
 

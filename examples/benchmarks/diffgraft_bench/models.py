@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from diffgraft import registry
 from diffgraft.calibration import calibrate_call
-from diffgraft.inputs import CallSettings, Sample, call_arguments
+from diffgraft.inputs import CallSettings, Sample, call_arguments, parameters
 from diffgraft.loading import build_plugin, read_pipeline
 from torch import nn
 
@@ -74,7 +74,8 @@ class BundledModel(Model):
         samples = [Sample(CALIBRATION_SEED + i, prompt) for i, prompt in enumerate(prompts)]
         settings = replace(self.settings, steps=made["steps"] or steps or self.steps)
         if made["batch"] > 1:
-            settings = replace(settings, extra={**settings.extra, "num_images_per_prompt": made["batch"]})
+            count = next(name for name in (layouts.PICTURES, layouts.VIDEOS) if name in parameters(self.pipe))
+            settings = replace(settings, extra={**settings.extra, count: made["batch"]})
         key = hashlib.sha256(json.dumps([self.name, name, settings.steps, made], default=str).encode()).hexdigest()[:12]
         path = self.kept / f"{self.name}-{name}-{key}.safetensors"
         if not path.exists():

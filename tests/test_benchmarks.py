@@ -1,0 +1,180 @@
+"""The benchmark package: its cases can be run, its rows say what happened, its page opens."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from diffgraft import registry
+from diffgraft_bench import findings
+from diffgraft_bench.__main__ import last_words
+from diffgraft_bench.bout import How, fight
+from diffgraft_bench.cases import PEERS, Bout, Method, all_bouts, peer, plain, plugin
+from diffgraft_bench.layouts import CONFIGS
+from diffgraft_bench.report import write_report
+from diffgraft_bench.rows import Store, key_of
+
+ALL = [*all_bouts(True), *all_bouts(False)]
+CIRCUMSTANCES = {"rounds": 1, "device": "cpu"}
+
+
+# cases -----------------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bout", ALL, ids=lambda bout: f"{bout.arm}-{bout.pipeline}-{bout.methods[0].label}-{bout.methods[0].setting}")
+def test_a_bout_names_what_there_is(bout):
+    assert bout.env in ("", *PEERS)
+    assert bout.pipeline in (CONFIGS if bout.arm == "speed" else registry.bundled())
+    assert all(method.kind != "peer" or method.name == bout.env for method in bout.methods)
+    for method in bout.methods:
+        if method.kind == "diffgraft":
+            for name, knobs in method.knobs.items():
+                registry.find(name)(**knobs)  # every knob is one, and in its range
+    labels = {method.label for method in bout.methods}
+    assert {method.ours for method in bout.methods} <= labels | {""}
+    assert Bout.from_json(json.loads(json.dumps(bout.to_json()))) == bout
+
+
+@pytest.mark.parametrize("quick", [True, False])
+def test_no_measurement_twice(quick):
+    keys = [key_of(bout, method, CIRCUMSTANCES) for bout in all_bouts(quick) for method in bout.methods]
+    assert len(set(keys)) == len(keys)
+
+
+def test_a_key_tells_settings_apart():
+    bout = Bout("quality", "emoji-sd", 50, plain(5, 6))
+    keys = {key_of(bout, method, CIRCUMSTANCES) for method in bout.methods}
+    keys |= {key_of(replace(bout, steps=40), bout.methods[0], CIRCUMSTANCES), key_of(bout, bout.methods[0], {"rounds": 2, "device": "cpu"})}
+    assert len(keys) == 4
+
+
+def test_settings_in_words():
+    assert plugin("a", 5, t_stitch={"model": "x", "fraction": 0.2}).setting == "5 steps, fraction=0.2"
+    assert plugin("deepcache", deepcache={"interval": 3}).setting == peer("DeepCache", interval=3).setting == "interval=3"
+    assert plugin("faster_diffusion", faster_diffusion={}).setting == "default"
+
+
+# findings --------------------------------------------------------------------------------------------------------------------------------
+
+
+def row(label, kind, speedup, psnr, **more):
+    common = {"error": None, "arm": "quality", "pipeline": "p", "setting": "s", "steps": 5, "session": "1", "ours": ""}
+    return {**common, "label": label, "kind": kind, "speedup": speedup, "psnr_mean": psnr, "psnr_reference_mean": psnr, **more}
+
+
+def test_ours_at_the_points_that_others_reach():
+    rows = [
+        row("fewer steps", "plain", 2.0, 40.0),
+        row("slow", "peer", 1.5, 39.0),  # beaten by fewer steps: no point of the front
+        row("cache", "cache", 4.0, 30.0),
+        row("broken", "peer", 9.0, 60.0, error="it broke"),
+        row("mine", "diffgraft", 3.0, 39.6),
+        row("mine", "diffgraft", 6.0, 29.4),
+    ]
+    found = {each.other["label"]: each for each in findings.against_others(rows, "p", "psnr_mean")}
+    assert set(found) == {"fewer steps", "cache"}
+    assert found["fewer steps"].ratio == 1.5  # 39.6 is within half a dB of 40
+    assert found["cache"].ours["psnr_mean"] == 39.6  # 29.4 is not
+    assert found["cache"].ratio == 0.75
+
+
+def test_duels_are_of_one_process_and_one_setting():
+    theirs = row("DeepCache", "peer", 2, 40, ours="deepcache", seconds=[1.0, 2.0, 4.0], peak_bytes=100)
+    ours = row("deepcache", "diffgraft", 2, 40, seconds=[0.5, 2.0, 2.0], peak_bytes=50)
+    others = [dict(ours, session="2"), dict(ours, setting="t"), dict(ours, label="x")]
+    (duel,) = findings.duels([theirs, ours, *others])
+    assert (duel.ratio, duel.low, duel.high, duel.memory) == (0.5, 0.5, 1.0, 0.5)
+
+
+def test_solvers_by_steps():
+    solvers = [row("A", "scheduler", 2, 30), row("dpm_solver_v3", "diffgraft", 2, 31)]
+    rows = [*solvers, row("deepcache", "diffgraft", 2, 50), row("B", "plain", 2, 9, steps=20)]
+    assert {k: [r["label"] for r in v] for k, v in findings.solver_errors(rows, "p").items()} == {5: ["dpm_solver_v3", "A"]}
+
+
+def test_last_words_hold_the_reason():
+    text = "Traceback\nRuntimeError: the reason\n  raise X\nModuleNotFoundError: what followed\n"
+    assert last_words(text) == "ModuleNotFoundError: what followed (before that: RuntimeError: the reason)"
+    assert last_words("killed\n") == "killed"
+    assert last_words("") == "no message"
+
+
+# a real bout -----------------------------------------------------------------------------------------------------------------------------
+
+METHODS = (*plain(2), plugin("deepcache", deepcache={"interval": 2}), Method("bad", "scheduler", "NoSuchScheduler"))
+BOUT = Bout("quality", "emoji-sd", 3, METHODS)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    out = tmp_path_factory.mktemp("bench")
+    fight(BOUT, How(str(out), rounds=2, warmup=0, samples=2, batch=2, reference_steps=5, command="the command"))
+    fight(Bout("speed", "flux", 2, plain(1)), How(str(out), rounds=1, warmup=0, samples=0, batch=1, reference_steps=0))
+    return out
+
+
+def test_rows_are_measured(folder):
+    rows = {one["label"]: one for one in Store(folder) if one["arm"] == "quality"}
+    few = rows["fewer steps"]
+    assert (len(few["seconds"]), len(few["plain_seconds"]), few["judged"], few["error"]) == (2, 2, 2, None)
+    assert few["plain_seconds"] == rows["deepcache"]["plain_seconds"]
+    assert 1 < few["mac_limit"] < 1.5  # two of three denoiser calls, the text encoder and the decoder stay
+    assert few["psnr_reference_mean"] < 60
+    assert rows["deepcache"]["psnr_mean"] > 10
+    assert rows["deepcache"]["peak_bytes"] > 0
+    assert "NoSuchScheduler" in rows["bad"]["error"]
+    assert few["command"] == "the command"
+    assert (folder / "pictures" / f"{few['key']}.png").stat().st_size > 1000
+
+
+def test_a_second_call_measures_what_is_missing(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "again")
+    store = Store(tmp_path / "again")
+    before = {one["key"]: one for one in store}
+    lost = next(key for key in before if "fewer_steps" in key and key.startswith("quality"))
+    store.path(lost).unlink()
+    store.forget_failures()
+    fight(BOUT, How(str(tmp_path / "again"), rounds=2, warmup=0, samples=2, batch=2, reference_steps=5))
+    after = {one["key"]: one for one in store}
+    assert set(after) == set(before)
+    kept = [key for key in before if key != lost and not before[key]["error"]]
+    assert kept
+    assert all(after[key] == before[key] for key in kept)
+    assert after[lost]["session"] != before[lost]["session"]
+    assert after[lost]["psnr"] == before[lost]["psnr"]
+
+
+def test_the_page_shows_every_row(folder):
+    page = write_report(Store(folder), folder).read_text()
+    for one in Store(folder):
+        assert one["label"] in page
+    assert "has no attribute NoSuchScheduler" in page
+    assert page.count("data:image/png;base64,") >= 6
+    assert "http" not in page.replace("http-equiv", "")
+    with (folder / "rows.csv").open() as file:
+        assert len(list(csv.DictReader(file))) == len(list(Store(folder)))
+
+
+@pytest.mark.slow
+def test_the_page_opens_in_a_browser(folder):
+    playwright = pytest.importorskip("playwright.sync_api")
+    chromium = shutil.which("chromium") or shutil.which("google-chrome")
+    if chromium is None:
+        pytest.skip("no Chromium here")
+    write_report(Store(folder), folder)
+    faults: list[str] = []
+    with playwright.sync_playwright() as p:
+        browser = p.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        page = browser.new_page()
+        page.on("console", lambda message: faults.append(message.text) if message.type == "error" else None)
+        page.on("pageerror", lambda error: faults.append(str(error)))
+        page.goto(Path(folder / "report.html").as_uri())
+        sizes = page.eval_on_selector_all("img", "all => all.map(each => each.naturalWidth)")
+        browser.close()
+    assert not faults
+    assert len(sizes) >= 6
+    assert all(sizes)
