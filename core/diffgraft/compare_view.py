@@ -92,8 +92,9 @@ def print_comparison(result: Comparison) -> None:
     typer.echo(f"fewer steps at equal time: {result.equal_time}.")
     if result.always:
         typer.echo(f"in every arm, the baseline included: {', '.join(result.always)}.")
-    if result.advantage is not None and not result.equal_time.capped:
-        typer.echo(f"PSNR of {result.equal_time.matched_to} above that of fewer steps: {result.advantage} dB (95 % interval).")
+    if result.advantage is not None:
+        fewer = result.arms[-1].arm.name
+        typer.echo(f"PSNR of {result.equal_time.matched_to} above that of {fewer}: {result.advantage} dB (95 % interval).")
     if result.product is not None:
         typer.echo(f"{result.product}.")
     told: set[str] = set()

@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 import os
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 from typing_extensions import Self
 
 from diffgraft.artefacts import FORMAT, Artefact, checksum, find_file, make_again
 from diffgraft.errors import ArtefactMismatch
-from diffgraft.files import write_atomic
+from diffgraft.files import write_json
 
 
 @dataclass(frozen=True)
@@ -52,8 +51,3 @@ class Finding(Artefact):
         if not isinstance(header, dict) or not {"made_for", "facts", "checksum"} <= header.keys():
             raise ArtefactMismatch(f"{source} is JSON, but not what a search found; {make_again(plugin, kind)}")
         return cls.checked(header, {}, source, plugin, kind)
-
-
-def write_json(path: str | os.PathLike[str], value: Any) -> None:
-    """Write a JSON file: the whole of it, or nothing."""
-    write_atomic(Path(path), (json.dumps(value, indent=1) + "\n").encode())

@@ -28,7 +28,8 @@ from diffgraft.calibration import OnProgress, plain
 from diffgraft.calls import DenoiseCall, RunCall, Schedule, ScheduleCall, Target
 from diffgraft.config import PluginConfig, build_config
 from diffgraft.errors import ConfigError, RewardError, Unsupported
-from diffgraft.findings import Finding, write_json
+from diffgraft.files import claim, write_json
+from diffgraft.findings import Finding
 from diffgraft.fitness import Fitness, make_outputs
 from diffgraft.inputs import CallSettings, Sample
 from diffgraft.loading import load_pipeline
@@ -214,15 +215,7 @@ class Records:
     def __init__(self, folder: Path, digest: str) -> None:
         self.folder = folder
         self.read = 0
-        first = folder / "search.json"
-        if first.exists():
-            if json.loads(first.read_text(encoding="utf-8")).get("digest") != digest:
-                raise ConfigError(
-                    f"{folder} holds an unfinished search with another model, other knobs, prompts or settings: finish that one, "
-                    "delete the folder, or choose another --out"
-                )
-        else:
-            write_json(first, {"digest": digest})
+        claim(folder, "search", digest)
 
     def loss(self, genome: Genome, judge: Callable[[Genome], float]) -> float:
         """What is recorded for the next candidate, or what ``judge`` says of it now."""

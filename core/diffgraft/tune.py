@@ -33,8 +33,7 @@ from diffgraft.calibration import plain as plain_call
 from diffgraft.compare import Judge, all_right, as_seen, quiet
 from diffgraft.doctor import machine, versions
 from diffgraft.errors import ConfigError, DiffgraftError, Unsupported
-from diffgraft.files import write_atomic
-from diffgraft.findings import write_json
+from diffgraft.files import claim, write_atomic, write_json
 from diffgraft.inputs import CallSettings, Sample, make_pictures
 from diffgraft.instruments import synchronize
 from diffgraft.loading import load_pipeline
@@ -87,7 +86,7 @@ def tune(
     for plugin in plugins:
         ensure_fits(pipe, plugin)
     folder = Path(out).with_name(Path(out).name + ".partial")
-    claim(folder, digest_of(pipe, plugins, settings))
+    claim(folder, "tuning", digest_of(pipe, plugins, settings))
     before = optuna.logging.get_verbosity()
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     try:
@@ -131,22 +130,6 @@ def digest_of(pipe: Any, plugins: Sequence[Plugin], settings: TuneSettings) -> s
 def describe_here(pipe: Any) -> Any:
     """What a plugin's check may look at, of a pipeline without plugins."""
     return describe(pipe, registry.find_family(type(pipe)))
-
-
-def claim(folder: Path, digest: str) -> None:
-    """Begin in ``folder``, or go on there.
-
-    Raises:
-        ConfigError: it holds an unfinished run of something else.
-    """
-    path = folder / "tune.json"
-    if not path.exists():
-        write_json(path, {"digest": digest})
-    elif json.loads(path.read_text(encoding="utf-8")).get("digest") != digest:
-        raise ConfigError(
-            f"{folder} holds an unfinished run with another model, other plugins, knobs, prompts or settings: finish that one, delete "
-            "the folder, or choose another --out"
-        )
 
 
 class Tuner:

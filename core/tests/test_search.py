@@ -227,7 +227,7 @@ def test_an_unfinished_search_of_something_else_is_refused(pipe, tmp_path):
 
     with pytest.raises(Stop):
         found(pipe, path, fitness=RewardFitness(broken))
-    with pytest.raises(ConfigError, match="unfinished search with another model, other knobs"):
+    with pytest.raises(ConfigError, match="unfinished search with another model, other plugins, knobs"):
         found(pipe, path)
 
 

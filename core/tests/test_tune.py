@@ -287,7 +287,7 @@ def test_another_run_in_the_same_folder_is_refused(pipe, tmp_path, clock, monkey
     with pytest.raises(Stop):
         run(pipe, tmp_path / "out")
     for plugins, settings in [(PLUGINS[:2], SETTINGS), (PLUGINS, replace(SETTINGS, seed=3)), (PLUGINS, replace(SETTINGS, steps=5))]:
-        with pytest.raises(ConfigError, match=r"out\.partial holds an unfinished run with another model, other plugins"):
+        with pytest.raises(ConfigError, match=r"out\.partial holds an unfinished tuning with another model, other plugins"):
             run(pipe, tmp_path / "out", plugins, settings)
     monkeypatch.undo()
     again = run(pipe, tmp_path / "out", settings=replace(SETTINGS, trials=10, budget=1e6))

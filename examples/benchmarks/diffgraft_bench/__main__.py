@@ -21,6 +21,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from .bout import How, fight
 from .cases import Bout, all_bouts
 from .peers import install, interpreter
+from .readme import write_readme
 from .report import write_report
 from .rows import Store, key_of
 
@@ -115,6 +116,12 @@ def report(out: Out = OUT) -> None:
     """Write report.html, the plots and rows.csv from what is there."""
     page = write_report(Store(out), out)
     console.print(f"{page} ({sum(1 for _ in Store(out))} rows), {out / 'rows.csv'}")
+
+
+@app.command()
+def readme(out: Out = OUT) -> None:
+    """Write the benchmark's part of README.md from what is there."""
+    console.print(str(write_readme(Store(out), out)))
 
 
 if __name__ == "__main__":
