@@ -178,3 +178,24 @@ def test_the_page_opens_in_a_browser(folder):
     assert not faults
     assert len(sizes) >= 6
     assert all(sizes)
+
+
+# the README's figures --------------------------------------------------------------------------------------------------------------------
+
+ROOT = Path(__file__).resolve().parent.parent
+PART = (ROOT / "README.md").read_text().split("<!-- bench:begin", 1)[1].split("<!-- bench:end -->")[0]
+
+
+def test_every_number_of_the_readme_is_in_the_rows():
+    with (ROOT / "examples/benchmarks/rows.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    measured = set()
+    for one in rows:
+        if one["psnr_reference_mean"]:
+            figures = f"{float(one['speedup']):.2f}", f"{float(one['psnr_reference_mean']):.1f}", f"{one['right']}/{one['judged']}"
+            measured.add((one["pipeline"], one["label"], one["setting"], *figures))
+    lines = [line.strip("| ").split(" | ") for line in PART.splitlines() if line.startswith("| emoji")]
+    assert lines
+    for pipeline, label, setting, speedup, near, judged in lines:
+        assert (pipeline, label.strip("*"), setting, speedup.split("x")[0], near, judged) in measured
+    assert all(one["error"][:100] in PART for one in rows if one["error"])

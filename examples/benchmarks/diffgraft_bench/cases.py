@@ -143,7 +143,7 @@ def emoji_sd(quick: bool) -> list[Bout]:
         Bout("quality", "emoji-sd", 50, deepcache_duel(*intervals), "DeepCache"),
         Bout("quality", "emoji-sd", 50, tuple(peer("tomesd", ratio=r) for r in ((0.5,) if quick else (0.25, 0.5, 0.75))), "tomesd"),
         Bout("quality", "emoji-sd", 50, tuple(peer("tgate", gate_step=k) for k in ((25,) if quick else (10, 25))), "tgate"),
-        Bout("quality", "emoji-sd", 50, (peer("pruna", cacher="deepcache"),), "pruna"),
+        Bout("quality", "emoji-sd", 50, (peer("pruna", interval=3),), "pruna"),
     ]
     lcm = (*plain(3, 2), plugin("t_stitch", t_stitch={**STITCH, "fraction": 0.5}), plugin("deepcache", deepcache={"interval": 2}))
     return [*bouts, Bout("quality", "emoji-sd-lcm", 4, lcm, distilled=True)]

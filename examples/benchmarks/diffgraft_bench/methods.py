@@ -142,9 +142,7 @@ def para_attn(pipe: Any, knobs: dict[str, Any]) -> Any:
 def pruna(pipe: Any, knobs: dict[str, Any]) -> Any:
     from pruna import SmashConfig, smash
 
-    config = SmashConfig(device=str(pipe.device))
-    config.add(knobs["cacher"]) if hasattr(config, "add") else config.__setitem__("cacher", knobs["cacher"])
-    return smash(pipe, config)
+    return smash(pipe, SmashConfig({"deepcache": {"interval": knobs["interval"]}}, device=str(pipe.device)))
 
 
 PUT: dict[str, Callable[[Method, Any, Model], Any]] = {
