@@ -125,7 +125,8 @@ def test_rows_are_measured(folder):
     assert 1 < few["mac_limit"] < 1.5  # two of three denoiser calls, the text encoder and the decoder stay
     assert few["psnr_reference_mean"] < 60
     assert rows["deepcache"]["psnr_mean"] > 10
-    assert rows["deepcache"]["peak_bytes"] > 0
+    assert rows["deepcache"]["peak_bytes"] is None  # on a CPU memory is counted in the speed arm
+    assert next(one for one in Store(folder) if one["arm"] == "speed")["peak_bytes"] > 0
     assert "NoSuchScheduler" in rows["bad"]["error"]
     assert few["command"] == "the command"
     assert (folder / "pictures" / f"{few['key']}.png").stat().st_size > 1000

@@ -154,8 +154,9 @@ def prepare(fighter: Fighter, model: Model, how: How) -> None:
         return model.run(fighter.call, fighter.method.steps, numbers)
 
     run()  # what is built in the first call counts for nobody
-    fighter.row["macs"] = macs_of(fighter.pipe, run)
-    fighter.row["peak_bytes"] = peak_of(model, run)
+    fighter.row["macs"] = macs_of(run)
+    counted = isinstance(model, LayoutModel) or str(model.pipe.device).startswith("cuda")  # counting every operator's bytes is slow
+    fighter.row["peak_bytes"] = peak_of(model, run) if counted else None
     if how.compile:
         for denoiser in denoisers(fighter.pipe).values():
             denoiser.compile()
@@ -167,7 +168,7 @@ def denoisers(pipe: Any) -> dict[str, Any]:
     return dict(denoisers_of(pipe, find_family(type(pipe))))
 
 
-def macs_of(pipe: Any, run: Callable[[], Any]) -> int:
+def macs_of(run: Callable[[], Any]) -> int:
     """Multiply-adds of a whole call inside matrix products, convolutions and attention."""
     with FlopCounterMode(display=False, custom_mapping=missing_formulas()) as counter:
         run()

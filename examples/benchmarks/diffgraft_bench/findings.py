@@ -66,7 +66,9 @@ class Duel:
 
     @property
     def memory(self) -> float:
-        return float(self.ours["peak_bytes"] / self.theirs["peak_bytes"])
+        """Peak bytes of ours / of theirs; NaN where they were not counted."""
+        mine, other = self.ours["peak_bytes"], self.theirs["peak_bytes"]
+        return mine / other if mine and other else math.nan
 
 
 def duels(rows: Sequence[Row]) -> list[Duel]:

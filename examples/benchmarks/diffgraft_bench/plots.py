@@ -43,6 +43,7 @@ def pareto(rows: Sequence[Row], value: str, title: str, axis: str) -> bytes:
     plot.set(xscale="log", xlabel="time of a call, share of the plain pipeline's", ylabel=axis, title=title)
     for ticks in (plot.xaxis.set_major_formatter, plot.xaxis.set_minor_formatter):
         ticks("{x:.2g}")
+    plot.tick_params(axis="x", which="minor", labelsize=7, rotation=60)
     plot.grid(alpha=0.3, which="both")
     plot.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     return png(figure)

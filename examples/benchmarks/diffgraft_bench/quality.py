@@ -32,7 +32,7 @@ class Quality:
         self.prompts = [sample.prompt or "" for sample in model.samples]
         self.judge: Any = load_judge(model.bundled)
         self.features = None if not hasattr(self.judge, "features") else self.judge.features
-        self.truth = true_features(self.features) if self.features else None
+        self.truth = true_features(self.features, model.kept) if self.features else None
 
     @classmethod
     def of(cls, model: BundledModel, how: How, distilled: bool) -> Quality:
@@ -87,12 +87,12 @@ def kept(model: BundledModel, how: How, steps: int) -> Pictures:
     return found
 
 
-def true_features(features: Any) -> torch.Tensor:
+def true_features(features: Any, folder: Path) -> torch.Tensor:
     """The judge's features of true pictures."""
+    from diffgraft.fitness import kept as kept_tensor
     from diffgraft_pipelines.train.evaluate import held_out_labels, renders
 
-    found: torch.Tensor = features(renders(held_out_labels(), 1))
-    return found
+    return kept_tensor(folder / "true-features.safetensors", lambda: features(renders(held_out_labels(), 1)))
 
 
 def lpips(made: Pictures, reference: Pictures) -> float | None:

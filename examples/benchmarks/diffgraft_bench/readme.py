@@ -12,7 +12,7 @@ from diffgraft.files import write_atomic
 
 from . import findings
 from .models import ROOT
-from .report import pipelines
+from .report import number, pipelines
 from .rows import Store
 
 Row = dict[str, Any]
@@ -64,7 +64,7 @@ def body(rows: Sequence[Row]) -> str:
             ours, theirs = duel.ours, duel.theirs
             parts.append(
                 f"| {ours['label']} and {theirs['label']} | {ours['pipeline']} | {ours['setting']} | {ours['speedup']:.2f}x "
-                f"| {theirs['speedup']:.2f}x | {duel.ratio:.2f} ({duel.low:.2f}-{duel.high:.2f}) | {duel.memory:.2f} |"
+                f"| {theirs['speedup']:.2f}x | {duel.ratio:.2f} ({duel.low:.2f}-{duel.high:.2f}) | {number(duel.memory)} |"
             )
         parts.append("")
     failed = sorted({(row["label"], row["pipeline"], row["error"]) for row in rows if row["error"]})

@@ -33,7 +33,7 @@ def write_report(store: Store, out: Path) -> Path:
     fast = [row for row in good if row["arm"] == "speed"]
     speed_plot = keep(out, "speed", plots.bars(fast, "real layouts, random weights")) if fast else ""
     environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=select_autoescape(["html"]))
-    environment.filters |= {"number": number, "time": seconds}
+    environment.filters |= {"number": number, "time": seconds, "mib": mebibytes}
     page = environment.get_template("report.html").render(
         sections=sections,
         speed=fast,
@@ -95,6 +95,10 @@ def unique(rows: Sequence[Row], *names: str) -> list[Any]:
 
 def number(value: float | None, digits: int = 2) -> str:
     return "-" if value is None or math.isnan(value) else f"{value:.{digits}f}"
+
+
+def mebibytes(value: int | None) -> str:
+    return "-" if value is None else f"{value / 2**20:.0f}"
 
 
 def seconds(value: float) -> str:
