@@ -167,7 +167,7 @@ def transformer(pipeline: str, steps: int, quick: bool) -> list[Bout]:
     return [
         Bout("quality", pipeline, steps, plain(*ladder)),
         Bout("quality", pipeline, steps, own),
-        Bout("quality", pipeline, steps, tuple(peer("cache-dit", threshold=t) for t in levels), "cache-dit"),
+        Bout("quality", pipeline, steps, tuple(peer("cache-dit", threshold=t) for t in (*levels, 0.3 if quick else 0.5)), "cache-dit"),
         *(Bout("quality", pipeline, steps, (peer("para-attn", threshold=t),), "para-attn") for t in levels),  # it patches the class
     ]
 
