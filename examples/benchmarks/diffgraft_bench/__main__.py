@@ -34,7 +34,7 @@ OUT = Path("out/benchmarks")
 @app.command()
 def run(
     out: Out = OUT,
-    quick: Annotated[bool, typer.Option("--quick", help="Fewer settings, pictures and rounds: under 20 minutes on two cores.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Fewer settings, pictures and rounds.")] = False,
     only: Annotated[str, typer.Option(help="Bouts whose arm, pipeline or environment has this in its name.")] = "",
     device: Annotated[str, typer.Option()] = "cpu",
     dtype: Annotated[str, typer.Option(help="Of the speed arm: float32, float16 or bfloat16.")] = "float32",

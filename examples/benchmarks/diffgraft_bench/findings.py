@@ -30,10 +30,10 @@ class Faster:
 
 
 def front(rows: Sequence[Row], fidelity: str) -> list[Row]:
-    """Rows that no other one beats in both time and fidelity, fastest first."""
+    """Rows faster than the plain pipeline that no other one beats in both time and fidelity, fastest first."""
     best, kept = -math.inf, []
     for row in sorted(rows, key=lambda row: -row["speedup"]):
-        if row[fidelity] is not None and row[fidelity] > best:
+        if row["speedup"] > 1 and row[fidelity] is not None and row[fidelity] > best:
             best = row[fidelity]
             kept.append(row)
     return kept
