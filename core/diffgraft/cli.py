@@ -76,6 +76,8 @@ ClassLabels = Annotated[
     list[int] | None, typer.Option("--class-label", help="Class number, for class-conditional pipelines; repeat for several.")
 ]
 ImagePath = Annotated[Path | None, typer.Option("--image", help="Input picture, for pipelines that take one.")]
+PromptTexts = Annotated[list[str] | None, typer.Option("--prompt", help="A prompt; repeat for several.")]
+PromptFile = Annotated[Path | None, typer.Option("--prompts", help="A text file with one prompt a line.")]
 Steps = Annotated[int | None, typer.Option(min=1, help="Denoising steps (default: the pipeline's).")]
 GuidanceScale = Annotated[float | None, typer.Option(help="Guidance scale (default: the pipeline's).")]
 Height = Annotated[int | None, typer.Option(min=1, help="Height in pixels.")]
@@ -253,8 +255,8 @@ def compare(
     ] = None,
     out: Annotated[Path, typer.Option("--out", help="Folder for compare.png and compare.json.")] = Path("out"),
     option: KnobValues = None,
-    prompt: Annotated[list[str] | None, typer.Option("--prompt", help="A prompt; repeat for several.")] = None,
-    prompts: Annotated[Path | None, typer.Option("--prompts", help="A text file with one prompt a line.")] = None,
+    prompt: PromptTexts = None,
+    prompts: PromptFile = None,
     num_prompts: Annotated[
         int | None,
         typer.Option(
@@ -364,8 +366,8 @@ def tune(
     ] = None,
     option: KnobValues = None,
     out: Annotated[Path, typer.Option("--out", help="Folder for tune.json and tune.png; OUT.partial is for going on.")] = Path("out"),
-    prompt: Annotated[list[str] | None, typer.Option("--prompt", help="A prompt; repeat for several.")] = None,
-    prompts: Annotated[Path | None, typer.Option("--prompts", help="A text file with one prompt a line.")] = None,
+    prompt: PromptTexts = None,
+    prompts: PromptFile = None,
     num_prompts: Annotated[
         int, typer.Option(min=1, help="Pictures that a candidate is judged on; the end takes twice as many.")
     ] = TUNE_SAMPLES,
@@ -449,8 +451,8 @@ def tune(
 def calibrate(
     plugin: Annotated[str, typer.Argument(metavar="PLUGIN", help="A plugin that needs an artefact.")],
     pipeline: Annotated[str, typer.Option("--pipeline", help="A bundled name, a folder, or a Hub id.")],
-    prompts: Annotated[Path | None, typer.Option("--prompts", help="A text file with one prompt a line.")] = None,
-    prompt: Annotated[list[str] | None, typer.Option("--prompt", help="A prompt; repeat for several.")] = None,
+    prompts: PromptFile = None,
+    prompt: PromptTexts = None,
     out: Annotated[Path | None, typer.Option("--out", help="File to write (default: PLUGIN.safetensors).")] = None,
     option: KnobValues = None,
     seed: Annotated[int, typer.Option(help="Seed of the noise; prompt i has seed + i.")] = 0,
@@ -494,8 +496,8 @@ def calibrate(
 def search(
     plugin: Annotated[str, typer.Argument(metavar="PLUGIN", help="A plugin whose settings can be searched for.")],
     pipeline: Annotated[str, typer.Option("--pipeline", help="A bundled name, a folder, or a Hub id.")],
-    prompts: Annotated[Path | None, typer.Option("--prompts", help="A text file with one prompt a line.")] = None,
-    prompt: Annotated[list[str] | None, typer.Option("--prompt", help="A prompt; repeat for several.")] = None,
+    prompts: PromptFile = None,
+    prompt: PromptTexts = None,
     out: Annotated[Path | None, typer.Option("--out", help="File to write (default: PLUGIN.json).")] = None,
     steps: Steps = None,
     fitness: Annotated[str, typer.Option(help="trajectory, reward or frechet: see docs of diffgraft.fitness.")] = "trajectory",

@@ -22,8 +22,9 @@ from contextlib import contextmanager
 from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
+import numpy as np
 import torch
 
 from diffgraft import registry
@@ -251,7 +252,7 @@ class Tuner:
             return self.made[key]
         with self.grafted(candidate) as call:
             parts = [make_pictures(self.pipe, samples[i : i + self.batch], call) for i in range(0, len(samples), self.batch)]
-        made = cast(Pictures, torch.cat([torch.from_numpy(part) for part in parts]).numpy())
+        made: Pictures = np.concatenate(parts)
         if not candidate.plugins:
             self.made[key] = made
         return made

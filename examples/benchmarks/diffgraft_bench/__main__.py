@@ -54,7 +54,7 @@ def run(
                   reference_steps=100 if quick else 500)  # fmt: skip
     speed = How(**shared, rounds=rounds or (2 if quick else 5), warmup=1, samples=0, batch=1, reference_steps=0, dtype=dtype, full=full,
                 compile=compile, timed_batch=batch)  # fmt: skip
-    bouts = [bout for bout in all_bouts(quick, full) if only in f"{bout.arm} {bout.pipeline} {bout.env}" and (peers or not bout.env)]
+    bouts = [bout for bout in all_bouts(quick) if only in f"{bout.arm} {bout.pipeline} {bout.env}" and (peers or not bout.env)]
     envs = out / "envs"
     told = install(envs, lambda name: console.print(f"installing {name}")) if peers else {}
     store = Store(out)

@@ -13,11 +13,10 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from diffgraft.doctor import machine, versions
 from diffgraft.files import write_atomic
-from diffgraft.inputs import Sample, as_array
+from diffgraft.inputs import Sample
 from diffgraft.instruments import LiveBytes, missing_formulas, synchronize
 from diffgraft.metrics import Pictures
 from diffgraft.pictures import strip, to_images
@@ -111,8 +110,8 @@ def fight(bout: Bout, how: How) -> None:
     for fighter in fighters:
         row = {**fighter.row, **timing(fighter, plain)}
         try:
-            if quality is not None:
-                made = pictures(fighter, model, how)
+            if isinstance(model, BundledModel) and quality is not None:
+                made = model.pictures(fighter.call, fighter.method.steps, how.batch)
                 row.update(quality.figures(made))
                 save_strip(made, Path(how.out) / "pictures" / f"{keys[id(fighter.method)]}.png")
             store.put(keys[id(fighter.method)], row)
@@ -217,15 +216,6 @@ def timing(fighter: Fighter, plain: Fighter) -> Row:
 
 
 # pictures ------------------------------------------------------------------------------------------------------------------------------
-
-
-def pictures(fighter: Fighter, model: BundledModel, how: How) -> Pictures:
-    """All samples, in batches."""
-    parts = []
-    for start in range(0, how.samples, how.batch):
-        numbers = list(range(start, min(start + how.batch, how.samples)))
-        parts.append(as_array(model.run(fighter.call, fighter.method.steps, numbers), len(numbers)))
-    return np.concatenate(parts)
 
 
 def save_strip(made: Pictures, path: Path) -> None:

@@ -172,7 +172,7 @@ def transformer(pipeline: str, steps: int, quick: bool) -> list[Bout]:
     ]
 
 
-def speed(quick: bool, full: bool) -> list[Bout]:
+def speed(quick: bool) -> list[Bout]:
     """Layouts of real models, random weights."""
     steps = 6 if quick else 12
     unet = (plugin("deepcache", deepcache={"interval": 3}), peer("DeepCache", "deepcache", interval=3))
@@ -190,7 +190,7 @@ def speed(quick: bool, full: bool) -> list[Bout]:
     return bouts
 
 
-def all_bouts(quick: bool, full: bool = False) -> list[Bout]:
+def all_bouts(quick: bool) -> list[Bout]:
     """Everything, in the order in which it is run."""
     wan = 20 if quick else 50
-    return [*emoji_sd(quick), *transformer("emoji-flux", 28, quick), *transformer("emoji-wan", wan, quick), *speed(quick, full)]
+    return [*emoji_sd(quick), *transformer("emoji-flux", 28, quick), *transformer("emoji-wan", wan, quick), *speed(quick)]

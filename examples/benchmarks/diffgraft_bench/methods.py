@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import diffusers
 from diffgraft import load_pipeline
-from diffgraft.calibration import calibrate_call
-from diffgraft.loading import build_plugin
 from diffgraft.registry import find_family
 from diffgraft.wiring import denoisers_of
 
@@ -29,14 +28,9 @@ def own_copy(pipe: Any) -> Any:
 
 def optional(pipe: Any) -> dict[str, Any]:
     """Settings of a pipeline that are no components ("requires_safety_checker")."""
-    names = {name for name, p in signature(type(pipe).__init__).items() if p.default is not p.empty} - set(pipe.components)
+    known = inspect.signature(type(pipe).__init__).parameters
+    names = {name for name, p in known.items() if p.default is not p.empty} - set(pipe.components)
     return {name: value for name, value in pipe.config.items() if name in names}
-
-
-def signature(function: Any) -> Mapping[str, Any]:
-    import inspect
-
-    return inspect.signature(function).parameters
 
 
 def put_on(method: Method, pipe: Any, model: Model) -> Callable[..., Any]:
@@ -81,7 +75,7 @@ def put_cache(method: Method, pipe: Any, model: Model) -> Any:
     """One of diffusers' caches, with what it must be told about the run."""
     options: dict[str, Any] = dict(method.knobs)
     cls = getattr(diffusers, method.name)
-    known = signature(cls)
+    known = inspect.signature(cls).parameters
     if "taylor_factors_dtype" in known:
         options["taylor_factors_dtype"] = pipe.dtype
     if "current_timestep_callback" in known:
@@ -160,8 +154,3 @@ PEER: dict[str, Callable[[Any, dict[str, Any]], Any]] = {
     "para-attn": para_attn,
     "pruna": pruna,
 }
-
-
-def calibrated(name: str, knobs: Mapping[str, Any], pipe: Any, call: Callable[[], Any]) -> Any:
-    """The artefact of a plugin from one call of the plain pipeline."""
-    return calibrate_call(pipe, build_plugin((name, dict(knobs))), call)

@@ -10,11 +10,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from diffgraft import registry
 from diffgraft.calibration import calibrate_call
-from diffgraft.inputs import CallSettings, Sample, call_arguments, parameters
+from diffgraft.inputs import CallSettings, Sample, as_array, call_arguments, parameters
 from diffgraft.loading import build_plugin, read_pipeline
+from diffgraft.metrics import Pictures
 from torch import nn
 
 from . import layouts
@@ -63,6 +65,12 @@ class BundledModel(Model):
     def run(self, call: Callable[..., Any], steps: int | None, numbers: Sequence[int]) -> Any:
         return call(**self.arguments([self.samples[i] for i in numbers], steps))
 
+    def pictures(self, call: Callable[..., Any], steps: int | None, batch: int) -> Pictures:
+        """All samples, ``batch`` in a call."""
+        numbers = range(len(self.samples))
+        parts = [numbers[start : start + batch] for start in range(0, len(numbers), batch)]
+        return np.concatenate([as_array(self.run(call, steps, part), len(part)) for part in parts])
+
     def artefact(self, name: str, knobs: Mapping[str, Any], steps: int | None) -> Any:
         """Kept in a file: other processes need the same."""
         from diffgraft.artefacts import Artefact
@@ -95,7 +103,6 @@ CALIBRATION: dict[str, dict[str, Any]] = {
 
 def training_prompts(pipeline: str, count: int) -> list[str]:
     """Captions that the checkpoint was trained on."""
-    import numpy as np
     from diffgraft_pipelines.emoji import motion, scenes
 
     module = motion if pipeline == "emoji-wan" else scenes

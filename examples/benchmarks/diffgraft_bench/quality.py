@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 import statistics
 from collections.abc import Sequence
@@ -13,7 +14,6 @@ import torch
 from diffgraft.compare import all_right, as_seen, load_judge
 from diffgraft.files import write_atomic
 from diffgraft.fitness import frechet
-from diffgraft.inputs import as_array
 from diffgraft.metrics import Pictures, psnr, share, ssim
 
 from .models import BundledModel
@@ -74,14 +74,8 @@ def kept(model: BundledModel, how: How, steps: int) -> Pictures:
     """The plain pipeline's pictures with so many steps."""
     path = model.kept / f"{model.name}-{steps}-steps-{how.samples}.npz"
     if not path.exists():
-        parts = []
-        for start in range(0, how.samples, how.batch):
-            numbers = list(range(start, min(start + how.batch, how.samples)))
-            parts.append(as_array(model.run(model.pipe, steps, numbers), len(numbers)))
-        import io
-
         buffer = io.BytesIO()
-        np.savez(buffer, pictures=np.concatenate(parts))
+        np.savez(buffer, pictures=model.pictures(model.pipe, steps, how.batch))
         write_atomic(path, buffer.getvalue())
     found: Pictures = np.load(path)["pictures"]
     return found

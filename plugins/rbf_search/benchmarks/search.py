@@ -11,6 +11,7 @@ import json
 import math
 import platform
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,7 +21,7 @@ import numpy as np
 import torch
 import typer
 from diffgraft import load_pipeline, registry
-from diffgraft.metrics import share
+from diffgraft.metrics import Mean, share
 from diffgraft.pictures import draw_grid
 from diffgraft_pipelines.emoji import scenes
 from diffgraft_pipelines.emoji.judge import bundled_once
@@ -73,14 +74,6 @@ class Bench:
         """The picture that the search finds for each prompt, and what it would have given after each evaluation [nfe, prompts]."""
         images, records = self.make({**knobs, "reward": "emoji_judge", "max_nfe": self.nfe, "record": True}, 0)
         return images, np.concatenate([record["result"].numpy() for record in records], axis=1)
-
-
-def difference(a: np.ndarray, b: np.ndarray) -> dict[str, float]:
-    """Paired: mean of a - b and its 95 % bootstrap interval (percentiles of 10000 resamples of the prompts)."""
-    d = a - b
-    draws = d[np.random.default_rng(0).integers(0, len(d), (10_000, len(d)))].mean(axis=1)
-    low, high = np.quantile(draws, [0.025, 0.975])
-    return {"mean": float(d.mean()), "low": float(low), "high": float(high)}
 
 
 def kept(folder: Path, name: str, make: Any) -> tuple[list[Image.Image], np.ndarray, float]:
@@ -151,7 +144,7 @@ def main(
     rows, curves = [], {}
     for name, (_, curve, seconds) in made.items():
         each = 1 if name.startswith("RBF") else steps
-        ahead, found = {key: difference(made[key][1][-1], curve[-1]) for key in searches if key != name}, share(verdicts[name])
+        ahead, found = {key: asdict(Mean.of(made[key][1][-1] - curve[-1])) for key in searches if key != name}, share(verdicts[name])
         assert found is not None
         gains = sum(b and not a for a, b in zip(plain, verdicts[name], strict=True))
         losses = sum(a and not b for a, b in zip(plain, verdicts[name], strict=True))
