@@ -18,7 +18,7 @@ diffgraft_setup() {
   local pip=(python -m pip --disable-pip-version-check install --quiet)
   # torch first and alone: a range given by another package would bring a newer build with gigabytes of CUDA libraries
   python -c "import torch" 2>/dev/null || "${pip[@]}" "torch==2.13.0"
-  "${pip[@]}" "flit_core>=3.9,<4"
+  "${pip[@]}" "flit_core>=3.11,<4"
   # the glob is the list: a new folder in plugins/ needs no entry anywhere
   local packages=()
   for folder in core pipelines plugins/*/; do packages+=(-e "./${folder%/}$extra"); done

@@ -9,4 +9,4 @@ torch.set_num_threads(1)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--thorough", action="store_true", help="the contract on every class of every family, not on a third of them")
+    parser.addoption("--thorough", action="store_true", help="the contract on every class of every family, not on a fifth of them")

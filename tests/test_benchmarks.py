@@ -11,15 +11,15 @@ from pathlib import Path
 import pytest
 from diffgraft import registry
 from diffgraft_bench import findings
-from diffgraft_bench.__main__ import last_words
+from diffgraft_bench.__main__ import last_words, on_gpu
 from diffgraft_bench.bout import How, fight
 from diffgraft_bench.cases import PEERS, Bout, Method, all_bouts, peer, plain, plugin
 from diffgraft_bench.layouts import CONFIGS
 from diffgraft_bench.report import write_report
-from diffgraft_bench.rows import Store, key_of
+from diffgraft_bench.rows import Store, key_of, way
 
 ALL = [*all_bouts(True), *all_bouts(False)]
-CIRCUMSTANCES = {"rounds": 1, "device": "cpu"}
+HOW = {"rounds": 1, "device": "cpu"}
 
 
 # cases -----------------------------------------------------------------------------------------------------------------------------------
@@ -41,14 +41,14 @@ def test_a_bout_names_what_there_is(bout):
 
 @pytest.mark.parametrize("quick", [True, False])
 def test_no_measurement_twice(quick):
-    keys = [key_of(bout, method, CIRCUMSTANCES) for bout in all_bouts(quick) for method in bout.methods]
+    keys = [key_of(bout, method, HOW) for bout in all_bouts(quick) for method in bout.methods]
     assert len(set(keys)) == len(keys)
 
 
 def test_a_key_tells_settings_apart():
     bout = Bout("quality", "emoji-sd", 50, plain(5, 6))
-    keys = {key_of(bout, method, CIRCUMSTANCES) for method in bout.methods}
-    keys |= {key_of(replace(bout, steps=40), bout.methods[0], CIRCUMSTANCES), key_of(bout, bout.methods[0], {"rounds": 2, "device": "cpu"})}
+    keys = {key_of(bout, method, HOW) for method in bout.methods}
+    keys |= {key_of(replace(bout, steps=40), bout.methods[0], HOW), key_of(bout, bout.methods[0], {"rounds": 2, "device": "cpu"})}
     assert len(keys) == 4
 
 
@@ -103,6 +103,12 @@ def test_last_words_hold_the_reason():
     assert last_words("") == "no message"
 
 
+def test_the_ways_of_a_gpu():
+    speed = How("out", rounds=1, warmup=0, samples=0, batch=1, reference_steps=0, device="cuda")
+    assert [way(each.circumstances) for each in on_gpu(speed, ["native", "flash"])] == ["", "batch 4", "compiled", "flash"]
+    assert len({json.dumps(each.circumstances) for each in on_gpu(speed, ["xformers", "flash"])}) == 5
+
+
 # a real bout -----------------------------------------------------------------------------------------------------------------------------
 
 METHODS = (*plain(2), plugin("deepcache", deepcache={"interval": 2}), Method("bad", "scheduler", "NoSuchScheduler"))
@@ -113,7 +119,9 @@ BOUT = Bout("quality", "emoji-sd", 3, METHODS)
 def folder(tmp_path_factory):
     out = tmp_path_factory.mktemp("bench")
     fight(BOUT, How(str(out), rounds=2, warmup=0, samples=2, batch=2, reference_steps=5, command="the command"))
-    fight(Bout("speed", "flux", 2, plain(1)), How(str(out), rounds=1, warmup=0, samples=0, batch=1, reference_steps=0))
+    speed = How(str(out), rounds=1, warmup=0, samples=0, batch=1, reference_steps=0)
+    for how in (speed, replace(speed, timed_batch=2, attention="_native_math")):
+        fight(Bout("speed", "flux", 2, plain(1)), how)
     return out
 
 
@@ -126,7 +134,9 @@ def test_rows_are_measured(folder):
     assert few["psnr_reference_mean"] < 60
     assert rows["deepcache"]["psnr_mean"] > 10
     assert rows["deepcache"]["peak_bytes"] is None  # on a CPU memory is counted in the speed arm
-    assert next(one for one in Store(folder) if one["arm"] == "speed")["peak_bytes"] > 0
+    fast = {way(one): one for one in Store(folder) if one["arm"] == "speed"}
+    assert set(fast) == {"", "batch 2, _native_math"}
+    assert 0 < fast[""]["peak_bytes"] < fast["batch 2, _native_math"]["peak_bytes"]
     assert "NoSuchScheduler" in rows["bad"]["error"]
     assert few["command"] == "the command"
     assert (folder / "pictures" / f"{few['key']}.png").stat().st_size > 1000

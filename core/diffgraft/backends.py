@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from diffgraft.errors import Unsupported, nearest
+from diffgraft.family import Family
 from diffgraft.slots import write_global
 from diffgraft.wiring import denoisers_of
-
-if TYPE_CHECKING:
-    from diffgraft.stack import PluginStack
 
 PIP = {"xformers": "pip install 'diffgraft[xformers]'", "flash": "pip install flash-attn", "sage": "pip install sageattention"}
 
 
-def use_attention_backend(stack: PluginStack, backend: str) -> Callable[[], None]:
+def use_attention_backend(pipe: Any, family: Family, backend: str) -> Callable[[], None]:
     """Set ``backend`` on every denoiser; returns the function that puts back what was there.
 
     Raises:
@@ -26,7 +24,7 @@ def use_attention_backend(stack: PluginStack, backend: str) -> Callable[[], None
     known = [item.value for item in AttentionBackendName]
     if backend not in known:
         raise Unsupported(f"attention_backend={backend!r} is unknown{nearest(backend, known)} Known: {', '.join(known)}")
-    denoisers = list(denoisers_of(stack.pipe, stack.family).values())
+    denoisers = list(denoisers_of(pipe, family).values())
     processors = [
         processor
         for denoiser in denoisers

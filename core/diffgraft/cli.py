@@ -1,4 +1,4 @@
-"""The command line: ``diffgraft list | show | run | compare | tune | calibrate | search | invert | doctor``.
+"""The command line: ``diffgraft list | show | search | run | compare | tune | calibrate | evolve | invert | doctor | new | check``.
 
 Torch is imported inside the commands that need it.
 """
@@ -17,8 +17,10 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from diffgraft import __version__, registry
+from diffgraft import __version__, cli_community, registry
+from diffgraft.cli_catalogue import search
 from diffgraft.errors import ConfigError, DiffgraftError
+from diffgraft.quality import tier_of
 
 BUNDLED_SAMPLES = 24
 OTHER_SAMPLES = 6
@@ -117,6 +119,7 @@ def list_plugins(
             "summary": info.summary,
             "version": info.version,
             "dist": info.dist,
+            "tier": tier_of(info.entry.module),
             "allowed": info.allowed,
             "status": "broken" if info.broken else "ok" if info.allowed else "not allowed",
             "reason": info.broken or (None if info.allowed else f"not in {registry.ALLOW}"),
@@ -134,13 +137,13 @@ def list_plugins(
     from diffgraft.terminal import console, escaped
 
     out = Table(box=None, pad_edge=False, header_style="bold")
-    for column in ("name", "version", "package", "status", "what it does"):
+    for column in ("name", "version", "package", "tier", "status", "what it does"):
         out.add_column(column, overflow="fold")
     colours = {"ok": "green", "broken": "red", "not allowed": "yellow"}
     for row in rows:
         status = f"[{colours[str(row['status'])]}]{row['status']}[/]"
         what = row["summary"] if row["reason"] is None else row["reason"]
-        out.add_row(str(row["name"]), str(row["version"]), str(row["dist"]), status, escaped(what))
+        out.add_row(str(row["name"]), str(row["version"]), str(row["dist"]), str(row["tier"] or ""), status, escaped(what))
     console().print(out)
 
 
@@ -161,6 +164,7 @@ def show(name: Annotated[str, typer.Argument(metavar="NAME", help="A plugin.")],
     paper = facts["paper"]
     lines = {
         "package": f"{facts['dist']} {facts['version']}",
+        "tier": facts["tier"],
         "paper": f"{paper['title']}, arXiv:{paper['arxiv']}" if paper["arxiv"] else paper["title"],
         "implemented": paper["implemented"],
         "omitted": paper["omitted"],
@@ -392,10 +396,11 @@ def tune(
     from diffgraft.tune import tune as look
     from diffgraft.tune_goal import Goal, TuneSettings, parse_budget
     from diffgraft.tune_space import find_plugins
-    from diffgraft.tune_study import find_optuna
-    from diffgraft.tune_view import find_matplotlib, print_tuning, write_plot
+    from diffgraft.tune_study import imported
+    from diffgraft.tune_view import print_tuning, write_plot
 
-    find_optuna(), find_matplotlib()
+    for module in ("optuna", "matplotlib.figure"):  # said before anything is loaded
+        imported(module)
     goal, seconds = Goal.parse(target), None if budget is None else parse_budget(budget)
     specs = plugin_specs(plugins or list(registry.installed()), option)
     extra = parse_assignments(arg, "-a")
@@ -489,11 +494,11 @@ def calibrate(
     typer.echo(f"wrote {path}: for {made.pipeline}, {made.scheduler}, {made.steps} steps, latents {made.shape}, from {len(texts)} prompts")
 
 
-# search -----------------------------------------------------------------------------------------------------------------------------
+# evolve -----------------------------------------------------------------------------------------------------------------------------
 
 
 @app.command()
-def search(
+def evolve(
     plugin: Annotated[str, typer.Argument(metavar="PLUGIN", help="A plugin whose settings can be searched for.")],
     pipeline: Annotated[str, typer.Option("--pipeline", help="A bundled name, a folder, or a Hub id.")],
     prompts: PromptFile = None,
@@ -517,6 +522,9 @@ def search(
     searcher: Annotated[
         list[str] | None, typer.Option("--set", "-s", metavar="NAME=VALUE", help="A knob of the search itself: mutation=0.1.")
     ] = None,
+    beside: Annotated[
+        list[str] | None, typer.Option("--beside", metavar="NAME", help="A plugin that every candidate runs with: a solver; repeat or a,b.")
+    ] = None,
     option: KnobValues = None,
     seed: Annotated[int, typer.Option(help="Seed of the evolution and of the noise; prompt i has seed + i.")] = 0,
     batch: Annotated[int, typer.Option(min=1, help="Pictures in one call.")] = 16,
@@ -528,7 +536,7 @@ def search(
     device: Device = None,
     dtype: Dtype = None,
 ) -> None:
-    """Search a plugin's settings for one pipeline and number of steps; an interrupted search goes on where it stopped."""
+    """Find a plugin's settings for one pipeline and number of steps by evolution; an interrupted search goes on where it stopped."""
     from diffgraft.cli_values import (
         bundled_of,
         call_settings,
@@ -540,7 +548,7 @@ def search(
         refusals,
     )
 
-    specs = plugin_specs([plugin], option)
+    specs = plugin_specs([plugin, *(beside or [])], option)
     texts = read_prompts(prompt, prompts)
     if not texts:
         raise ConfigError("nothing to judge the candidates on: give --prompts FILE with one prompt a line, or --prompt TEXT")
@@ -552,7 +560,7 @@ def search(
         raise ConfigError(f"--out {path}: what a search finds is a .json file")
     from diffgraft.inputs import make_samples
     from diffgraft.search import Plan
-    from diffgraft.search import search as evolve
+    from diffgraft.search import search as find_settings
     from diffgraft.terminal import progress
 
     plan = Plan.of(population, epochs=epochs, top=top, mutations=mutations, crossovers=crossovers, seed=seed)
@@ -562,7 +570,9 @@ def search(
     pipe.set_progress_bar_config(disable=True)
     samples = make_samples(pipe, [seed + i for i in range(len(texts))], texts)
     with progress() as on_progress, refusals(pipe):
-        found = evolve(pipe, built[0], samples, call, path, judged, plan=plan, knobs=knobs, batch=batch, on_progress=on_progress)
+        found = find_settings(
+            pipe, built[0], samples, call, path, judged, plan=plan, knobs=knobs, beside=built[1:], batch=batch, on_progress=on_progress
+        )
     loss = found.facts["fitness"]
     typer.echo(f"{found.facts['judged']} candidates: {loss['name']} {loss['loss_of_start']:.6g} at the start, {loss['loss']:.6g} now")
     typer.echo(f"wrote {path}: for {found.made_for.pipeline}, {found.made_for.scheduler}, {found.made_for.steps} steps")
@@ -639,6 +649,12 @@ def doctor(as_json: AsJson = False) -> None:
         typer.secho(f"broken: {', '.join(check.name for check in found.broken)}", fg="red", err=True)
         raise typer.Exit(1)
     typer.secho("all is well", fg="green")
+
+cli_community.register(app)
+
+# from other modules -----------------------------------------------------------------------------------------------------------------
+
+app.command()(search)
 
 
 if __name__ == "__main__":

@@ -41,7 +41,7 @@ METHOD = {
     "denoise": "the part of a call between the first denoiser call's start and the last one's end (schedulers' steps in between included)",
     "speedup.of_medians": "median seconds of the baseline / median seconds of the arm",
     "speedup.paired": "per round: seconds of the baseline / seconds of the arm",
-    "macs": "multiply-adds of one run inside the denoiser(s): torch FlopCounterMode FLOPs / 2 (matrix products, convolutions, attention; "
+    "macs": "multiply-adds of one run inside the denoiser(s): FLOPs by torch's formulas / 2 (matrix products, convolutions, attention; "
     "element-wise work and custom kernels are not seen)",
     "macs.limit": "MACs of the baseline / MACs of the arm: the speed-up of the denoiser if time went with MACs; limit_whole_call adds the "
     "baseline's measured time outside the denoise part",

@@ -8,6 +8,7 @@
     ├── Conflict             two plugins (or two uses) that do not fit: both sides, the reason, the way out
     ├── ConfigError          a knob: key, value, what is allowed
     ├── ArtefactMismatch     a calibration file made for something else
+    ├── CatalogueError       the list of published plugins cannot be read, or has nothing of the kind
     ├── RewardError          a reward gave something that is no score
     └── NeverFired           a hook that the plan promised was never reached in a run
 """
@@ -49,6 +50,10 @@ class ConfigError(DiffgraftError):
 
 class ArtefactMismatch(DiffgraftError):
     """A calibration artefact was made for another model, scheduler or shape."""
+
+
+class CatalogueError(DiffgraftError):
+    """A catalogue of plugins cannot be read, is none, or has no plugin of that kind."""
 
 
 class RewardError(DiffgraftError):

@@ -33,7 +33,8 @@ def load_pipeline(
         plugins: names, ``(name, {knob: value})`` pairs, a ``{name: {knob: value}}`` mapping, plugin classes or instances;
             the first is outermost.
         attention_backend: a name of diffusers' attention dispatcher ("native", "xformers", "flash"...); undone by ``unload``.
-        from_pretrained: handed to ``DiffusionPipeline.from_pretrained`` (``torch_dtype=...``, ``variant=...``).
+        from_pretrained: handed to ``DiffusionPipeline.from_pretrained`` (``torch_dtype=...``, ``variant=...``). Weights are read from
+            safetensors; ``use_safetensors=None`` also reads pickles, which run code of whoever made them.
 
     Returns:
         The pipeline: a standard diffusers object of its own class, with ``pipe.plugins``.
@@ -57,7 +58,7 @@ def load_pipeline(
     stack = attach(pipe, made)
     if attention_backend is not None:
         try:
-            stack.on_clear(use_attention_backend(stack, attention_backend))
+            stack.on_clear(use_attention_backend(pipe, stack.family, attention_backend))
         except DiffgraftError:
             stack.clear() if fresh else stack.remove(*[plugin.name for plugin in made])
             raise
@@ -73,15 +74,27 @@ def unload(pipe: Any) -> Any:
 
 
 def read_pipeline(name: str | os.PathLike[str], **from_pretrained: Any) -> Any:
-    """The plain pipeline behind a bundled name, folder or Hub id; a bundled LoRA comes with its scheduler."""
+    """The plain pipeline behind a bundled name, folder or Hub id; a bundled LoRA comes with its scheduler.
+
+    Raises:
+        Unsupported: its weights are pickles, and ``use_safetensors=None`` was not said.
+    """
     folder = resolve(name)
-    pipe = DiffusionPipeline.from_pretrained(folder, **from_pretrained)
+    try:
+        pipe = DiffusionPipeline.from_pretrained(folder, **{"use_safetensors": True, **from_pretrained})
+    except OSError as error:
+        if "safetensors" not in str(error):
+            raise
+        raise Unsupported(
+            f"{name}: {error} Pickled weights run code of whoever made them. Convert them (`save_pretrained` writes safetensors), or say "
+            "use_safetensors=None if you trust that person"
+        ) from error
     text = os.fspath(name)
     lora = registry.find_bundled(text).lora if text in registry.bundled_names() and not os.path.isdir(name) else None
     if lora is not None:
         config = type(pipe.scheduler).load_config(lora, subfolder="scheduler")
         pipe.scheduler = getattr(diffusers, config["_class_name"]).from_config(config)
-        pipe.load_lora_weights(lora, adapter_name=text.replace("-", "_"))
+        pipe.load_lora_weights(lora, use_safetensors=True, adapter_name=text.replace("-", "_"))
     return pipe
 
 

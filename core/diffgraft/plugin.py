@@ -132,7 +132,7 @@ class Plugin:
     neutral   settings at which the output equals the baseline bit for bit
     active    settings at which the method shows on a tiny pipeline in a few steps (used by the contract suite)
     effects   :class:`Effects`
-    scheduler a ``SchedulerMixin`` subclass that replaces the pipeline's for a run, or None
+    scheduler  a ``SchedulerMixin`` subclass that replaces the pipeline's for a run, or None
     needs     what it needs beside its knobs, see :class:`Need`
     calibration  the :class:`Calibrator` that makes its artefact, or None
     inversion    the :class:`Inverter` that makes the code of a picture, or None

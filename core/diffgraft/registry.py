@@ -12,7 +12,7 @@ from importlib import import_module
 from importlib.metadata import Distribution, EntryPoint, entry_points
 from typing import Any
 
-from packaging.requirements import Requirement
+from packaging.requirements import InvalidRequirement, Requirement
 
 from diffgraft.errors import BrokenPlugin, ConfigError, PipelineNotFound, PluginNotFound, Unsupported, nearest
 from diffgraft.family import Bundled, Family
@@ -73,7 +73,10 @@ def metadata_fault(entry: EntryPoint, dist: Distribution | None) -> str | None:
     from diffgraft import __version__
 
     for text in (dist.requires or []) if dist else []:
-        requirement = Requirement(text)
+        try:
+            requirement = Requirement(text)
+        except InvalidRequirement as error:
+            return f"requirement {text!r} in its metadata: {error}"
         if requirement.name == "diffgraft" and not requirement.specifier.contains(__version__, prereleases=True):
             return f"needs diffgraft {requirement.specifier}, installed is {__version__}"
     module, _, attribute = entry.value.partition(":")

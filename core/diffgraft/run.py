@@ -160,8 +160,9 @@ class Run:
                     "this error's `result`. Something replaced what diffgraft wraps during the run (a callback? another library?).",
                     result,
                 )
-            if not self.report_of(entry).fired and self.reached:
-                self.report_of(entry).notes.append("never called: a plugin further out answered every call")
+            part = self.report_of(entry)
+            if not part.fired and not part.notes and self.reached and entry.plugin.points() != ("modules",):
+                part.notes.append("never called: a plugin further out answered every call")
 
     # the timestep schedule --------------------------------------------------------------------------------------------------------
 

@@ -33,6 +33,8 @@ from diffgraft.findings import Finding
 from diffgraft.fitness import Fitness, make_outputs
 from diffgraft.inputs import CallSettings, Sample
 from diffgraft.loading import load_pipeline
+from diffgraft.planner import Part
+from diffgraft.planner import plan as plan_stack
 from diffgraft.plugin import Paper, Plugin, Watcher
 from diffgraft.stack import describe
 from diffgraft.watching import made_for, watching
@@ -48,11 +50,13 @@ TRIES = 10
 class Probe:
     """What a searcher may look at: the pipeline, and what its scheduler makes of the call.
 
+    scheduler  the one that runs: the pipeline's own, or that of a plugin beside
     steps      the number of steps that was asked for
     timesteps  the scheduler's own [n], sigmas [n + 1] or None, on the CPU
     """
 
     target: Target
+    scheduler: Any
     steps: int
     timesteps: Tensor
     sigmas: Tensor | None
@@ -243,6 +247,7 @@ def search(
     *,
     plan: Plan | None = None,
     knobs: dict[str, Any] | None = None,
+    beside: Sequence[Plugin] = (),
     batch: int = 16,
     on_progress: OnProgress | None = None,
 ) -> Finding:
@@ -255,9 +260,11 @@ def search(
         fitness: what is minimised, see `diffgraft.fitness`.
         plan: size and length of the evolution [default: population 50, 10 generations].
         knobs: of the searcher.
+        beside: plugins that every candidate runs with, inside ``plugin`` (a solver: what is found then fits it, and no other).
 
     Raises:
         Unsupported: the plugin cannot be searched, or does not work on this pipeline.
+        Conflict: it does not fit together with those beside it.
         ConfigError: no prompt, no number of steps, or ``out`` holds an unfinished search of something else.
         RewardError: the fitness of a candidate is no finite number; those before it are kept.
     """
@@ -271,11 +278,14 @@ def search(
     def look_call() -> None:
         make_outputs(pipe, samples[:1], settings, batch, False)
 
-    probe, fits, guidance = look(pipe, plugin, look_call)
+    plan_stack([Part(each.name, each.effects) for each in (plugin, *beside)]).ensure()
+    probe, fits, guidance = look(pipe, plugin, look_call, beside)
     searcher.prepare(probe)
+    others = {each.name: {knob: str(value) for knob, value in each.own_knobs.items()} for each in beside}
     what = {
         "plugin": plugin.name,
         "knobs": plugin.config.model_dump(mode="json"),
+        "beside": others,
         "searcher": searcher.config.model_dump(mode="json"),
         "plan": asdict(plan),
         "samples": [asdict(sample) for sample in samples],
@@ -295,7 +305,7 @@ def search(
         nonlocal stack
         setting = {**plugin.own_knobs, **searcher.knobs(genome)}
         if stack is None:
-            stack = load_pipeline(pipe, [type(plugin)(**setting)]).plugins
+            stack = load_pipeline(pipe, [type(plugin)(**setting), *beside]).plugins
         else:
             stack.configure(plugin.name, **setting)
         made = make_outputs(pipe, samples, replace(settings, steps=searcher.steps(genome)), batch, fitness.wants_latents)
@@ -313,6 +323,7 @@ def search(
             "genome": evolved.best,
             "fitness": {**fitness.describe(), "loss": evolved.loss, "loss_of_start": evolved.start},
             "guidance_scale": guidance,
+            "beside": others,
             "prompts": {
                 "number": len(samples),
                 "sha256": hashlib.sha256("\n".join(prompts).encode()).hexdigest(),
@@ -382,13 +393,13 @@ class Look(Watcher):
         return found
 
 
-def look(pipe: Any, plugin: Plugin, call: Callable[[], Any]) -> tuple[Probe, MadeFor, float | None]:
-    """What a searcher may look at, what a finding is made for, and the guidance scale, from one plain run."""
+def look(pipe: Any, plugin: Plugin, call: Callable[[], Any], beside: Sequence[Plugin] = ()) -> tuple[Probe, MadeFor, float | None]:
+    """What a searcher may look at, what a finding is made for, and the guidance scale, from one run without ``plugin``."""
     watcher = Look()
-    with watching(pipe, plugin, watcher) as stack:
+    with watching(pipe, plugin, watcher, beside) as stack:
         call()
-        fits = made_for(plugin, stack)
+        fits, scheduler = made_for(plugin, stack), stack.run_scheduler()
     seen = stack.report().plugins[watcher.name].records
     guidance = seen.get("guidance")
-    probe = Probe(describe(pipe, stack.family), len(seen["timesteps"]), seen["timesteps"], seen.get("sigmas"))
+    probe = Probe(describe(pipe, stack.family), scheduler, len(seen["timesteps"]), seen["timesteps"], seen.get("sigmas"))
     return probe, fits, None if guidance is None else float(guidance)

@@ -114,6 +114,13 @@ class PluginStack:
         """The planner's verdict on the enabled plugins; its warnings are worth reading."""
         return plan([Part(entry.name, entry.plugin.effects) for entry in self._enabled()])
 
+    def run_scheduler(self) -> Any:
+        """The scheduler that a run has: the pipeline's own, or what an enabled plugin replaces it with."""
+        scheduler = self.pipe.scheduler
+        for entry in self._enabled():
+            scheduler = entry.plugin.make_scheduler(scheduler, self.family) or scheduler
+        return scheduler
+
     def enable(self, *names: str) -> None:
         """Switch plugins on again (all, when none is named)."""
         self._toggle(names, True)
@@ -267,6 +274,10 @@ class PluginStack:
         slot.open()
         self._swaps[entry] = (*self._swaps[entry], slot)
 
+    def exchanged(self) -> Sequence[tuple[nn.Module, nn.Module]]:
+        """(module that a plugin put in, the one that was there), in the order in which they were put in."""
+        return [(slot.value, slot.inner) for slots in self._swaps.values() for slot in slots]
+
     def _unswap(self, entry: Entry) -> None:
         slots = self._swaps.get(entry, ())
         for slot in slots:
@@ -348,6 +359,10 @@ def _class_with(stack: PluginStack) -> type:
     def __deepcopy__(pipe: Any, memo: dict[int, Any]) -> Any:  # noqa: N807
         new: Any = object.__new__(base)
         memo[id(pipe)] = new
+        for exchanged, original in stack.exchanged():  # the copy's plugins exchange its own modules themselves
+            memo[id(exchanged)] = twin = copy.deepcopy(original, memo)
+            if (where := next(exchanged.parameters(), None)) is not None:
+                twin.to(where.device)
         new.__dict__.update(copy.deepcopy(pipe.__dict__, memo))
         copied = attach(new, [type(entry.plugin)(**entry.plugin.own_knobs) for entry in stack._entries])
         for entry in stack._entries:
@@ -356,6 +371,9 @@ def _class_with(stack: PluginStack) -> type:
 
     def __reduce_ex__(pipe: Any, protocol: Any) -> Any:  # noqa: N807
         # a pickle holds the plain pipeline: which plugins its reader has installed is not ours to say
+        if stack.exchanged():
+            pipe = copy.deepcopy(pipe)
+            pipe.plugins.clear()
         reduced: Any = object.__reduce_ex__(pipe, max(int(protocol), 2))
         return (object.__new__, (base,), *reduced[2:])
 

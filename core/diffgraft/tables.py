@@ -10,6 +10,7 @@ from diffgraft import registry
 from diffgraft.config import allowed
 from diffgraft.errors import BrokenPlugin
 from diffgraft.plugin import Plugin
+from diffgraft.quality import tier_of
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,15 @@ def knobs(cls: type[Plugin]) -> list[Knob]:
     ]
 
 
+def knob_table(cls: type[Plugin]) -> str:
+    """A Markdown table of a plugin's knobs, for its README."""
+    if not knobs(cls):
+        return "It has no knobs.\n"
+    rows = [(f"`{k.name}`", f"`{k.default}`", k.allowed, k.description) for k in knobs(cls)]
+    cells = [" | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in row) for row in rows]
+    return "\n".join(["| knob | default | allowed | what it is |", "|---|---|---|---|", *(f"| {line} |" for line in cells)]) + "\n"
+
+
 def pipelines_of(cls: type[Plugin]) -> list[str]:
     """Pipeline classes whose families a plugin claims."""
     return sorted(
@@ -53,6 +63,7 @@ def describe(cls: type[Plugin], info: registry.PluginInfo | None = None) -> dict
         **about,
         "paper": asdict(cls.paper),
         "contract": cls.api,
+        "tier": tier_of(cls.__module__),
         "hook_points": [*cls.points(), *(["scheduler"] if cls.scheduler is not None else [])],
         "effects": cls.effects.words(),
         "families": list(cls.families),
@@ -64,11 +75,12 @@ def describe(cls: type[Plugin], info: registry.PluginInfo | None = None) -> dict
 
 def plugin_table(classes: Iterable[type[Plugin]]) -> str:
     """A Markdown table of plugins: name, paper, what it does, where it works, knobs with their defaults."""
-    lines = ["| plugin | paper | what it does | works on | effects | knobs (default) |", "|---|---|---|---|---|---|"]
+    lines = ["| plugin | tier | paper | what it does | works on | effects | knobs (default) |", "|---|---|---|---|---|---|---|"]
     for cls in classes:
         knob_text = ", ".join(f"`{k.name}` ({k.default})" for k in knobs(cls)) or "none"
         where = "all families" if "*" in cls.families else ", ".join(cls.families)
-        cells = [f"`{cls.name}`", paper_link(cls), cls.paper.implemented, where, cls.effects.words(), knob_text]
+        tier = tier_of(cls.__module__) or ""
+        cells = [f"`{cls.name}`", tier, paper_link(cls), cls.paper.implemented, where, cls.effects.words(), knob_text]
         lines.append("| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |")
     return "\n".join(lines) + "\n"
 

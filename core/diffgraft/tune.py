@@ -44,7 +44,7 @@ from diffgraft.plugin import Need, Plugin
 from diffgraft.stack import describe, ensure_bare
 from diffgraft.tune_goal import MOST_DB, Candidate, Final, Trial, TuneSettings, Tuning, front_of, ready_line
 from diffgraft.tune_space import Space, ensure_fits, makes
-from diffgraft.tune_study import Study, find_optuna
+from diffgraft.tune_study import Study, imported
 
 FINALISTS = 3
 CALIBRATION_SAMPLES = 8
@@ -80,7 +80,7 @@ def tune(
             unfinished run of another command.
         Conflict: there are plugins on the pipeline.
     """
-    optuna = find_optuna()
+    optuna = imported("optuna")
     ensure_bare(pipe, "what is tuned starts from the plain pipeline")
     if settings.goal.measure == "judge" and judge is None:
         raise ConfigError(f"target judge={settings.goal.value:g}: {name} brings no judge; take psnr or ssim")
@@ -325,14 +325,11 @@ class Tuner:
 
     def finish(self, out: Path, name: str) -> tuple[list[Final], Final | None]:
         """The plain pipeline, fewer steps, and the fastest good stacks, on prompts that were not seen; and the winner."""
-        goal, held_out = self.settings.goal, self.settings.held_out
-        good = [trial for trial in front_of([t for t in self.trials if t.candidate.plugins]) if self.is_good(trial)]  # stacks' own front
-        fewer = Candidate(self.fewest_steps())
-        sides = [self.plain, fewer, *(trial.candidate for trial in good[:FINALISTS])]
-        near = []
-        for i, side in enumerate(sides):
-            near.append(self.interval(self.values(side, held_out)))
-            self.on_progress("pictures", i + 1, len(sides))
+        goal = self.settings.goal
+        plains = [self.plain, Candidate(self.fewest_steps())]
+        stacks = self.finalists()
+        sides = [*plains, *(trial.candidate for trial, _ in stacks)]
+        near = [*map(self.unseen, plains), *(fidelity for _, fidelity in stacks)]
         rounds = self.rounds(sides)
         finals = []
         for i, side in enumerate(sides):
@@ -356,6 +353,27 @@ class Tuner:
             )
         winners = [final for final in finals if final.reaches and final.faster]
         return finals, min(winners, key=lambda final: final.of_plain.p50, default=None)
+
+    def finalists(self) -> list[tuple[Trial, Mean]]:
+        """The fastest good stacks of the stacks' own front, and how near they are on pictures that the search has not seen.
+
+        One that refuses such a prompt is a refused trial like any other, and the next one moves up.
+        """
+        near: dict[int, Mean] = {}
+        while True:
+            front = [trial for trial in front_of([t for t in self.trials if t.candidate.plugins]) if self.is_good(trial)][:FINALISTS]
+            trial = next((trial for trial in front if trial.number not in near), None)
+            if trial is None:
+                return [(trial, near[trial.number]) for trial in front]
+            try:
+                near[trial.number] = self.unseen(trial.candidate)
+            except DiffgraftError as error:
+                self.trials[trial.number] = replace(trial, reason=f"on a prompt of the end: {type(error).__name__}: {error}")
+            self.on_progress("pictures", len(near), len(front))
+
+    def unseen(self, candidate: Candidate) -> Mean:
+        """Fidelity on the held-out pictures."""
+        return self.interval(self.values(candidate, self.settings.held_out))
 
     def fewest_steps(self) -> int:
         """The smallest number of plain steps that reaches the goal on the held-out pictures, or the pipeline's own number."""

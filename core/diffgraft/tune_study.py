@@ -6,6 +6,7 @@ import random
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -19,17 +20,16 @@ STARTUP = 10
 """Trials before Optuna's sampler models anything."""
 
 
-def find_optuna() -> Any:
-    """Optuna, which proposes the candidates.
+def imported(module: str) -> Any:
+    """A module of the extra ``tune``: Optuna, which proposes the candidates, or a part of matplotlib, which draws.
 
     Raises:
         Unsupported: it is not installed.
     """
     try:
-        import optuna
+        return import_module(module)
     except ImportError as error:
-        raise Unsupported("`diffgraft tune` needs Optuna, which is not installed: pip install 'diffgraft[tune]'") from error
-    return optuna
+        raise Unsupported(f"`diffgraft tune` needs {module}, which is not installed: pip install 'diffgraft[tune]'") from error
 
 
 class Study:

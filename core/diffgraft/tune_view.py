@@ -10,26 +10,13 @@ import typer
 from rich.table import Table
 
 from diffgraft.compare_view import seconds_text
-from diffgraft.errors import Unsupported
 from diffgraft.files import write_atomic
 from diffgraft.metrics import Mean
 from diffgraft.terminal import console, escaped
 from diffgraft.tune_goal import MOST_DB, Final, Trial, Tuning
+from diffgraft.tune_study import imported
 
 COLOURS = ("#d95f02", "#7570b3", "#e7298a", "#1b9e77", "#e6ab02", "#a6761d", "#66a61e", "#0072b2", "#999933")
-
-
-def find_matplotlib() -> Any:
-    """Matplotlib's Figure, which draws without a window.
-
-    Raises:
-        Unsupported: it is not installed.
-    """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise Unsupported("`diffgraft tune` draws with matplotlib, which is not installed: pip install 'diffgraft[tune]'") from error
-    return Figure
 
 
 def write_plot(result: Tuning, pipeline: str, out: Path) -> None:
@@ -53,7 +40,7 @@ def draw(result: Tuning, pipeline: str) -> Any:
     def shown(fidelity: float) -> float:
         return min(fidelity, top)  # of equal pictures PSNR is infinite: the upper edge
 
-    figure = find_matplotlib()(figsize=(9, 6), layout="constrained")
+    figure = imported("matplotlib.figure").Figure(figsize=(9, 6), layout="constrained")
     axes = figure.add_subplot()
     steps = sorted((trial for trial in measured if not trial.candidate.plugins), key=lambda trial: trial.candidate.steps)
     line = [unit * t.ratio for t in steps], [shown(t.fidelity) for t in steps]

@@ -74,4 +74,15 @@ def trace(pipe: Any) -> dict[str, Any]:
     return seen
 
 
-__all__ = ["PAPER", "Effects", "Everything", "PluginConfig", "Probe", "generate", "tiny", "trace"]
+ENTRY = {
+    "name": "good_method",
+    "dist": "diffgraft-good-method",
+    "summary": "Reuses what hardly changes",
+    "paper": {"title": "A Good Method", "arxiv": "2401.00001"},
+    "hook_points": ["denoise"],
+    "families": ["*"],
+    "homepage": "https://github.com/somebody/good",
+}
+"""A published plugin as the catalogue holds it."""
+
+__all__ = ["ENTRY", "PAPER", "Effects", "Everything", "PluginConfig", "Probe", "generate", "tiny", "trace"]

@@ -220,7 +220,7 @@ def test_a_fingerprint_knows_weights_but_not_dtype_or_lora(pipe):
 
 
 def test_what_an_artefact_says_is_plain_json(pipe, artefact):
-    made = MadeFor.describe("gain", pipe, describe(pipe, load_pipeline(pipe).plugins.family).denoisers, 3, (4, 8, 8))
+    made = MadeFor.describe("gain", pipe, pipe.scheduler, describe(pipe, load_pipeline(pipe).plugins.family).denoisers, 3, (4, 8, 8))
     assert json.loads(json.dumps(made.scheduler_config)) == made.scheduler_config
     assert artefact.made_for.steps == 3
 

@@ -48,7 +48,7 @@ def call(tmp_path, monkeypatch):
 def test_list(call, monkeypatch):
     rows = {row["name"]: row for row in json.loads(call("list", "--json").stdout)}
     assert rows["sparse"] == {
-        "name": "sparse", "summary": "Made for a test", "version": "1.2", "dist": "diffgraft-cli-test",
+        "name": "sparse", "summary": "Made for a test", "version": "1.2", "dist": "diffgraft-cli-test", "tier": None,
         "allowed": True, "status": "ok", "reason": None,
     }  # fmt: skip
     assert rows["nowhere"]["status"] == "broken"
@@ -110,19 +110,16 @@ def test_doctor_tells_what_is_broken(call, monkeypatch):
 
 
 PROBE = """
-import sys, time
-before = time.process_time()
+import sys
 from diffgraft.cli import app
 sys.argv = ["diffgraft", *{words!r}]
 try:
     app()
 except SystemExit as end:
     assert not end.code, end.code
-spent = time.process_time() - before
-heavy = sorted(set(sys.modules) & {{"torch", "diffusers", "numpy", "cli_test_plugins", "cli_broken", "diffgraft_deepcache"}})
-print(heavy, spent, file=sys.stderr)
+slow = {{"torch", "diffusers", "transformers", "numpy", "scipy", "PIL", "safetensors", "huggingface_hub", "matplotlib"}}
+heavy = sorted(set(sys.modules) & (slow | {{"cli_test_plugins", "cli_broken", "diffgraft_deepcache"}}))
 assert not heavy, heavy
-assert spent < 0.5, spent
 """
 
 

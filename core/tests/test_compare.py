@@ -14,7 +14,7 @@ from diffgraft import BrokenPlugin, Bundled, ConfigError, Conflict, Unsupported,
 from diffgraft.compare import CompareSettings, all_right, compare, fit_steps, load_judge, plain
 from diffgraft.compare_view import comparison_grid, grid_label
 from diffgraft.inputs import CallSettings, Sample, call_arguments, make_pictures, make_samples
-from diffgraft.instruments import missing_formulas
+from diffgraft.instruments import MacMode, missing_formulas
 from diffgraft.metrics import Mean, Spread, psnr, share, ssim, wilson
 from diffgraft_pipelines.tiny import make
 from torch.utils.flop_counter import FlopCounterMode
@@ -104,9 +104,27 @@ def latent_size(pipe):
 
 def test_attention_is_counted_on_the_cpu():
     q, k = torch.zeros(1, 2, 5, 8), torch.zeros(1, 2, 7, 8)
-    with FlopCounterMode(display=False, custom_mapping=missing_formulas()) as counter:
+    with MacMode() as counter:
         torch.nn.functional.scaled_dot_product_attention(q, k, k)
-    assert counter.get_total_flops() // 2 == 2 * (2 * 5 * 7 * 8)
+    assert counter.macs == 2 * (2 * 5 * 7 * 8)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.enable_grad, torch.inference_mode])
+def test_macs_are_those_of_torchs_own_counter(mode):
+    layer = torch.nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+    conv = torch.nn.Conv2d(3, 4, 3)
+
+    def run():
+        with mode():
+            out = layer(torch.randn(2, 5, 16)).sum() + conv(torch.randn(2, 3, 8, 8)).sum() + torch.randn(3, 4).matmul(torch.randn(4)).sum()
+        if out.requires_grad:
+            out.backward()
+
+    with MacMode() as counter:
+        run()
+    with FlopCounterMode(display=False, custom_mapping=missing_formulas()) as slow:
+        run()
+    assert counter.macs == slow.get_total_flops() // 2 > 0
 
 
 def test_fidelity_against_pictures_made_by_hand(result, pipe):

@@ -122,7 +122,7 @@ def test_a_hub_id_is_handed_to_diffusers(monkeypatch, sd):
 
     monkeypatch.setattr(DiffusionPipeline, "from_pretrained", from_pretrained)
     load_pipeline("runwayml/stable-diffusion-v1-5", plugins=[Scale], torch_dtype=torch.float16, variant="fp16")
-    assert asked == [("runwayml/stable-diffusion-v1-5", {"torch_dtype": torch.float16, "variant": "fp16"})]
+    assert asked == [("runwayml/stable-diffusion-v1-5", {"use_safetensors": True, "torch_dtype": torch.float16, "variant": "fp16"})]
 
 
 BAD: list[tuple[Any, type[DiffgraftError], str]] = [
@@ -317,6 +317,13 @@ def test_two_pipelines_that_share_the_denoiser_run_in_two_threads(sd):
     assert "forward" not in pipe.unet.__dict__
 
 
+def test_pickled_weights_are_refused_unless_asked_for(sd, tmp_path):
+    sd[0].save_pretrained(tmp_path / "pickled", safe_serialization=False)
+    with pytest.raises(Unsupported, match=r"no file named.*safetensors.*use_safetensors=None if you trust"):
+        load_pipeline(tmp_path / "pickled")
+    assert type(load_pipeline(tmp_path / "pickled", use_safetensors=None)).__name__ == "StableDiffusionPipeline"
+
+
 def test_the_object_stays_a_standard_pipeline(sd, tmp_path):
     pipe, kwargs = sd
     plain = type(pipe)
@@ -425,3 +432,37 @@ def test_five_lines_on_every_family(name):
     report = pipe.plugins.report()
     assert report.completed
     assert report.plugins["everything"].fired["denoise"] == sum(report.denoiser_calls.values())
+
+
+def test_copies_and_pickles_of_a_pipeline_with_exchanged_modules():
+    """The copy's plugin exchanges the copy's modules once, and a pickle holds the modules that were there."""
+    pipe, kwargs = tiny("StableDiffusionPipeline")
+    plain = generate(pipe, kwargs)
+    first = pipe.unet.time_embedding.linear_1
+    load_pipeline(pipe, plugins=[Doubled()])
+    doubled = generate(pipe, kwargs)
+    assert not torch.equal(plain, doubled)
+    twin = copy.deepcopy(pipe)
+    assert torch.equal(generate(twin, kwargs), doubled)
+    assert torch.equal(generate(unload(twin), kwargs), plain)
+    assert torch.equal(generate(pickle.loads(pickle.dumps(pipe)), kwargs), plain)
+    assert torch.equal(generate(pipe, kwargs), doubled)
+    assert unload(pipe).unet.time_embedding.linear_1 is first
+
+
+class DoubledLinear(torch.nn.Module):
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        return 2 * self.inner(x)
+
+
+class Doubled(Probe):
+    name = "doubled"
+
+    def modules(self, call, next):
+        next(call)
+        parent = call.denoisers["unet"].time_embedding
+        call.swap(parent, "linear_1", DoubledLinear(parent.linear_1))

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffgraft import ArtefactMismatch, ConfigError, Conflict, Need, Unsupported, load_pipeline
+from diffgraft import ArtefactMismatch, ConfigError, Conflict, Effects, Need, Unsupported, load_pipeline
 from diffgraft.artefacts import MadeFor
 from diffgraft.cli import app
 from diffgraft.errors import RewardError
@@ -262,6 +262,43 @@ def test_refusals_before_anything_is_made(pipe, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+class Solver(Probe):
+    """Brings a scheduler of its own."""
+
+    name = "solver"
+    scheduler = EulerDiscreteScheduler
+    effects = Effects(replaces=frozenset({"scheduler"}))
+
+    def make_scheduler(self, old, family):
+        return EulerDiscreteScheduler.from_config(old.config)
+
+
+def test_what_is_found_beside_a_solver_fits_it_alone(pipe, tmp_path):
+    settings = sized(pipe)
+    kwargs = {"prompt": "x", "num_inference_steps": 2, "guidance_scale": 4.0, "height": settings.height, "width": settings.width}
+    path, trace_before = tmp_path / "gain.json", trace(pipe)
+    alone = found(pipe, tmp_path / "alone.json")
+    beside = found(pipe, path, beside=[Solver()])
+    assert trace(pipe) == trace_before
+    assert (beside.made_for.scheduler, alone.made_for.scheduler) == ("EulerDiscreteScheduler", "DDIMScheduler")
+    assert (beside.facts["beside"], alone.facts["beside"]) == ({"solver": {}}, {})
+    assert beside.facts["fitness"]["loss_of_start"] != alone.facts["fitness"]["loss_of_start"]  # the candidates ran with it
+    generate(load_pipeline(pipe, plugins=[Gain(artefact=path), Solver()]), kwargs, output_type="latent")
+    pipe.plugins.remove("solver")
+    with pytest.raises(ArtefactMismatch, match="scheduler: made for EulerDiscreteScheduler, found DDIMScheduler"):
+        generate(pipe, kwargs)
+    pipe.plugins.clear()
+
+
+def test_a_search_beside_what_does_not_fit_is_refused(pipe, tmp_path):
+    class Other(Solver):
+        name = "other"
+
+    with pytest.raises(Conflict, match="solver and other both replace the scheduler"):
+        found(pipe, tmp_path / "a.json", beside=[Solver(), Other()])
+    assert not list(tmp_path.iterdir())
+
+
 # the file ----------------------------------------------------------------------------------------------------------------------------
 
 
@@ -272,7 +309,7 @@ def test_what_does_not_fit_is_refused(pipe, tmp_path):
     load_pipeline(pipe, plugins=[Gain(artefact=tmp_path / "gain.json")])
     scheduler = pipe.scheduler
     try:
-        with pytest.raises(ArtefactMismatch, match=r"guidance scale: made for 4.0, found 5.0; make one with `diffgraft search gain"):
+        with pytest.raises(ArtefactMismatch, match=r"guidance scale: made for 4.0, found 5.0; make one with `diffgraft evolve gain"):
             generate(pipe, {**kwargs, "guidance_scale": 5.0})
         with pytest.raises(ArtefactMismatch, match="steps: made for 2, found 3"):
             generate(pipe, {**kwargs, "num_inference_steps": 3})
@@ -298,13 +335,13 @@ def test_damaged_and_foreign_files_are_refused(pipe, tmp_path):
     with pytest.raises(ArtefactMismatch, match="made for the plugin 'gain', not for 'other'"):
         Finding.load(path, "other")
     path.write_text(path.read_text().replace("120", "121"))
-    with pytest.raises(ArtefactMismatch, match="checksum is wrong; make one with `diffgraft search gain"):
+    with pytest.raises(ArtefactMismatch, match="checksum is wrong; make one with `diffgraft evolve gain"):
         Finding.load(path, "gain")
-    for text, why in (("[1, 2]", "not what a search found"), ("{", "cannot be read as JSON")):
+    for text, why in (("[1, 2]", r"has layout \[1, 2\]"), ("{", "cannot be read as JSON")):
         path.write_text(text)
         with pytest.raises(ArtefactMismatch, match=why):
             Finding.load(path, "gain")
-    with pytest.raises(ConfigError, match="no such file; make one with `diffgraft search gain"):
+    with pytest.raises(ConfigError, match="no such file; make one with `diffgraft evolve gain"):
         Finding.load(tmp_path / "none.json", "gain")
 
 
@@ -400,7 +437,7 @@ def test_search_call_gives_an_example(pipe):
 
 def test_the_command_refuses_what_it_cannot_do(tmp_path):
     run = CliRunner().invoke
-    base = ["search", "deepcache", "--pipeline", "emoji-sd"]
+    base = ["evolve", "deepcache", "--pipeline", "emoji-sd"]
     for more, why in [
         ([], "--prompts FILE"),
         (["--prompt", "x"], "--steps K"),

@@ -308,6 +308,34 @@ def test_refusals_in_a_run_are_results(pipe, tmp_path, clock, capsys):
     assert "fussy: an odd number of steps" in said
 
 
+class Picky(SparseTuned):
+    """Reads the prompts of the search only."""
+
+    name = "picky"
+    tune: ClassVar[dict[str, Any]] = {"every": (2,)}
+    readable = tuple(sample.prompt for sample in SETTINGS.samples)
+
+    def run(self, call, next):
+        prompts = call.kwargs["prompt"]
+        if not set([prompts] if isinstance(prompts, str) else prompts) <= set(self.readable):
+            raise Unsupported(f"picky: {prompts}: cannot be read")
+        return next(call)
+
+
+def test_a_stack_that_refuses_a_prompt_of_the_end_is_refused_and_the_next_moves_up(pipe, tmp_path, clock, capsys):
+    made = run(pipe, tmp_path / "out", [Picky(), IdleTuned()], replace(SETTINGS, goal=Goal("psnr", 1), ladder=(4, 2), trials=99))
+    finals = [final.candidate for final in made.finals if final.kind == "stack"]
+    assert {tuple(candidate.plugins) for candidate in finals} == {("idle",)}
+    refused = [trial for trial in made.trials if trial.reason]
+    assert refused
+    assert all("picky" in trial.candidate.plugins for trial in refused)
+    assert all("on a prompt of the end: Unsupported: picky" in trial.reason for trial in refused)
+    assert json.loads((tmp_path / "out" / "tune.json").read_text())["front"] == [trial.number for trial in made.front]
+    assert not any(trial.reason for trial in made.front)
+    print_tuning(made)
+    assert "cannot be read" in capsys.readouterr().out
+
+
 def test_what_the_plain_pipeline_refuses_is_an_error(pipe, tmp_path):
     with pytest.raises(ConfigError, match="takes no eyes"):
         run(pipe, tmp_path / "out", settings=replace(SETTINGS, call=replace(CALL, extra={"eyes": 2})))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -48,20 +49,22 @@ def watchers(plugin: type[Plugin]) -> tuple[Plugin, Plugin, Ledger]:
     """(outer, inner, ledger): put the plugin between the two."""
     ledger = Ledger()
     points = [point for point in plugin.points() if point in POINTS]
-    return _watcher("watch_outer", points, ledger, _outer), _watcher("watch_inner", points, ledger, _inner), ledger
+    outer = neighbour("watch_outer", points, partial(_outer, ledger))
+    return outer, neighbour("watch_inner", points, partial(_inner, ledger)), ledger
 
 
-def _watcher(name: str, points: list[str], ledger: Ledger, make: Callable[[Ledger, str], Any]) -> Plugin:
-    body: dict[str, Any] = {point: make(ledger, point) for point in points}
+def neighbour(name: str, points: Iterable[str], hook: Callable[[str], Any]) -> Plugin:
+    """A plugin that does nothing but look on: at each of ``points`` it has the method that ``hook(point)`` makes."""
+    body: dict[str, Any] = {point: hook(point) for point in points}
     body |= {
         "name": name,
-        "paper": Paper("watcher", "", "sees writes into foreign tensors"),
+        "paper": Paper("a neighbour", "", "sees what the plugin beside it does"),
         "families": ("*",),
         "neutral": {},
         "select_blocks": lambda self, blocks: blocks,
     }
-    watcher: Plugin = type(name, (Plugin,), body)()
-    return watcher
+    plugin: Plugin = type(name, (Plugin,), body)()
+    return plugin
 
 
 def _given(call: Any) -> tuple[Any, ...]:

@@ -1,4 +1,4 @@
-"""``python -m diffgraft_bench run | worker | report``."""
+"""``python -m diffgraft_bench run | worker | report | readme | find``."""
 
 from __future__ import annotations
 
@@ -9,17 +9,20 @@ import shlex
 import subprocess
 import sys
 import time
-from dataclasses import asdict
+from collections.abc import Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from diffgraft.doctor import attention_backends
 from diffgraft.files import write_atomic
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from .bout import How, fight
-from .cases import Bout, all_bouts
+from .cases import SEARCHED, Bout, all_bouts
+from .find import find as find_steps
 from .peers import install, interpreter
 from .readme import write_readme
 from .report import write_report
@@ -41,6 +44,7 @@ def run(
     full: Annotated[bool, typer.Option("--full", help="The speed arm at the models' real sizes.")] = False,
     compile: Annotated[bool, typer.Option("--compile", help="The speed arm compiled (all sides).")] = False,
     batch: Annotated[int, typer.Option(min=1, help="Pictures in one call of the speed arm.")] = 1,
+    attention: Annotated[str, typer.Option(help="Attention backend of the speed arm, as diffusers calls it (all sides).")] = "native",
     rounds: Annotated[int | None, typer.Option(min=1)] = None,
     samples: Annotated[int | None, typer.Option(min=2, help="Pictures for the figures of quality.")] = None,
     threads: Annotated[int, typer.Option(min=1, help="Of torch, on the CPU.")] = 1,
@@ -49,11 +53,18 @@ def run(
 ) -> None:
     """Measure what is missing, then write the report."""
     command = shlex.join(["python", "-m", "diffgraft_bench", *sys.argv[1:]])
-    shared = {"out": str(out), "device": device, "threads": threads, "command": command}
-    quality = How(**shared, rounds=rounds or (3 if quick else 7), warmup=1, samples=samples or (24 if quick else 96), batch=8,
-                  reference_steps=100 if quick else 500)  # fmt: skip
-    speed = How(**shared, rounds=rounds or (2 if quick else 5), warmup=1, samples=0, batch=1, reference_steps=0, dtype=dtype, full=full,
-                compile=compile, timed_batch=batch)  # fmt: skip
+    shared: dict[str, Any] = {"out": str(out), "device": device, "threads": threads, "command": command}
+    shared["warmup"] = 0 if quick else 1  # beside the two calls that are made before anything is timed
+    quality = How(
+        **shared, rounds=rounds or (3 if quick else 5), samples=samples or (16 if quick else 48), batch=8,
+        reference_steps=100 if quick else 500,
+    )  # fmt: skip
+    speed = How(
+        **shared, rounds=rounds or 3, samples=0, batch=1, reference_steps=0, dtype=dtype, full=full, compile=compile,
+        timed_batch=batch, attention=attention,
+    )  # fmt: skip
+    asked = quick or compile or batch > 1 or attention != "native"
+    speeds = [speed] if asked or device == "cpu" else on_gpu(speed, attention_backends())
     bouts = [bout for bout in all_bouts(quick) if only in f"{bout.arm} {bout.pipeline} {bout.env}" and (peers or not bout.env)]
     envs = out / "envs"
     told = install(envs, lambda name: console.print(f"installing {name}")) if peers else {}
@@ -64,11 +75,17 @@ def run(
     with Progress(*columns, console=console) as progress:
         task = progress.add_task("", total=sum(len(bout.methods) for bout in bouts))
         for bout in bouts:
-            how = quality if bout.arm == "quality" else speed
-            progress.update(task, description=f"{bout.arm}, {bout.pipeline}, {bout.env or bout.methods[0].label}")
-            one_bout(bout, how, store, envs, told)
+            for how in [quality] if bout.arm == "quality" else speeds:
+                progress.update(task, description=f"{bout.arm}, {bout.pipeline}, {bout.env or bout.methods[0].label}")
+                one_bout(bout, how, store, envs, told)
             progress.advance(task, len(bout.methods))
     report(out)
+
+
+def on_gpu(speed: How, present: Sequence[str]) -> list[How]:
+    """The speed arm's ways on a GPU: eager and compiled, one picture and four in a call, and the attention backends that are present."""
+    others = [replace(speed, attention=name) for name in ("xformers", "flash") if name in present]
+    return [speed, replace(speed, timed_batch=4), replace(speed, compile=True), *others]
 
 
 def one_bout(bout: Bout, how: How, store: Store, envs: Path, told: dict[str, str]) -> None:
@@ -109,6 +126,13 @@ def worker(task: Path) -> None:
     """One bout (called by `run` in the environment that the bout needs)."""
     data = json.loads(task.read_text())
     fight(Bout.from_json(data["bout"]), How(**data["how"]))
+
+
+@app.command()
+def find(device: Annotated[str, typer.Option()] = "cpu") -> None:
+    """Search the time steps that the cases name and that are not there: some minutes each."""
+    for pipeline in SEARCHED:
+        find_steps(pipeline, device, console.print)
 
 
 @app.command()

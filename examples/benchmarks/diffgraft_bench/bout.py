@@ -3,33 +3,36 @@
 from __future__ import annotations
 
 import gc
+import json
 import os
 import statistics
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
+from diffgraft.backends import use_attention_backend
 from diffgraft.doctor import machine, versions
-from diffgraft.files import write_atomic
+from diffgraft.files import write_atomic, write_json
 from diffgraft.inputs import Sample
-from diffgraft.instruments import LiveBytes, missing_formulas, synchronize
+from diffgraft.instruments import LiveBytes, MacMode, synchronize
 from diffgraft.metrics import Pictures
 from diffgraft.pictures import strip, to_images
 from diffgraft.registry import find_bundled, find_family
 from diffgraft.wiring import denoisers_of
-from torch.utils.flop_counter import FlopCounterMode
 
 from .cases import Bout, Method
 from .methods import own_copy, put_on
 from .models import BundledModel, LayoutModel, Model
 from .quality import Quality
-from .rows import Row, Store, key_of
+from .rows import CIRCUMSTANCES, Row, Store, key_of
 
+PLAIN = "plain"
 SHOWN = 6
 """Pictures of every row that the report shows."""
 
@@ -41,6 +44,8 @@ class How:
     rounds, warmup   timed rounds (each runs every method of a bout once), and calls of each before them
     samples, batch   pictures for the figures of quality; pictures in one call where those are made, and where time is measured
     reference_steps  of the plain pipeline, whose pictures tell a solver's error
+    timed_batch      pictures in a timed call
+    attention        diffusers' attention backend, of the plain pipeline and of all copies
     """
 
     out: str
@@ -54,14 +59,14 @@ class How:
     full: bool = False
     compile: bool = False
     timed_batch: int = 1
+    attention: str = "native"
     threads: int = 1
     command: str = ""
 
     @property
     def circumstances(self) -> dict[str, Any]:
         """What makes rows comparable."""
-        names = ("rounds", "samples", "reference_steps", "device", "dtype", "full", "compile", "timed_batch")
-        return {name: getattr(self, name) for name in names}
+        return {name: getattr(self, name) for name in CIRCUMSTANCES}
 
 
 @dataclass
@@ -84,7 +89,7 @@ def fight(bout: Bout, how: How) -> None:
         return
     torch.set_num_threads(how.threads)
     model = open_model(bout, how)
-    plain = Fighter(Method("plain", "plain"), model.pipe, model.pipe, [], {})
+    plain = Fighter(Method(PLAIN, "plain"), model.pipe, model.pipe, [], {})
     common = {
         **{"arm": bout.arm, "pipeline": bout.pipeline, "steps_of_plain": bout.steps, "env": bout.env, "scale": getattr(model, "scale", "")},
         **how.circumstances,
@@ -97,7 +102,8 @@ def fight(bout: Bout, how: How) -> None:
                "steps": method.steps or bout.steps, "ours": method.ours, "error": None}  # fmt: skip
         try:
             pipe = own_copy(model.pipe)
-            fighter = Fighter(method, pipe, put_on(method, pipe, model), [], row)
+            with all_threads(how):  # some calibrate
+                fighter = Fighter(method, pipe, put_on(method, pipe, model), [], row)
             prepare(fighter, model, how)
             fighters.append(fighter)
         except Exception as error:  # whatever it is, it is a result
@@ -106,26 +112,40 @@ def fight(bout: Bout, how: How) -> None:
         return
     prepare(plain, model, how)
     run_rounds([plain, *fighters], model, how)
-    quality = Quality.of(model, how, bout.distilled) if isinstance(model, BundledModel) else None
-    for fighter in fighters:
-        row = {**fighter.row, **timing(fighter, plain)}
-        try:
-            if isinstance(model, BundledModel) and quality is not None:
-                made = model.pictures(fighter.call, fighter.method.steps, how.batch)
-                row.update(quality.figures(made))
-                save_strip(made, Path(how.out) / "pictures" / f"{keys[id(fighter.method)]}.png")
-            store.put(keys[id(fighter.method)], row)
-        except Exception as error:
-            store.put(keys[id(fighter.method)], {**row, "error": told(error)})
+    with all_threads(how):
+        quality = Quality.of(model, how, bout.distilled) if isinstance(model, BundledModel) else None
+        for fighter in fighters:
+            row = {**fighter.row, **timing(fighter, plain)}
+            try:
+                if isinstance(model, BundledModel) and quality is not None:
+                    made = model.pictures(fighter.call, fighter.method.steps, how.batch)
+                    row.update(quality.figures(made))
+                    save_strip(made, Path(how.out) / "pictures" / f"{keys[id(fighter.method)]}.png")
+                store.put(keys[id(fighter.method)], row)
+            except Exception as error:
+                store.put(keys[id(fighter.method)], {**row, "error": told(error)})
+
+
+@contextmanager
+def all_threads(how: How) -> Iterator[None]:
+    """All of the processor, for what is not timed."""
+    torch.set_num_threads(max(how.threads, os.cpu_count() or 1))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(how.threads)
 
 
 def open_model(bout: Bout, how: How) -> Model:
     """The pipeline of a bout."""
     if bout.arm == "speed":
-        return LayoutModel(bout.pipeline, bout.steps, how.device, getattr(torch, how.dtype), how.full, how.timed_batch)
+        model = LayoutModel(bout.pipeline, bout.steps, how.device, getattr(torch, how.dtype), how.full, how.timed_batch)
+        if how.attention != "native":
+            use_attention_backend(model.pipe, find_family(type(model.pipe)), how.attention)
+        return model
     prompts = find_bundled(bout.pipeline).prompts
     samples = [Sample(i, prompts[i % len(prompts)]) for i in range(how.samples)]
-    return BundledModel(bout.pipeline, bout.steps, samples, how.device, Path(how.out) / "kept")
+    return BundledModel(bout.pipeline, bout.steps, samples, how.device, Path(how.out) / "kept" / how.device.replace(":", "-"))
 
 
 def package(env: str) -> dict[str, str]:
@@ -152,10 +172,9 @@ def prepare(fighter: Fighter, model: Model, how: How) -> None:
     def run() -> Any:
         return model.run(fighter.call, fighter.method.steps, numbers)
 
-    run()  # what is built in the first call counts for nobody
-    fighter.row["macs"] = macs_of(run)
-    counted = isinstance(model, LayoutModel) or str(model.pipe.device).startswith("cuda")  # counting every operator's bytes is slow
-    fighter.row["peak_bytes"] = peak_of(model, run) if counted else None
+    with all_threads(how):
+        run()  # what is built in the first call counts for nobody
+        fighter.row |= kept_work(model, run) if fighter.method.label == PLAIN else work_of(model, fighter.pipe, run)
     if how.compile:
         for denoiser in denoisers(fighter.pipe).values():
             denoiser.compile()
@@ -163,27 +182,41 @@ def prepare(fighter: Fighter, model: Model, how: How) -> None:
         run()
 
 
+def kept_work(model: Model, run: Callable[[], Any]) -> Row:
+    """Of the plain pipeline, which every process of a bundled model has: counted once."""
+    if not isinstance(model, BundledModel):
+        return work_of(model, model.pipe, run)
+    path = model.kept / f"{model.name}-{model.steps}-steps-work.json"
+    if not path.exists():
+        write_json(path, work_of(model, model.pipe, run))
+    found: Row = json.loads(path.read_text())
+    return found
+
+
 def denoisers(pipe: Any) -> dict[str, Any]:
     return dict(denoisers_of(pipe, find_family(type(pipe))))
 
 
-def macs_of(run: Callable[[], Any]) -> int:
-    """Multiply-adds of a whole call inside matrix products, convolutions and attention."""
-    with FlopCounterMode(display=False, custom_mapping=missing_formulas()) as counter:
-        run()
-    return int(counter.get_total_flops() // 2)
+def work_of(model: Model, pipe: Any, run: Callable[[], Any]) -> Row:
+    """Of a whole call: ``macs`` inside matrix products, convolutions and attention, and ``peak_bytes`` at the worst moment.
 
-
-def peak_of(model: Model, run: Callable[[], Any]) -> int:
-    """Bytes at the worst moment: of the device's allocator on CUDA, else of tensors made in the run and alive."""
+    Bytes are the device allocator's on CUDA. Elsewhere they are those of tensors made in the run and alive, on real layouts only: of the
+    small pipelines' many small operators a count would take longer than all the rest.
+    """
+    counter = MacMode()
     if str(model.pipe.device).startswith("cuda"):
+        with counter:
+            run()
         torch.cuda.reset_peak_memory_stats()
         run()
-        return int(torch.cuda.max_memory_allocated())
-    gc.collect()
-    with LiveBytes(model.parameters() if isinstance(model, LayoutModel) else set()) as counter:
-        run()
-    return counter.peak
+        peak = int(torch.cuda.max_memory_allocated())
+    else:
+        gc.collect()
+        live = LiveBytes(model.known(pipe)) if isinstance(model, LayoutModel) else None
+        with live or nullcontext(), counter:
+            run()
+        peak = live.peak if live else None
+    return {"macs": counter.macs, "peak_bytes": peak}
 
 
 def run_rounds(fighters: Sequence[Fighter], model: Model, how: How) -> None:

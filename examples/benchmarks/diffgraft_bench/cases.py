@@ -7,7 +7,7 @@ process; what is to be compared closely (our plugin and the package of the same 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 Kind = Literal["plain", "diffgraft", "scheduler", "cache", "peer"]
@@ -22,6 +22,7 @@ class Method:
     name    the scheduler's or cache configuration's class, or the peer; empty for the others
     knobs   the setting: plugins with their knobs, or arguments of the scheduler, the cache, the peer
     steps   None: the pipeline's
+    on      a scheduler of diffusers that our plugins run over: a label of SCHEDULERS; empty: the pipeline's own
     ours    our method for the same thing at the same setting, by label: the two are held against each other
     """
 
@@ -30,13 +31,14 @@ class Method:
     name: str = ""
     knobs: Mapping[str, Any] = field(default_factory=dict)
     steps: int | None = None
+    on: str = ""
     ours: str = ""
 
     @property
     def setting(self) -> str:
-        """The setting in words."""
+        """The setting in words; a scheduler's options go with its label."""
         parts = [f"{self.steps} steps"] if self.steps else []
-        for key, value in self.knobs.items():
+        for key, value in () if self.kind == "scheduler" else self.knobs.items():
             inner = value.items() if isinstance(value, Mapping) else [(key, value)]
             parts += [f"{k}={v}" for k, v in inner if k not in HIDDEN]
         return ", ".join(parts) or "default"
@@ -78,13 +80,14 @@ def plain(*steps: int) -> tuple[Method, ...]:
     return tuple(Method("fewer steps", "plain", steps=k) for k in steps)
 
 
-def plugin(label: str, steps: int | None = None, **stack: Mapping[str, Any]) -> Method:
+def plugin(label: str, steps: int | None = None, on: str = "", **stack: Mapping[str, Any]) -> Method:
     """Our plugins, outermost first."""
-    return Method(label, "diffgraft", knobs=stack, steps=steps)
+    return Method(label, "diffgraft", knobs=stack, steps=steps, on=on)
 
 
-def scheduler(label: str, name: str, *steps: int, **options: Any) -> tuple[Method, ...]:
-    """A scheduler of diffusers on the pipeline's noise schedule."""
+def scheduler(label: str, kind: str, *steps: int) -> tuple[Method, ...]:
+    """A scheduler of diffusers on the pipeline's noise schedule (``kind``: "diffusion" or "flow")."""
+    name, options = SCHEDULERS[kind, label]
     return tuple(Method(label, "scheduler", name, options, k) for k in steps)
 
 
@@ -105,10 +108,39 @@ PEERS = ("DeepCache", "tomesd", "tgate", "cache-dit", "para-attn", "pruna")
 
 # the cases -----------------------------------------------------------------------------------------------------------------------------
 
+SPACED = {"timestep_spacing": "linspace"}  # "leading", which DDIM's settings bring along, starts below pure noise in short runs
+TO_SIGMA_MIN = {"final_sigmas_type": "sigma_min"}  # the best that these two were seen to do on emoji-sd in short runs
+FLOW = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": "shift"}
+SCHEDULERS: dict[tuple[str, str], tuple[str, dict[str, Any]]] = {
+    ("diffusion", "DPM++ 2M"): ("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver++", **SPACED}),
+    ("diffusion", "UniPC"): ("UniPCMultistepScheduler", SPACED),
+    ("diffusion", "DPM++ 2M to sigma_min"): ("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver++", **SPACED, **TO_SIGMA_MIN}),
+    ("diffusion", "UniPC to sigma_min"): ("UniPCMultistepScheduler", {**SPACED, **TO_SIGMA_MIN}),
+    ("diffusion", "Euler"): ("EulerDiscreteScheduler", SPACED),
+    ("flow", "DPM++ 2M"): ("DPMSolverMultistepScheduler", FLOW),
+    ("flow", "UniPC"): ("UniPCMultistepScheduler", FLOW),
+}
+"""By label: the class and its options beside the pipeline's own ("shift" stands for the pipeline's)."""
+
+FOUND = "examples/benchmarks/found/{pipeline}-{on}-{steps}.json"
+"""Time steps that `python -m diffgraft_bench find` searches for."""
+SEARCHED = {name: ("UniPC", (5, 8)) for name in ("emoji-sd", "emoji-flux", "emoji-wan")}
+"""By pipeline: over which scheduler, for how many steps."""
+
 STITCH = {"model": "emoji-sd-small"}
-AUTO = {"artefact": "autodiffusion"}
+AUTO = {"artefact": "plugins/autodiffusion/benchmarks/{pipeline}-{steps}-steps.json"}
 V3 = {"artefact": "calibrate", "corrector": "off"}
-DPM = {"algorithm_type": "dpmsolver++", "timestep_spacing": "linspace"}
+
+
+def searched(pipeline: str, first: int = 0) -> tuple[Method, ...]:
+    """AutoDiffusion's time steps over a scheduler of diffusers; the small model in the ``first`` steps."""
+    on, numbers = SEARCHED[pipeline]
+    label = f"{'t_stitch + ' if first else ''}autodiffusion over {on}"
+    made = []
+    for k in numbers:
+        stitch = {"t_stitch": {**STITCH, "fraction": first / k}} if first else {}
+        made.append(plugin(label, k, on, **stitch, autodiffusion={"artefact": FOUND}))
+    return tuple(made)
 
 
 def deepcache_duel(*intervals: int) -> tuple[Method, ...]:
@@ -119,27 +151,26 @@ def deepcache_duel(*intervals: int) -> tuple[Method, ...]:
 
 def emoji_sd(quick: bool) -> list[Bout]:
     """A U-Net, 50 DDIM steps, guidance."""
-    few = (5, 10) if quick else (4, 5, 6, 8, 10, 15, 20)
+    few = (5, 8, 10) if quick else (4, 5, 6, 8, 10, 15)
     intervals = (3,) if quick else (2, 3, 5, 10)
-    ladder = (20, 14, 10, 7, 5, 4) if quick else (33, 25, 20, 17, 14, 12, 10, 8, 7, 6, 5, 4, 3)
+    ladder = (20, 14, 10, 7, 5, 4) if quick else (33, 25, 20, 14, 12, 10, 8, 7, 6, 5, 4, 3)
+    corrected = {**V3, "corrector": "pseudo"}
     solvers = (
-        *scheduler("DPM++ 2M", "DPMSolverMultistepScheduler", *few, **DPM),
-        *scheduler("UniPC", "UniPCMultistepScheduler", *few, timestep_spacing="linspace"),
-        *scheduler("Euler", "EulerDiscreteScheduler", *few, timestep_spacing="linspace"),
-        *(plugin("dpm_solver_v3", k, dpm_solver_v3=V3) for k in few),
-        *(plugin("t_stitch + dpm_solver_v3", k, t_stitch={**STITCH, "fraction": 1 / k}, dpm_solver_v3=V3) for k in few),
+        *(method for kind, label in SCHEDULERS if kind == "diffusion" for method in scheduler(label, kind, *few)),
+        *(plugin("dpm_solver_v3", k, dpm_solver_v3=corrected if k >= 8 else V3) for k in few),
+        *(plugin("t_stitch + dpm_solver_v3", k, t_stitch={**STITCH, "fraction": 1 / k}, dpm_solver_v3=corrected) for k in few if k >= 8),
+        *searched("emoji-sd"),
+        *searched("emoji-sd", first=1),
         plugin("autodiffusion", 4, autodiffusion=AUTO),
         plugin("t_stitch + autodiffusion", 4, t_stitch={**STITCH, "fraction": 0.5}, autodiffusion=AUTO),
     )
     caches = (
         plugin("faster_diffusion", faster_diffusion={}),
         *(plugin("t_stitch", t_stitch={**STITCH, "fraction": f}) for f in ((0.4,) if quick else (0.2, 0.4, 0.6, 0.8))),
-        *(plugin("deepcache + dpm_solver_v3", k, deepcache={"interval": 2}, dpm_solver_v3=V3) for k in ((10,) if quick else (10, 15, 20))),
+        *(plugin("deepcache + dpm_solver_v3", k, deepcache={"interval": 2}, dpm_solver_v3=V3) for k in few if k >= 8),
     )
     bouts = [
-        Bout("quality", "emoji-sd", 50, plain(*ladder)),
-        Bout("quality", "emoji-sd", 50, solvers),
-        Bout("quality", "emoji-sd", 50, caches),
+        Bout("quality", "emoji-sd", 50, (*plain(*ladder), *solvers, *caches)),
         Bout("quality", "emoji-sd", 50, deepcache_duel(*intervals), "DeepCache"),
         Bout("quality", "emoji-sd", 50, tuple(peer("tomesd", ratio=r) for r in ((0.5,) if quick else (0.25, 0.5, 0.75))), "tomesd"),
         Bout("quality", "emoji-sd", 50, tuple(peer("tgate", gate_step=k) for k in ((25,) if quick else (10, 25))), "tgate"),
@@ -153,11 +184,12 @@ def transformer(pipeline: str, steps: int, quick: bool) -> list[Bout]:
     """A flow transformer: caches of residuals and of attention."""
     ladder = [max(2, round(steps * share)) for share in ((0.5, 0.3, 0.2) if quick else (0.75, 0.5, 0.4, 0.3, 0.25, 0.2, 0.15))]
     levels = (0.1,) if quick else (0.05, 0.1, 0.2, 0.3)
-    few = (10,) if quick else (6, 8, 10, 15)
+    few = (5, 8) if quick else (5, 6, 8, 10, 15)
     own = (
         *(plugin("ertacache", ertacache={"artefact": "calibrate", "threshold": t}) for t in levels),
-        *(plugin("dpm_solver_v3", k, dpm_solver_v3=V3) for k in few),
-        *scheduler("UniPC", "UniPCMultistepScheduler", *few, prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift="shift"),
+        *(plugin("dpm_solver_v3", k, dpm_solver_v3={**V3, "corrector": "pseudo" if k >= 8 else "off"}) for k in few),
+        *(method for kind, label in SCHEDULERS if kind == "flow" for method in scheduler(label, kind, *few)),
+        *searched(pipeline),
         *(cache("FirstBlockCache", "FirstBlockCacheConfig", threshold=t) for t in levels),
         *(cache("TaylorSeer", "TaylorSeerCacheConfig", cache_interval=n) for n in ((3,) if quick else (2, 3, 5))),
         *(cache("MagCache", "MagCacheConfig", threshold=t, num_inference_steps=steps) for t in ((0.06,) if quick else (0.03, 0.06, 0.12))),
@@ -165,8 +197,7 @@ def transformer(pipeline: str, steps: int, quick: bool) -> list[Bout]:
         cache("FasterCache", "FasterCacheConfig", is_guidance_distilled=True),  # these pipelines call once a branch, which it cannot join
     )
     return [
-        Bout("quality", pipeline, steps, plain(*ladder)),
-        Bout("quality", pipeline, steps, own),
+        Bout("quality", pipeline, steps, (*plain(*ladder), *own)),
         Bout("quality", pipeline, steps, tuple(peer("cache-dit", threshold=t) for t in (*levels, 0.3 if quick else 0.5)), "cache-dit"),
         *(Bout("quality", pipeline, steps, (peer("para-attn", threshold=t),), "para-attn") for t in levels),  # it patches the class
     ]
@@ -174,23 +205,38 @@ def transformer(pipeline: str, steps: int, quick: bool) -> list[Bout]:
 
 def speed(quick: bool) -> list[Bout]:
     """Layouts of real models, random weights."""
-    steps = 6 if quick else 12
-    unet = (plugin("deepcache", deepcache={"interval": 3}), peer("DeepCache", "deepcache", interval=3))
-    more = (plugin("faster_diffusion", faster_diffusion={}), plugin("t_stitch", t_stitch={"model": "half", "fraction": 0.4}))
-    erta = plugin("ertacache", ertacache={"artefact": "calibrate", "threshold": 0.3})
-    dit = (erta, cache("FirstBlockCache", "FirstBlockCacheConfig", threshold=0.3))
-    bouts = [Bout("speed", "sd15", steps, unet, "DeepCache"), Bout("speed", "sd15", steps, more)]
-    bouts += [Bout("speed", "sd15", steps, (peer("tomesd", ratio=0.5),), "tomesd")]
-    bouts += [Bout("speed", "flux", steps, dit), Bout("speed", "wan", steps, dit)]
-    bouts += [Bout("speed", "flux", steps, (peer("cache-dit", threshold=0.3),), "cache-dit")]
+    steps, interval, few = (2, 2, 4) if quick else (6, 3, 8)
+    unet = (plugin("deepcache", deepcache={"interval": interval}), peer("DeepCache", "deepcache", interval=interval))
+    stitch = plugin("t_stitch", t_stitch={"model": "half", "fraction": 0.5})
+    faster = () if quick else (plugin("faster_diffusion", faster_diffusion={}),)  # its key steps need a longer run
+    far = {"flux": 10.0, "wan": 0.3}  # with random weights only a threshold of its own makes each skip some steps, and not all
+
+    def dit(name: str) -> tuple[Method, ...]:
+        erta = plugin("ertacache", ertacache={"artefact": "calibrate", "threshold": far[name]})
+        return erta, cache("FirstBlockCache", "FirstBlockCacheConfig", threshold=far[name])
+
+    bouts = [Bout("speed", "sd15", steps, (*unet, stitch, *faster), "DeepCache")]
+    bouts += [Bout("speed", "flux", few, (*dit("flux"), peer("cache-dit", threshold=far["flux"])), "cache-dit")]
+    bouts += [Bout("speed", "wan", few, dit("wan"))]
     if not quick:
-        bouts += [Bout("speed", "sdxl", steps, unet, "DeepCache"), Bout("speed", "sdxl", steps, more)]
-        bouts += [Bout("speed", "pixart", steps, more[1:])]
-        bouts += [Bout("speed", name, steps, (peer("para-attn", threshold=0.3),), "para-attn") for name in ("flux", "wan")]
+        bouts += [Bout("speed", "sdxl", steps, (*unet, stitch, *faster), "DeepCache")]
+        bouts += [Bout("speed", "sd15", steps, (peer("tomesd", ratio=0.5),), "tomesd")]
+        bouts += [Bout("speed", "pixart", steps, (stitch,))]
+        bouts += [Bout("speed", name, few, (peer("para-attn", threshold=t),), "para-attn") for name, t in far.items()]
     return bouts
+
+
+PART = 24
+"""Most methods of a bout of the full run: what an interruption loses is one bout."""
+
+
+def in_parts(bout: Bout) -> list[Bout]:
+    """A bout of many methods as several."""
+    return [replace(bout, methods=bout.methods[start : start + PART]) for start in range(0, len(bout.methods), PART)]
 
 
 def all_bouts(quick: bool) -> list[Bout]:
     """Everything, in the order in which it is run."""
     wan = 20 if quick else 50
-    return [*emoji_sd(quick), *transformer("emoji-flux", 28, quick), *transformer("emoji-wan", wan, quick), *speed(quick)]
+    bouts = [*emoji_sd(quick), *transformer("emoji-flux", 28, quick), *transformer("emoji-wan", wan, quick), *speed(quick)]
+    return bouts if quick else [part for bout in bouts for part in in_parts(bout)]

@@ -6,9 +6,9 @@ import math
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
-Row = dict[str, Any]
+from .rows import Row
+
 EQUAL_DB = 0.5
 """PSNR within which two rows count as equally near."""
 OURS = "diffgraft"
@@ -49,6 +49,21 @@ def against_others(rows: Sequence[Row], pipeline: str, fidelity: str) -> list[Fa
         best = max(near, key=lambda row: row["speedup"], default=None)
         found.append(Faster(pipeline, other, best, best["speedup"] / other["speedup"] if best else math.nan))
     return found
+
+
+def as_prompted(rows: Sequence[Row], pipeline: str) -> Faster | None:
+    """The fastest of everything that is not ours, and of ours, that the judge finds right as often as the plain pipeline.
+
+    None where there is no judge, or nothing that is not ours gets there.
+    """
+    here = [row for row in measured(rows) if row["arm"] == "quality" and row["pipeline"] == pipeline and row.get("judged")]
+    level = [row for row in here if row["right"] >= row["plain_right"] and row["speedup"] > 1]
+    best = {mine: max((row for row in level if (row["kind"] == OURS) is mine), key=lambda row: row["speedup"], default=None)
+            for mine in (True, False)}  # fmt: skip
+    if best[False] is None:
+        return None
+    ratio = best[True]["speedup"] / best[False]["speedup"] if best[True] else math.nan
+    return Faster(pipeline, best[False], best[True], ratio)
 
 
 @dataclass(frozen=True)

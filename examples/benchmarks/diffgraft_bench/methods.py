@@ -12,7 +12,7 @@ from diffgraft import load_pipeline
 from diffgraft.registry import find_family
 from diffgraft.wiring import denoisers_of
 
-from .cases import Method
+from .cases import SCHEDULERS, Method
 from .models import Model
 
 
@@ -47,28 +47,39 @@ def put_plain(method: Method, pipe: Any, model: Model) -> Any:
 
 
 def put_diffgraft(method: Method, pipe: Any, model: Model) -> Any:
-    stack = {name: fill(name, knobs, model, method.steps) for name, knobs in method.knobs.items()}
+    if method.on:
+        pipe.scheduler = made_scheduler(pipe, *SCHEDULERS[kind_of(pipe), method.on])
+    stack = {name: fill(name, knobs, model, method) for name, knobs in method.knobs.items()}
     return load_pipeline(pipe, plugins=stack)
 
 
-def fill(name: str, knobs: Mapping[str, Any], model: Model, steps: int | None) -> dict[str, Any]:
-    """Knobs with what they only name: "calibrate" is an artefact made here, "autodiffusion" a schedule that was searched for."""
+def fill(name: str, knobs: Mapping[str, Any], model: Model, method: Method) -> dict[str, Any]:
+    """Knobs with what they only name: "calibrate" is an artefact made here, a path with {steps} one that was searched for."""
     found = dict(knobs)
     if found.get("model") == "half":
         found["model"] = model.half()
     if found.get("artefact") == "calibrate":
         plain = {knob: value for knob, value in found.items() if knob != "artefact"}
-        found["artefact"] = model.artefact(name, plain, steps)
-    elif found.get("artefact") == name:
-        found["artefact"] = str(model.root / f"plugins/{name}/benchmarks/emoji-sd-{steps}-steps.json")
+        found["artefact"] = model.artefact(name, plain, method.steps)
+    elif "{steps}" in found.get("artefact", ""):
+        found["artefact"] = str(model.root / found["artefact"].format(pipeline=model.name, on=method.on, steps=method.steps))
     return found
 
 
 def put_scheduler(method: Method, pipe: Any, model: Model) -> Any:
-    old = pipe.scheduler.config
-    options = {key: old["shift"] if value == "shift" else value for key, value in method.knobs.items()}
-    pipe.scheduler = getattr(diffusers, method.name).from_config(old, **options)
+    pipe.scheduler = made_scheduler(pipe, method.name, method.knobs)
     return pipe
+
+
+def made_scheduler(pipe: Any, name: str, options: Mapping[str, Any]) -> Any:
+    """A scheduler of diffusers with the pipeline's noise schedule."""
+    old = pipe.scheduler.config
+    return getattr(diffusers, name).from_config(old, **{key: old["shift"] if value == "shift" else value for key, value in options.items()})
+
+
+def kind_of(pipe: Any) -> str:
+    """Which of ``SCHEDULERS`` it takes."""
+    return "flow" if find_family(type(pipe)).prediction == "flow" else "diffusion"
 
 
 def put_cache(method: Method, pipe: Any, model: Model) -> Any:

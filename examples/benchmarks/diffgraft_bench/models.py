@@ -28,6 +28,7 @@ CALIBRATION_SEED = 900_000
 class Model:
     """A pipeline without plugins, and how it is called."""
 
+    name: str
     steps: int
     pipe: Any
     root = ROOT
@@ -96,7 +97,7 @@ class BundledModel(Model):
 
 CALIBRATION: dict[str, dict[str, Any]] = {
     "ertacache": {"knobs": {}, "prompts": 4, "steps": None, "batch": 1},
-    "dpm_solver_v3": {"knobs": {"intervals": 50}, "prompts": 4, "steps": 25, "batch": 8},
+    "dpm_solver_v3": {"knobs": {"intervals": 25}, "prompts": 4, "steps": 25, "batch": 8},
 }
 """How each plugin's artefact is made: as its README does."""
 
@@ -155,8 +156,9 @@ class LayoutModel(Model):
     def artefact(self, name: str, knobs: Mapping[str, Any], steps: int | None) -> Any:
         return calibrate_call(self.pipe, build_plugin((name, dict(knobs))), lambda: self.run(self.pipe, steps, [0]))
 
-    def parameters(self) -> set[int]:
-        """Storages that are there before a run: weights and inputs."""
-        modules = [part for part in self.pipe.components.values() if isinstance(part, nn.Module)]
-        tensors = [p for part in modules for p in part.parameters()] + [v for v in self.case.arguments.values() if torch.is_tensor(v)]
+    def known(self, pipe: Any) -> set[int]:
+        """Storages that are there before a run of a copy of the pipeline: weights and inputs."""
+        modules = [part for part in pipe.components.values() if isinstance(part, nn.Module)]
+        tensors = [t for part in modules for t in (*part.parameters(), *part.buffers())]
+        tensors += [value for value in self.case.arguments.values() if torch.is_tensor(value)]
         return {tensor.untyped_storage()._cdata for tensor in tensors}

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
-from typing import Any
 
 import matplotlib as mpl
 from matplotlib.figure import Figure
 
+from .rows import Row, way
+
 mpl.use("agg")
-Row = dict[str, Any]
 SHAPES = {"plain": "s", "diffgraft": "o", "scheduler": "^", "cache": "D", "peer": "X"}
 KINDS = {"plain": "the pipeline itself", "diffgraft": "diffgraft", "scheduler": "diffusers' schedulers", "cache": "diffusers' caches",
          "peer": "other packages"}  # fmt: skip
@@ -54,7 +54,7 @@ def bars(rows: Sequence[Row], title: str) -> bytes:
     figure = Figure(figsize=(9, 0.45 * len(rows) + 1.2), layout="constrained")
     plot = figure.subplots()
     ordered = sorted(rows, key=lambda row: (row["pipeline"], row["speedup"]))
-    names = [f"{row['pipeline']}: {row['label']} ({row['setting']})" for row in ordered]
+    names = [f"{row['pipeline']}: {row['label']} ({', '.join(filter(None, (row['setting'], way(row))))})" for row in ordered]
     values = [row["speedup"] for row in ordered]
     spread = [[row["speedup"] - row["speedup_low"] for row in ordered], [row["speedup_high"] - row["speedup"] for row in ordered]]
     colours = ["tab:blue" if row["kind"] == "diffgraft" else "tab:gray" for row in ordered]

@@ -14,7 +14,7 @@ import torch
 from diffgraft.compare import all_right, as_seen, load_judge
 from diffgraft.files import write_atomic
 from diffgraft.fitness import frechet
-from diffgraft.metrics import Pictures, psnr, share, ssim
+from diffgraft.metrics import Pictures, Share, psnr, share, ssim
 
 from .models import BundledModel
 
@@ -33,6 +33,7 @@ class Quality:
         self.judge: Any = load_judge(model.bundled)
         self.features = None if not hasattr(self.judge, "features") else self.judge.features
         self.truth = true_features(self.features, model.kept) if self.features else None
+        self.plain_right = self.right([as_seen(frames) for frames in plain])
 
     @classmethod
     def of(cls, model: BundledModel, how: How, distilled: bool) -> Quality:
@@ -54,14 +55,17 @@ class Quality:
             "lpips_mean": lpips(made, self.plain),
         }
         images = [as_seen(frames) for frames in made]
-        if self.judge is not None:
-            found = share(all_right(self.judge.score(images, self.prompts)))
-            assert found is not None
+        if (found := self.right(images)) is not None and self.plain_right is not None:
             row |= {"right": found.right, "judged": found.total, "right_low": found.low, "right_high": found.high}
+            row["plain_right"] = self.plain_right.right
         if self.features is not None and self.truth is not None:
             row["likelihood"] = statistics.mean(self.judge.likelihood(images, self.prompts))
             row["frechet"] = frechet(self.features(images), self.truth)
         return row
+
+    def right(self, images: Sequence[Any]) -> Share | None:
+        """How many pictures show what their prompts say; None without a judge."""
+        return None if self.judge is None else share(all_right(self.judge.score(images, self.prompts)))
 
 
 def mean(values: Sequence[float]) -> float | None:

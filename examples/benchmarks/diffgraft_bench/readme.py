@@ -6,16 +6,14 @@ import math
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from diffgraft.files import write_atomic
 
 from . import findings
 from .models import ROOT
 from .report import number, pipelines
-from .rows import Store
+from .rows import Row, Store
 
-Row = dict[str, Any]
 BEGIN, END = "<!-- bench:begin (made by `python -m diffgraft_bench readme`) -->\n", "<!-- bench:end -->"
 FIDELITY = "psnr_reference_mean"
 PLOT = "emoji-sd-psnr_reference_mean.png"
@@ -95,4 +93,11 @@ def goal(rows: Sequence[Row], good: Sequence[Row]) -> list[str]:
             f"{other['label']} ({other['setting']}) {'none' if math.isnan(ratio) else f'{ratio:.2f}x'}" for other, _, ratio in ratios
         ]
         lines.append(f"- {name}: {'; '.join(told)}")
+    lines.append("\nThe fastest that the judge finds right as often as the plain pipeline:\n")
+    for name in pipelines(good, "quality"):
+        best = findings.as_prompted(rows, name)
+        if best is not None:
+            other, mine = best.other, best.ours
+            ours = f"of ours {mine['label']} ({mine['setting']}) {mine['speedup']:.2f}x: {best.ratio:.2f}x" if mine else "none of ours"
+            lines.append(f"- {name}: {other['label']} ({other['setting']}) {other['speedup']:.2f}x, {ours}")
     return lines

@@ -12,12 +12,12 @@ from diffgraft.files import write_atomic
 from jinja2 import Environment, FileSystemLoader, select_autoescape
 
 from . import findings, plots
-from .rows import Store
+from .rows import CIRCUMSTANCES, Row, Store, way
 
-Row = dict[str, Any]
 QUALITY = (
     ("psnr_mean", "PSNR to the plain pipeline's pictures, dB", "nearness to the uncached pictures"),
     ("psnr_reference_mean", "PSNR to the many-step pictures, dB", "solver error"),
+    ("lpips_mean", "LPIPS to the plain pipeline's pictures", "nearness to the uncached pictures"),
     ("likelihood", "judge: log-likelihood of the prompt (0 is sure)", "prompt-following"),
     ("right", "judge: pictures as prompted", "prompt-following"),
 )
@@ -30,10 +30,10 @@ def write_report(store: Store, out: Path) -> Path:
     store.write_csv(out / "rows.csv")
     good = findings.measured(rows)
     sections = [section(name, [row for row in good if row["pipeline"] == name], rows, out) for name in pipelines(good, "quality")]
-    fast = [row for row in good if row["arm"] == "speed"]
+    fast = sorted((row for row in good if row["arm"] == "speed"), key=lambda row: (row["pipeline"], -row["speedup"]))
     speed_plot = keep(out, "speed", plots.bars(fast, "real layouts, random weights")) if fast else ""
     environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=select_autoescape(["html"]))
-    environment.filters |= {"number": number, "time": seconds, "mib": mebibytes}
+    environment.filters |= {"number": number, "time": seconds, "mib": mebibytes, "way": way}
     page = environment.get_template("report.html").render(
         sections=sections,
         speed=fast,
@@ -43,7 +43,7 @@ def write_report(store: Store, out: Path) -> Path:
         commands=sorted({row["command"] for row in rows}),
         machines=unique(good, "machine"),
         versions=unique(good, "versions"),
-        circumstances=unique(good, "rounds", "samples", "reference_steps", "device", "dtype", "full", "compile", "timed_batch", "arm"),
+        circumstances=unique(good, "arm", *CIRCUMSTANCES),
         equal_db=findings.EQUAL_DB,
     )
     write_atomic(out / "report.html", page.encode())
@@ -68,6 +68,7 @@ def section(name: str, rows: Sequence[Row], everything: Sequence[Row], out: Path
         "rows": ordered,
         "strips": {row["key"]: data_url((out / "pictures" / f"{row['key']}.png").read_bytes()) for row in rows},
         "faster": {fidelity: findings.against_others(everything, name, fidelity) for fidelity in ("psnr_mean", "psnr_reference_mean")},
+        "as_prompted": findings.as_prompted(everything, name),
         "solvers": findings.solver_errors(everything, name),
     }
 

@@ -25,6 +25,17 @@ def key_of(bout: Bout, method: Method, circumstances: Mapping[str, Any]) -> str:
     return "-".join([bout.arm, bout.pipeline, method.label.replace(" ", "_").replace("+", ""), digest])
 
 
+CIRCUMSTANCES = ("rounds", "samples", "reference_steps", "device", "dtype", "full", "compile", "timed_batch", "attention")
+"""Columns that say how a row was measured: what makes rows comparable."""
+
+
+def way(row: Row) -> str:
+    """How a row of the speed arm was run, where that is not eager, one picture a call, native attention."""
+    parts = ["compiled"] if row["compile"] else []
+    parts += [f"batch {row['timed_batch']}"] if row["timed_batch"] > 1 else []
+    return ", ".join([*parts, *([row["attention"]] if row["attention"] != "native" else [])])
+
+
 class Store:
     """The rows of one benchmark in a folder."""
 

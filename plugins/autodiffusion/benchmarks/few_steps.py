@@ -1,7 +1,7 @@
 """Few steps: the scheduler's own schedule, diffusers' other spacings, and what a search has found, on pictures that it has not seen.
 
     python plugins/autodiffusion/benchmarks/few_steps.py prompts --count 32 > prompts.txt       # what the search is judged on
-    diffgraft search autodiffusion --pipeline emoji-sd --prompts prompts.txt --steps 4 --population 16 --epochs 6 --out found.json
+    diffgraft evolve autodiffusion --pipeline emoji-sd --prompts prompts.txt --steps 4 --population 16 --epochs 6 --out found.json
     python plugins/autodiffusion/benchmarks/few_steps.py measure --found found.json --out few_steps
 
 `prompts` are combinations that the pipeline was trained on; `measure` takes held-out ones, from other seeds: one object (Frechet distance
@@ -77,7 +77,7 @@ def prompts(count: int = 32, seed: int = 5) -> None:
 def measure(
     out: Annotated[Path, typer.Option(help="Folder for few_steps.json and few_steps.png.")] = Path("few_steps"),
     pipeline: str = "emoji-sd",
-    found: Annotated[Path | None, typer.Option(help="What `diffgraft search autodiffusion` found.")] = None,
+    found: Annotated[Path | None, typer.Option(help="What `diffgraft evolve autodiffusion` found.")] = None,
     scheduler: Annotated[str | None, typer.Option(help="A diffusers scheduler instead of the pipeline's own.")] = None,
     steps: int = 4,
     guidance: float = 2.0,

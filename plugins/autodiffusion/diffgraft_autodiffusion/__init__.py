@@ -1,6 +1,6 @@
 """AutoDiffusion: time steps, and layers left out at each of them, found by an evolution (Li et al., arXiv 2309.10438).
 
-`diffgraft search autodiffusion` finds them for one model, scheduler, guidance scale and number of steps; ``artefact=`` runs with what it
+`diffgraft evolve autodiffusion` finds them for one model, scheduler, guidance scale and number of steps; ``artefact=`` runs with what it
 found. Time steps and skip lists can also be given directly.
 """
 
@@ -33,7 +33,7 @@ class AutoDiffusionConfig(PluginConfig):
     """Knobs of AutoDiffusion."""
 
     artefact: str | Path | Finding | None = Field(
-        None, description="what `diffgraft search autodiffusion` found: a path, owner/name/file.json on the Hub, or a Finding"
+        None, description="what `diffgraft evolve autodiffusion` found: a path, owner/name/file.json on the Hub, or a Finding"
     )
     parts: Literal["all", "timesteps", "skips", "none"] = Field(
         "all", description="what of it is used: time steps, skipped layers, both; 'none' is off"
@@ -103,7 +103,7 @@ class AutoDiffusion(Plugin):
         omitted="FID with Inception weights (any features will do); the skip list that goes with the published 10 steps of ADM-G",
         licence="official code without a licence; written from the paper's description",
     )
-    families = ("pixel", "sd", "sdxl", "dit", "pixart", "sd3", "flux")
+    families = ("pixel", "sd", "sdxl", "dit", "pixart", "sd3", "flux", "qwen_image", "wan")
     Config = AutoDiffusionConfig
     State = State
     neutral: ClassVar[dict[str, Any]] = {"parts": "none"}

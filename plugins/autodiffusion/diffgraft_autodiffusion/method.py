@@ -10,6 +10,7 @@ The network has L layers; what a candidate may execute over all its steps is bou
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -96,16 +97,17 @@ def drawn(rng: random.Random, space: Space, ratio: float) -> Candidate | None:
     return candidate(rng.sample(space.points, K + space.end), skips, space)
 
 
-def mutated(rng: random.Random, genome: Candidate, space: Space, p: float, ratio: float) -> Candidate | None:
+def mutated(rng: random.Random, genome: Candidate, space: Space, p: float, ratio: float, radius: int | None = None) -> Candidate | None:
     """Every time step is replaced by a new one with probability ``p``, and so is every entry of a skip list.
 
-    Once layers may be left out (ratio > 0), an empty list becomes a random one with probability ``p``.
+    Once layers may be left out (ratio > 0), an empty list becomes a random one with probability ``p``. The new time step is any of the N,
+    or (not the paper's) one at most ``radius`` training timesteps away.
     """
     L = len(space.layers)
     points = points_of(genome)
     for i in range(len(points)):
         if rng.random() < p:
-            free = rng.choice(space.points)
+            free = rng.choice(space.points if radius is None else around(points[i], radius, space))
             if free in points:
                 return None  # drawn anew by the caller: cheaper than a list of all free ones
             points[i] = free
@@ -123,6 +125,12 @@ def mutated(rng: random.Random, genome: Candidate, space: Space, p: float, ratio
         points, skips = _end_last(points, skips)
     changed = candidate(points, skips, space)
     return changed if fits(changed, space) else None
+
+
+def around(t: float, radius: int, space: Space) -> range:
+    """Points at most ``radius`` away from ``t``, which may lie between two of them."""
+    first, last = space.points[0], space.points[-1]
+    return range(max(first, math.ceil(t - radius)), min(last, math.floor(t + radius)) + 1)
 
 
 def _end_last(points: list[float], skips: list[list[str]]) -> tuple[list[float], list[list[str]]]:

@@ -1,4 +1,4 @@
-"""AutoDiffusion's genomes for ``diffgraft search``."""
+"""AutoDiffusion's genomes for ``diffgraft evolve``."""
 
 from __future__ import annotations
 
@@ -21,6 +21,12 @@ class AutoDiffusionSearch(PluginConfig):
 
     mutation: float = Field(0.25, gt=0, le=1, description="p: probability that a mutation replaces a time step or a skipped layer")
     first_mutation: float = Field(0.1, gt=0, le=1, description="p of the first generation's mutations of the uniform schedule")
+    radius: int | None = Field(
+        None,
+        ge=1,
+        description="own: a mutation moves a time step by at most so many training timesteps, and the first generation holds mutations of "
+        "the uniform schedule only; none = to anywhere, half of the first generation at random (paper)",
+    )
     max_skip: float = Field(
         0.0, ge=0, le=0.9, description="largest share of layers that a step may leave out; 0 searches time steps only (paper: 0.1)"
     )
@@ -39,7 +45,7 @@ class AutoDiffusionSearcher(Searcher):
     space: Space
 
     def prepare(self, probe: Probe) -> None:
-        scheduler, family = probe.target.pipe.scheduler, probe.target.family
+        scheduler, family = probe.scheduler, probe.target.family
         ensure_supported(scheduler, family)
         layers = tuple(block.path for block in skippable(probe.target.blocks))
         if self.config.end and probe.sigmas is None:
@@ -64,15 +70,15 @@ class AutoDiffusionSearcher(Searcher):
         """The uniform schedule; random ones for half of the generation; mutations of the uniform one for the rest."""
         if number == 0:
             return method.uniform(self.space)
-        if number <= size // 2:
+        if number <= size // 2 and self.config.radius is None:
             return method.drawn(rng, self.space, 0.0)
-        return method.mutated(rng, method.uniform(self.space), self.space, self.config.first_mutation, 0.0)
+        return method.mutated(rng, method.uniform(self.space), self.space, self.config.first_mutation, 0.0, self.config.radius)
 
     def draw(self, rng: random.Random, epoch: int) -> Candidate | None:
         return method.drawn(rng, self.space, self._ratio(epoch))
 
     def mutate(self, rng: random.Random, parent: Candidate, epoch: int) -> Candidate | None:
-        return method.mutated(rng, parent, self.space, self.config.mutation, self._ratio(epoch))
+        return method.mutated(rng, parent, self.space, self.config.mutation, self._ratio(epoch), self.config.radius)
 
     def cross(self, rng: random.Random, one: Candidate, other: Candidate) -> Candidate | None:
         return method.crossed(rng, one, other, self.space)

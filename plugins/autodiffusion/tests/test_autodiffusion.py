@@ -281,6 +281,28 @@ def test_skip_lists_really_mutate_and_stay_with_their_time_step():
     assert any(any(method.mutated(random.Random(i), empty, SPACE, 0.25, 0.5)["skips"]) for i in range(20))
 
 
+def test_a_radius_keeps_mutations_near():
+    parent = method.candidate([900, 600, 300, 3], [[]] * 4, SPACE)
+    children = [method.mutated(random.Random(i), parent, SPACE, 0.5, 0.0, radius=20) for i in range(100)]
+    moves = [abs(a - b) for child in children if child for a, b in zip(child["timesteps"], parent["timesteps"], strict=True)]
+    assert max(moves) == 20
+    assert len(set(moves)) > 15
+    assert list(method.around(2.5, 2, SPACE)) == [1, 2, 3, 4]
+    assert method.around(2, 10, SPACE)[0] == SPACE.points[0]
+    assert method.around(SPACE.points[-1], 10, SPACE)[-1] == SPACE.points[-1]
+
+
+@pytest.mark.parametrize("radius", [None, 5])
+def test_with_a_radius_the_first_generation_is_near_the_uniform_one(radius):
+    searcher = AutoDiffusionSearcher(radius=radius, first_mutation=0.9)
+    searcher.space = SPACE
+    rng = random.Random(0)
+    genomes = [genome for n in range(1, 10) if (genome := searcher.first(rng, n, 10))]
+    moves = [abs(a - b) for genome in genomes for a, b in zip(genome["timesteps"], SPACE.start, strict=True)]
+    assert (max(moves) <= 5) is (radius == 5)
+    assert max(moves) > 0
+
+
 def test_the_share_of_skipped_layers_rises_after_the_time_steps_have_settled():
     got = [method.skip_ratio(epoch, 0.1) for epoch in range(12)]
     assert got == pytest.approx([0] * 5 + [0.02, 0.04, 0.06, 0.08, 0.1, 0.1, 0.1])
@@ -433,7 +455,7 @@ def test_the_command(tmp_path):
     done = CliRunner().invoke(
         app,
         [
-            *("search", "autodiffusion", "--pipeline", str(tmp_path / "pipe"), "--prompts", str(tmp_path / "prompts.txt"), "--steps", "3"),
+            *("evolve", "autodiffusion", "--pipeline", str(tmp_path / "pipe"), "--prompts", str(tmp_path / "prompts.txt"), "--steps", "3"),
             *("--population", "3", "--epochs", "2", "--guidance-scale", "2", "--set", "mutation=0.5", "--reference-steps", "5"),
             *("--out", str(tmp_path / "found.json"), "--device", "cpu"),
         ],
@@ -478,7 +500,7 @@ def test_what_does_not_fit_the_pipeline_is_refused_and_leaves_it_alone(tmp_path)
         ({"skips": (("down_blocks.0.resnets.7",),)}, "did you mean 'down_blocks.0.resnets"),
         ({"skips": (("down_blocks.0",),)}, "no layer that can be left out"),
         ({"skips": ((400,),)}, "400 is no layer.*There are"),
-        ({"artefact": tmp_path / "none.json"}, "make one with `diffgraft search autodiffusion"),
+        ({"artefact": tmp_path / "none.json"}, "make one with `diffgraft evolve autodiffusion"),
     ]:
         with pytest.raises(ConfigError, match=why):
             attached(pipe, **knobs)

@@ -1,6 +1,6 @@
 """Bottleneck Sampling beside fewer steps at equal time: nearness to the full run, time, and what a judge sees in the pictures.
 
-    python plugins/bottleneck_sampling/benchmarks/fidelity.py --pipeline emoji-sd --steps 21 --samples 24 --out /tmp/bottleneck
+    python plugins/bottleneck_sampling/benchmarks/fidelity.py --pipeline emoji-sd --steps 21 --samples 24 --out out/bottleneck
     python plugins/bottleneck_sampling/benchmarks/fidelity.py --pipeline emoji-flux --steps 28 -s "scales=1,0.5,1 shares=4,12,5" \
         -s "scales=1,0.5,1 shares=4,12,5 shifts=1,0.6,1.7"
 

@@ -71,7 +71,7 @@ class ERTACache(Plugin):
         """The calibrated errors [T][W], read once a run."""
         shared: Cache = call.shared
         if not shared.errors:
-            shared.errors = calibrated(call).tensors["error"].tolist()
+            shared.errors = calibrated(call).tensors["error"].tolist()  # check: allow host_sync because the artefact is on the CPU
         return shared.errors
 
     # timestep adjustment ------------------------------------------------------------------------------------------------------------

@@ -1,0 +1,135 @@
+"""The catalogue: what it may hold, how it is searched, and that nothing is fetched or installed by itself."""
+
+from __future__ import annotations
+
+import json
+import urllib.request
+
+import pytest
+from diffgraft import catalogue
+from diffgraft.catalogue import Catalogue, CataloguedPlugin, dump, parse, read, schema, score, shipped
+from diffgraft.cli import app
+from diffgraft.errors import CatalogueError
+from probes import ENTRY
+from typer.testing import CliRunner
+
+
+def plugin(**changes):
+    return CataloguedPlugin(**{**ENTRY, **changes})
+
+
+def written(*plugins, **more):
+    return json.dumps({"plugins": [each if isinstance(each, dict) else each.model_dump(mode="json") for each in plugins], **more})
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"name": "Good-Method"}, "plugins.0.name"),
+        ({"dist": "diffgraft_good"}, "plugins.0.dist"),
+        ({"homepage": "http://example.org/x"}, "plugins.0.homepage"),
+        ({"homepage": "javascript:alert(1)"}, "plugins.0.homepage"),
+        ({"summary": "a \x1b[31m red line"}, "plugins.0.summary"),
+        ({"summary": "two\nlines"}, "plugins.0.summary"),
+        ({"summary": ""}, "plugins.0.summary"),
+        ({"hook_points": []}, "plugins.0.hook_points"),
+        ({"families": ["SD XL"]}, "plugins.0.families.0"),
+        ({"tier": "platinum"}, "plugins.0.tier"),
+        ({"paper": {"title": "T", "arxiv": "24.1"}}, "plugins.0.paper.arxiv"),
+        ({"install": "rm"}, "plugins.0.install"),
+    ],
+)
+def test_bad_entries_are_refused_with_the_key(change, said):
+    with pytest.raises(CatalogueError, match=rf"here is no catalogue of plugins:\n  - {said}"):
+        parse(written({**ENTRY, **change}), "here")
+
+
+def test_a_name_or_a_package_stands_once():
+    with pytest.raises(CatalogueError, match="name good_method stands in the catalogue twice"):
+        parse(written(plugin(), plugin(dist="other")), "here")
+    with pytest.raises(CatalogueError, match="dist diffgraft-good-method stands in the catalogue twice"):
+        parse(written(plugin(), plugin(name="other")), "here")
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"plugins": 3}', '{"schema_version": 2}', "\x00"])
+def test_other_files_are_no_catalogue(text):
+    with pytest.raises(CatalogueError, match="here is no catalogue"):
+        parse(text, "here")
+
+
+@pytest.mark.parametrize(
+    ("homepage", "publisher"),
+    [
+        ("https://github.com/Somebody/good", "github.com/somebody"),
+        ("https://example.org/a/b", "example.org"),
+        ("https://github.com.example.org/diffgraft/x", "github.com.example.org"),
+        ("https://github.com@example.org/diffgraft", "github.com@example.org"),
+    ],
+)
+def test_the_publisher_is_read_from_the_homepage(homepage, publisher):
+    one = plugin(homepage=homepage)
+    assert one.publisher == publisher
+    assert not Catalogue().is_known(one)
+    assert Catalogue().is_known(plugin(homepage="https://github.com/diffgraft/x"))
+
+
+def test_every_word_must_be_found_and_names_count_most():
+    cache = plugin(name="cache", dist="a", summary="x")
+    about = plugin(name="other", dist="b", summary="a cache")
+    both = Catalogue(plugins=(about, cache, plugin()))
+    assert [each.name for each in both.search(["cache"])] == ["cache", "other"]
+    assert [each.name for each in both.search(["CACHE", "a good"])] == ["cache", "other"]
+    assert [each.name for each in both.search([])] == ["cache", "good_method", "other"]
+    assert score(cache, ["cache", "nothing"]) == 0
+    with pytest.raises(CatalogueError, match=r"has 'cach' and 'zzz'.*lists all"):
+        both.search(["cach", "zzz"])
+    with pytest.raises(CatalogueError, match="did you mean 'good_method'"):
+        both.search(["god_method"])
+
+
+def test_the_shipped_file_is_what_is_dumped_and_its_schema_is_current():
+    from importlib.resources import files
+
+    assert files("diffgraft").joinpath("plugins.json").read_text(encoding="utf-8") == dump(shipped())
+    assert files("diffgraft").joinpath("plugins.schema.json").read_text(encoding="utf-8") == schema()
+
+
+def test_reading(tmp_path, monkeypatch):
+    path = tmp_path / "plugins.json"
+    path.write_text(written(plugin()))
+    assert [each.name for each in read(path).plugins] == ["good_method"]
+    with pytest.raises(CatalogueError, match=r"none.json cannot be read"):
+        read(tmp_path / "none.json")
+    for address in ("http://example.org/x", "ftp://example.org/x", "file:///etc/passwd"):
+        with pytest.raises(CatalogueError, match="https:// address"):
+            read(address)
+    path.write_bytes(b"\xff\xfe")
+    with pytest.raises(CatalogueError, match="cannot be read"):
+        read(path)
+    monkeypatch.setattr(catalogue, "LARGEST", 10)
+    path.write_text(written(plugin()))
+    with pytest.raises(CatalogueError, match="more than 10 bytes"):
+        read(path)
+
+
+def test_the_command(tmp_path, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise AssertionError("no network unless asked")
+
+    monkeypatch.setattr(urllib.request, "urlopen", refuse)
+    monkeypatch.setattr(catalogue, "urlopen", refuse)
+    path = tmp_path / "plugins.json"
+    path.write_text(written(plugin(), plugin(name="deepcache", dist="fake-deepcache", homepage="https://github.com/diffgraft/x")))
+    rows = json.loads(CliRunner().invoke(app, ["search", "--catalogue", str(path), "--json"]).output)
+    assert [(row["name"], row["known_publisher"], row["installed"]) for row in rows] == [
+        ("deepcache", True, False),  # another package of that name is installed
+        ("good_method", False, False),
+    ]
+    shown = CliRunner().invoke(app, ["search", "good", "--catalogue", str(path)], env={"COLUMNS": "200"})
+    assert shown.exit_code == 0
+    assert "github.com/somebody (unknown)" in shown.output
+    assert "read it before you install it" in shown.output
+    assert CliRunner().invoke(app, ["search", "deepcache"]).exit_code == 0
+    missing = CliRunner().invoke(app, ["search", "nothing_of_the_kind"])
+    assert missing.exit_code == 2
+    assert "CatalogueError" in missing.output

@@ -1,0 +1,87 @@
+"""Write the catalogue that `diffgraft search` reads: from the plugins' own metadata, and from what the community sent in.
+
+    python examples/registry.py             # core/diffgraft/plugins.json and plugins.schema.json
+    python examples/registry.py --check     # exit code 1 when they are not what their plugins say; what CI runs on a contribution
+    python examples/registry.py --check --all   # or when a plugin of this repository is not in it (a release)
+
+A plugin from another repository comes in as one file, docs/community/<name>.json, in the form of a single entry; nothing else is edited.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from diffgraft import registry
+from diffgraft.catalogue import FIRST_PARTY, Catalogue, CataloguedPlugin, PaperEntry, dump, schema, shipped
+from diffgraft.quality import tier_of
+from diffgraft.tables import describe
+from pydantic import ValidationError
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = ROOT / "core" / "diffgraft"
+COMMUNITY = ROOT / "docs" / "community"
+
+
+def first_party() -> list[CataloguedPlugin]:
+    """The plugins of this repository, as their metadata and classes tell."""
+    made = []
+    for folder in sorted(path.parent for path in ROOT.glob("plugins/*/pyproject.toml")):
+        info = registry.installed()[folder.name]
+        facts = describe(registry.find(folder.name), info)
+        made.append(
+            CataloguedPlugin(
+                name=info.name,
+                dist=info.dist,
+                summary=info.summary,
+                paper=PaperEntry(title=facts["paper"]["title"], arxiv=facts["paper"]["arxiv"]),
+                hook_points=tuple(facts["hook_points"]),
+                families=tuple(facts["families"]),
+                tier=tier_of(info.entry.module) or "none",
+                homepage=f"https://{FIRST_PARTY}/diffgraft/tree/main/plugins/{folder.name}",
+            )
+        )
+    return made
+
+
+def community() -> list[CataloguedPlugin]:
+    """What was sent in.
+
+    Raises:
+        ValueError: with every fault of every file.
+    """
+    made, faults = [], []
+    for path in sorted(COMMUNITY.glob("*.json")):
+        try:
+            entry = CataloguedPlugin.model_validate_json(path.read_text(encoding="utf-8"))
+        except ValidationError as error:
+            faults += [f"{path.name}: {'.'.join(map(str, f['loc']))}: {f['msg']}" for f in error.errors(include_url=False)]
+            continue
+        if path.stem != entry.name:
+            faults.append(f"{path.name}: the plugin is called {entry.name}: the file must be {entry.name}.json")
+        if entry.publisher == FIRST_PARTY:
+            faults.append(f"{path.name}: homepage: {FIRST_PARTY} publishes the plugins of this repository only; give your own")
+        made.append(entry)
+    if faults:
+        raise ValueError("\n".join(faults))
+    return made
+
+
+def main() -> None:
+    try:
+        catalogue = Catalogue(plugins=(*first_party(), *community()))
+    except ValueError as error:
+        sys.exit(str(error))
+    if "--check" in sys.argv and "--all" not in sys.argv:  # what is new comes in with the next release
+        listed = {plugin.name for plugin in shipped().plugins}
+        catalogue = Catalogue(plugins=tuple(plugin for plugin in catalogue.plugins if plugin.name in listed))
+    wanted = {PACKAGE / "plugins.json": dump(catalogue), PACKAGE / "plugins.schema.json": schema()}
+    for path, text in wanted.items():
+        if "--check" not in sys.argv:
+            path.write_text(text, encoding="utf-8")
+        elif not path.exists() or path.read_text(encoding="utf-8") != text:
+            sys.exit(f"{path.relative_to(ROOT)} is not what the plugins say: run `python examples/registry.py`")
+
+
+if __name__ == "__main__":
+    main()

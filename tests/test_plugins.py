@@ -1,0 +1,34 @@
+"""Every plugin folder under `diffgraft check`: clean, and at the tier that it claims. The contract suite is in test_contract.py."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from diffgraft import registry
+from diffgraft.check import Verdict, check, open_project
+from diffgraft.check.effects import families_to_run
+
+ROOT = Path(__file__).resolve().parent.parent
+FOLDERS = sorted(path.parent for path in (ROOT / "plugins").glob("*/pyproject.toml"))
+BY_NAME = pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
+
+
+def test_every_folder_is_installed() -> None:
+    assert {folder.name for folder in FOLDERS} <= set(registry.installed())
+
+
+@BY_NAME
+def test_static_rules(folder: Path) -> None:
+    verdict = check(open_project(str(folder)), behaviour=False, contract=False)
+    assert verdict.ok, str(verdict)
+    assert verdict.tier is not None, "bronze is what a plugin needs to land"
+    assert f"| `{folder.name}` | {verdict.tier} |" in (ROOT / "README.md").read_text(), "run `python examples/readme.py`"
+
+
+@BY_NAME
+def test_effects_are_what_can_be_seen(folder: Path) -> None:
+    """On one family, the fastest."""
+    project = open_project(str(folder))
+    verdict: Verdict = check(project, contract=False, families=[families_to_run(project.cls)[0].name])
+    assert verdict.ok, str(verdict)
