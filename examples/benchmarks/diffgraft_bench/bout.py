@@ -8,7 +8,7 @@ import os
 import statistics
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -89,6 +89,12 @@ def fight(bout: Bout, how: How) -> None:
         return
     torch.set_num_threads(how.threads)
     model = open_model(bout, how)
+    with attention(model, how):
+        measure(bout, missing, keys, model, store, how)
+
+
+def measure(bout: Bout, missing: Sequence[Method], keys: Mapping[int, str], model: Model, store: Store, how: How) -> None:
+    """The methods that are missing, on copies of one pipeline."""
     plain = Fighter(Method(PLAIN, "plain"), model.pipe, model.pipe, [], {})
     common = {
         **{"arm": bout.arm, "pipeline": bout.pipeline, "steps_of_plain": bout.steps, "env": bout.env, "scale": getattr(model, "scale", "")},
@@ -127,6 +133,19 @@ def fight(bout: Bout, how: How) -> None:
 
 
 @contextmanager
+def attention(model: Model, how: How) -> Iterator[None]:
+    """The attention backend of this bout. diffusers sets it for the whole process, so it is put back."""
+    if how.attention == "native":
+        yield
+        return
+    undo = use_attention_backend(model.pipe, find_family(type(model.pipe)), how.attention)
+    try:
+        yield
+    finally:
+        undo()
+
+
+@contextmanager
 def all_threads(how: How) -> Iterator[None]:
     """All of the processor, for what is not timed."""
     torch.set_num_threads(max(how.threads, os.cpu_count() or 1))
@@ -139,10 +158,7 @@ def all_threads(how: How) -> Iterator[None]:
 def open_model(bout: Bout, how: How) -> Model:
     """The pipeline of a bout."""
     if bout.arm == "speed":
-        model = LayoutModel(bout.pipeline, bout.steps, how.device, getattr(torch, how.dtype), how.full, how.timed_batch)
-        if how.attention != "native":
-            use_attention_backend(model.pipe, find_family(type(model.pipe)), how.attention)
-        return model
+        return LayoutModel(bout.pipeline, bout.steps, how.device, getattr(torch, how.dtype), how.full, how.timed_batch)
     prompts = find_bundled(bout.pipeline).prompts
     samples = [Sample(i, prompts[i % len(prompts)]) for i in range(how.samples)]
     return BundledModel(bout.pipeline, bout.steps, samples, how.device, Path(how.out) / "kept" / how.device.replace(":", "-"))
