@@ -9,14 +9,17 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from diffgraft import registry
 from diffgraft_bench import findings
 from diffgraft_bench.__main__ import last_words, on_gpu
 from diffgraft_bench.bout import How, fight
 from diffgraft_bench.cases import PEERS, Bout, Method, all_bouts, peer, plain, plugin
 from diffgraft_bench.layouts import CONFIGS
+from diffgraft_bench.quality import TRUE_FEATURES, render_true_features
 from diffgraft_bench.report import write_report
 from diffgraft_bench.rows import Store, key_of, way
+from safetensors.torch import load_file
 
 ALL = [*all_bouts(True), *all_bouts(False)]
 HOW = {"rounds": 1, "device": "cpu"}
@@ -137,6 +140,7 @@ def test_rows_are_measured(folder):
     fast = {way(one): one for one in Store(folder) if one["arm"] == "speed"}
     assert set(fast) == {"", "batch 2, _native_math"}
     assert 0 < fast[""]["peak_bytes"] < fast["batch 2, _native_math"]["peak_bytes"]
+    assert few["frechet"] > 0
     assert "NoSuchScheduler" in rows["bad"]["error"]
     assert few["command"] == "the command"
     assert (folder / "pictures" / f"{few['key']}.png").stat().st_size > 1000
@@ -189,6 +193,19 @@ def test_the_page_opens_in_a_browser(folder):
     assert not faults
     assert len(sizes) >= 6
     assert all(sizes)
+
+
+def test_true_features_are_those_of_the_judge():
+    from diffgraft.compare import load_judge
+    from diffgraft_pipelines.emoji import scenes
+
+    try:
+        scenes.find_font()
+    except scenes.ArtworkMissing as missing:
+        pytest.skip(str(missing))
+    kept = load_file(TRUE_FEATURES)["features"]
+    made = render_true_features(load_judge(registry.find_bundled("emoji-sd")))
+    torch.testing.assert_close(kept.float(), made, atol=2e-3, rtol=2e-3)  # kept in half precision
 
 
 # the README's figures --------------------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""``python -m diffgraft_bench run | worker | report | readme | find``."""
+"""``python -m diffgraft_bench run | worker | report | readme | find | truth``."""
 
 from __future__ import annotations
 
@@ -15,15 +15,19 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from diffgraft.compare import load_judge
 from diffgraft.doctor import attention_backends
 from diffgraft.files import write_atomic
+from diffgraft.registry import find_bundled
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from safetensors.torch import save
 
 from .bout import How, fight
 from .cases import SEARCHED, Bout, all_bouts
 from .find import find as find_steps
 from .peers import install, interpreter
+from .quality import TRUE_FEATURES, render_true_features
 from .readme import write_readme
 from .report import write_report
 from .rows import Store, key_of
@@ -146,6 +150,13 @@ def report(out: Out = OUT) -> None:
 def readme(out: Out = OUT) -> None:
     """Write the benchmark's part of README.md from what is there."""
     console.print(str(write_readme(Store(out), out)))
+
+
+@app.command()
+def truth() -> None:
+    """Write the judge's features of true pictures, after another training of the judge; needs the emoji font."""
+    features = render_true_features(load_judge(find_bundled("emoji-sd")))
+    write_atomic(TRUE_FEATURES, save({"features": features.half()}))
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from diffgraft.compare import all_right, as_seen, load_judge
 from diffgraft.files import write_atomic
 from diffgraft.fitness import frechet
 from diffgraft.metrics import Pictures, Share, psnr, share, ssim
+from safetensors.torch import load_file
 
 from .models import BundledModel
 
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     from .bout import How
 
 LPIPS_WEIGHTS = "alexnet-owt-7be5be79.pth"
+TRUE_FEATURES = Path(__file__).with_name("true-features.safetensors")
+"""What `python -m diffgraft_bench truth` makes."""
 
 
 class Quality:
@@ -31,8 +34,8 @@ class Quality:
         self.model, self.plain, self.reference = model, plain, reference
         self.prompts = [sample.prompt or "" for sample in model.samples]
         self.judge: Any = load_judge(model.bundled)
-        self.features = None if not hasattr(self.judge, "features") else self.judge.features
-        self.truth = true_features(self.features, model.kept) if self.features else None
+        self.features = getattr(self.judge, "features", None)
+        self.truth = load_file(TRUE_FEATURES)["features"].float() if self.features else None
         self.plain_right = self.right([as_seen(frames) for frames in plain])
 
     @classmethod
@@ -85,12 +88,12 @@ def kept(model: BundledModel, how: How, steps: int) -> Pictures:
     return found
 
 
-def true_features(features: Any, folder: Path) -> torch.Tensor:
-    """The judge's features of true pictures."""
-    from diffgraft.fitness import kept as kept_tensor
+def render_true_features(judge: Any) -> torch.Tensor:
+    """The judge's features [n, d] of true pictures of the held-out captions. Needs the emoji font, so `TRUE_FEATURES` holds them."""
     from diffgraft_pipelines.train.evaluate import held_out_labels, renders
 
-    return kept_tensor(folder / "true-features.safetensors", lambda: features(renders(held_out_labels(), 1)))
+    found: torch.Tensor = judge.features(renders(held_out_labels(), 1))
+    return found
 
 
 def lpips(made: Pictures, reference: Pictures) -> float | None:
