@@ -31,6 +31,8 @@ SECONDS = 10
 """How long an address may take to answer."""
 LARGEST = 20_000_000
 """Bytes of a catalogue that are read at most."""
+ARXIV = r"\d{4}\.\d{4,5}|[a-z-]+(\.[A-Z]{2})?/\d{7}"
+"""A paper's number, without a version."""
 
 Name = Annotated[str, Field(pattern=r"^[a-z][a-z0-9]*(_[a-z0-9]+)*$", max_length=60)]
 Line = Annotated[str, Field(min_length=1, max_length=400, pattern=r"^[^\x00-\x1f\x7f-\x9f]*$")]
@@ -42,7 +44,7 @@ class PaperEntry(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     title: Line
-    arxiv: Annotated[str, Field(pattern=r"^(\d{4}\.\d{4,5}|[a-z.-]+/\d{7})?$", description="2312.00858; empty where there is none")] = ""
+    arxiv: Annotated[str, Field(pattern=f"^({ARXIV})?$", description="2312.00858; empty where there is none")] = ""
 
 
 class CataloguedPlugin(BaseModel):

@@ -5,15 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
+from diffgraft.catalogue import ARXIV
 from diffgraft.check.project import Project
 from diffgraft.check.rule import Problem, rule
 from diffgraft.check.source import classes_of
 from diffgraft.config import build_config
 from diffgraft.errors import ConfigError
 from diffgraft.tables import knobs
-
-ARXIV = re.compile(r"\d{4}\.\d{4,5}|[a-z-]+(\.[A-Z]{2})?/\d{7}")
-"""A paper's number, without a version."""
 
 
 def line_of_knob(project: Project, knob: str) -> tuple[str, int]:
@@ -95,7 +93,7 @@ def paper_told(project: Project) -> Iterator[Problem]:
     for name in ("title", "implemented", "licence"):
         if not getattr(paper, name).strip():
             yield Problem(f"paper.{name} is empty", f"Paper({name}=...)", file, line)
-    if paper.arxiv and not ARXIV.fullmatch(paper.arxiv):
+    if paper.arxiv and not re.fullmatch(ARXIV, paper.arxiv):
         yield Problem(
             f"paper.arxiv = {paper.arxiv!r} is no arXiv number", 'like "2312.00858"; "" for a paper that is not there', file, line
         )

@@ -7,6 +7,7 @@ that the paper's equation belongs there. So every case of the contract suite has
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import tempfile
 from dataclasses import asdict, dataclass
@@ -14,7 +15,7 @@ from datetime import date
 from pathlib import Path
 
 from diffgraft import registry
-from diffgraft.check.declared import ARXIV
+from diffgraft.catalogue import ARXIV
 from diffgraft.check.packaging import fault_of_name
 from diffgraft.errors import ConfigError, nearest
 from diffgraft.quality import rows_as_toml
@@ -104,7 +105,7 @@ def check_answers(answers: Answers) -> None:
         raise ConfigError(f"NAME = {name!r}: {known[name].dist} is installed and offers a plugin of that name; choose another")
     if answers.hook not in HOOKS:
         raise ConfigError(f"--hook {answers.hook!r} is no hook point{nearest(answers.hook, HOOKS)} Known: {', '.join(HOOKS)}")
-    if answers.arxiv and not ARXIV.fullmatch(answers.arxiv):
+    if answers.arxiv and not re.fullmatch(ARXIV, answers.arxiv):
         raise ConfigError(
             f'--arxiv {answers.arxiv!r} is no arXiv number: like 2401.00000, without a version; "none" for a paper that is not there'
         )
