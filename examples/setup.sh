@@ -10,7 +10,7 @@ diffgraft_setup() {
     # shellcheck disable=SC1091
     . .venv/bin/activate
   fi
-  sum=$(cat core/pyproject.toml pipelines/pyproject.toml plugins/*/pyproject.toml examples/setup.sh | cksum)
+  sum=$(cat core/pyproject.toml pipelines/pyproject.toml plugins/*/pyproject.toml examples/setup.sh docs/requirements.txt | cksum)
   stamp="$VIRTUAL_ENV/.diffgraft-$kind"
   [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$sum $PWD" ] && return 0
 
@@ -22,6 +22,7 @@ diffgraft_setup() {
   # the glob is the list: a new folder in plugins/ needs no entry anywhere
   local packages=()
   for folder in core pipelines plugins/*/; do packages+=(-e "./${folder%/}$extra"); done
+  [ "$kind" = test ] && packages+=(-r docs/requirements.txt)
   "${pip[@]}" --no-build-isolation "${packages[@]}"
   echo "$sum $PWD" >"$stamp"
 }
