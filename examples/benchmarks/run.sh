@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # diffgraft beside everything a user could pick instead: out/benchmarks/report.html, the raw rows beside it.
 #   bash examples/benchmarks/run.sh --quick             about 18 minutes on two cores, once it is set up
-#   bash examples/benchmarks/run.sh                     everything; a second call goes on where the first was interrupted
+#   bash examples/benchmarks/run.sh                     everything, about 80 minutes; a second call goes on where the first was interrupted
 #   bash examples/benchmarks/run.sh --device cuda --full --dtype bfloat16
 # Other packages are installed into environments of their own below out/benchmarks/envs.
 set -euo pipefail
