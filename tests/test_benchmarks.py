@@ -99,6 +99,12 @@ def test_solvers_by_steps():
     assert {k: [r["label"] for r in v] for k, v in findings.solver_errors(rows, "p").items()} == {5: ["dpm_solver_v3", "A"]}
 
 
+def test_every_solver_of_the_cases_is_compared():
+    methods = [method for bout in ALL if bout.arm == "quality" for method in bout.methods]
+    alone = {method.label for method in methods if method.kind == findings.OURS and method.steps and " + " not in method.label}
+    assert alone == set(findings.SOLVERS)
+
+
 def test_last_words_hold_the_reason():
     text = "Traceback\nRuntimeError: the reason\n  raise X\nModuleNotFoundError: what followed\n"
     assert last_words(text) == "ModuleNotFoundError: what followed (before that: RuntimeError: the reason)"

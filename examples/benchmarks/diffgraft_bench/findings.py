@@ -99,10 +99,14 @@ def duels(rows: Sequence[Row]) -> list[Duel]:
     return found
 
 
+SOLVERS = ("dpm_solver_v3", "autodiffusion", "autodiffusion over UniPC")
+"""Ours alone: a stack with a cache or a smaller model has other errors too."""
+
+
 def solver_errors(rows: Sequence[Row], pipeline: str, most: int = 10) -> dict[int, list[Row]]:
     """By number of steps: schedulers and solvers, the nearest to the many-step pictures first."""
     here = [row for row in measured(rows) if row["arm"] == "quality" and row["pipeline"] == pipeline and row["steps"] <= most]
-    solvers = [row for row in here if row["kind"] in ("scheduler", "plain") or row["label"] in ("dpm_solver_v3", "autodiffusion")]
+    solvers = [row for row in here if row["kind"] in ("scheduler", "plain") or row["label"] in SOLVERS]
     by_steps: dict[int, list[Row]] = {}
     for row in sorted(solvers, key=lambda row: -(row["psnr_reference_mean"] or 0)):
         by_steps.setdefault(row["steps"], []).append(row)
