@@ -40,9 +40,13 @@ def knob_table(cls: type[Plugin]) -> str:
     """A Markdown table of a plugin's knobs, for its README."""
     if not knobs(cls):
         return "It has no knobs.\n"
-    rows = [(f"`{k.name}`", f"`{k.default}`", k.allowed, k.description) for k in knobs(cls)]
-    cells = [" | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in row) for row in rows]
-    return "\n".join(["| knob | default | allowed | what it is |", "|---|---|---|---|", *(f"| {line} |" for line in cells)]) + "\n"
+    rows = [table_row(f"`{k.name}`", f"`{k.default}`", k.allowed, k.description) for k in knobs(cls)]
+    return "\n".join(["| knob | default | allowed | what it is |", "|---|---|---|---|", *rows]) + "\n"
+
+
+def table_row(*cells: str) -> str:
+    """One row of a Markdown table."""
+    return "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
 
 
 def pipelines_of(cls: type[Plugin]) -> list[str]:
@@ -80,8 +84,7 @@ def plugin_table(classes: Iterable[type[Plugin]]) -> str:
         knob_text = ", ".join(f"`{k.name}` ({k.default})" for k in knobs(cls)) or "none"
         where = "all families" if "*" in cls.families else ", ".join(cls.families)
         tier = tier_of(cls.__module__) or ""
-        cells = [f"`{cls.name}`", tier, paper_link(cls), cls.paper.implemented, where, cls.effects.words(), knob_text]
-        lines.append("| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |")
+        lines.append(table_row(f"`{cls.name}`", tier, paper_link(cls), cls.paper.implemented, where, cls.effects.words(), knob_text))
     return "\n".join(lines) + "\n"
 
 

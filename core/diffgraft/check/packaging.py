@@ -36,6 +36,16 @@ BROUGHT = frozenset(
 """What diffgraft's own dependencies bring, by import name."""
 
 
+def dist_of(name: str) -> str:
+    """The distribution of a plugin."""
+    return "diffgraft-" + name.replace("_", "-")
+
+
+def module_of(name: str) -> str:
+    """The import package of a plugin."""
+    return f"diffgraft_{name}"
+
+
 def fault_of_name(name: str) -> str | None:
     """Why ``name`` cannot be a plugin's name, or None."""
     if not re.fullmatch(r"[a-z][a-z0-9]*(_[a-z0-9]+)*", name):
@@ -50,22 +60,22 @@ def fault_of_name(name: str) -> str | None:
 @rule("package", "installs")
 def names(project: Project) -> Iterator[Problem]:
     """Entry point, distribution, folder, class attribute and README title are one name."""
-    name, kebab = project.name, project.name.replace("_", "-")
+    name, dist, module = project.name, dist_of(project.name), module_of(project.name)
     if fault := fault_of_name(name):
         yield Problem(
             f"the entry point is called {name!r}: {fault}", "choose another name", PYPROJECT, project.line_of(PYPROJECT, rf"^{name}\s*=")
         )
-    if canonicalize_name(project.dist) != f"diffgraft-{kebab}":
+    if canonicalize_name(project.dist) != dist:
         yield Problem(
             f"the distribution is called {project.dist!r}, the entry point {name!r}: one must be found by the other's name",
-            f'name = "diffgraft-{kebab}"',
+            f'name = "{dist}"',
             PYPROJECT,
             project.line_of(PYPROJECT, r"^name\s*="),
         )
-    if project.module != f"diffgraft_{name}":
+    if project.module != module:
         yield Problem(
             f"the import package is called {project.module!r}: flat and prefixed it collides with nobody's",
-            f"call it diffgraft_{name}",
+            f"call it {module}",
             PYPROJECT,
             project.line_of(PYPROJECT, r"\[project.entry-points"),
         )

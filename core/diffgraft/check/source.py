@@ -117,6 +117,8 @@ REGISTERING = frozenset(
     {"register_forward_hook", "register_forward_pre_hook", "register_full_backward_hook", "register_buffer", "register_parameter"}
     | {"set_attn_processor", "add_module", "register_module", "set_submodule", "enable_cache"}
 )
+HANDING_ON = frozenset({"getattr", "next", "vars", "iter", "enumerate", "zip", "reversed", "sorted", "list", "min", "max"})
+"""Built-in functions whose result is, or holds, what they were given."""
 
 
 @rule("package")
@@ -213,21 +215,9 @@ def is_own(node: ast.AST, scope: Scope) -> bool:
     if isinstance(node, ast.Call):
         function = node.func
         if isinstance(function, ast.Name):  # a call makes something new, unless it only hands on what it got
-            return function.id not in {
-                "getattr",
-                "next",
-                "vars",
-                "iter",
-                "enumerate",
-                "zip",
-                "reversed",
-                "sorted",
-                "list",
-                "min",
-                "max",
-            } or all(is_own(argument, scope) for argument in node.args)
+            return function.id not in HANDING_ON or all(is_own(argument, scope) for argument in node.args)
         return root_of(function) not in scope.foreign or is_own(function, scope)
-    if isinstance(node, (ast.IfExp,)):
+    if isinstance(node, ast.IfExp):
         return is_own(node.body, scope) and is_own(node.orelse, scope)
     if isinstance(node, ast.BoolOp):
         return all(is_own(value, scope) for value in node.values)

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from diffgraft import registry
 from diffgraft.catalogue import ARXIV
-from diffgraft.check.packaging import fault_of_name
+from diffgraft.check.packaging import dist_of, fault_of_name, module_of
 from diffgraft.errors import ConfigError, nearest
 from diffgraft.quality import rows_as_toml
 
@@ -84,11 +84,11 @@ class Answers:
 
     @property
     def dist(self) -> str:
-        return "diffgraft-" + self.name.replace("_", "-")
+        return dist_of(self.name)
 
     @property
     def module(self) -> str:
-        return f"diffgraft_{self.name}"
+        return module_of(self.name)
 
     @property
     def class_name(self) -> str:
