@@ -31,7 +31,8 @@ ROOT = Path(__file__).resolve().parent.parent
 DIST = ROOT / "out" / "dist"
 BUILD = "from flit_core.buildapi import build_sdist, build_wheel; import sys; build_wheel(sys.argv[1]); build_sdist(sys.argv[1])"
 TRIAL = """
-from diffgraft import load_pipeline, registry
+from diffgraft import load_pipeline
+from diffgraft.kernel import registry
 broken = {name: info.broken for name, info in registry.installed().items() if info.broken}
 assert not broken, broken
 for name in registry.installed():

@@ -8,8 +8,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from diffgraft import registry, tables
-from diffgraft.errors import BrokenPlugin
+from diffgraft.kernel import registry, tables
+from diffgraft.kernel.errors import BrokenPlugin
 
 
 def write_all(folder: Path) -> None:

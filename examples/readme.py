@@ -13,7 +13,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from diffgraft.tables import installed_table
+from diffgraft.community.tables import installed_table
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"

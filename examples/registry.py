@@ -12,10 +12,10 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from diffgraft import registry
-from diffgraft.catalogue import FIRST_PARTY, Catalogue, CataloguedPlugin, PaperEntry, dump, schema, shipped
-from diffgraft.quality import tier_of
-from diffgraft.tables import describe
+from diffgraft.community.catalogue import FIRST_PARTY, Catalogue, CataloguedPlugin, PaperEntry, dump, schema, shipped
+from diffgraft.community.quality import tier_of
+from diffgraft.community.tables import describe
+from diffgraft.kernel import registry
 from pydantic import ValidationError
 
 ROOT = Path(__file__).resolve().parent.parent

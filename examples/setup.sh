@@ -10,7 +10,7 @@ diffgraft_setup() {
     # shellcheck disable=SC1091
     . .venv/bin/activate
   fi
-  sum=$(cat core/pyproject.toml pipelines/pyproject.toml plugins/*/pyproject.toml examples/setup.sh docs/requirements.txt | cksum)
+  sum=$(cat pyproject.toml core/pyproject.toml pipelines/*/pyproject.toml plugins/*/pyproject.toml examples/setup.sh docs/requirements.txt | cksum)
   stamp="$VIRTUAL_ENV/.diffgraft-$kind"
   [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$sum $PWD" ] && return 0
 
@@ -18,10 +18,11 @@ diffgraft_setup() {
   local pip=(python -m pip --disable-pip-version-check install --quiet)
   # torch first and alone: a range given by another package would bring a newer build with gigabytes of CUDA libraries
   python -c "import torch" 2>/dev/null || "${pip[@]}" "torch==2.13.0"
-  "${pip[@]}" "flit_core>=3.11,<4"
+  "${pip[@]}" "flit_core>=3.11,<4" "hatchling>=1.25" "editables>=0.5"
   # the glob is the list: a new folder in plugins/ needs no entry anywhere
   local packages=()
-  for folder in core pipelines plugins/*/; do packages+=(-e "./${folder%/}$extra"); done
+  for folder in core pipelines/*/ plugins/*/; do packages+=(-e "./${folder%/}$extra"); done
+  packages+=(-e .)
   [ "$kind" = test ] && packages+=(-r docs/requirements.txt)
   "${pip[@]}" --no-build-isolation "${packages[@]}"
   echo "$sum $PWD" >"$stamp"

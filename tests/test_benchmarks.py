@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffgraft import registry
+from diffgraft.kernel import registry
 from diffgraft_bench import findings
 from diffgraft_bench.__main__ import last_words, on_gpu
 from diffgraft_bench.bout import How, fight
@@ -202,8 +202,8 @@ def test_the_page_opens_in_a_browser(folder):
 
 
 def test_true_features_are_those_of_the_judge():
-    from diffgraft.compare import load_judge
-    from diffgraft_pipelines.emoji import scenes
+    from diffgraft.lab.compare import load_judge
+    from diffgraft_checkpoints.emoji import scenes
 
     try:
         scenes.find_font()

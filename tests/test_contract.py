@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 import pytest
-from diffgraft import Paper, Plugin, registry
+from diffgraft import Paper, Plugin
+from diffgraft.kernel import registry
 from diffgraft.testing import Case, contract_cases
 
 

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 from blocks import Block, blocks_of, inside, run_page
-from diffgraft import errors, registry
-from diffgraft.plugin import POINTS, Plugin
+from diffgraft.kernel import errors, registry
+from diffgraft.kernel.plugin import POINTS, Plugin
 from diffgraft.testing import contract_cases
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -106,7 +106,7 @@ def entry_of(text, name):
 
 CHECK = """
 import json
-from diffgraft.check import check, open_project
+from diffgraft.community.check import check, open_project
 verdict = check(open_project("{name}"), True, False, ["sd"])
 print(json.dumps([f"{{finding.rule}}: {{finding.problem.reason}}" for finding in verdict.problems]))
 """
@@ -187,7 +187,7 @@ def test_a_plugin_for_another_contract_is_refused_and_breaks_nobody(world, api, 
 
 
 FAMILY = """
-from diffgraft.family import BlockGroup, Family, Guidance
+from diffgraft.kernel.family import BlockGroup, Family, Guidance
 family = Family(
     name="sound", pipelines=("DanceDiffusionPipeline",), denoisers=("unet",), kind="unet",
     blocks=(BlockGroup("down_blocks", "down"), BlockGroup("mid_block", "mid"), BlockGroup("up_blocks", "up")),
@@ -235,14 +235,14 @@ def test_somebodys_family(world):
 
 CHECKPOINT = """
 from pathlib import Path
-from diffgraft.family import Bundled
+from diffgraft.kernel.family import Bundled
 here = Path(__file__).parent
 bundled = Bundled(name="their-model", path=str(here / "weights"), prompts=("a big apple on a blue background",), steps=4, guidance_scale=2)
 """
 
 
 def test_somebodys_bundled_checkpoint(world):
-    weights = ROOT / "pipelines/diffgraft_pipelines/bundled/emoji-sd-small"
+    weights = ROOT / "pipelines/checkpoints/diffgraft_checkpoints/bundled/emoji-sd-small"
     points = [("diffgraft.pipelines", "their-model", "their_model:bundled")]
     world.package("their-model", {"__init__.py": CHECKPOINT}, points, {weights: "weights"})
     try:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from diffgraft import registry
-from diffgraft.check import Verdict, check, open_project
-from diffgraft.check.effects import families_to_run
+from diffgraft.community.check import Verdict, check, open_project
+from diffgraft.community.check.effects import families_to_run
+from diffgraft.kernel import registry
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = sorted(path.parent for path in (ROOT / "plugins").glob("*/pyproject.toml"))

@@ -5,57 +5,87 @@
     image = pipe("a red apple on a blue background").images[0]
     print(pipe.plugins.report())
 
-Importing this package imports no torch; names that need it are loaded when they are used.
+Users need nothing but this package's names; who writes a plugin also imports from ``diffgraft.methods``. Importing it imports no torch:
+names that need torch are loaded when they are used.
 """
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from diffgraft.calls import BlockInfo, Schedule, Step, StepOutput
-    from diffgraft.loading import load_pipeline, unload
+    from diffgraft.kernel.anatomy import blocks_of, denoisers_of
+    from diffgraft.kernel.calls import (
+        AttentionCall,
+        BlockCall,
+        Call,
+        ControlCall,
+        DenoiseCall,
+        GuideCall,
+        ModulesCall,
+        RunCall,
+        Schedule,
+        ScheduleCall,
+        StepCall,
+        StepOutput,
+    )
+    from diffgraft.kernel.facts import AttentionInfo, BlockInfo, Step, Target
+    from diffgraft.kernel.loading import load_pipeline, unload
+    from diffgraft.methods.watching import Calibrator, Inverter, Watcher
 
-from diffgraft.config import PluginConfig
-from diffgraft.errors import (
+from diffgraft.kernel.config import PluginConfig
+from diffgraft.kernel.errors import (
     ArtefactMismatch,
     BrokenPlugin,
+    CatalogueError,
     ConfigError,
     Conflict,
     DiffgraftError,
     NeverFired,
     PipelineNotFound,
     PluginNotFound,
+    RewardError,
     Unsupported,
 )
-from diffgraft.family import BlockGroup, Bundled, Family, Guidance, Tiny
-from diffgraft.plugin import API, Calibrator, Effects, Need, Paper, Plugin
+from diffgraft.kernel.family import BlockGroup, Bundled, Family, Guidance, Tiny
+from diffgraft.kernel.plugin import API, Effects, Need, Paper, Plugin
 
 _LAZY = {
-    "load_pipeline": "loading",
-    "unload": "loading",
-    "Schedule": "calls",
-    "Step": "calls",
-    "StepOutput": "calls",
-    "BlockInfo": "calls",
+    **dict.fromkeys(("load_pipeline", "unload"), "kernel.loading"),
+    **dict.fromkeys(("Step", "BlockInfo", "AttentionInfo", "Target"), "kernel.facts"),
+    **dict.fromkeys(("blocks_of", "denoisers_of"), "kernel.anatomy"),
+    **dict.fromkeys(("Call", "RunCall", "ScheduleCall", "ControlCall", "DenoiseCall", "BlockCall", "AttentionCall"), "kernel.calls"),
+    **dict.fromkeys(("GuideCall", "StepCall", "ModulesCall", "Schedule", "StepOutput"), "kernel.calls"),
+    **dict.fromkeys(("Watcher", "Calibrator", "Inverter"), "methods.watching"),
 }
 
 __all__ = [
     "API",
     "ArtefactMismatch",
+    "AttentionCall",
+    "AttentionInfo",
+    "BlockCall",
     "BlockGroup",
     "BlockInfo",
     "BrokenPlugin",
     "Bundled",
     "Calibrator",
+    "Call",
+    "CatalogueError",
     "ConfigError",
     "Conflict",
+    "ControlCall",
+    "DenoiseCall",
     "DiffgraftError",
     "Effects",
     "Family",
     "Guidance",
+    "GuideCall",
+    "Inverter",
+    "ModulesCall",
     "Need",
     "NeverFired",
     "Paper",
@@ -63,11 +93,20 @@ __all__ = [
     "Plugin",
     "PluginConfig",
     "PluginNotFound",
+    "RewardError",
+    "RunCall",
     "Schedule",
+    "ScheduleCall",
     "Step",
+    "StepCall",
     "StepOutput",
+    "Target",
     "Tiny",
     "Unsupported",
+    "Watcher",
+    "__version__",
+    "blocks_of",
+    "denoisers_of",
     "load_pipeline",
     "unload",
 ]
@@ -75,7 +114,9 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name in _LAZY:
-        from importlib import import_module
-
         return getattr(import_module(f"diffgraft.{_LAZY[name]}"), name)
     raise AttributeError(f"module 'diffgraft' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from diffgraft import Unsupported
-from diffgraft.adapters import without_adapters
+from diffgraft.methods.adapters import without_adapters
 from diffgraft.testing.subject import has_peft
 from peft import LoraConfig
 from probes import generate, tiny

@@ -9,10 +9,10 @@ import accelerate
 import pytest
 import torch
 from diffgraft import ArtefactMismatch, Calibrator, ConfigError, Conflict, Need, Unsupported, load_pipeline
-from diffgraft.artefacts import Artefact, Fingerprint, MadeFor
-from diffgraft.calibration import calibrate
-from diffgraft.inputs import CallSettings, Sample
-from diffgraft.stack import describe
+from diffgraft.kernel.stack import describe
+from diffgraft.methods.artefacts import Artefact, Fingerprint, MadeFor
+from diffgraft.methods.calibration import calibrate
+from diffgraft.methods.inputs import CallSettings, Sample
 from diffusers import EulerDiscreteScheduler
 from probes import PAPER, Everything, PluginConfig, Probe, generate, tiny, trace
 from pydantic import Field

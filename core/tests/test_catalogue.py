@@ -7,9 +7,9 @@ import urllib.request
 
 import pytest
 from diffgraft import catalogue
-from diffgraft.catalogue import Catalogue, CataloguedPlugin, dump, parse, read, schema, score, shipped
 from diffgraft.cli import app
-from diffgraft.errors import CatalogueError
+from diffgraft.community.catalogue import Catalogue, CataloguedPlugin, dump, parse, read, schema, score, shipped
+from diffgraft.kernel.errors import CatalogueError
 from probes import ENTRY
 from typer.testing import CliRunner
 

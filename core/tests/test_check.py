@@ -7,14 +7,16 @@ import sys
 from itertools import count
 
 import pytest
-from diffgraft import cli, quality, registry
-from diffgraft.badge import badge
-from diffgraft.check import RULES, check, open_project
-from diffgraft.check.effects import Observed, contract_problems, overdeclared
-from diffgraft.errors import ConfigError, PluginNotFound
-from diffgraft.new import Answers, write_plugin
-from diffgraft.plugin import Effects
-from diffgraft.quality import SCALE, Claim, Quality, parse, rows_as_toml
+from diffgraft import cli
+from diffgraft.community import quality
+from diffgraft.community.badge import badge
+from diffgraft.community.check import RULES, check, open_project
+from diffgraft.community.check.effects import Observed, contract_problems, overdeclared
+from diffgraft.community.new import Answers, write_plugin
+from diffgraft.community.quality import SCALE, Claim, Quality, parse, rows_as_toml
+from diffgraft.kernel import registry
+from diffgraft.kernel.errors import ConfigError, PluginNotFound
+from diffgraft.kernel.plugin import Effects
 from typer.testing import CliRunner
 
 NUMBERS = count()

@@ -10,10 +10,11 @@ import types
 import numpy as np
 import pytest
 from cli_plugins import install
-from diffgraft import Bundled, cli, registry
-from diffgraft.cli_values import parse_assignments, parse_seeds, parse_value, plugin_specs
-from diffgraft.errors import ConfigError
-from diffgraft_pipelines.tiny import make
+from diffgraft import Bundled, cli
+from diffgraft.cli.values import parse_assignments, parse_seeds, parse_value, plugin_specs
+from diffgraft.kernel import registry
+from diffgraft.kernel.errors import ConfigError
+from diffgraft_families.tiny import make
 from PIL import Image
 from typer.testing import CliRunner
 

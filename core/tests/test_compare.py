@@ -11,12 +11,12 @@ import pytest
 import torch
 from cli_plugins import Idle, OnlyTransformers, Rival, Slow, Sparse
 from diffgraft import BrokenPlugin, Bundled, ConfigError, Conflict, Unsupported, load_pipeline
-from diffgraft.compare import CompareSettings, all_right, compare, fit_steps, load_judge, plain
-from diffgraft.compare_view import comparison_grid, grid_label
-from diffgraft.inputs import CallSettings, Sample, call_arguments, make_pictures, make_samples
-from diffgraft.instruments import MacMode, missing_formulas
-from diffgraft.metrics import Mean, Spread, psnr, share, ssim, wilson
-from diffgraft_pipelines.tiny import make
+from diffgraft.lab.compare import CompareSettings, all_right, compare, fit_steps, load_judge, plain
+from diffgraft.lab.compare_view import comparison_grid, grid_label
+from diffgraft.lab.instruments import MacMode, missing_formulas
+from diffgraft.lab.metrics import Mean, Spread, psnr, share, ssim, wilson
+from diffgraft.methods.inputs import CallSettings, Sample, call_arguments, make_pictures, make_samples
+from diffgraft_families.tiny import make
 from torch.utils.flop_counter import FlopCounterMode
 
 STEPS = 4
@@ -319,7 +319,7 @@ def test_psnr_and_ssim():
 
 def test_a_judge_that_cannot_be_loaded():
     assert load_judge(Bundled("x", "nowhere")) is None
-    for judge in ("no_such_module:judge", "diffgraft.compare:no_such_function"):
+    for judge in ("no_such_module:judge", "diffgraft.lab.compare:no_such_function"):
         with pytest.raises(BrokenPlugin, match="judge of 'x'"):
             load_judge(Bundled("x", "nowhere", judge=judge))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from diffgraft import Unsupported, load_pipeline
-from diffgraft.conditioning import own_conditioning, same_text_encoders, sibling
+from diffgraft.methods.conditioning import own_conditioning, same_text_encoders, sibling
 from probes import Probe, generate, tiny, trace
 
 NAMES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline", "FluxPipeline", "WanPipeline", "PixArtAlphaPipeline")

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 from diffgraft import Unsupported
-from diffgraft.decoding import decode, ensure_decodes
-from diffgraft.registry import find_family
-from diffgraft_pipelines.tiny import make
+from diffgraft.kernel.registry import find_family
+from diffgraft.methods.decoding import decode, ensure_decodes
+from diffgraft_families.tiny import make
 
 
 def call(made, output_type):

@@ -9,13 +9,13 @@ import string
 from importlib.metadata import EntryPoint
 
 import pytest
-from diffgraft import registry
-from diffgraft.artefacts import FORMAT, Artefact, Fingerprint, MadeFor, checksum
-from diffgraft.catalogue import CataloguedPlugin, dump, parse, shipped
 from diffgraft.cli import app
-from diffgraft.config import build_config
-from diffgraft.errors import DiffgraftError
-from diffgraft.findings import Finding
+from diffgraft.community.catalogue import CataloguedPlugin, dump, parse, shipped
+from diffgraft.kernel import registry
+from diffgraft.kernel.config import build_config
+from diffgraft.kernel.errors import DiffgraftError
+from diffgraft.methods.artefacts import FORMAT, Artefact, Fingerprint, MadeFor, checksum
+from diffgraft.methods.findings import Finding
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save

@@ -7,9 +7,10 @@ import threading
 
 import pytest
 import torch
-from diffgraft import Conflict, Unsupported, load_pipeline, registry, unload
-from diffgraft.gradients import LossScale, latent_gradient, predict_alone
-from diffgraft.planner import Part, plan
+from diffgraft import Conflict, Unsupported, load_pipeline, unload
+from diffgraft.kernel import registry
+from diffgraft.kernel.planner import Part, plan
+from diffgraft.methods.gradients import LossScale, latent_gradient, predict_alone
 from diffusers import EulerDiscreteScheduler
 from probes import Effects, Probe, generate, tiny, trace
 
@@ -281,7 +282,7 @@ def test_it_goes_past_the_other_plugins(order, checkpointing):
 
 def test_hooks_fire_in_a_second_computation_in_another_thread():
     """Autograd runs the backward of a GPU in a thread of its own, which knows no run."""
-    from diffgraft.gradients import alone, checkpointed, frozen
+    from diffgraft.methods.gradients import alone, checkpointed, frozen
 
     def look(call):
         with alone(call), frozen(call.model), checkpointed(call.model, call.run), torch.enable_grad():

@@ -23,9 +23,9 @@ from diffgraft import (
     PluginNotFound,
     Unsupported,
     load_pipeline,
-    registry,
     unload,
 )
+from diffgraft.kernel import registry
 from diffusers import DiffusionPipeline, EulerDiscreteScheduler, StableDiffusionImg2ImgPipeline
 from probes import Effects, Everything, PluginConfig, Probe, generate, tiny, trace
 from pydantic import Field

@@ -11,7 +11,7 @@ import pytest
 import torch
 from diffgraft import Effects, Paper, Plugin, PluginConfig, StepOutput
 from diffgraft.testing import CHECKS, Case, Subject, run_contract
-from diffgraft_pipelines.families import FAMILIES
+from diffgraft_families import FAMILIES
 from pydantic import ConfigDict, Field
 
 SD, IMAGE, CONTROL = "StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline", "StableDiffusionControlNetPipeline"

@@ -9,10 +9,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from diffgraft import cli, registry
-from diffgraft.check import check, open_project
-from diffgraft.errors import ConfigError
-from diffgraft.new import HOOKS, Answers, check_answers, render, write_plugin
+from diffgraft import cli
+from diffgraft.community.check import check, open_project
+from diffgraft.community.new import HOOKS, Answers, check_answers, render, write_plugin
+from diffgraft.kernel import registry
+from diffgraft.kernel.errors import ConfigError
 from diffgraft.testing import contract_cases
 from typer.testing import CliRunner
 

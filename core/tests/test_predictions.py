@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from diffgraft import Unsupported
-from diffgraft.predictions import KINDS, SignalNoise, clean_estimate, levels_at, noise_estimate
-from diffgraft.registry import families
+from diffgraft.kernel.registry import families
+from diffgraft.methods.predictions import KINDS, SignalNoise, clean_estimate, levels_at, noise_estimate
 from diffusers import (
     DDIMScheduler,
     DPMSolverMultistepScheduler,

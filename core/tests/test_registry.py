@@ -7,8 +7,8 @@ import sys
 import textwrap
 
 import pytest
-from diffgraft import registry
-from diffgraft.errors import BrokenPlugin, PluginNotFound, Unsupported
+from diffgraft.kernel import registry
+from diffgraft.kernel.errors import BrokenPlugin, PluginNotFound, Unsupported
 
 GOOD = """
     from diffgraft import Paper, Plugin

@@ -10,14 +10,14 @@ from typing import Any
 import pytest
 import torch
 from diffgraft import ArtefactMismatch, ConfigError, Conflict, Effects, Need, Unsupported, load_pipeline
-from diffgraft.artefacts import MadeFor
 from diffgraft.cli import app
-from diffgraft.errors import RewardError
-from diffgraft.findings import Finding
-from diffgraft.fitness import FEATURES, FrechetFitness, RewardFitness, TrajectoryFitness, frechet, make_outputs, read_pictures
-from diffgraft.inputs import CallSettings, Sample
-from diffgraft.registry import find_callable
-from diffgraft.search import Plan, Searcher, evolve, search, search_call
+from diffgraft.kernel.errors import RewardError
+from diffgraft.kernel.registry import find_callable
+from diffgraft.methods.artefacts import MadeFor
+from diffgraft.methods.findings import Finding
+from diffgraft.methods.fitness import FEATURES, FrechetFitness, RewardFitness, TrajectoryFitness, frechet, make_outputs, read_pictures
+from diffgraft.methods.inputs import CallSettings, Sample
+from diffgraft.methods.search import Plan, Searcher, evolve, search, search_call
 from diffusers import EulerDiscreteScheduler
 from PIL import Image
 from probes import Everything, PluginConfig, Probe, generate, tiny, trace
@@ -202,8 +202,8 @@ def test_an_interrupted_search_goes_on_at_every_candidate_and_ends_alike(pipe, t
             raise Stop
         return make_outputs(*args, **kwargs)
 
-    monkeypatch.setattr("diffgraft.search.make_outputs", counted)
-    monkeypatch.setattr("diffgraft.fitness.make_outputs", counted)
+    monkeypatch.setattr("diffgraft.methods.search.make_outputs", counted)
+    monkeypatch.setattr("diffgraft.methods.fitness.make_outputs", counted)
     path, total = tmp_path / "again.json", 0
     while True:  # every attempt makes the look, what was lost, and is stopped in its second candidate
         calls, stop = 0, 4 if total == 0 else 3

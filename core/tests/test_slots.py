@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 
 import pytest
-from diffgraft.slots import Slot, method_slot, wraps_method
+from diffgraft.kernel.slots import Slot, method_slot, wraps_method
 from torch import nn
 
 

@@ -12,15 +12,14 @@ import optuna
 import pytest
 import torch
 from cli_plugins import Idle, OnlyTransformers, Rival, Sparse, install
-from diffgraft import ConfigError, Conflict, Need, PluginConfig, Unsupported, load_pipeline
+from diffgraft import Calibrator, ConfigError, Conflict, Need, PluginConfig, Unsupported, load_pipeline
 from diffgraft.cli import app
-from diffgraft.inputs import CallSettings, Sample, make_pictures
-from diffgraft.metrics import psnr
-from diffgraft.plugin import Calibrator
-from diffgraft.tune import Tuner, tune
-from diffgraft.tune_goal import Candidate, Goal, Trial, TuneSettings, Tuning, front_of, ladder_of, parse_budget, ready_line
-from diffgraft.tune_space import Space, find_plugins
-from diffgraft.tune_view import draw, print_tuning, verdict
+from diffgraft.lab.metrics import psnr
+from diffgraft.lab.tune import Tuner, tune
+from diffgraft.lab.tune.goal import Candidate, Goal, Trial, TuneSettings, Tuning, front_of, ladder_of, parse_budget, ready_line
+from diffgraft.lab.tune.space import Space, find_plugins
+from diffgraft.lab.tune.view import draw, print_tuning, verdict
+from diffgraft.methods.inputs import CallSettings, Sample, make_pictures
 from probes import PAPER, Probe, tiny, trace
 from pydantic import Field
 from typer.testing import CliRunner
@@ -65,7 +64,7 @@ def pipe():
 
 @pytest.fixture(autouse=True)
 def _no_collection(monkeypatch):
-    monkeypatch.setattr("diffgraft.tune.gc.collect", lambda: 0)  # a quarter of a second each with torch in memory
+    monkeypatch.setattr("diffgraft.lab.tune.gc.collect", lambda: 0)  # a quarter of a second each with torch in memory
 
 
 @pytest.fixture
@@ -170,8 +169,8 @@ def test_the_front():
 def test_which_plugins_take_part(pipe, monkeypatch, tmp_path):
     classes = {"sparse": SparseTuned, "fussy": Fussy, "only_transformers": OnlyTransformers, "idle": Idle, "gain": Gain, "wants": Wants}
     monkeypatch.setattr(OnlyTransformers, "tune", {"off": (False,)}, raising=False)
-    monkeypatch.setattr("diffgraft.registry.installed", lambda: classes)
-    monkeypatch.setattr("diffgraft.registry.find", classes.__getitem__)
+    monkeypatch.setattr("diffgraft.kernel.registry.installed", lambda: classes)
+    monkeypatch.setattr("diffgraft.kernel.registry.find", classes.__getitem__)
     found, left_out = find_plugins(pipe, {"sparse": {"mode": "x"}})
     assert [(plugin.name, plugin.own_knobs) for plugin in found] == [("sparse", {"mode": "x"}), ("fussy", {}), ("gain", {})]
     assert left_out.keys() == {"only_transformers", "wants"}, "idle says nothing to tune, and nobody has named it"
@@ -473,7 +472,7 @@ def test_artefacts_are_made_once_and_kept(pipe, tmp_path, monkeypatch):
 
 
 def test_an_artefact_that_takes_too_much_of_the_budget_is_not_made(pipe, tmp_path, clock, monkeypatch):
-    monkeypatch.setattr("diffgraft.tune.CALIBRATION_SHARE", 0.0)
+    monkeypatch.setattr("diffgraft.lab.tune.CALIBRATION_SHARE", 0.0)
     Meter.asked.clear()
     made = run(pipe, tmp_path / "out", [Gain()], replace(SETTINGS, trials=99, budget=1e6))
     assert len(Meter.asked) == 4, "the first sample of each number of steps tells"

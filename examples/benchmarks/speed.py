@@ -25,11 +25,11 @@ import diffusers
 import torch
 import typer
 from diffgraft import load_pipeline
-from diffgraft.calibration import calibrate_call
-from diffgraft.cli_values import plugin_specs
-from diffgraft.files import write_atomic
-from diffgraft.instruments import LiveBytes, MacCounter, synchronize
-from diffgraft.loading import build_plugin
+from diffgraft.cli.values import plugin_specs
+from diffgraft.kernel.loading import build_plugin
+from diffgraft.lab.instruments import LiveBytes, MacCounter, synchronize
+from diffgraft.methods.calibration import calibrate_call
+from diffgraft.methods.files import write_atomic
 from diffgraft_bench.layouts import CONFIGS, Case, make_case
 from rich.console import Console
 from rich.progress import track

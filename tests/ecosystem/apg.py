@@ -6,8 +6,7 @@ from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
-from diffgraft import Effects, Paper, Plugin, PluginConfig
-from diffgraft.calls import GuideCall
+from diffgraft import Effects, GuideCall, Paper, Plugin, PluginConfig
 from pydantic import Field
 from torch import Tensor
 

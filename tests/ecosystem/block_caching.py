@@ -6,8 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from diffgraft import Effects, Paper, Plugin, PluginConfig
-from diffgraft.calls import BlockCall, BlockInfo
+from diffgraft import BlockCall, BlockInfo, Effects, Paper, Plugin, PluginConfig
 from pydantic import Field
 from torch import Tensor
 

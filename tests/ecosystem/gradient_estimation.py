@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-from diffgraft import Effects, Paper, Plugin, PluginConfig
-from diffgraft.family import Family
+from diffgraft import Effects, Family, Paper, Plugin, PluginConfig
 from diffusers import DDIMScheduler
 from pydantic import Field
 from torch import Tensor

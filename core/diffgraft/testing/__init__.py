@@ -24,8 +24,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from diffgraft import registry
-from diffgraft.plugin import Plugin
+from diffgraft.kernel import registry
+from diffgraft.kernel.plugin import Plugin
 from diffgraft.testing import basics, repeats, surroundings
 from diffgraft.testing.case import CHECKS, Case, cases_of, claims
 from diffgraft.testing.pairs import Pair, pair_cases

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from diffgraft import registry
-from diffgraft.errors import ConfigError, Conflict, Unsupported
-from diffgraft.loading import load_pipeline, unload
+from diffgraft.kernel import registry
+from diffgraft.kernel.errors import ConfigError, Conflict, Unsupported
+from diffgraft.kernel.loading import load_pipeline, unload
 from diffgraft.testing.case import check
 from diffgraft.testing.subject import ANOTHER, USUAL, Subject, distance, refused, valid
 from diffgraft.testing.trace import expect_same_trace, live_tensors, only_new_objects, trace

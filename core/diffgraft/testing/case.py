@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Literal
 
-from diffgraft.errors import Unsupported
-from diffgraft.family import Family
-from diffgraft.plugin import Plugin
+from diffgraft.kernel.errors import Unsupported
+from diffgraft.kernel.family import Family
+from diffgraft.kernel.plugin import Plugin
 from diffgraft.testing.subject import Subject
 
 Scope = Literal["plugin", "kind", "main", "every", "foreign"]

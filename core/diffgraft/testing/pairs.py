@@ -6,12 +6,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import permutations
 
-from diffgraft import registry
-from diffgraft.errors import ArtefactMismatch, Conflict, Unsupported
-from diffgraft.family import Family
-from diffgraft.loading import load_pipeline, unload
-from diffgraft.planner import Part, plan
-from diffgraft.plugin import Plugin
+from diffgraft.kernel import registry
+from diffgraft.kernel.errors import ArtefactMismatch, Conflict, Unsupported
+from diffgraft.kernel.family import Family
+from diffgraft.kernel.loading import load_pipeline, unload
+from diffgraft.kernel.planner import Part, plan
+from diffgraft.kernel.plugin import Plugin
 from diffgraft.testing.case import claims, one_of_each_kind
 from diffgraft.testing.subject import USUAL, Subject, artefacts
 from diffgraft.testing.trace import expect_same_trace, trace

@@ -19,15 +19,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from diffgraft.artefacts import Artefact
-from diffgraft.calibration import calibrate_call
-from diffgraft.errors import ConfigError
-from diffgraft.family import Family
-from diffgraft.loading import load_pipeline
-from diffgraft.plugin import Plugin
-from diffgraft.report import PluginReport
-from diffgraft.search import search_call
-from diffgraft.stack import stack_of
+from diffgraft.kernel.errors import ConfigError
+from diffgraft.kernel.family import Family
+from diffgraft.kernel.loading import load_pipeline
+from diffgraft.kernel.plugin import Plugin
+from diffgraft.kernel.report import PluginReport
+from diffgraft.kernel.stack import stack_of
+from diffgraft.methods.artefacts import Artefact
+from diffgraft.methods.calibration import calibrate_call
+from diffgraft.methods.search import search_call
 
 STEPS = 4
 PROMPTS = ("a red apple on the left", "two green dogs")

@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 
-from diffgraft import registry
-from diffgraft.errors import Unsupported
-from diffgraft.loading import unload
-from diffgraft.stack import stack_of
+from diffgraft.kernel import registry
+from diffgraft.kernel.errors import Unsupported
+from diffgraft.kernel.loading import unload
+from diffgraft.kernel.stack import stack_of
 from diffgraft.testing.case import check, claims
 from diffgraft.testing.subject import (
     ANOTHER,

@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from diffgraft.compare import load_judge
-from diffgraft.doctor import attention_backends
-from diffgraft.files import write_atomic
-from diffgraft.registry import find_bundled
+from diffgraft.kernel.registry import find_bundled
+from diffgraft.lab.compare import load_judge
+from diffgraft.lab.doctor import attention_backends
+from diffgraft.methods.files import write_atomic
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from safetensors.torch import save

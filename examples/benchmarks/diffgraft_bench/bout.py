@@ -16,15 +16,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffgraft.backends import use_attention_backend
-from diffgraft.doctor import machine, versions
-from diffgraft.files import write_atomic, write_json
-from diffgraft.inputs import Sample
-from diffgraft.instruments import LiveBytes, MacMode, synchronize
-from diffgraft.metrics import Pictures
-from diffgraft.pictures import strip, to_images
-from diffgraft.registry import find_bundled, find_family
-from diffgraft.wiring import denoisers_of
+from diffgraft.kernel.anatomy import denoisers_of
+from diffgraft.kernel.backends import use_attention_backend
+from diffgraft.kernel.registry import find_bundled, find_family
+from diffgraft.lab.doctor import machine, versions
+from diffgraft.lab.instruments import LiveBytes, MacMode, synchronize
+from diffgraft.lab.pictures import strip, to_images
+from diffgraft.methods.files import write_atomic, write_json
+from diffgraft.methods.inputs import Pictures, Sample
 
 from .cases import Bout, Method
 from .methods import own_copy, put_on

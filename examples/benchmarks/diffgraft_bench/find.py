@@ -6,11 +6,11 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from diffgraft.fitness import TrajectoryFitness
-from diffgraft.inputs import Sample
-from diffgraft.loading import build_plugin
-from diffgraft.registry import find_bundled
-from diffgraft.search import Plan, search
+from diffgraft.kernel.loading import build_plugin
+from diffgraft.kernel.registry import find_bundled
+from diffgraft.methods.fitness import TrajectoryFitness
+from diffgraft.methods.inputs import Sample
+from diffgraft.methods.search import Plan, search
 
 from .cases import FOUND, SCHEDULERS, SEARCHED
 from .methods import kind_of, made_scheduler

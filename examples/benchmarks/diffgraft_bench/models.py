@@ -12,11 +12,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffgraft import registry
-from diffgraft.calibration import calibrate_call
-from diffgraft.inputs import CallSettings, Sample, as_array, call_arguments, parameters
-from diffgraft.loading import build_plugin, read_pipeline
-from diffgraft.metrics import Pictures
+from diffgraft.kernel import registry
+from diffgraft.kernel.loading import build_plugin, read_pipeline
+from diffgraft.methods.calibration import calibrate_call
+from diffgraft.methods.inputs import CallSettings, Pictures, Sample, as_array, call_arguments, parameters
 from torch import nn
 
 from . import layouts
@@ -74,8 +73,8 @@ class BundledModel(Model):
 
     def artefact(self, name: str, knobs: Mapping[str, Any], steps: int | None) -> Any:
         """Kept in a file: other processes need the same."""
-        from diffgraft.artefacts import Artefact
-        from diffgraft.calibration import calibrate
+        from diffgraft.methods.artefacts import Artefact
+        from diffgraft.methods.calibration import calibrate
 
         made = CALIBRATION[name]
         plugin = build_plugin((name, {**knobs, **made["knobs"]}))
@@ -104,7 +103,7 @@ CALIBRATION: dict[str, dict[str, Any]] = {
 
 def training_prompts(pipeline: str, count: int) -> list[str]:
     """Captions that the checkpoint was trained on."""
-    from diffgraft_pipelines.emoji import motion, scenes
+    from diffgraft_checkpoints.emoji import motion, scenes
 
     module = motion if pipeline == "emoji-wan" else scenes
     trained = module.split()[0]

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 
-from diffgraft.files import write_atomic
+from diffgraft.methods.files import write_atomic
 
 from .cases import PEERS
 

@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from diffgraft.compare import all_right, as_seen, load_judge
-from diffgraft.files import write_atomic
-from diffgraft.fitness import frechet
-from diffgraft.metrics import Pictures, Share, psnr, share, ssim
+from diffgraft.lab.compare import all_right, as_seen, load_judge
+from diffgraft.lab.metrics import Share, psnr, share, ssim
+from diffgraft.methods.files import write_atomic
+from diffgraft.methods.fitness import frechet
+from diffgraft.methods.inputs import Pictures
 from safetensors.torch import load_file
 
 from .models import BundledModel
@@ -90,7 +91,7 @@ def kept(model: BundledModel, how: How, steps: int) -> Pictures:
 
 def render_true_features(judge: Any) -> torch.Tensor:
     """The judge's features [n, d] of true pictures of the held-out captions. Needs the emoji font, so `TRUE_FEATURES` holds them."""
-    from diffgraft_pipelines.train.evaluate import held_out_labels, renders
+    from diffgraft_checkpoints.train.evaluate import held_out_labels, renders
 
     found: torch.Tensor = judge.features(renders(held_out_labels(), 1))
     return found

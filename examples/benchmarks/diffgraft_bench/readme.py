@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from diffgraft.files import write_atomic
+from diffgraft.methods.files import write_atomic
 
 from . import findings
 from .models import ROOT

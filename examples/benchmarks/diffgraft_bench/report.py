@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from diffgraft.files import write_atomic
+from diffgraft.methods.files import write_atomic
 from jinja2 import Environment, FileSystemLoader, select_autoescape
 
 from . import findings, plots

@@ -11,7 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from diffgraft.files import write_atomic
+from diffgraft.methods.files import write_atomic
 
 from .cases import Bout, Method
 

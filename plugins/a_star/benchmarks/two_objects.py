@@ -25,11 +25,11 @@ import numpy as np
 import torch
 import typer
 from diffgraft import load_pipeline, unload
-from diffgraft.metrics import share
+from diffgraft.lab.metrics import share
 from diffgraft_a_star import AStar
-from diffgraft_pipelines.emoji import scenes
-from diffgraft_pipelines.emoji.judge import load_bundled
-from diffgraft_pipelines.train.evaluate import held_out_pairs
+from diffgraft_checkpoints.emoji import scenes
+from diffgraft_checkpoints.emoji.judge import load_bundled
+from diffgraft_checkpoints.train.evaluate import held_out_pairs
 from PIL import Image, ImageDraw
 from rich.console import Console
 from rich.table import Table

@@ -10,10 +10,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
-from diffgraft import Effects, Paper, Plugin, PluginConfig
-from diffgraft.calls import AttentionCall, AttentionInfo, DenoiseCall, RunCall
-from diffgraft.gradients import LossScale, latent_gradient, predict_alone
-from diffgraft.predictions import is_exploding
+from diffgraft import AttentionCall, AttentionInfo, DenoiseCall, Effects, Paper, Plugin, PluginConfig, RunCall
+from diffgraft.methods.gradients import LossScale, latent_gradient, predict_alone
+from diffgraft.methods.predictions import is_exploding
 from pydantic import Field, field_validator
 from torch import Tensor
 

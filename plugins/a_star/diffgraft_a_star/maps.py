@@ -7,8 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from diffgraft.calls import AttentionCall
-from diffgraft.errors import ConfigError
+from diffgraft import AttentionCall, ConfigError
 from torch import Tensor
 
 NATIVE = 16

@@ -6,9 +6,8 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from diffgraft.calls import RunCall
-from diffgraft.errors import ConfigError
-from diffgraft.inputs import parameters
+from diffgraft import ConfigError, RunCall
+from diffgraft.methods.inputs import parameters
 
 Indices = tuple[int, ...]
 Concept = str | int | Indices

@@ -27,13 +27,13 @@ import numpy as np
 import torch
 import typer
 from diffgraft import load_pipeline, unload
-from diffgraft.files import write_atomic
-from diffgraft.findings import Finding
-from diffgraft.fitness import frechet
-from diffgraft.metrics import share
-from diffgraft_pipelines.emoji import scenes
-from diffgraft_pipelines.emoji.judge import load_bundled
-from diffgraft_pipelines.train.evaluate import generate, held_out_labels, held_out_pairs, renders
+from diffgraft.lab.metrics import share
+from diffgraft.methods.files import write_atomic
+from diffgraft.methods.findings import Finding
+from diffgraft.methods.fitness import frechet
+from diffgraft_checkpoints.emoji import scenes
+from diffgraft_checkpoints.emoji.judge import load_bundled
+from diffgraft_checkpoints.train.evaluate import generate, held_out_labels, held_out_pairs, renders
 from PIL import Image, ImageDraw
 from rich.console import Console
 from rich.table import Table

@@ -11,12 +11,26 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from diffgraft import Effects, Need, Paper, Plugin, PluginConfig
-from diffgraft.artefacts import make_again
-from diffgraft.calls import BlockCall, BlockInfo, Call, Schedule, ScheduleCall, Target
-from diffgraft.errors import ArtefactMismatch, ConfigError, nearest
-from diffgraft.findings import Finding
-from diffgraft.wiring import blocks_of, denoisers_of
+from diffgraft import (
+    ArtefactMismatch,
+    BlockCall,
+    BlockInfo,
+    Call,
+    ConfigError,
+    Effects,
+    Need,
+    Paper,
+    Plugin,
+    PluginConfig,
+    Schedule,
+    ScheduleCall,
+    Target,
+    blocks_of,
+    denoisers_of,
+    nearest,
+)
+from diffgraft.methods.artefacts import make_again
+from diffgraft.methods.findings import Finding
 from pydantic import Field, model_validator
 from typing_extensions import Self
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from diffgraft.calls import BlockCall, BlockInfo
+from diffgraft import BlockCall, BlockInfo
 from diffusers.models.transformers.transformer_2d import Transformer2DModelOutput
 from torch import Tensor, nn
 

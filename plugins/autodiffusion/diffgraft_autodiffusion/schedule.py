@@ -7,9 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffgraft.calls import Schedule
-from diffgraft.errors import ConfigError, Unsupported
-from diffgraft.family import Family
+from diffgraft import ConfigError, Family, Schedule, Unsupported
 from torch import Tensor
 
 

@@ -5,9 +5,8 @@ from __future__ import annotations
 import random
 from typing import Any
 
-from diffgraft import PluginConfig
-from diffgraft.errors import ConfigError
-from diffgraft.search import Probe, Searcher
+from diffgraft import ConfigError, PluginConfig
+from diffgraft.methods.search import Probe, Searcher
 from pydantic import Field
 
 from diffgraft_autodiffusion import method

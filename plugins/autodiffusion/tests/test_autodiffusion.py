@@ -10,19 +10,18 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from diffgraft import ArtefactMismatch, ConfigError, Unsupported, load_pipeline
+from diffgraft import ArtefactMismatch, ConfigError, Unsupported, blocks_of, denoisers_of, load_pipeline
 from diffgraft.cli import app
-from diffgraft.findings import Finding
-from diffgraft.fitness import RewardFitness, TrajectoryFitness
-from diffgraft.inputs import CallSettings, Sample
-from diffgraft.registry import find_family
-from diffgraft.search import Plan, evolve, search
-from diffgraft.wiring import blocks_of, denoisers_of
+from diffgraft.kernel.registry import find_family
+from diffgraft.methods.findings import Finding
+from diffgraft.methods.fitness import RewardFitness, TrajectoryFitness
+from diffgraft.methods.inputs import CallSettings, Sample
+from diffgraft.methods.search import Plan, evolve, search
 from diffgraft_autodiffusion import AutoDiffusion, AutoDiffusionSearcher, method
 from diffgraft_autodiffusion.layers import shortcut, skippable
 from diffgraft_autodiffusion.method import PRESETS, Space
 from diffgraft_autodiffusion.schedule import sigmas_at
-from diffgraft_pipelines.tiny import make
+from diffgraft_families.tiny import make
 from torch import nn
 from typer.testing import CliRunner
 

@@ -16,11 +16,11 @@ from typing import Annotated, Any
 import torch
 import typer
 from diffgraft import load_pipeline, unload
-from diffgraft.inputs import CallSettings, Sample
-from diffgraft.inversion import invert
+from diffgraft.methods.inputs import CallSettings, Sample
+from diffgraft.methods.inversion import invert
 from diffgraft_bdia import BDIA, BDIAScheduler
-from diffgraft_pipelines.emoji import scenes
-from diffgraft_pipelines.train.evaluate import grid, held_out_labels, renders
+from diffgraft_checkpoints.emoji import scenes
+from diffgraft_checkpoints.train.evaluate import grid, held_out_labels, renders
 from diffusers import DDIMInverseScheduler
 from rich.console import Console
 from rich.table import Table

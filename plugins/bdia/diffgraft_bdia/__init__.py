@@ -10,13 +10,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from diffgraft import Effects, Need, Paper, Plugin, PluginConfig
-from diffgraft.artefacts import Artefact
-from diffgraft.calls import RunCall, ScheduleCall
-from diffgraft.errors import ConfigError
-from diffgraft.family import Family
-from diffgraft.plugin import Inverter
-from diffgraft.solvers import ode_settings
+from diffgraft import ConfigError, Effects, Family, Inverter, Need, Paper, Plugin, PluginConfig, RunCall, ScheduleCall
+from diffgraft.methods.artefacts import Artefact
+from diffgraft.methods.solvers import ode_settings
 from pydantic import Field
 
 from diffgraft_bdia.schedulers import BDIAScheduler, FlowBDIAScheduler

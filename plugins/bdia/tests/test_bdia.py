@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from diffgraft import ConfigError, Unsupported, load_pipeline, registry, unload
-from diffgraft.artefacts import Artefact
-from diffgraft.inputs import CallSettings, Sample
-from diffgraft.inversion import encode, invert
+from diffgraft import ConfigError, Unsupported, load_pipeline, unload
+from diffgraft.kernel import registry
+from diffgraft.methods.artefacts import Artefact
+from diffgraft.methods.inputs import CallSettings, Sample
+from diffgraft.methods.inversion import encode, invert
 from diffgraft_bdia import BDIA, BDIAScheduler, FlowBDIAScheduler
 from diffgraft_bdia.method import Levels, bdia, clean_and_noise, move
-from diffgraft_pipelines.tiny import make
+from diffgraft_families.tiny import make
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, LCMScheduler, StableDiffusionPipeline
 from PIL import Image
 

@@ -24,15 +24,15 @@ from typing import Annotated, Any
 import numpy as np
 import torch
 import typer
-from diffgraft import load_pipeline, registry
-from diffgraft.compare import as_seen, fidelity_of, fit_steps, load_judge, plain, summarise, understood_by
-from diffgraft.doctor import machine, versions
-from diffgraft.errors import ConfigError
-from diffgraft.files import write_atomic
-from diffgraft.inputs import CallSettings, Sample, make_pictures, make_samples
-from diffgraft.instruments import synchronize
-from diffgraft.metrics import Pictures, Spread
-from diffgraft.pictures import draw_grid, to_images
+from diffgraft import ConfigError, load_pipeline
+from diffgraft.kernel import registry
+from diffgraft.lab.compare import as_seen, fidelity_of, fit_steps, load_judge, plain, summarise, understood_by
+from diffgraft.lab.doctor import machine, versions
+from diffgraft.lab.instruments import synchronize
+from diffgraft.lab.metrics import Spread
+from diffgraft.lab.pictures import draw_grid, to_images
+from diffgraft.methods.files import write_atomic
+from diffgraft.methods.inputs import CallSettings, Pictures, Sample, make_pictures, make_samples
 from diffgraft_bottleneck_sampling import method
 from rich.console import Console
 from rich.table import Column, Table

@@ -12,11 +12,26 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
-from diffgraft import ConfigError, Effects, Paper, Plugin, PluginConfig, Unsupported
-from diffgraft.calls import Call, ControlCall, DenoiseCall, RunCall, Schedule, ScheduleCall, StepCall, StepOutput, Target
-from diffgraft.family import Family
-from diffgraft.inputs import parameters
-from diffgraft.predictions import KINDS, clean_estimate, levels_at, noise_estimate, prediction_kind
+from diffgraft import (
+    Call,
+    ConfigError,
+    ControlCall,
+    DenoiseCall,
+    Effects,
+    Family,
+    Paper,
+    Plugin,
+    PluginConfig,
+    RunCall,
+    Schedule,
+    ScheduleCall,
+    StepCall,
+    StepOutput,
+    Target,
+    Unsupported,
+)
+from diffgraft.methods.inputs import parameters
+from diffgraft.methods.predictions import KINDS, clean_estimate, levels_at, noise_estimate, prediction_kind
 from diffusers.utils.torch_utils import randn_tensor
 from pydantic import Field, model_validator
 from torch import Tensor

@@ -10,8 +10,9 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from diffgraft import ConfigError, Conflict, Effects, Paper, Plugin, Unsupported, load_pipeline, registry
-from diffgraft.predictions import SignalNoise, clean_estimate, levels_at, noise_estimate, prediction_kind
+from diffgraft import ConfigError, Conflict, Effects, Paper, Plugin, Unsupported, load_pipeline
+from diffgraft.kernel import registry
+from diffgraft.methods.predictions import SignalNoise, clean_estimate, levels_at, noise_estimate, prediction_kind
 from diffgraft_bottleneck_sampling import BottleneckSampling, Grid, method, plms_part
 from diffusers import FluxPipeline, LTXPipeline, QwenImagePipeline
 from PIL import Image

@@ -23,7 +23,7 @@ from typing import Annotated, Any
 import torch
 import typer
 from diffgraft import load_pipeline
-from diffgraft.instruments import LiveBytes
+from diffgraft.lab.instruments import LiveBytes
 from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from rich.console import Console
 from rich.progress import Progress

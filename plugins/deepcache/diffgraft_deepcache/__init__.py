@@ -11,10 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from diffgraft import Plugin, PluginConfig
-from diffgraft.calls import BlockCall, BlockInfo, DenoiseCall, Target
-from diffgraft.errors import ConfigError
-from diffgraft.plugin import Effects, Paper
+from diffgraft import BlockCall, BlockInfo, ConfigError, DenoiseCall, Effects, Paper, Plugin, PluginConfig, Target
 from pydantic import Field
 from torch import Tensor
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from diffgraft.calls import BlockInfo
-from diffgraft.errors import Unsupported
+from diffgraft import BlockInfo, Unsupported
 
 EVERYTHING = 1 << 30
 """The number of the mid block: below every connection."""

@@ -23,13 +23,14 @@ from typing import Annotated, Any
 import numpy as np
 import torch
 import typer
-from diffgraft import load_pipeline, registry
-from diffgraft.adapters import adapter_layers
-from diffgraft.compare import load_judge
-from diffgraft.files import write_atomic
-from diffgraft.loading import read_pipeline
-from diffgraft.metrics import share
-from diffgraft.pictures import draw_grid
+from diffgraft import load_pipeline
+from diffgraft.kernel import registry
+from diffgraft.kernel.loading import read_pipeline
+from diffgraft.lab.compare import load_judge
+from diffgraft.lab.metrics import share
+from diffgraft.lab.pictures import draw_grid
+from diffgraft.methods.adapters import adapter_layers
+from diffgraft.methods.files import write_atomic
 from diffusers import LCMScheduler
 from PIL import Image
 from rich.console import Console

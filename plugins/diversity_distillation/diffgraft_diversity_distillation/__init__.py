@@ -15,14 +15,25 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from diffgraft import Plugin, PluginConfig
-from diffgraft.adapters import adapter_layers, ensure_removable, without_adapters
-from diffgraft.calls import Call, DenoiseCall, GuideCall, RunCall, StepCall, StepOutput, Target
-from diffgraft.conditioning import Conditioning, same_text_encoders
-from diffgraft.errors import Unsupported
-from diffgraft.inputs import parameters
-from diffgraft.plugin import Effects, Need, Paper
-from diffgraft.wiring import denoisers_of
+from diffgraft import (
+    Call,
+    DenoiseCall,
+    Effects,
+    GuideCall,
+    Need,
+    Paper,
+    Plugin,
+    PluginConfig,
+    RunCall,
+    StepCall,
+    StepOutput,
+    Target,
+    Unsupported,
+    denoisers_of,
+)
+from diffgraft.methods.adapters import adapter_layers, ensure_removable, without_adapters
+from diffgraft.methods.conditioning import Conditioning, same_text_encoders
+from diffgraft.methods.inputs import parameters
 from diffusers import DiffusionPipeline
 from pydantic import Field
 from torch import Tensor

@@ -8,15 +8,10 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
-from diffgraft import Plugin
-from diffgraft.adapters import adapter_layers, without_adapters
-from diffgraft.calls import DenoiseCall, Step, StepCall, StepOutput
-from diffgraft.conditioning import NOT_COPIED, Conditioning, own_conditioning, sibling
-from diffgraft.errors import ConfigError
-from diffgraft.loading import load_pipeline
-from diffgraft.plugin import Effects, Paper
-from diffgraft.predictions import clean_estimate, is_exploding, levels_at, prediction_kind
-from diffgraft.stack import stack_of
+from diffgraft import ConfigError, DenoiseCall, Effects, Paper, Plugin, Step, StepCall, StepOutput, load_pipeline
+from diffgraft.methods.adapters import adapter_layers, without_adapters
+from diffgraft.methods.conditioning import NOT_COPIED, Conditioning, own_conditioning, sibling
+from diffgraft.methods.predictions import clean_estimate, is_exploding, levels_at, prediction_kind
 from torch import Tensor
 
 from diffgraft_diversity_distillation.method import handoff, rescaled, scale_of
@@ -83,7 +78,7 @@ def first_part(base: Any, arguments: Mapping[str, Any], steps: int, preview: boo
     if "generator" in (running := call.run.arguments):
         given["generator"] = twin(running["generator"])
     given |= {"latents": call.latents / getattr(pipe.scheduler, "init_noise_sigma", 1.0), "num_inference_steps": steps}
-    fresh = stack_of(runner) is None
+    fresh = not hasattr(runner, "plugins")
     watch = FirstPart(None if until is None else until.t, preview)
     stack = load_pipeline(runner, [watch]).plugins
     try:

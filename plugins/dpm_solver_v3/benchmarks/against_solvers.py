@@ -24,12 +24,13 @@ import diffusers
 import numpy as np
 import torch
 import typer
-from diffgraft import load_pipeline, registry, unload
-from diffgraft.compare import load_judge
-from diffgraft.metrics import share
+from diffgraft import load_pipeline, unload
+from diffgraft.kernel import registry
+from diffgraft.lab.compare import load_judge
+from diffgraft.lab.metrics import share
+from diffgraft_checkpoints.emoji import scenes
+from diffgraft_checkpoints.train.evaluate import held_out_labels
 from diffgraft_dpm_solver_v3 import DPMSolverV3
-from diffgraft_pipelines.emoji import scenes
-from diffgraft_pipelines.train.evaluate import held_out_labels
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler
 from PIL import Image, ImageDraw
 from rich.console import Console

@@ -9,11 +9,8 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-from diffgraft import Effects, Need, Plugin
-from diffgraft.artefacts import make_again
-from diffgraft.calls import Schedule, ScheduleCall, StepCall, StepOutput
-from diffgraft.errors import ArtefactMismatch, ConfigError
-from diffgraft.family import Family
+from diffgraft import ArtefactMismatch, ConfigError, Effects, Family, Need, Plugin, Schedule, ScheduleCall, StepCall, StepOutput
+from diffgraft.methods.artefacts import make_again
 
 from diffgraft_dpm_solver_v3.calibration import DPMSolverV3Calibrator
 from diffgraft_dpm_solver_v3.knobs import PAPER, DPMSolverV3Config, options, settings_of

@@ -19,9 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffgraft import Calibrator, Effects, Unsupported
-from diffgraft.calls import RunCall, Schedule, ScheduleCall
-from diffgraft.family import Family
+from diffgraft import Calibrator, Effects, Family, RunCall, Schedule, ScheduleCall, Unsupported
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 

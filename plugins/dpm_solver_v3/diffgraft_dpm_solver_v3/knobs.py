@@ -6,11 +6,9 @@ import inspect
 from pathlib import Path
 from typing import Any, Literal
 
-from diffgraft import Paper, PluginConfig
-from diffgraft.artefacts import Artefact
-from diffgraft.errors import Unsupported
-from diffgraft.family import Family
-from diffgraft.solvers import ode_settings
+from diffgraft import Family, Paper, PluginConfig, Unsupported
+from diffgraft.methods.artefacts import Artefact
+from diffgraft.methods.solvers import ode_settings
 from pydantic import Field
 
 from diffgraft_dpm_solver_v3.schedulers import DPMSolverV3Scheduler

@@ -7,11 +7,11 @@ import math
 import numpy as np
 import pytest
 import torch
-from diffgraft import ConfigError, Unsupported, load_pipeline, registry, unload
-from diffgraft.artefacts import Artefact
-from diffgraft.calibration import calibrate, calibrate_call
-from diffgraft.errors import ArtefactMismatch
-from diffgraft.inputs import CallSettings, Sample
+from diffgraft import ArtefactMismatch, ConfigError, Unsupported, load_pipeline, unload
+from diffgraft.kernel import registry
+from diffgraft.methods.artefacts import Artefact
+from diffgraft.methods.calibration import calibrate, calibrate_call
+from diffgraft.methods.inputs import CallSettings, Sample
 from diffgraft.testing import contract_cases
 from diffgraft_dpm_solver_v3 import DPMSolverV3, DPMSolverV3Scheduler
 from diffgraft_dpm_solver_v3.calibration import MeasuringScheduler
@@ -32,7 +32,7 @@ from diffgraft_dpm_solver_v3.method import (
     statistics,
     transition,
 )
-from diffgraft_pipelines.tiny import make
+from diffgraft_families.tiny import make
 from diffusers import (
     DDIMScheduler,
     DPMSolverMultistepScheduler,

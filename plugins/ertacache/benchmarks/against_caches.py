@@ -29,14 +29,14 @@ import diffgraft
 import diffusers
 import torch
 import typer
-from diffgraft import Paper, Plugin, load_pipeline, registry, unload
-from diffgraft.artefacts import Artefact
-from diffgraft.calibration import calibrate
-from diffgraft.cli_values import bundled_of, call_settings, load_bare, parse_assignments, read_prompts
-from diffgraft.inputs import CallSettings, Sample, default_steps, make_pictures, make_samples, parameters
-from diffgraft.instruments import synchronize
-from diffgraft.metrics import Pictures, psnr
-from diffgraft.wiring import blocks_of, denoisers_of
+from diffgraft import Paper, Plugin, blocks_of, denoisers_of, load_pipeline, unload
+from diffgraft.cli.values import bundled_of, call_settings, load_bare, parse_assignments, read_prompts
+from diffgraft.kernel import registry
+from diffgraft.lab.instruments import synchronize
+from diffgraft.lab.metrics import psnr
+from diffgraft.methods.artefacts import Artefact
+from diffgraft.methods.calibration import calibrate
+from diffgraft.methods.inputs import CallSettings, Pictures, Sample, default_steps, make_pictures, make_samples, parameters
 from diffgraft_ertacache import ERTACache
 from diffgraft_ertacache.method import policy, threshold_for
 from diffusers import FirstBlockCacheConfig, FlowMatchEulerDiscreteScheduler

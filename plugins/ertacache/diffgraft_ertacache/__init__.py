@@ -12,11 +12,8 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
-from diffgraft import Need, Plugin
-from diffgraft.artefacts import Artefact, make_again
-from diffgraft.calls import BlockCall, DenoiseCall, Schedule, ScheduleCall, Target
-from diffgraft.errors import ConfigError, Unsupported
-from diffgraft.plugin import Effects
+from diffgraft import BlockCall, ConfigError, DenoiseCall, Effects, Need, Plugin, Schedule, ScheduleCall, Target, Unsupported
+from diffgraft.methods.artefacts import Artefact, make_again
 from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 

@@ -11,9 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from diffgraft import Calibrator
-from diffgraft.calls import BlockCall, DenoiseCall, RunCall
-from diffgraft.family import Family
+from diffgraft import BlockCall, Calibrator, DenoiseCall, Family, RunCall
 from torch import Tensor
 
 from diffgraft_ertacache.knobs import PAPER, ERTACacheConfig

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 from diffgraft import Paper, PluginConfig
-from diffgraft.artefacts import Artefact
+from diffgraft.methods.artefacts import Artefact
 from pydantic import Field
 
 PAPER = Paper(

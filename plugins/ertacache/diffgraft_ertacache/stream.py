@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from diffgraft.calls import BlockCall, DenoiseCall
-from diffgraft.wiring import blocks_of
+from diffgraft import BlockCall, DenoiseCall, blocks_of
 from torch import Tensor
 
 STREAM = "hidden_states"

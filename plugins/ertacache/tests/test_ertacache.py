@@ -10,10 +10,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from diffgraft import ArtefactMismatch, ConfigError, Effects, Paper, Plugin, StepOutput, Unsupported, load_pipeline, registry
-from diffgraft.artefacts import Artefact
-from diffgraft.calibration import calibrate
-from diffgraft.inputs import CallSettings, Sample
+from diffgraft import ArtefactMismatch, ConfigError, Effects, Paper, Plugin, StepOutput, Unsupported, load_pipeline
+from diffgraft.kernel import registry
+from diffgraft.methods.artefacts import Artefact
+from diffgraft.methods.calibration import calibrate
+from diffgraft.methods.inputs import CallSettings, Sample
 from diffgraft_ertacache import ERTACache
 from diffgraft_ertacache import method as m
 from diffgraft_ertacache.calibration import Measure, channel_axis

@@ -12,10 +12,23 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 import torch
-from diffgraft import Effects, Paper, Plugin, PluginConfig, Unsupported
-from diffgraft.calls import BlockCall, BlockInfo, Call, ControlCall, DenoiseCall, StepCall, StepOutput, Target
-from diffgraft.family import Family
-from diffgraft.predictions import is_exploding
+from diffgraft import (
+    BlockCall,
+    BlockInfo,
+    Call,
+    ControlCall,
+    DenoiseCall,
+    Effects,
+    Family,
+    Paper,
+    Plugin,
+    PluginConfig,
+    StepCall,
+    StepOutput,
+    Target,
+    Unsupported,
+)
+from diffgraft.methods.predictions import is_exploding
 from pydantic import Field, field_validator
 from torch import Tensor
 

@@ -12,12 +12,13 @@ from typing import Annotated
 
 import numpy as np
 import typer
-from diffgraft import load_pipeline, registry
-from diffgraft.compare import load_judge
-from diffgraft.inputs import CallSettings, Sample, call_arguments
-from diffgraft.metrics import share
-from diffgraft_pipelines.emoji import scenes
-from diffgraft_pipelines.train.evaluate import grid, held_out_labels
+from diffgraft import load_pipeline
+from diffgraft.kernel import registry
+from diffgraft.lab.compare import load_judge
+from diffgraft.lab.metrics import share
+from diffgraft.methods.inputs import CallSettings, Sample, call_arguments
+from diffgraft_checkpoints.emoji import scenes
+from diffgraft_checkpoints.train.evaluate import grid, held_out_labels
 from PIL import Image
 from rich.console import Console
 from rich.table import Table

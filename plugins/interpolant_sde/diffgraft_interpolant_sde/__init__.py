@@ -12,10 +12,8 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
-from diffgraft import Effects, Paper, Plugin, PluginConfig
-from diffgraft.calls import RunCall, Step, StepCall, StepOutput
-from diffgraft.errors import Unsupported
-from diffgraft.predictions import SignalNoise, levels_at, noise_estimate, prediction_kind
+from diffgraft import Effects, Paper, Plugin, PluginConfig, RunCall, Step, StepCall, StepOutput, Unsupported
+from diffgraft.methods.predictions import SignalNoise, levels_at, noise_estimate, prediction_kind
 from pydantic import Field
 from torch import Tensor
 

@@ -20,12 +20,13 @@ import matplotlib as mpl
 import numpy as np
 import torch
 import typer
-from diffgraft import load_pipeline, registry
-from diffgraft.metrics import Mean, share
-from diffgraft.pictures import draw_grid
-from diffgraft_pipelines.emoji import scenes
-from diffgraft_pipelines.emoji.judge import bundled_once
-from diffgraft_pipelines.train.evaluate import held_out_labels, held_out_pairs
+from diffgraft import load_pipeline
+from diffgraft.kernel import registry
+from diffgraft.lab.metrics import Mean, share
+from diffgraft.lab.pictures import draw_grid
+from diffgraft_checkpoints.emoji import scenes
+from diffgraft_checkpoints.emoji.judge import bundled_once
+from diffgraft_checkpoints.train.evaluate import held_out_labels, held_out_pairs
 from PIL import Image
 from rich.console import Console
 from rich.table import Table

@@ -16,12 +16,26 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
-from diffgraft import Effects, Need, Paper, Plugin, PluginConfig
-from diffgraft.calls import DenoiseCall, RunCall, Schedule, ScheduleCall, StepCall, StepOutput, Target
-from diffgraft.decoding import decode, ensure_decodes
-from diffgraft.errors import ConfigError, RewardError, Unsupported
-from diffgraft.family import Family
-from diffgraft.inputs import parameters
+from diffgraft import (
+    ConfigError,
+    DenoiseCall,
+    Effects,
+    Family,
+    Need,
+    Paper,
+    Plugin,
+    PluginConfig,
+    RewardError,
+    RunCall,
+    Schedule,
+    ScheduleCall,
+    StepCall,
+    StepOutput,
+    Target,
+    Unsupported,
+)
+from diffgraft.methods.decoding import decode, ensure_decodes
+from diffgraft.methods.inputs import parameters
 from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from diffgraft.errors import ConfigError
+from diffgraft import ConfigError
 from torch import Tensor
 
 from diffgraft_rbf_search.method import Climb, Level

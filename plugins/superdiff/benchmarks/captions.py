@@ -17,10 +17,10 @@ from typing import Annotated
 import torch
 import typer
 from diffgraft import load_pipeline
-from diffgraft.metrics import share
-from diffgraft_pipelines.emoji import scenes
-from diffgraft_pipelines.emoji.judge import load_bundled
-from diffgraft_pipelines.train.evaluate import grid, held_out_pairs
+from diffgraft.lab.metrics import share
+from diffgraft_checkpoints.emoji import scenes
+from diffgraft_checkpoints.emoji.judge import load_bundled
+from diffgraft_checkpoints.train.evaluate import grid, held_out_pairs
 from PIL import Image
 from rich.console import Console
 from rich.table import Table

@@ -13,11 +13,23 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
-from diffgraft import Effects, Need, Paper, Plugin, PluginConfig
-from diffgraft.calls import DenoiseCall, GuideCall, RunCall, Step, StepCall, StepOutput
-from diffgraft.conditioning import Conditioning, own_conditioning
-from diffgraft.errors import ConfigError, Unsupported
-from diffgraft.predictions import SignalNoise, levels_at, noise_estimate, prediction_kind
+from diffgraft import (
+    ConfigError,
+    DenoiseCall,
+    Effects,
+    GuideCall,
+    Need,
+    Paper,
+    Plugin,
+    PluginConfig,
+    RunCall,
+    Step,
+    StepCall,
+    StepOutput,
+    Unsupported,
+)
+from diffgraft.methods.conditioning import Conditioning, own_conditioning
+from diffgraft.methods.predictions import SignalNoise, levels_at, noise_estimate, prediction_kind
 from diffusers import DiffusionPipeline
 from pydantic import Field
 from torch import Tensor

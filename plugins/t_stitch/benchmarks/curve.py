@@ -24,9 +24,10 @@ import diffusers
 import numpy as np
 import torch
 import typer
-from diffgraft import load_pipeline, registry
-from diffgraft.compare import load_judge
-from diffgraft.metrics import psnr, share
+from diffgraft import load_pipeline
+from diffgraft.kernel import registry
+from diffgraft.lab.compare import load_judge
+from diffgraft.lab.metrics import psnr, share
 from PIL import Image
 from rich.console import Console
 from rich.progress import track

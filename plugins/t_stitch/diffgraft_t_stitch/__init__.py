@@ -12,12 +12,9 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
-from diffgraft import Effects, Need, Paper, Plugin, PluginConfig
-from diffgraft.calls import Call, ControlCall, DenoiseCall, RunCall, Target
-from diffgraft.conditioning import Conditioning
-from diffgraft.errors import ConfigError
-from diffgraft.family import Family
-from diffgraft.run import running
+from diffgraft import Call, ConfigError, ControlCall, DenoiseCall, Effects, Family, Need, Paper, Plugin, PluginConfig, RunCall, Target
+from diffgraft.methods.conditioning import Conditioning
+from diffgraft.methods.second import unhooked
 from diffusers import DiffusionPipeline
 from pydantic import Field, field_validator
 from torch import Tensor
@@ -141,7 +138,7 @@ class TStitch(Plugin):
         own = call.shared.of(number, ("cond",), call.family)
         if own is not None and len(own["encoder_hidden_states"]) < len(call["encoder_hidden_states"]):  # not so in guess mode
             own = call.shared.of(number, call.family.guidance.order, call.family)
-        with running(None):
+        with unhooked():
             return network(**fitted(call, network, own).arguments())
 
     def denoise(self, call: DenoiseCall, next: Any) -> Tensor:
@@ -155,7 +152,7 @@ class TStitch(Plugin):
         call = fitted(call, model, call.shared.of(number, call.branches, call.family))
         if model is call.model:  # stitched with itself
             return next(call)  # type: ignore[no-any-return]
-        with running(None):  # blocks that both models share serve the small one here: no hook of the large one may see them
+        with unhooked():  # blocks that both models share serve the small one here: no hook of the large one may see them
             return model(**call.arguments())[0]  # type: ignore[no-any-return]
 
     def model_now(self, call: Call) -> int:

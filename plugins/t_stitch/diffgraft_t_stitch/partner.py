@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from diffgraft.artefacts import Fingerprint
-from diffgraft.conditioning import Conditioning, join, own_conditioning
-from diffgraft.errors import Unsupported
-from diffgraft.family import Family
-from diffgraft.inputs import parameters
+from diffgraft import Family, Unsupported
+from diffgraft.methods.artefacts import Fingerprint
+from diffgraft.methods.conditioning import Conditioning, join, own_conditioning
+from diffgraft.methods.inputs import parameters
 from torch import nn
 
 NOISE = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule")

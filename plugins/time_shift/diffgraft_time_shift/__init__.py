@@ -7,10 +7,8 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
-from diffgraft import Effects, Paper, Plugin, PluginConfig, Unsupported
-from diffgraft.calls import Call, DenoiseCall, RunCall, StepCall, StepOutput, Target
-from diffgraft.family import Family
-from diffgraft.predictions import SignalNoise, clean_estimate, noise_estimate, prediction_kind
+from diffgraft import Call, DenoiseCall, Effects, Family, Paper, Plugin, PluginConfig, RunCall, StepCall, StepOutput, Target, Unsupported
+from diffgraft.methods.predictions import SignalNoise, clean_estimate, noise_estimate, prediction_kind
 from pydantic import Field, field_validator
 from torch import Tensor
 

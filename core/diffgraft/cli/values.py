@@ -1,0 +1,249 @@
+"""From the texts of a command line to values: knobs, seeds, prompts, devices, and the loaded pipeline."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import traceback
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from diffgraft.kernel import registry
+from diffgraft.kernel.errors import ConfigError, PipelineNotFound, nearest
+
+if TYPE_CHECKING:
+    from diffgraft.kernel.family import Bundled
+    from diffgraft.kernel.plugin import Plugin
+    from diffgraft.methods.fitness import Fitness
+    from diffgraft.methods.inputs import CallSettings
+
+
+def parse_value(text: str) -> Any:
+    """A value as JSON reads it (5, 0.3, true, null, [1, 2], "text"), else the text itself."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return text
+
+
+def parse_assignments(items: list[str] | None, option: str) -> dict[str, Any]:
+    """``name=value`` items; the last one of a name counts."""
+    found = {}
+    for item in items or []:
+        name, equals, value = item.partition("=")
+        if not equals or not name:
+            raise ConfigError(f"{option} {item!r}: write {option} name=value")
+        found[name] = parse_value(value)
+    return found
+
+
+def plugin_specs(names: list[str] | None, options: list[str] | None) -> list[tuple[str, dict[str, Any]]]:
+    """(plugin, knobs) in the order given.
+
+    Raises:
+        ConfigError: an option that is not ``plugin.knob=value``, or for a plugin that is not in the list.
+    """
+    listed = [name.strip() for item in names or [] for name in item.split(",") if name.strip()]
+    specs: list[tuple[str, dict[str, Any]]] = [(name, {}) for name in listed]
+    for key, value in parse_assignments(options, "-o").items():
+        plugin, dot, knob = key.partition(".")
+        if not dot or not plugin or not knob:
+            raise ConfigError(f"-o {key}: write -o plugin.knob=value")
+        if plugin not in listed:
+            there = ", ".join(listed) or "none"
+            raise ConfigError(
+                f"-o {key}: plugin {plugin!r} is not in the list{nearest(plugin, listed)} In it: {there}; add --plugin {plugin}"
+            )
+        for name, knobs in specs:
+            if name == plugin:
+                knobs[knob] = value
+    return specs
+
+
+def parse_seeds(text: str | None) -> list[int] | None:
+    """``0,1,2`` as numbers."""
+    if text is None:
+        return None
+    try:
+        seeds = [int(part) for part in text.split(",") if part.strip()]
+    except ValueError:
+        seeds = []
+    if not seeds:
+        raise ConfigError(f"--seeds {text!r}: write whole numbers, 0,1,2")
+    return seeds
+
+
+def read_prompts(prompts: list[str] | None, file: Path | None) -> list[str]:
+    """Prompts from the command line and from a file."""
+    texts = list(prompts or [])
+    if file is not None:
+        try:
+            lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"--prompts {file}: {error}") from None
+        if not any(lines):
+            raise ConfigError(f"--prompts {file}: no prompt in it")
+        texts += [line for line in lines if line]
+    return texts
+
+
+def parse_device(text: str | None) -> Any:
+    """A device that is really there; without a name the best one."""
+    import torch
+
+    if text is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        device = torch.device(text)
+    except RuntimeError:
+        raise ConfigError(f"--device {text!r}: no such kind of device; cpu, cuda, cuda:1 or mps") from None
+    there = {"cpu": True, "cuda": (device.index or 0) < torch.cuda.device_count(), "mps": torch.backends.mps.is_available()}
+    if not there.get(device.type, True):
+        raise ConfigError(
+            f"--device {text}: this machine (or this build of torch) has no such device; `diffgraft doctor` lists what is there"
+        )
+    return device
+
+
+DTYPES = {"float32": ("fp32", "float", "32"), "float16": ("fp16", "half", "16"), "bfloat16": ("bf16",)}
+
+
+def parse_dtype(text: str | None, device: Any, folder: Any) -> Any:
+    """A torch dtype; without a name what suits device and model."""
+    import torch
+
+    if text is None:
+        name = "float32" if device.type != "cuda" else "bfloat16" if is_transformer(folder) else "float16"
+        return getattr(torch, name)
+    for name, short in DTYPES.items():
+        if text in (name, f"torch.{name}", *short):
+            return getattr(torch, name)
+    raise ConfigError(f"--dtype {text!r}: float32, float16 or bfloat16")
+
+
+def is_transformer(folder: Any) -> bool:
+    """Whether the pipeline at a folder or Hub id has a diffusion transformer, as its index file tells."""
+    from diffusers import DiffusionPipeline
+
+    name = DiffusionPipeline.load_config(folder).get("_class_name")
+    return any(family.kind == "dit" for family in registry.families().values() if name in family.pipelines)
+
+
+def bundled_of(name: str) -> Bundled | None:
+    """The bundled checkpoint of this name; None for a folder or a Hub id."""
+    return None if os.path.isdir(name) or name not in registry.bundled_names() else registry.find_bundled(name)
+
+
+def load_bare(name: str, specs: list[tuple[str, dict[str, Any]]], device: str | None, dtype: str | None) -> tuple[Any, list[Plugin]]:
+    """(the pipeline on its device, the plugins built and planned but not attached).
+
+    All names and knobs are checked before any weight is read.
+    """
+    from diffgraft.kernel.loading import build_plugin, load_pipeline, resolve, unload
+    from diffgraft.kernel.planner import Part, plan
+
+    target = parse_device(device)
+    folder = resolve(name)
+    built = [build_plugin(spec) for spec in specs]
+    plan([Part(plugin.name, plugin.effects) for plugin in built]).ensure()
+    hide_bars()
+    try:
+        pipe = load_pipeline(name, dtype=parse_dtype(dtype, target, folder))
+    except (OSError, ValueError) as error:  # diffusers and the Hub say in their own ways that something is not there
+        raise PipelineNotFound(f"{name!r} cannot be loaded: {first_line(error)}") from error
+    if not sys.stderr.isatty():
+        pipe.set_progress_bar_config(disable=True)
+    return unload(pipe).to(target), built
+
+
+def open_pipeline(name: str, specs: list[tuple[str, dict[str, Any]]], device: str | None, dtype: str | None, backend: str | None) -> Any:
+    """The pipeline on its device with its plugins on."""
+    from diffgraft.kernel.loading import load_pipeline
+
+    pipe, built = load_bare(name, specs, device, dtype)
+    return load_pipeline(pipe, built, attention_backend=backend)
+
+
+def hide_bars() -> None:
+    """No loading bars of the libraries where nobody watches."""
+    if not sys.stderr.isatty():
+        import diffusers.utils.logging
+        import transformers.utils.logging
+
+        diffusers.utils.logging.disable_progress_bar()
+        transformers.utils.logging.disable_progress_bar()
+
+
+def call_settings(
+    bundled: Bundled | None,
+    steps: int | None,
+    guidance_scale: float | None,
+    negative_prompt: str | None,
+    height: int | None,
+    width: int | None,
+    image: Path | None,
+    extra: Mapping[str, Any],
+) -> CallSettings:
+    """The options of a call; a bundled pipeline brings its own steps, guidance scale and other arguments."""
+    from diffgraft.methods.inputs import CallSettings
+
+    if (height is None) != (width is None):
+        raise ConfigError("--height and --width go together: some pipelines silently ignore one without the other")
+    picture = None
+    if image is not None:
+        from PIL import Image
+
+        try:
+            picture = Image.open(image).convert("RGB")
+        except OSError as error:
+            raise ConfigError(f"--image {image}: {first_line(error)}") from None
+    said = {"negative_prompt": negative_prompt, "height": height, "width": width}
+    own = {key: value for key, value in bundled.call.items() if said.get(key) is None} if bundled else {}
+    return CallSettings(
+        steps=steps or (bundled.steps if bundled else None),
+        guidance_scale=guidance_scale if guidance_scale is not None else bundled.guidance_scale if bundled else None,
+        negative_prompt=negative_prompt,
+        height=height,
+        width=width,
+        image=picture,
+        extra={**own, **extra},
+    )
+
+
+def make_fitness(
+    name: str, reward: str | None, features: str | None, reference: Path | None, reference_steps: int, bundled: Bundled | None
+) -> Fitness:
+    """What a search minimises; a bundled pipeline brings its judge's features."""
+    from diffgraft.lab.compare import load_judge
+    from diffgraft.methods.fitness import FrechetFitness, RewardFitness, TrajectoryFitness, read_pictures
+
+    if name == "trajectory":
+        return TrajectoryFitness(reference_steps)
+    if name == "reward":
+        if reward is None:
+            raise ConfigError("--fitness reward: give --reward NAME (emoji_judge, or package.module:name)")
+        return RewardFitness(reward)
+    if name == "frechet":
+        used: Any = features or (getattr(load_judge(bundled), "features", None) if bundled else None)
+        if used is None:
+            raise ConfigError("--fitness frechet: give --features package.module:name, a callable (images) -> features [n, d]")
+        return FrechetFitness(used, None if reference is None else read_pictures(reference), reference_steps)
+    raise ConfigError(f"--fitness {name!r}: trajectory, reward or frechet{nearest(name, ('trajectory', 'reward', 'frechet'))}")
+
+
+@contextmanager
+def refusals(pipe: Any) -> Iterator[None]:
+    """A pipeline's own check of its arguments raises ValueError (a height that is no multiple of 8); shown as one line."""
+    try:
+        yield
+    except ValueError as error:
+        if "check_inputs" not in [frame.name for frame in traceback.extract_tb(error.__traceback__)]:
+            raise
+        raise ConfigError(f"{type(pipe).__name__} refused the call: {first_line(error)}") from error
+
+
+def first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0] or type(error).__name__

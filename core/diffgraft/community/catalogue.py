@@ -1,0 +1,174 @@
+"""The catalogue of published plugins: a plain file that `diffgraft search` reads. Nothing in it is ever installed by itself.
+
+The file that comes with diffgraft is `plugins.json`, written from the plugins' own metadata and from what the community sent in; a newer
+one can be given as a path or an address. `plugins.schema.json` says how it looks.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Annotated, Any, Literal
+from urllib.error import URLError
+from urllib.parse import urlsplit
+from urllib.request import urlopen
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from typing_extensions import Self
+
+from diffgraft.kernel.errors import CatalogueError, nearest
+
+FIRST_PARTY = "github.com/diffgraft"
+"""Publisher of the plugins that are developed together with the core."""
+FORGES = ("github.com", "gitlab.com", "codeberg.org", "huggingface.co", "bitbucket.org")
+"""Hosts on which the first part of a path is an account."""
+WEIGHTS = {"name": 8, "paper": 4, "summary": 3, "hook_points": 2, "families": 2, "dist": 1, "publisher": 1}
+"""What a word found in a field is worth."""
+SECONDS = 10
+"""How long an address may take to answer."""
+LARGEST = 20_000_000
+"""Bytes of a catalogue that are read at most."""
+ARXIV = r"\d{4}\.\d{4,5}|[a-z-]+(\.[A-Z]{2})?/\d{7}"
+"""A paper's number, without a version."""
+
+Name = Annotated[str, Field(pattern=r"^[a-z][a-z0-9]*(_[a-z0-9]+)*$", max_length=60)]
+Line = Annotated[str, Field(min_length=1, max_length=400, pattern=r"^[^\x00-\x1f\x7f-\x9f]*$")]
+"""Text of one line without control characters: it is printed on terminals."""
+
+
+class PaperEntry(BaseModel):
+    """Where the method comes from."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    title: Line
+    arxiv: Annotated[str, Field(pattern=f"^({ARXIV})?$", description="2312.00858; empty where there is none")] = ""
+
+
+class CataloguedPlugin(BaseModel):
+    """One published plugin."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    name: Name = Field(description="as in plugins=[...] and as the entry point")
+    dist: Annotated[str, Field(pattern=r"^[a-z0-9]+(-[a-z0-9]+)*$", description="what pip installs")]
+    summary: Line
+    paper: PaperEntry
+    hook_points: tuple[Name, ...] = Field(min_length=1)
+    families: tuple[Annotated[str, Field(pattern=r"^(\*|[a-z][a-z0-9_]*)$")], ...] = Field(min_length=1)
+    tier: Literal["none", "bronze", "silver", "gold"] = "none"
+    homepage: Annotated[str, Field(pattern=r"^https://[^\s<>\"']+$", max_length=300)]
+
+    @property
+    def publisher(self) -> str:
+        """Who stands behind the homepage: its host, on a forge with the account ("github.com/diffgraft")."""
+        address = urlsplit(self.homepage)
+        account = address.path.strip("/").partition("/")[0]
+        return f"{address.netloc}/{account}".lower() if address.netloc.lower() in FORGES else address.netloc.lower()
+
+
+class Catalogue(BaseModel):
+    """All published plugins. ``known`` are the publishers that the people behind diffgraft vouch for; others are shown as unknown."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    schema_version: Literal[1] = 1
+    known: tuple[str, ...] = (FIRST_PARTY,)
+    plugins: tuple[CataloguedPlugin, ...] = ()
+
+    @model_validator(mode="after")
+    def _unique(self) -> Self:
+        for field in ("name", "dist"):
+            values = [getattr(plugin, field) for plugin in self.plugins]
+            if twice := sorted({value for value in values if values.count(value) > 1}):
+                raise ValueError(f"{field} {', '.join(twice)} stands in the catalogue twice: names are taken by who comes first")
+        return self
+
+    def is_known(self, plugin: CataloguedPlugin) -> bool:
+        """Whether its publisher is one that the people behind diffgraft vouch for."""
+        return plugin.publisher in self.known
+
+    def search(self, words: Sequence[str]) -> list[CataloguedPlugin]:
+        """Plugins in which every word is found, best first; all when there is no word.
+
+        Raises:
+            CatalogueError: none, with the nearest names.
+        """
+        scored = [(score(plugin, words), plugin) for plugin in self.plugins]
+        found = sorted((pair for pair in scored if pair[0] > 0 or not words), key=lambda pair: (-pair[0], pair[1].name))
+        if not found:
+            near = nearest("_".join(words).lower(), (plugin.name for plugin in self.plugins))
+            asked = " and ".join(map(repr, words))
+            raise CatalogueError(f"no plugin in the catalogue has {asked}{near} `diffgraft search` alone lists all")
+        return [plugin for _, plugin in found]
+
+
+def score(plugin: CataloguedPlugin, words: Iterable[str]) -> int:
+    """How well a plugin answers: 0 unless each word is part of some field."""
+    texts = {field: text_of(getattr(plugin, field)).lower() for field in WEIGHTS}
+    total = 0
+    for word in words:
+        hits = [weight for field, weight in WEIGHTS.items() if word.lower() in texts[field]]
+        if not hits:
+            return 0
+        total += max(hits) + (WEIGHTS["name"] if word.lower() == plugin.name else 0)
+    return total
+
+
+def text_of(value: Any) -> str:
+    if isinstance(value, PaperEntry):
+        return f"{value.title} {value.arxiv}"
+    return value if isinstance(value, str) else " ".join(value)
+
+
+# files -------------------------------------------------------------------------------------------------------------------------------
+
+
+def shipped() -> Catalogue:
+    """The catalogue that came with this diffgraft."""
+    return parse(files("diffgraft").joinpath("plugins.json").read_text(encoding="utf-8"), "plugins.json of diffgraft")
+
+
+def read(source: str | os.PathLike[str] | None) -> Catalogue:
+    """The catalogue at a path or an https address; the shipped one for None: no network unless an address is given.
+
+    Raises:
+        CatalogueError: it cannot be read, or is no catalogue.
+    """
+    if source is None:
+        return shipped()
+    name = os.fspath(source)
+    try:
+        if name.startswith("https://"):
+            with urlopen(name, timeout=SECONDS) as answer:
+                text = answer.read(LARGEST + 1).decode("utf-8")
+        elif "://" in name:
+            raise CatalogueError(f"{name}: a catalogue is read from a file or an https:// address")
+        else:
+            text = Path(name).read_text(encoding="utf-8")
+    except (OSError, URLError, UnicodeDecodeError) as error:
+        raise CatalogueError(f"{name} cannot be read: {error}") from error
+    if len(text) > LARGEST:
+        raise CatalogueError(f"{name} has more than {LARGEST} bytes: it is no catalogue of plugins")
+    return parse(text, name)
+
+
+def parse(text: str, source: str) -> Catalogue:
+    """Raises CatalogueError with every fault of the text."""
+    try:
+        return Catalogue.model_validate_json(text)
+    except ValidationError as error:
+        faults = [f"{'.'.join(map(str, fault['loc'])) or 'file'}: {fault['msg']}" for fault in error.errors(include_url=False)]
+        raise CatalogueError(f"{source} is no catalogue of plugins:\n  - " + "\n  - ".join(faults[:20])) from error
+
+
+def dump(catalogue: Catalogue) -> str:
+    """The file's text: sorted, one line a value, so that a change shows as one."""
+    plain = catalogue.model_dump(mode="json")
+    plain["plugins"].sort(key=lambda plugin: plugin["name"])
+    return json.dumps(plain, indent=1, ensure_ascii=False) + "\n"
+
+
+def schema() -> str:
+    """The JSON schema of the file."""
+    return json.dumps({"$schema": "https://json-schema.org/draft/2020-12/schema", **Catalogue.model_json_schema()}, indent=1) + "\n"

@@ -1,0 +1,106 @@
+"""Facts about plugins for people: read from the classes and their packages' metadata, so that no page repeats them by hand."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from diffgraft.community.quality import tier_of
+from diffgraft.kernel import registry
+from diffgraft.kernel.config import allowed
+from diffgraft.kernel.errors import BrokenPlugin
+from diffgraft.kernel.plugin import Plugin
+
+
+@dataclass(frozen=True)
+class Knob:
+    """One knob: what it may be, what it is when nobody sets it, and what it does."""
+
+    name: str
+    allowed: str
+    default: Any
+    description: str
+
+
+def knobs(cls: type[Plugin]) -> list[Knob]:
+    """The knobs of a plugin class, in their own order."""
+    return [
+        Knob(
+            name,
+            allowed(cls.Config, name),
+            "required" if field.is_required() else field.get_default(call_default_factory=True),  # type: ignore[call-arg]
+            field.description or "",
+        )
+        for name, field in cls.Config.model_fields.items()
+    ]
+
+
+def knob_table(cls: type[Plugin]) -> str:
+    """A Markdown table of a plugin's knobs, for its README."""
+    if not knobs(cls):
+        return "It has no knobs.\n"
+    rows = [table_row(f"`{k.name}`", f"`{k.default}`", k.allowed, k.description) for k in knobs(cls)]
+    return "\n".join(["| knob | default | allowed | what it is |", "|---|---|---|---|", *rows]) + "\n"
+
+
+def table_row(*cells: str) -> str:
+    """One row of a Markdown table."""
+    return "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
+
+
+def pipelines_of(cls: type[Plugin]) -> list[str]:
+    """Pipeline classes whose families a plugin claims."""
+    return sorted(
+        name
+        for family in registry.families().values()
+        if family.is_among(cls.families)
+        for name in family.pipelines
+    )
+
+
+def describe(cls: type[Plugin], info: registry.PluginInfo | None = None) -> dict[str, Any]:
+    """All that a plugin declares, as plain data."""
+    about = {} if info is None else {"dist": info.dist, "version": info.version, "summary": info.summary, "homepage": info.homepage}
+    return {
+        "name": cls.name,
+        **about,
+        "paper": asdict(cls.paper),
+        "contract": cls.api,
+        "tier": tier_of(cls.__module__),
+        "hook_points": [*cls.points(), *(["scheduler"] if cls.scheduler is not None else [])],
+        "effects": cls.effects.words(),
+        "families": list(cls.families),
+        "pipelines": pipelines_of(cls),
+        "neutral": cls.neutral,
+        "knobs": [asdict(knob) for knob in knobs(cls)],
+    }
+
+
+def plugin_table(classes: Iterable[type[Plugin]]) -> str:
+    """A Markdown table of plugins: name, paper, what it does, where it works, knobs with their defaults."""
+    lines = ["| plugin | tier | paper | what it does | works on | effects | knobs (default) |", "|---|---|---|---|---|---|---|"]
+    for cls in classes:
+        knob_text = ", ".join(f"`{k.name}` ({k.default})" for k in knobs(cls)) or "none"
+        where = "all families" if "*" in cls.families else ", ".join(cls.families)
+        tier = tier_of(cls.__module__) or ""
+        lines.append(table_row(f"`{cls.name}`", tier, paper_link(cls), cls.paper.implemented, where, cls.effects.words(), knob_text))
+    return "\n".join(lines) + "\n"
+
+
+def paper_link(cls: type[Plugin]) -> str:
+    """The paper's title, linked to arXiv where it has an id."""
+    return f"[{cls.paper.title}](https://arxiv.org/abs/{cls.paper.arxiv})" if cls.paper.arxiv else cls.paper.title
+
+
+def installed_table() -> tuple[str, list[str]]:
+    """The Markdown table of all installed, allowed plugins, and what is wrong with those that cannot be in it."""
+    classes, faults = [], []
+    for name, info in registry.installed().items():
+        if not info.allowed:
+            continue
+        try:
+            classes.append(registry.find(name))
+        except BrokenPlugin as error:
+            faults.append(str(error))
+    return plugin_table(classes), faults

@@ -1,0 +1,60 @@
+"""Plugin knobs: a pydantic model per plugin, whose errors come out in our own tree."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from diffgraft.kernel.errors import ConfigError, nearest
+
+
+class PluginConfig(BaseModel):
+    """Base of every plugin's ``Config``: immutable, unknown keys refused, defaults checked like given values.
+
+    Each field's ``description`` names the paper's symbol and the unit or range; the CLI and the docs are generated from it.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, arbitrary_types_allowed=True)
+
+
+def build_config(plugin: str, model: type[PluginConfig], values: Mapping[str, Any]) -> PluginConfig:
+    """Validate ``values`` against ``model``.
+
+    Raises:
+        ConfigError: naming every bad key, its value and what is allowed.
+    """
+    try:
+        return model(**values)
+    except ValidationError as error:
+        lines = []
+        for item in error.errors():
+            key = ".".join(str(part) for part in item["loc"]) or "(the knobs together)"
+            if item["type"] == "extra_forbidden":
+                known = ", ".join(model.model_fields) or "none"
+                lines.append(f"unknown knob {key!r}{nearest(key, model.model_fields)} (knobs: {known})")
+            else:
+                lines.append(f"{key} = {item['input']!r}: {item['msg']}")
+        raise ConfigError(f"plugin {plugin!r}: " + "; ".join(lines)) from None
+
+
+def allowed(model: type[PluginConfig], key: str) -> str:
+    """The range or choices of a knob in words, for tables (``"integer, >= 1 or none"``)."""
+    schema = model.model_json_schema()["properties"][key]
+    options = [in_words(option) for option in schema.get("anyOf", [schema])]
+    return " or ".join(dict.fromkeys(option for option in options if option))
+
+
+def in_words(schema: Mapping[str, Any]) -> str:
+    """One JSON schema of a value in words."""
+    if schema.get("type") == "null":
+        return "none"
+    if "enum" in schema:
+        words = [" | ".join(repr(choice) for choice in schema["enum"])]
+    elif "const" in schema:
+        words = [repr(schema["const"])]
+    else:
+        words = [str(schema["type"])] if "type" in schema else []
+    bounds = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
+    return ", ".join([*words, *(f"{sign} {schema[name]:g}" for name, sign in bounds.items() if name in schema)])

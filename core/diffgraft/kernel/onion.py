@@ -1,0 +1,130 @@
+"""The onion of a hook point: the plugins' methods around what was there before, and the middle of each onion.
+
+Which run a wrapper serves is a fact of the thread (:func:`running`): a wrapper fires only for the innermost run of its thread.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from diffusers.schedulers.scheduling_utils import SchedulerOutput
+from torch import Tensor
+
+from diffgraft.kernel.calls import Call, DenoiseCall, GuideCall, RunView, Schedule, ScheduleCall, StepCall, StepOutput
+from diffgraft.kernel.plugin import Entry
+
+Chain = Callable[[Any], Any]
+
+_thread = threading.local()
+
+
+def active_run() -> Any:
+    """The innermost run of this thread: a wrapper fires only for the run that opened it."""
+    return getattr(_thread, "run", None)
+
+
+def compose(entries: Sequence[Entry], point: str, terminal: Chain) -> Chain:
+    """The onion of one hook point: first entry outermost, ``terminal`` in the middle. Without entries it is ``terminal`` itself."""
+    chain = terminal
+    for entry in reversed(entries):
+        chain = _layer(entry, point, getattr(entry.plugin, point), chain)
+    return chain
+
+
+def _layer(entry: Entry, point: str, method: Callable[[Any, Chain], Any], inner: Chain) -> Chain:
+    def around(call: Call) -> Any:
+        if call.run.alone not in (None, entry):  # a gradient pass of another plugin
+            return inner(call)
+        outer, call.entry = call.entry, entry  # whose ``call.state`` and ``call.config`` it is
+        fired = call.run.report_of(entry).fired
+        fired[point] = fired.get(point, 0) + 1
+        try:
+            return method(call, inner)
+        finally:
+            call.entry = outer
+
+    return around
+
+
+def call_inner(call: Call) -> Any:
+    """The middle of most onions: what was there before."""
+    return call.inner(*call.args, **call.kwargs)
+
+
+def step_result(chain: Chain, call: StepCall) -> Any:
+    """Run the step onion and give the result back in the form that the pipeline asked for."""
+    raw: list[Any] = []
+    call.inner = _remember(call.inner, raw)
+    out = chain(call)
+    if raw and out.sample is _sample_of(raw[-1]):
+        return raw[-1]
+    if call.get("return_dict", True):
+        return type(raw[-1])(**{**raw[-1], "prev_sample": out.sample}) if raw else SchedulerOutput(prev_sample=out.sample)
+    return (out.sample, *(raw[-1][1:] if raw else ()))
+
+
+def _remember(inner: Callable[..., Any], raw: list[Any]) -> Callable[..., Any]:
+    def stepping(*args: Any, **kwargs: Any) -> Any:
+        raw.append(inner(*args, **kwargs))
+        return raw[-1]
+
+    return stepping
+
+
+def _sample_of(raw: Any) -> Tensor:
+    return raw[0] if isinstance(raw, tuple) else raw.prev_sample  # type: ignore[no-any-return]
+
+
+def step_terminal(call: StepCall) -> StepOutput:
+    """The middle of the ``step`` onion: the scheduler's own step, in one form."""
+    raw = call_inner(call)
+    if isinstance(raw, tuple):
+        x0 = raw[1] if len(raw) > 1 else None
+    else:
+        x0 = getattr(raw, "pred_original_sample", None)
+    return StepOutput(_sample_of(raw), x0)
+
+
+def schedule_terminal(call: ScheduleCall) -> Schedule:
+    """The middle of the ``schedule`` onion."""
+    call_inner(call)
+    return Schedule(call.scheduler.timesteps, getattr(call.scheduler, "sigmas", None))
+
+
+def denoise_terminal(call: DenoiseCall) -> Tensor:
+    """The middle of the ``denoise`` onion: the denoiser itself."""
+    call.run.reached.add("denoiser")
+    return call_inner(call)[0]  # type: ignore[no-any-return]
+
+
+def guide_terminal(call: GuideCall) -> Tensor:
+    """The middle of the ``guide`` onion: the pipeline's own combination, as it was computed."""
+    return call.combined
+
+
+class Onions:
+    """The composed onions of one stack; None where no plugin implements the point, so that its cost is nothing."""
+
+    def __init__(self, entries: Sequence[Entry]) -> None:
+        def at(point: str) -> list[Entry]:
+            return [entry for entry in entries if point in entry.plugin.points()]
+
+        self.schedule = compose(at("schedule"), "schedule", schedule_terminal)
+        self.control = compose(at("control"), "control", call_inner)
+        self.denoise = compose(at("denoise"), "denoise", denoise_terminal)
+        self.guide = compose(at("guide"), "guide", guide_terminal) if at("guide") else None
+        self.step = compose(at("step"), "step", step_terminal) if at("step") else None
+
+
+@contextmanager
+def running(run: RunView | None) -> Iterator[None]:
+    """Make ``run`` the active one of this thread (None: no run)."""
+    outer = active_run()
+    _thread.run = run
+    try:
+        yield
+    finally:
+        _thread.run = outer

@@ -1,0 +1,103 @@
+"""Do these plugins fit together? Pure rules over declared effects: no torch, no pipeline, no list of names."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import combinations
+
+from diffgraft.kernel.errors import Conflict
+from diffgraft.kernel.plugin import Effects
+
+
+@dataclass(frozen=True)
+class Part:
+    """What the planner knows of one plugin."""
+
+    name: str
+    effects: Effects
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The verdict on a stack: ``order`` outermost first; ``conflicts`` refuse it, ``warnings`` do not."""
+
+    order: tuple[str, ...]
+    conflicts: tuple[str, ...] = field(default=())
+    warnings: tuple[str, ...] = field(default=())
+
+    def ensure(self) -> Plan:
+        """Raises Conflict with every reason at once."""
+        if self.conflicts:
+            raise Conflict("these plugins do not fit together:\n  - " + "\n  - ".join(self.conflicts))
+        return self
+
+
+def plan(parts: Sequence[Part]) -> Plan:
+    """Order a stack (the user's order: first = outermost) and judge every pair of it by what the two do."""
+    conflicts = [
+        f"{part.name} is in the list {count} times; keep one and set its knobs with plugins={{{part.name!r}: {{...}}}}"
+        for part, count in {p.name: (p, sum(q.name == p.name for q in parts)) for p in parts}.values()
+        if count > 1
+    ]
+    warnings: list[str] = []
+    for outer, inner in combinations(parts, 2):
+        if outer.name != inner.name:
+            clashes, surprises = judge(outer, inner)
+            conflicts += clashes
+            warnings += surprises
+    return Plan(tuple(part.name for part in parts), tuple(conflicts), tuple(warnings))
+
+
+def judge(outer: Part, inner: Part) -> tuple[list[str], list[str]]:
+    """(conflicts, warnings) of two plugins, ``outer`` before ``inner`` in the list."""
+    a, b = outer.effects, inner.effects
+    conflicts: list[str] = []
+    warnings: list[str] = []
+    both = f"{outer.name} and {inner.name}"
+    for what in sorted(a.replaces & b.replaces):
+        conflicts.append(f"{both} both replace the {what}: only one can be there; remove one")
+    for what in sorted(a.skips & b.skips):
+        conflicts.append(
+            f"{both} both skip {what}: each would reuse what the other did not compute; remove one or disable it in turn"
+        )
+    for x, y in ((outer, inner), (inner, outer)):
+        skipped = x.effects.skips & {"denoiser", "blocks"}
+        if skipped and "gradients" in y.effects.needs:
+            conflicts.append(
+                f"{y.name} needs gradients through the denoiser, but {x.name} skips {', '.join(sorted(skipped))}: "
+                f"the gradient would be that of an old step; disable {x.name}"
+            )
+        elif skipped and "all_blocks" in y.effects.needs:
+            conflicts.append(
+                f"{y.name} needs every block computed, but {x.name} skips {', '.join(sorted(skipped))}; disable one"
+            )
+        if skipped and "plain_gradients" in y.effects.needs:
+            warnings.append(
+                f"{y.name} takes its gradients through the whole denoiser, past {x.name}: {x.name} saves work in the other calls only"
+            )
+        if "denoiser" in x.effects.replaces and "plain_gradients" in y.effects.needs:
+            warnings.append(f"{y.name} takes its gradients through the pipeline's own denoiser also where {x.name} lets another one run")
+        if x.effects.stochastic and "determinism" in y.effects.needs:
+            conflicts.append(
+                f"{y.name} needs a deterministic run, but {x.name} draws noise of its own; disable {x.name} or set it neutral"
+            )
+        if "resolution" in x.effects.edits and "calibrated_run" in y.effects.needs:
+            conflicts.append(
+                f"{y.name} was calibrated for runs of one size and number of steps, but {x.name} runs the pipeline in stages of several: "
+                "remove one"
+            )
+        elif "resolution" in x.effects.edits and skipped_features(y.effects):
+            warnings.append(f"{x.name} changes the resolution in mid-run: {y.name} starts its cache again at each change")
+    if ("denoiser" in a.skips and "blocks" in b.skips) or ("blocks" in a.skips and "denoiser" in b.skips):
+        warnings.append(f"{both}: one skips whole denoiser calls, the other blocks inside them; their savings do not add up")
+    for what in sorted(a.edits & b.edits & {"timestep", "schedule"}):
+        warnings.append(f"{both} both edit the {what}: {inner.name} sees what {outer.name} made of it")
+    if "scheduler" in a.replaces | b.replaces and "schedule" in a.edits | b.edits:
+        warnings.append(f"{both}: the edited schedule goes to the replaced scheduler")
+    return conflicts, warnings
+
+
+def skipped_features(effects: Effects) -> bool:
+    """Whether a plugin reuses features of an earlier step."""
+    return "blocks" in effects.skips

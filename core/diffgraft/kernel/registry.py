@@ -1,0 +1,252 @@
+"""Finding plugins, families and bundled pipelines by entry point. Listing imports none of them."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from functools import cache
+from importlib import import_module
+from importlib.metadata import Distribution, EntryPoint, entry_points
+from typing import Any
+
+from packaging.requirements import InvalidRequirement, Requirement
+
+from diffgraft.kernel.errors import BrokenPlugin, ConfigError, PipelineNotFound, PluginNotFound, Unsupported, nearest
+from diffgraft.kernel.family import Bundled, Family
+from diffgraft.kernel.plugin import API, Plugin
+
+PLUGINS = "diffgraft.plugins"
+FAMILIES = "diffgraft.families"
+PIPELINES = "diffgraft.pipelines"
+NEEDS = "diffgraft.needs"
+ALLOW = "DIFFGRAFT_PLUGINS"
+"""Environment variable: a comma-separated list that narrows which plugins may load."""
+
+
+@dataclass(frozen=True)
+class PluginInfo:
+    """An installed plugin as its metadata tells it. ``broken`` says why it cannot be used, without importing it."""
+
+    name: str
+    dist: str
+    version: str
+    summary: str
+    homepage: str
+    entry: EntryPoint
+    allowed: bool
+    broken: str | None = None
+
+
+def installed() -> dict[str, PluginInfo]:
+    """All installed plugins by name, from entry points and dist metadata; nothing is imported."""
+    allow = allow_list()
+    found: dict[str, PluginInfo] = {}
+    for entry in sorted(entry_points(group=PLUGINS), key=lambda e: e.name):
+        dist = entry.dist
+        meta: Any = dist.metadata if dist else {}
+        broken = metadata_fault(entry, dist)
+        if entry.name in found and found[entry.name].entry != entry:
+            broken = f"two installed packages offer it: {found[entry.name].dist} and {dist.name if dist else '?'}; uninstall one"
+        found[entry.name] = PluginInfo(
+            name=entry.name,
+            dist=dist.name if dist else "?",
+            version=dist.version if dist else "?",
+            summary=meta.get("Summary", "") or "",
+            homepage=meta.get("Home-page", "") or "",
+            entry=entry,
+            allowed=allow is None or entry.name in allow,
+            broken=broken,
+        )
+    return found
+
+
+def allow_list() -> frozenset[str] | None:
+    """Names in ``DIFFGRAFT_PLUGINS``, or None when it is not set (all may load; an empty value allows none)."""
+    value = os.environ.get(ALLOW)
+    return None if value is None else frozenset(name.strip() for name in value.split(",") if name.strip())
+
+
+def metadata_fault(entry: EntryPoint, dist: Distribution | None) -> str | None:
+    """What can be seen to be wrong from metadata and source text alone, or None."""
+    from diffgraft import __version__
+
+    for text in (dist.requires or []) if dist else []:
+        try:
+            requirement = Requirement(text)
+        except InvalidRequirement as error:
+            return f"requirement {text!r} in its metadata: {error}"
+        if requirement.name in {"diffgraft", "diffgraft-core"} and not requirement.specifier.contains(__version__, prereleases=True):
+            return f"needs {requirement.name} {requirement.specifier}, installed is {__version__}"
+    module, _, attribute = entry.value.partition(":")
+    top = module.partition(".")[0]
+    try:
+        spec = importlib.util.find_spec(top)
+    except (ImportError, ValueError) as error:
+        return f"module {top!r}: {error}"
+    if spec is None:
+        return f"module {top!r} is not installed (entry point {entry.value!r})"
+    if not attribute:
+        return f"entry point {entry.value!r} names a module; it must be 'module:PluginClass'"
+    if module == top and spec.origin and spec.origin.endswith(".py"):
+        try:
+            with open(spec.origin, encoding="utf-8") as file:
+                ast.parse(file.read(), spec.origin)
+        except (OSError, SyntaxError) as error:
+            return f"{type(error).__name__}: {error}"
+    return None
+
+
+def find(name: str) -> type[Plugin]:
+    """Import one plugin by name.
+
+    Raises:
+        PluginNotFound: not installed, or not on the allow-list.
+        BrokenPlugin: it cannot be imported, is not a Plugin, or was written for another contract number.
+    """
+    known = installed()
+    info = known.get(name)
+    if info is None:
+        dist = "diffgraft-" + name.replace("_", "-")
+        raise PluginNotFound(
+            f"no plugin {name!r} is installed{nearest(name, known)} Installed: {', '.join(known) or 'none'}. "
+            f"If it is published, `pip install {dist}` brings it."
+        )
+    if not info.allowed:
+        raise PluginNotFound(
+            f"plugin {name!r} is installed ({info.dist}) but {ALLOW}={os.environ[ALLOW]!r} does not allow it; add it there"
+        )
+    if info.broken:
+        raise BrokenPlugin(f"plugin {name!r} of {info.dist} {info.version} cannot be used: {info.broken}")
+    try:
+        loaded = info.entry.load()
+    except Exception as error:  # whatever a foreign package raises on import is its defect, told as such
+        raise BrokenPlugin(
+            f"plugin {name!r} of {info.dist} {info.version} fails to import: {type(error).__name__}: {error}; "
+            f"`pip install --upgrade {info.dist}` or remove it"
+        ) from error
+    check_class(loaded, f"plugin {name!r} of {info.dist} {info.version}")
+    if loaded.name != name:
+        raise BrokenPlugin(f"plugin {name!r} of {info.dist} calls itself {loaded.name!r}; the two names must agree")
+    return loaded  # type: ignore[no-any-return]
+
+
+def check_class(cls: object, what: str) -> None:
+    """Raises BrokenPlugin unless ``cls`` is a complete plugin class for this contract."""
+    if not (isinstance(cls, type) and issubclass(cls, Plugin)):
+        raise BrokenPlugin(f"{what} is {cls!r}, not a subclass of diffgraft.Plugin")
+    if cls.api != API:
+        raise BrokenPlugin(
+            f"{what} was written for contract {cls.api}, this diffgraft speaks {API}; upgrade "
+            + ("diffgraft" if cls.api > API else "the plugin")
+        )
+    missing = [name for name in ("name", "paper", "families", "neutral") if not hasattr(cls, name)]
+    if missing:
+        raise BrokenPlugin(f"{what} does not declare {', '.join(missing)}")
+    if not cls.points() and cls.scheduler is None:
+        raise BrokenPlugin(f"{what} implements no hook point")
+
+
+@cache
+def load_families() -> tuple[dict[str, Family], dict[str, str]]:
+    """(families by name, error by entry-point name). Loading them imports no torch, and a broken one breaks no other."""
+    found: dict[str, Family] = {}
+    faults: dict[str, str] = {}
+    for entry in sorted(entry_points(group=FAMILIES), key=lambda e: e.name):
+        try:
+            family = entry.load()
+            found[family.name] = family
+        except Exception as error:  # whatever a foreign package raises on import; shown by `doctor` and when a pipeline is not known
+            faults[entry.name] = f"{entry.value}: {type(error).__name__}: {error}"
+    return found, faults
+
+
+def families() -> dict[str, Family]:
+    """All families that could be loaded, by name."""
+    return load_families()[0]
+
+
+def find_family(pipeline_class: type) -> Family:
+    """The family of a pipeline class, or of the nearest class it inherits from.
+
+    Raises:
+        Unsupported: no family knows it; the text lists what a family must say.
+    """
+    known, faults = load_families()
+    by_class = {name: family for family in known.values() for name in family.pipelines}
+    for cls in pipeline_class.__mro__:
+        if cls.__name__ in by_class:
+            return by_class[cls.__name__]
+    facts = ", ".join(field.name for field in fields(Family))
+    broken = f" Families that could not be loaded: {faults}." if faults else ""
+    raise Unsupported(
+        f"no family describes {pipeline_class.__name__}{nearest(pipeline_class.__name__, by_class)} A family is data: a "
+        f"diffgraft.Family({facts}) registered through the entry-point group {FAMILIES!r}.{broken}"
+    )
+
+
+def find_need(kind: str, plugin: str) -> Callable[[Any, Any, Any, Any], Any]:
+    """The function (plugin, need, value, target) -> thing that fetches and checks what plugins need of this kind.
+
+    Raises:
+        BrokenPlugin: nothing that is installed offers it.
+    """
+    offered = {entry.name: entry for entry in entry_points(group=NEEDS)}
+    if kind not in offered:
+        known = ", ".join(sorted(offered))
+        raise BrokenPlugin(f"plugin {plugin!r} needs something of an unknown kind {kind!r}{nearest(kind, offered)} Known: {known}")
+    return offered[kind].load()  # type: ignore[no-any-return]
+
+
+def bundled() -> dict[str, Bundled]:
+    """All bundled checkpoints by name."""
+    return {entry.name: entry.load() for entry in sorted(entry_points(group=PIPELINES), key=lambda e: e.name)}
+
+
+def bundled_names() -> list[str]:
+    """Names of the bundled checkpoints, without importing their packages."""
+    return sorted({entry.name for entry in entry_points(group=PIPELINES)})
+
+
+def find_bundled(name: str) -> Bundled:
+    """Raises PipelineNotFound with the nearest names."""
+    known = bundled()
+    if name not in known:
+        raise PipelineNotFound(
+            f"{name!r} is no bundled pipeline{nearest(name, known)} "
+            f"Bundled: {', '.join(known) or 'none (pip install diffgraft-pipelines)'}. "
+            "Otherwise give a folder that exists or a Hub id 'owner/name'."
+        )
+    return known[name]
+
+
+def find_callable(knob: str, value: Any, group: str, what: str) -> tuple[str, Callable[..., Any]]:
+    """(name, callable) that a setting stands for: a callable, the name of an entry point in ``group``, or "package.module:attribute".
+
+    Args:
+        what: it is, for errors ("reward").
+
+    Raises:
+        ConfigError: it is none of them.
+    """
+    if callable(value):
+        return getattr(value, "__name__", type(value).__name__), value
+    registered = {entry.name: entry for entry in entry_points(group=group)}
+    name = str(value)
+    if name in registered:
+        return name, registered[name].load()
+    module, colon, attribute = name.partition(":")
+    if not colon:
+        known = ", ".join(sorted(registered)) or "none"
+        raise ConfigError(
+            f"{knob} = {value!r} is no {what}{nearest(name, registered)}; installed: {known}; or give a callable or 'package.module:name'"
+        )
+    try:
+        found = getattr(import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(f"{knob} = {value!r}: {error}") from error
+    if not callable(found):
+        raise ConfigError(f"{knob} = {value!r}: {type(found).__name__} is not callable")
+    return name, found

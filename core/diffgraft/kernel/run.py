@@ -1,0 +1,329 @@
+"""One run: which step, which branch, whose state - and the functions that the slots lead to.
+
+Read downward: ``PluginStack.__call__`` makes a :class:`Run`, opens the slots of its ``Wiring`` and calls the pipeline. The pipeline's
+own calls to ``set_timesteps``, the denoiser, its blocks, its attention processors and ``scheduler.step`` then arrive here, go through the
+plugins' onion (``onion.py``) and end in what was there before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
+from torch import Tensor, nn
+
+from diffgraft.kernel.calls import AttentionCall, BlockCall, ControlCall, DenoiseCall, GuideCall, ScheduleCall, StepCall
+from diffgraft.kernel.errors import NeverFired, Unsupported
+from diffgraft.kernel.facts import RunBound, Step
+from diffgraft.kernel.family import Family
+from diffgraft.kernel.onion import Chain, Onions, call_inner, step_result
+from diffgraft.kernel.plugin import Entry
+from diffgraft.kernel.report import PluginReport, Report
+from diffgraft.kernel.slots import striding, write_schedule
+
+
+class Run:
+    """One ``pipe(...)`` call in progress."""
+
+    def __init__(self, pipe: Any, family: Family, entries: Sequence[Entry]) -> None:
+        self.pipe = pipe
+        self.family = family
+        self.entries = entries
+        self.arguments: Mapping[str, Any] = {}
+        self.report = Report(plugins={entry.name: PluginReport() for entry in entries})
+        self.reached: set[str] = set()
+        """Hook points whose slots were reached, whether or not an outer plugin let the call through."""
+        self._promised: set[str] = set()
+        self._states: dict[tuple[Entry, str | None], Any] = {}
+        self.branch: str | None = None
+        self.alone: Entry | None = None
+        """Whose gradient pass is in progress: no other plugin's hooks fire in it."""
+        self.predictions: dict[str, Tensor] = {}
+        self._last_call: Any = None
+        self.context: str | None = None
+        self.carried: Tensor | None = None
+        self.unscaled: Tensor | None = None
+        self.scale_model_input: Callable[..., Tensor] | None = None
+        self.strides: list[int] = []
+        """How far each step goes down, where the schedule was edited and the scheduler would not follow by itself."""
+        self.bound = [
+            (value, need.fits) for entry in entries for need in entry.plugin.needs if isinstance(value := entry.given[need.knob], RunBound)
+        ]
+        """What a plugin was given that fits certain runs only; held against this one at its first denoiser call."""
+        self._begin_schedule()
+
+    # state and report -------------------------------------------------------------------------------------------------------------
+
+    def state(self, entry: Entry, branch: str | None) -> Any:
+        key = (entry, branch)
+        found = self._states.get(key)
+        if found is None:
+            found = self._states[key] = entry.plugin.State()
+        return found
+
+    def report_of(self, entry: Entry) -> PluginReport:
+        return self.report.plugins[entry.name]
+
+    def promise(self, point: str, some: bool) -> None:
+        """At least one block, attention layer or ControlNet was found, so the point must be reached."""
+        if some:
+            self._promised.add(point)
+
+    def begin_pass(self, arguments: Mapping[str, Any]) -> None:
+        """The pipeline is about to run (again): fresh state for all; a plugin that wraps ``run`` keeps its shared one over its passes."""
+        self.arguments = arguments
+        for entry, branch in list(self._states):
+            if branch is not None or "run" not in entry.plugin.points():
+                del self._states[entry, branch]
+        self._begin_schedule()
+
+    def end(self) -> None:
+        """Free everything that the run held."""
+        for (entry, _), state in self._states.items():
+            self.report_of(entry).state_bytes += tensor_bytes(state)
+        self._states.clear()
+        self.predictions.clear()
+        self.carried = self.unscaled = self.scale_model_input = self._last_call = None
+        self.arguments = {}
+
+    def ensure_fired(self, result: Any) -> None:
+        """Raises NeverFired when a point that a plugin implements was never reached."""
+        for entry in self.entries:
+            for point in entry.plugin.points():
+                if point in {"run", "modules"} or point in self.reached:
+                    continue
+                if point in {"block", "attention"} and (point not in self._promised or "denoiser" not in self.reached):
+                    continue  # it selected none, or an outer plugin answered every denoiser call
+                if point == "control" and point not in self._promised:
+                    continue  # the pipeline has no ControlNet
+                if point == "guide" and self.report_of(entry).fired:
+                    continue  # guidance was off; the plugin's other points did their part
+                if point == "guide":
+                    self.report_of(entry).notes.append("inactive: guidance was off in this run, there was nothing to guide")
+                    continue
+                raise NeverFired(
+                    f"{entry.name}: its {point!r} hook was never reached in this run, so it did nothing there. The picture is in "
+                    "this error's `result`. Something replaced what diffgraft wraps during the run (a callback? another library?).",
+                    result,
+                )
+            part = self.report_of(entry)
+            if not part.fired and not part.notes and self.reached and entry.plugin.points() != ("modules",):
+                part.notes.append("never called: a plugin further out answered every call")
+
+    # the timestep schedule --------------------------------------------------------------------------------------------------------
+
+    def _begin_schedule(self) -> None:
+        self.index = 0
+        self._step: Step | None = None
+        self._begin: int | None = None
+        self._calls_in_step = 0
+        self.predictions = {}
+        self.carried = self.unscaled = None
+
+    @property
+    def step(self) -> Step:
+        if self._step is None:
+            self._step = self.step_at(0)
+        return self._step
+
+    def step_at(self, ahead: int) -> Step:
+        """The step ``ahead`` steps from now."""
+        scheduler = self.pipe.scheduler
+        timesteps = scheduler.timesteps
+        begin = self._begin or 0
+        total = getattr(self.pipe, "_num_timesteps", None) or len(timesteps) - begin
+        index = self.index if ahead == 0 else min(self.index + ahead, total - 1)
+        position = min(begin + index, len(timesteps) - 1)
+        sigmas = getattr(scheduler, "sigmas", None)
+        sigma = sigmas[position] if isinstance(sigmas, Tensor) and position < len(sigmas) else None
+        return Step(index, total, timesteps[position], sigma, begin)
+
+    def _locate(self, timestep: Any) -> None:
+        """Where in the schedule this run begins (image-to-image cuts the front off).
+
+        ``begin_index`` says it where the scheduler has one. Else the first timestep that the pipeline uses is a view into
+        ``scheduler.timesteps``: its storage offset is its position - no value is compared, so equal timesteps do not confuse it.
+        """
+        scheduler = self.pipe.scheduler
+        begin = getattr(scheduler, "begin_index", None)
+        timesteps = scheduler.timesteps
+        if begin is None and isinstance(timestep, Tensor) and isinstance(timesteps, Tensor):
+            shares = timestep.untyped_storage().data_ptr() == timesteps.untyped_storage().data_ptr()
+            if shares:
+                begin = (timestep.storage_offset() - timesteps.storage_offset()) // max(timesteps.stride(0), 1)
+        self._begin = begin or 0
+
+    # what the slots lead to -------------------------------------------------------------------------------------------------------
+
+    def set_timesteps(self, chain: Chain, inner: Any, names: Mapping[str, int], args: Any, kwargs: Any) -> None:
+        self.reached.add("schedule")
+        scheduler = self.pipe.scheduler
+        call = ScheduleCall(self, inner, names, args, kwargs)
+        call.scheduler = scheduler
+        schedule = chain(call)
+        self.strides = []
+        if schedule.timesteps is not scheduler.timesteps or schedule.sigmas is not getattr(scheduler, "sigmas", None):
+            self.strides = write_schedule(scheduler, schedule.timesteps, schedule.sigmas)
+        self._begin_schedule()
+
+    def control(self, chain: Chain, inner: Any, names: Mapping[str, int], args: Any, kwargs: Any) -> Any:
+        self.reached.add("control")
+        call = ControlCall(self, inner, names, args, kwargs)
+        call.model = inner.__self__
+        if self._begin is None:
+            self._locate(call.get("timestep"))
+        return chain(call)
+
+    def denoise(self, onions: Onions, model_name: str, inner: Any, names: Mapping[str, int], args: Any, kwargs: Any) -> Any:
+        self.reached.add("denoise")
+        call = DenoiseCall(self, inner, names, args, kwargs)
+        if self._begin is None:
+            self._locate(call.get(self.family.timestep))
+        if self.bound:
+            self._ready(call, model_name)
+        branch, branches = self._branch_of_call()
+        call.branch, call.branches = branch, branches
+        call.model, call.model_name = getattr(self.pipe, model_name), model_name
+        self.report.shape = self.report.shape or tuple(call.sample.shape)
+        calls = self.report.denoiser_calls
+        calls[branch] = calls.get(branch, 0) + 1
+        return_dict = call.get("return_dict", True)
+        if return_dict:
+            call = call.replace(return_dict=False)
+        self.branch = branch
+        try:
+            prediction = onions.denoise(call)
+        finally:
+            self.branch = None
+        if onions.guide is not None:
+            self._last_call = call
+            self.predictions.update(zip(branches, prediction.chunk(len(branches)), strict=True))
+        return Transformer2DModelOutput(sample=prediction) if return_dict else (prediction,)
+
+    def _branch_of_call(self) -> tuple[str, tuple[str, ...]]:
+        """(branch, branches in the batch) of the denoiser call that begins now."""
+        guidance = self.family.guidance
+        number, self._calls_in_step = self._calls_in_step, self._calls_in_step + 1
+        if guidance.layout == "batched" and self.guidance_active():
+            return "both", guidance.order
+        if guidance.layout == "sequential":
+            name = self.context or (guidance.order[number] if number < len(guidance.order) else f"call{number}")
+            return name, (name,)
+        return "cond", ("cond",)
+
+    def _ready(self, call: DenoiseCall, model_name: str) -> None:
+        """Before the first denoiser call: scheduler, steps and size are known now, and nothing was computed yet."""
+        guidance = self.guidance_scale(model_name)
+        for thing, fits in self.bound:
+            thing.ensure_run(self.pipe.scheduler, self.step.total, tuple(call.sample.shape[1:]), fits, guidance)
+        self.bound = []
+
+    def guidance_active(self) -> bool:
+        """Whether batched guidance is on now; read live, because it can be cut in mid-run."""
+        guidance = self.family.guidance
+        if guidance.active is not None:
+            return bool(getattr(self.pipe, guidance.active))
+        given = not guidance.requires or any(self.arguments.get(name) is not None for name in guidance.requires)
+        return given and (self.arguments.get(guidance.scale) or 0) > 1
+
+    def guidance_scale(self, model_name: str) -> float | None:
+        """The guidance scale in force now for one denoiser, or None."""
+        guidance = self.family.guidance
+        if guidance.second_scale is not None and model_name == self.family.denoisers[-1]:
+            second = self.arguments.get(guidance.second_scale)
+            if second is not None:
+                return second  # type: ignore[no-any-return]
+        live = getattr(self.pipe, f"_{guidance.scale}", None)
+        return live if live is not None else self.arguments.get(guidance.scale)
+
+    def note_scaling(self, inner: Any, names: Mapping[str, int], args: Any, kwargs: Any) -> Any:
+        """``scheduler.scale_model_input``: remember what it was given, for plugins that edit the latents."""
+        self.unscaled = kwargs["sample"] if "sample" in kwargs else args[0]
+        self.scale_model_input = inner
+        return inner(*args, **kwargs)
+
+    def block(self, chain: Chain, info: Any, inner: Any, names: Mapping[str, int], args: Any, kwargs: Any) -> Any:
+        self.reached.add("block")
+        call = BlockCall(self, inner, names, args, kwargs, self.branch)
+        call.info = info
+        return chain(call)
+
+    def attention(self, chain: Chain, info: Any, inner: Any, names: Mapping[str, int], args: Any, kwargs: Any) -> Any:
+        self.reached.add("attention")
+        call = AttentionCall(self, inner, names, args, kwargs, self.branch)
+        call.info = info
+        return chain(call)
+
+    def scheduler_step(self, onions: Onions, inner: Any, names: Mapping[str, int], args: Any, kwargs: Any) -> Any:
+        self.reached.add("step")
+        scheduler = self.pipe.scheduler
+        call = StepCall(self, inner, names, args, kwargs)
+        call.scheduler = scheduler
+        if self._begin is None:
+            self._locate(call.get("timestep"))
+        if self.carried is not None:
+            call = call.replace(sample=_fill_rows(self.carried, call.sample.shape[0]))
+        if onions.guide is not None and len(self.predictions) > 1:
+            call = self._guide(onions.guide, call)
+        position = (self._begin or 0) + self.index
+        with striding(scheduler, self.strides[position] if position < len(self.strides) else None):
+            if onions.step is None:
+                result = call_inner(call)
+            else:
+                result = step_result(onions.step, call)
+        self.report.steps += 1
+        self.index += 1
+        self._step = None
+        self._calls_in_step = 0
+        self.predictions = {}
+        self.carried = self.unscaled = None
+        return result
+
+    def _guide(self, chain: Chain, step: StepCall) -> StepCall:
+        self.reached.add("guide")
+        combined = step.model_output
+        rows = next(iter(self.predictions.values())).shape[0]
+        call = GuideCall(self, None, {}, (), {})  # type: ignore[arg-type]
+        call.combined = combined[:rows] if self.family.guidance.doubled else combined
+        call.branches = {name: self._to_combined_layout(x, call.combined) for name, x in self.predictions.items()}
+        call.scale = self.guidance_scale(self._last_call.model_name)
+        guided = chain(call)
+        if guided is call.combined:
+            return step
+        return step.replace(model_output=_fill_rows(guided.to(combined.dtype), combined.shape[0]))  # type: ignore[no-any-return]
+
+    def _to_combined_layout(self, x: Tensor, combined: Tensor) -> Tensor:
+        """A branch's raw prediction in the layout of the pipeline's combination, as the family says."""
+        how = self.family.branch_prediction
+        if how == "drop_sigma" and x.shape[1] == 2 * combined.shape[1]:
+            x = x.chunk(2, dim=1)[0]
+        elif how == "first_tokens" and x.shape[1] > combined.shape[1]:
+            x = x[:, : combined.shape[1]]
+        elif how == "unpacked_tail" and x.ndim == 3:
+            sizes = [self._last_call[name] for name in ("num_frames", "height", "width")]
+            x = x.unflatten(1, sizes).movedim(-1, 1)[:, :, 1:]  # tokens -> channels, frames, height, width; the first frame is given
+        if x.shape != combined.shape:
+            raise Unsupported(
+                f"family {self.family.name!r} does not say how a branch prediction {tuple(x.shape)} becomes the scheduler's "
+                f"{tuple(combined.shape)} (branch_prediction={how!r}), so guidance plugins cannot work on it"
+            )
+        return x.to(combined.dtype)  # some pipelines combine in float32
+
+
+def _fill_rows(x: Tensor, rows: int) -> Tensor:
+    return x if x.shape[0] == rows else torch.cat([x] * (rows // x.shape[0]))
+
+
+def tensor_bytes(value: Any) -> int:
+    """Bytes of all tensors held in a state object."""
+    if isinstance(value, Tensor):
+        return int(value.untyped_storage().nbytes())
+    if isinstance(value, Mapping):
+        return sum(tensor_bytes(item) for item in value.values())
+    if isinstance(value, (list, tuple)):
+        return sum(tensor_bytes(item) for item in value)
+    if isinstance(value, nn.Module):
+        return 0  # a model that a state points to is somebody else's
+    return sum(tensor_bytes(item) for item in vars(value).values()) if hasattr(value, "__dict__") else 0

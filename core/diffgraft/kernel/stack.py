@@ -1,0 +1,416 @@
+"""The plugins on one pipeline: attached, run, taken off without trace.
+
+The pipeline object gets a class of its own (same name, a subclass of its class) that carries ``__call__`` and ``plugins``. All other
+slots are open only while a run is in progress: between runs the denoiser, its blocks, its processors and the scheduler are exactly the
+user's. That is why offloading before or after, a new scheduler, LoRA, ``from_pipe``, saving and pickling need no special care.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from torch import nn
+
+from diffgraft.kernel.anatomy import blocks_of, denoisers_of
+from diffgraft.kernel.calls import ModulesCall, RunCall
+from diffgraft.kernel.errors import Conflict, DiffgraftError, PluginNotFound, Unsupported, nearest
+from diffgraft.kernel.facts import Target
+from diffgraft.kernel.family import Family
+from diffgraft.kernel.onion import call_inner, compose, running
+from diffgraft.kernel.planner import Part, Plan, plan
+from diffgraft.kernel.plugin import Entry, Plugin
+from diffgraft.kernel.registry import find_family, find_need
+from diffgraft.kernel.report import Report
+from diffgraft.kernel.run import Run
+from diffgraft.kernel.slots import Slot, set_class, wraps_method
+from diffgraft.kernel.wiring import Wiring
+
+_STACK = "_diffgraft_stack"
+
+
+def stack_of(pipe: Any) -> PluginStack | None:
+    """The plugin stack of a pipeline, or None when nothing was ever attached (or all was taken off)."""
+    return getattr(type(pipe), _STACK, None)
+
+
+def ensure_bare(pipe: Any, why: str) -> None:
+    """Raises Conflict when there are plugins on the pipeline."""
+    stack = stack_of(pipe)
+    if stack is not None and (names := stack.list()):
+        raise Conflict(f"{', '.join(names)} on this pipeline; diffgraft.unload(pipe) first: {why}")
+
+
+def attach(pipe: Any, plugins: Sequence[Plugin]) -> PluginStack:
+    """Put ``plugins`` on ``pipe``, inside those that are there. All checks come first: if one fails, the pipeline is as it was.
+
+    Raises:
+        Conflict: a plugin is there already, or two do not fit together.
+        Unsupported: the family or this pipeline cannot take one of them.
+    """
+    stack = stack_of(pipe)
+    if stack is not None:
+        stack.add(plugins)
+        return stack
+    stack = PluginStack(pipe, find_family(type(pipe)))
+    stack.add(plugins)
+    set_class(pipe, _class_with(stack))
+    return stack
+
+
+def describe(pipe: Any, family: Family) -> Target:
+    """What a plugin's ``check`` may look at."""
+    denoisers = denoisers_of(pipe, family)
+    return Target(pipe, family, denoisers, blocks_of(family, denoisers))
+
+
+def fetch(plugin: Plugin, target: Target, known: Mapping[str, Any]) -> dict[str, Any]:
+    """What ``plugin`` needs beside its knobs, by knob; checked against the pipeline that it will be put on.
+
+    Args:
+        known: what was fetched before and is still the one that the knob names.
+
+    Raises:
+        ConfigError: a name that leads nowhere.
+        ArtefactMismatch, Unsupported: it does not fit this pipeline.
+    """
+    given: dict[str, Any] = {}
+    for need in plugin.needs:
+        value = known.get(need.knob, getattr(plugin.config, need.knob))
+        given[need.knob] = None if value is None else find_need(need.kind, plugin.name)(plugin, need, value, target)
+    return given
+
+
+def follow(given: Any, device: torch.device) -> None:
+    """Move the pipelines among what a plugin was given to the device on which the first one runs now."""
+    for second in given if isinstance(given, list) else [given]:
+        offloaded = bool(getattr(second, "_all_hooks", None))  # then accelerate moves its parts
+        if isinstance(second, DiffusionPipeline) and second.device != device and not offloaded:
+            second.to(device)
+
+
+class PluginStack:
+    """``pipe.plugins``."""
+
+    def __init__(self, pipe: Any, family: Family) -> None:
+        self.pipe = pipe
+        self.family = family
+        self.base_class: type = type(pipe)
+        self._entries: tuple[Entry, ...] = ()
+        self._wiring = Wiring(pipe, family)
+        self._swaps: dict[Entry, Sequence[Slot]] = {}
+        self._undo: tuple[Callable[[], None], ...] = ()
+        self._busy = threading.Lock()
+        self._last = Report()
+
+    # what users call --------------------------------------------------------------------------------------------------------------
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(tuple(entry.name for entry in self._entries))
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __contains__(self, name: object) -> bool:
+        return any(entry.name == name for entry in self._entries)
+
+    def __getitem__(self, name: str) -> Plugin:
+        return self._entry(name).plugin
+
+    def __repr__(self) -> str:
+        parts = [entry.name + ("" if entry.enabled else " (disabled)") for entry in self._entries]
+        return f"<plugins of {self.base_class.__name__}: {', '.join(parts) or 'none'}>"
+
+    def list(self) -> tuple[str, ...]:
+        """Names, outermost first."""
+        return tuple(self)
+
+    def report(self) -> Report:
+        """What each plugin did in the last run (empty before the first)."""
+        return self._last
+
+    @property
+    def plan(self) -> Plan:
+        """The planner's verdict on the enabled plugins; its warnings are worth reading."""
+        return plan([Part(entry.name, entry.plugin.effects) for entry in self._enabled()])
+
+    def run_scheduler(self) -> Any:
+        """The scheduler that a run has: the pipeline's own, or what an enabled plugin replaces it with."""
+        scheduler = self.pipe.scheduler
+        for entry in self._enabled():
+            scheduler = entry.plugin.make_scheduler(scheduler, self.family) or scheduler
+        return scheduler
+
+    def enable(self, *names: str) -> None:
+        """Switch plugins on again (all, when none is named)."""
+        self._toggle(names, True)
+
+    def disable(self, *names: str) -> None:
+        """Switch plugins off for the following runs (all, when none is named); they stay in the list."""
+        self._toggle(names, False)
+
+    @contextmanager
+    def disabled(self, *names: str) -> Iterator[None]:
+        """``with pipe.plugins.disabled(): baseline = pipe(...)``"""
+        before = [(entry, entry.enabled) for entry in self._entries]
+        self.disable(*names)
+        try:
+            yield
+        finally:
+            for entry, enabled in before:
+                if entry in self._entries:
+                    self._switch(entry, enabled)
+
+    def configure(self, name: str, **knobs: Any) -> None:
+        """Change knobs between runs; the others stay.
+
+        Raises:
+            ConfigError: an unknown knob or a value out of range; the old knobs stay.
+        """
+        self._refuse_in_run("configure a plugin of")
+        entry = self._entry(name)
+        new = type(entry.plugin)(**{**entry.plugin.own_knobs, **knobs})
+        same = [need.knob for need in new.needs if getattr(new.config, need.knob) == getattr(entry.plugin.config, need.knob)]
+        given = self._fetch(new, describe(self.pipe, self.family), {knob: entry.given[knob] for knob in same})
+        enabled, old = entry.enabled, (entry.plugin, entry.given)
+        self._switch(entry, False)
+        entry.plugin, entry.given = new, given
+        try:
+            self._switch(entry, enabled)
+        except BaseException:
+            entry.plugin, entry.given = old
+            self._switch(entry, enabled)
+            raise
+
+    def remove(self, *names: str) -> None:
+        """Take plugins off."""
+        self._refuse_in_run("take plugins off")
+        for entry in [self._entry(name) for name in names]:
+            self._switch(entry, False)
+            self._entries = tuple(kept for kept in self._entries if kept is not entry)
+
+    def clear(self) -> None:
+        """Take all plugins off and give the pristine pipeline back: nothing of diffgraft stays on it, ``pipe.plugins`` included."""
+        self.remove(*self)
+        if stack_of(self.pipe) is self:
+            set_class(self.pipe, self.base_class)
+        undo, self._undo = self._undo, ()
+        for function in reversed(undo):
+            function()
+
+    # attaching --------------------------------------------------------------------------------------------------------------------
+
+    def add(self, plugins: Sequence[Plugin]) -> None:
+        """Check ``plugins`` against this pipeline and against those that are there, then put them innermost."""
+        self._refuse_in_run("attach plugins to")
+        for plugin in plugins:
+            if plugin.name in self:
+                raise Conflict(
+                    f"{plugin.name} is on this pipeline already; pipe.plugins.configure({plugin.name!r}, ...) changes its knobs, "
+                    f"pipe.plugins.remove({plugin.name!r}) takes it off"
+                )
+        everything = [entry.plugin for entry in self._entries] + [*plugins]
+        plan([Part(p.name, p.effects) for p in everything]).ensure()
+        target = describe(self.pipe, self.family)
+        given = []
+        for plugin in plugins:
+            self.refuse_family(plugin)
+            given.append(self._fetch(plugin, target, {}))
+        before = self._entries
+        try:
+            for plugin, things in zip(plugins, given, strict=True):
+                entry = Entry(plugin, given=things)
+                self._entries = (*self._entries, entry)
+                self._switch(entry, True)
+        except BaseException:
+            for entry in self._entries[len(before) :]:
+                self._switch(entry, False)
+            self._entries = before
+            raise
+
+    def _fetch(self, plugin: Plugin, target: Target, known: Mapping[str, Any]) -> dict[str, Any]:
+        """What the plugin needs, after it and the core have found nothing against this pipeline."""
+        given = fetch(plugin, target, known)
+        plugin.check(replace(target, given=given))
+        return given
+
+    def on_clear(self, undo: Callable[[], None]) -> None:
+        """Have ``undo`` called by :meth:`clear`."""
+        self._undo = (*self._undo, undo)
+
+    def refuse_family(self, plugin: Plugin) -> None:
+        """Raises Unsupported when the plugin is not made for this pipeline."""
+        name, family = self.base_class.__name__, self.family
+        if not family.is_among(plugin.families):
+            raise Unsupported(
+                f"{plugin.name} does not work on {name} (family {family.name!r}, one of the {family.kind}s): "
+                f"it is made for {', '.join(plugin.families)}"
+            )
+        if plugin.points() == ("guide",) and family.guidance.layout == "none":
+            raise Unsupported(f"{plugin.name} changes guidance, but {name} runs none")
+
+    def _entry(self, name: str) -> Entry:
+        for entry in self._entries:
+            if entry.name == name:
+                return entry
+        raise PluginNotFound(f"{name!r} is not on this pipeline{nearest(name, self)} On it: {', '.join(self) or 'nothing'}")
+
+    def _enabled(self) -> tuple[Entry, ...]:
+        return tuple(entry for entry in self._entries if entry.enabled)
+
+    def _toggle(self, names: Sequence[str], enabled: bool) -> None:
+        self._refuse_in_run("enable or disable plugins of")
+        for entry in [self._entry(name) for name in names or tuple(self)]:
+            self._switch(entry, enabled)
+
+    def _refuse_in_run(self, what: str) -> None:
+        if self._busy.locked():
+            raise DiffgraftError(f"cannot {what} this pipeline while it is running; do it before or after the call")
+
+    # module surgery: the only thing that stays between runs, because exchanged modules must follow `pipe.to` -----------------------
+
+    def _switch(self, entry: Entry, enabled: bool) -> None:
+        """Turn an entry on or off; the modules that it exchanges go in and out with it."""
+        if enabled and "modules" in entry.plugin.points() and entry not in self._swaps:
+            self._swaps[entry] = ()
+            try:
+                call = ModulesCall(None, None, {}, (), {})  # type: ignore[arg-type]
+                call.entry, call.denoisers = entry, denoisers_of(self.pipe, self.family)
+                call.swap = lambda parent, name, new: self._swap(entry, parent, name, new)
+                entry.plugin.modules(call, lambda call: None)  # type: ignore[attr-defined]
+            except BaseException:
+                self._unswap(entry)
+                raise
+        if not enabled:
+            self._unswap(entry)
+        entry.enabled = enabled
+
+    def _swap(self, entry: Entry, parent: nn.Module, name: str, new: nn.Module) -> None:
+        home: Any = parent._modules
+        if name not in home:
+            raise DiffgraftError(f"{entry.name}: {type(parent).__name__} has no submodule {name!r}; it has {', '.join(home)}")
+        slot = Slot(home, name, lambda: home[name])
+        slot.put(new)
+        slot.open()
+        self._swaps[entry] = (*self._swaps[entry], slot)
+
+    def exchanged(self) -> Sequence[tuple[nn.Module, nn.Module]]:
+        """(module that a plugin put in, the one that was there), in the order in which they were put in."""
+        return [(slot.value, slot.inner) for slots in self._swaps.values() for slot in slots]
+
+    def _unswap(self, entry: Entry) -> None:
+        slots = self._swaps.get(entry, ())
+        for slot in slots:
+            if not slot.is_open:
+                raise Conflict(
+                    f"{entry.name} cannot be taken off: something (LoRA?) was put over the module {slot.key!r} that it had exchanged; "
+                    "unload that first"
+                )
+        for slot in reversed(slots):
+            where = next(slot.value.parameters(), None)
+            original = slot.inner
+            slot.close()
+            if where is not None and isinstance(original, nn.Module):
+                original.to(where.device)  # the pipeline may have moved in the meantime
+        self._swaps.pop(entry, None)
+
+    # running ----------------------------------------------------------------------------------------------------------------------
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """One ``pipe(...)`` call."""
+        function = self.base_class.__call__
+        entries = self._enabled()
+        if not entries:
+            with running(None):  # called from inside another pipeline's run, it is no part of that
+                return function(self.pipe, *args, **kwargs)
+        if not self._busy.acquire(blocking=False):
+            raise DiffgraftError(
+                "this pipeline is running already (another thread, or a call from inside its own run), and it has one scheduler: "
+                "make a second one with copy.deepcopy(pipe)"
+            )
+        try:
+            return self._run(function, entries, args, kwargs)
+        finally:
+            self._busy.release()
+
+    def _run(self, function: Callable[..., Any], entries: Sequence[Entry], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        started = time.perf_counter()
+        signature = inspect.signature(function)
+        run = Run(self.pipe, self.family, entries)
+        slots: Sequence[Slot] = ()
+
+        def one_pass(call: RunCall) -> Any:
+            bound = signature.bind_partial(self.pipe, *call.args, **call.kwargs)
+            bound.apply_defaults()
+            run.begin_pass(bound.arguments)
+            for slot in slots:  # an earlier pass may have ended in an offload hook that threw ours away
+                slot.open()
+            return call_inner(call)
+
+        try:
+            for given in [value for entry in entries for value in entry.given.values()]:
+                follow(given, self.pipe._execution_device)
+            slots = self._wiring.connect(run, entries)
+            with running(run):
+                positions = {name: i for i, name in enumerate([*signature.parameters][1:])}
+                call = RunCall(run, lambda *a, **k: function(self.pipe, *a, **k), positions, args, kwargs)
+                result = compose([entry for entry in entries if "run" in entry.plugin.points()], "run", one_pass)(call)
+            run.ensure_fired(result)
+            run.report.completed = True
+            return result
+        finally:
+            for slot in reversed(slots):
+                slot.close()
+                slot.lead = None
+            run.end()
+            run.report.seconds = time.perf_counter() - started
+            self._last = run.report
+
+
+def _class_with(stack: PluginStack) -> type:
+    """A subclass of the pipeline's class, for this one object, that runs its calls through ``stack``."""
+    base = stack.base_class
+
+    def __call__(pipe: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N807
+        return stack(*args, **kwargs)
+
+    def __deepcopy__(pipe: Any, memo: dict[int, Any]) -> Any:  # noqa: N807
+        new: Any = object.__new__(base)
+        memo[id(pipe)] = new
+        for exchanged, original in stack.exchanged():  # the copy's plugins exchange its own modules themselves
+            memo[id(exchanged)] = twin = copy.deepcopy(original, memo)
+            if (where := next(exchanged.parameters(), None)) is not None:
+                twin.to(where.device)
+        new.__dict__.update(copy.deepcopy(pipe.__dict__, memo))
+        copied = attach(new, [type(entry.plugin)(**entry.plugin.own_knobs) for entry in stack._entries])
+        for entry in stack._entries:
+            copied._switch(copied._entry(entry.name), entry.enabled)
+        return new
+
+    def __reduce_ex__(pipe: Any, protocol: Any) -> Any:  # noqa: N807
+        # a pickle holds the plain pipeline: which plugins its reader has installed is not ours to say
+        if stack.exchanged():
+            pipe = copy.deepcopy(pipe)
+            pipe.plugins.clear()
+        reduced: Any = object.__reduce_ex__(pipe, max(int(protocol), 2))
+        return (object.__new__, (base,), *reduced[2:])
+
+    body = {
+        "__call__": wraps_method(base, "__call__", __call__),
+        "__deepcopy__": __deepcopy__,
+        "__reduce_ex__": __reduce_ex__,
+        "__module__": base.__module__,
+        "__qualname__": base.__qualname__,
+        "__doc__": base.__doc__,
+        "plugins": property(lambda pipe: stack, doc="The plugins on this pipeline."),
+        _STACK: stack,
+    }
+    return type(base.__name__, (base,), body)

@@ -1,0 +1,184 @@
+"""From the plugins of a stack to open slots: which objects of a pipeline are wrapped, and where each wrapper leads.
+
+Slots are open only while a run is in progress. They are kept from run to run and their wrappers with them, because ``torch.compile``
+guards on the identity of what it finds in ``forward``; only where they lead is set anew.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from diffgraft.kernel.anatomy import attention_of, blocks_of, controls_of, denoisers_of
+from diffgraft.kernel.errors import Unsupported
+from diffgraft.kernel.facts import AttentionInfo
+from diffgraft.kernel.family import Family
+from diffgraft.kernel.onion import Chain, Onions, active_run, call_inner, compose
+from diffgraft.kernel.plugin import Entry
+from diffgraft.kernel.run import Run
+from diffgraft.kernel.slots import Slot, method_slot, wraps_method
+
+Names = Mapping[str, int]
+Lead = Callable[[Callable[..., Any], Names, tuple[Any, ...], dict[str, Any]], Any]
+
+
+class Wiring:
+    """The slots of one pipeline's stack."""
+
+    def __init__(self, pipe: Any, family: Family) -> None:
+        self.pipe = pipe
+        self.family = family
+        self._kept: dict[tuple[int, str], Slot] = {}  # of the last run
+        self._used: dict[tuple[int, str], Slot] = {}  # of the run that is being connected
+
+    def connect(self, run: Run, entries: Sequence[Entry]) -> list[Slot]:
+        """The slots that a run of ``entries`` needs, led to ``run``; nothing is open yet. A point without a plugin gets none."""
+        points = {point for entry in entries for point in entry.plugin.points()}
+        onions = Onions(entries)
+        self._used = {}
+        slots = self._scheduler(run, onions, entries)
+        if points & {"denoise", "block", "attention", "guide"} or run.bound:  # they are held against the first denoiser call
+            slots += self._denoisers(run, onions)
+        if "control" in points:
+            networks = controls_of(self.pipe)
+            slots += [self._method(network, "forward", partial(run.control, onions.control)) for network in networks]
+            run.promise("control", bool(networks))
+        denoisers = denoisers_of(self.pipe, self.family)
+        if "block" in points:
+            chosen = _select(entries, "block", blocks_of(self.family, denoisers), denoisers)
+            slots += [self._method(info.module, "forward", partial(run.block, chain, info), inside=True) for info, chain in chosen]
+            run.promise("block", bool(chosen))
+        if "attention" in points:
+            layers = _select(entries, "attention", attention_of(denoisers), denoisers)
+            slots += [self._processor(info, partial(run.attention, chain, info)) for info, chain in layers]
+            run.promise("attention", bool(layers))
+        self._kept, self._used = self._used, {}  # a scheduler or denoiser that was replaced is not held on to
+        return slots
+
+    def _scheduler(self, run: Run, onions: Onions, entries: Sequence[Entry]) -> list[Slot]:
+        slots: list[Slot] = []
+        scheduler = self.pipe.scheduler
+        for entry in entries:
+            if (new := entry.plugin.make_scheduler(scheduler, self.family)) is not None:
+                scheduler = new
+                slot = Slot(self.pipe.__dict__, "scheduler", lambda: self.pipe.__dict__["scheduler"])
+                slot.put(scheduler)
+                slots.append(slot)
+                run.report_of(entry).fired["scheduler"] = 1
+        slots.append(self._method(scheduler, "set_timesteps", partial(run.set_timesteps, onions.schedule)))
+        slots.append(self._method(scheduler, "step", partial(run.scheduler_step, onions)))
+        if any("latents" in entry.plugin.effects.edits for entry in entries) and hasattr(scheduler, "scale_model_input"):
+            slots.append(self._method(scheduler, "scale_model_input", run.note_scaling))
+        if scheduler is not self.pipe.scheduler:  # made for this run: it goes with it
+            self._used = {key: slot for key, slot in self._used.items() if key[0] != id(scheduler)}
+        return slots
+
+    def _denoisers(self, run: Run, onions: Onions) -> list[Slot]:
+        slots = []
+        for name, module in denoisers_of(self.pipe, self.family).items():
+            slots.append(self._method(module, "forward", partial(run.denoise, onions, name)))
+            if self.family.guidance.layout == "sequential" and hasattr(module, "cache_context"):
+                slots.append(self._method(module, "cache_context", partial(_named_context, run)))
+        return slots
+
+    def _method(self, target: Any, name: str, lead: Lead, inside: bool = False) -> Slot:
+        """A slot on a method. ``inside``: fires only within a denoiser call (a ControlNet may share the module)."""
+        slot = self._kept.get((id(target), name))
+        if slot is None or slot.home is not target.__dict__:
+            slot = method_slot(target, name)
+            eager = getattr(target, "_orig_mod", target)  # a compiled module's own forward is (*args, **kwargs)
+            slot.put(wraps_method(target, name, self._wrapper(slot, positions(getattr(eager, name)), inside)))
+        self._used[id(target), name] = slot
+        slot.lead = lead
+        return slot
+
+    def _wrapper(self, slot: Slot, names: Names, inside: bool) -> Callable[..., Any]:
+        @torch.compiler.disable(recursive=False)
+        def wrapper(*args: Any, **kwargs: Any) -> Any:
+            run = active_run()
+            if run is None or run.pipe is not self.pipe or slot.lead is None or (inside and run.branch is None):
+                return slot.inner(*args, **kwargs)  # another pipeline that shares this module, or one who kept our wrapper
+            return slot.lead(slot.inner, names, args, kwargs)
+
+        return wrapper  # type: ignore[no-any-return]
+
+    def _processor(self, info: AttentionInfo, lead: Lead) -> Slot:
+        module = info.module
+        processor: Any = module.processor
+        slot = self._kept.get((id(module), "processor"))
+        if slot is None or slot.home is not module.__dict__ or not slot.value.stands_for(processor):
+            slot = Slot(module.__dict__, "processor", lambda: module.processor)
+            slot.put(ProcessorProxy(processor, self._wrapper(slot, positions(processor.__call__), inside=True)))
+        self._used[id(module), "processor"] = slot
+        slot.lead = lead
+        return slot
+
+
+def _select(entries: Sequence[Entry], point: str, infos: Sequence[Any], denoisers: Mapping[str, nn.Module]) -> list[tuple[Any, Chain]]:
+    """(info, onion) for each block or layer that at least one plugin selects."""
+    wanted: dict[int, list[Entry]] = {}
+    for entry in entries:
+        if point in entry.plugin.points():
+            select = entry.plugin.select_blocks if point == "block" else entry.plugin.select_attention
+            for info in select(infos):
+                wanted.setdefault(info.order, []).append(entry)
+                ensure_breakable(denoisers[info.model], entry.name, point)
+    return [(info, compose(wanted[info.order], point, call_inner)) for info in infos if info.order in wanted]
+
+
+def ensure_breakable(denoiser: nn.Module, name: str, point: str) -> None:
+    """Raises Unsupported where a hook inside the denoiser would end in an error of dynamo's: a hook is a break in a compiled graph."""
+    if getattr(getattr(denoiser, "dynamo_ctx", None), "fullgraph", False):
+        raise Unsupported(
+            f"{name} needs its {point} hooks inside the denoiser, but that was compiled by torch.compile(fullgraph=True), which allows no "
+            "break in its graph; compile it without fullgraph"
+        )
+
+
+@contextmanager
+def _named_context(run: Run, inner: Callable[..., Any], names: Names, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Any]:
+    """``model.cache_context("cond")``: the pipeline itself names the branch."""
+    run.context = args[0] if args else kwargs["name"]
+    try:
+        with inner(*args, **kwargs) as entered:
+            yield entered
+    finally:
+        run.context = None
+
+
+class ProcessorProxy:
+    """Stands in for an attention processor during a run; to ``isinstance`` and attribute access it is the processor itself."""
+
+    def __init__(self, processor: Any, wrapper: Callable[..., Any]) -> None:
+        self.__dict__["_processor"] = processor
+        self.__dict__["_wrapper"] = wrapper
+        # Attention.forward reads the signature of `processor.__call__` at every call, to decide which arguments it may pass
+        call = self.__dict__["__call__"] = lambda *args, **kwargs: wrapper(*args, **kwargs)
+        call.__signature__ = inspect.signature(processor.__call__)  # type: ignore[attr-defined]
+
+    def stands_for(self, processor: Any) -> bool:
+        """Whether it was made for this very processor."""
+        return self.__dict__["_processor"] is processor
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._wrapper(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["_processor"], name)
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:  # type: ignore[override]
+        return type(self.__dict__["_processor"])
+
+
+def positions(function: Callable[..., Any]) -> dict[str, int]:
+    """Parameter name -> position, of the positional parameters of a bound method."""
+    parameters = inspect.signature(function).parameters.values()
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return {p.name: i for i, p in enumerate(p for p in parameters if p.kind in kinds)}

@@ -1,0 +1,1 @@
+"""Measuring: what a stack costs and changes, and which stack is worth it."""

@@ -1,0 +1,271 @@
+"""Calibration artefacts: what a plugin measured on one model, kept in one safetensors file that fits only there.
+
+The file's header says what it was made for: plugin, pipeline class, a fingerprint of each denoiser, the scheduler with its settings, the
+number of steps and the shape of the latents; and it carries a checksum. Whatever does not fit is refused before anything runs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import math
+import os
+from collections.abc import Collection, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import TypeAdapter, ValidationError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+from typing_extensions import Self, TypedDict
+
+from diffgraft.kernel.errors import ArtefactMismatch, ConfigError
+from diffgraft.kernel.plugin import RUN_FACTS
+from diffgraft.methods.files import write_atomic
+
+FORMAT = 1
+"""Number of the file layout."""
+PROBES = 32
+"""Weights that a fingerprint remembers."""
+TOLERANCE = 0.02
+"""Relative difference of a remembered weight that another dtype explains (bfloat16 keeps 8 bits)."""
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """What tells one model from another: its class, a hash of all parameter names and shapes, and a few weights.
+
+    Two checkpoints of one architecture differ in the weights; one checkpoint in another dtype or on another device does not.
+    """
+
+    kind: str
+    layout: str
+    weights: tuple[float, ...]
+
+    @classmethod
+    def of(cls, model: nn.Module) -> Fingerprint:
+        """The fingerprint of a model; LoRA layers on it are not part of it."""
+        model = getattr(model, "_orig_mod", model)  # under torch.compile
+        named = sorted((name.replace(".base_layer", ""), name) for name, _ in model.named_parameters() if ".lora_" not in name)
+        lines = (f"{clean} {tuple(model.get_parameter(name).shape)}" for clean, name in named)
+        layout = hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
+        values = [middle(model, named[i * len(named) // PROBES][1]) for i in range(min(PROBES, len(named)))]
+        weights = torch.stack(values).tolist() if values else []
+        return cls(type(model).__name__, layout, tuple(weights))
+
+    def difference(self, other: Fingerprint) -> str | None:
+        """Why ``other`` is another model, or None when it is this one."""
+        if self.kind != other.kind:
+            return f"{other.kind} instead of {self.kind}"
+        if self.layout != other.layout:
+            return f"{self.kind} with other layers or sizes"
+        pairs = zip(self.weights, other.weights, strict=False)
+        close = all(math.isclose(a, b, rel_tol=TOLERANCE, abs_tol=1e-6) for a, b in pairs)
+        return None if close and len(self.weights) == len(other.weights) else f"{self.kind} with other weights"
+
+
+def middle(model: nn.Module, name: str) -> Tensor:
+    """The middle value of a parameter (0-dim, fp32, CPU); sequential offload leaves an empty one in its place and keeps the values."""
+    module, _, own_name = name.rpartition(".")
+    owner = model.get_submodule(module)
+    with contextlib.ExitStack() as held:
+        if getattr(owner, own_name).is_meta:
+            from accelerate.utils import align_module_device
+
+            held.enter_context(align_module_device(owner, "cpu"))
+        parameter = getattr(owner, own_name).detach()
+        return parameter.reshape(-1)[parameter.numel() // 2].float().cpu()
+
+
+@dataclass(frozen=True)
+class MadeFor:
+    """What an artefact fits: ``shape`` is that of one sample as the denoiser gets it, without the batch."""
+
+    plugin: str
+    pipeline: str
+    denoisers: dict[str, Fingerprint]
+    scheduler: str
+    scheduler_config: dict[str, Any]
+    steps: int
+    shape: tuple[int, ...]
+
+    @classmethod
+    def describe(
+        cls, plugin: str, pipe: Any, scheduler: Any, denoisers: Mapping[str, nn.Module], steps: int, shape: tuple[int, ...]
+    ) -> MadeFor:
+        """The facts of a live pipeline and the scheduler that runs in it."""
+        return cls(
+            plugin=plugin,
+            pipeline=type(pipe).__name__,
+            denoisers={name: Fingerprint.of(model) for name, model in denoisers.items()},
+            scheduler=type(scheduler).__name__,
+            scheduler_config=scheduler_facts(scheduler),
+            steps=steps,
+            shape=shape,
+        )
+
+
+def scheduler_facts(scheduler: Any) -> dict[str, Any]:
+    """The scheduler's settings as JSON knows them, without what diffusers notes for itself."""
+    plain = {key: value for key, value in scheduler.config.items() if not key.startswith("_") and key != "trained_betas"}
+    return json.loads(json.dumps(plain, sort_keys=True, default=str))  # type: ignore[no-any-return]
+
+
+class Header(TypedDict):
+    """What a file says about itself, without its checksum."""
+
+    format: int
+    made_for: MadeFor
+    facts: dict[str, Any]
+
+
+HEADER = TypeAdapter(Header)
+
+
+@dataclass(frozen=True, eq=False)
+class Artefact:
+    """Tensors and facts that a calibration found. ``facts`` are plain JSON values."""
+
+    made_for: MadeFor
+    tensors: dict[str, Tensor]
+    facts: dict[str, Any] = field(default_factory=dict)
+    path: str = ""
+    kind: str = "artefact"
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the file: the whole of it, or nothing."""
+        tensors = {name: value.detach().cpu().contiguous() for name, value in self.tensors.items()}
+        header = {"format": FORMAT, "made_for": asdict(self.made_for), "facts": self.facts}
+        header["checksum"] = checksum(header, tensors)
+        content = save(tensors or {"none": torch.zeros(1)}, metadata={"diffgraft": json.dumps(header, sort_keys=True)})
+        write_atomic(Path(path), content)
+
+    @classmethod
+    def load(cls, source: str | os.PathLike[str], plugin: str, kind: str = "artefact") -> Self:
+        """The artefact at a path, or at ``owner/name/file.safetensors`` on the Hub; ``kind`` as in ``Need``.
+
+        Raises:
+            ConfigError: there is no such file.
+            ArtefactMismatch: it is no artefact, is damaged, or was made for another plugin.
+        """
+        path = find_file(source, plugin, kind)
+        try:
+            with safe_open(path, framework="pt") as file:
+                written = (file.metadata() or {}).get("diffgraft")
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a dict
+        except (SafetensorError, OSError) as error:
+            raise ArtefactMismatch(f"{source} cannot be read ({error}); {make_again(plugin, kind)}") from error
+        if written is None:
+            raise ArtefactMismatch(f"{source} is a safetensors file, but no diffgraft artefact; {make_again(plugin, kind)}")
+        return cls.checked(written, tensors, source, plugin, kind)
+
+    @classmethod
+    def checked(cls, written: str, tensors: dict[str, Tensor], source: Any, plugin: str, kind: str) -> Self:
+        """What a file's header (JSON) and tensors say.
+
+        Raises:
+            ArtefactMismatch: no JSON, another layout, a wrong checksum, or made for another plugin.
+        """
+        try:
+            header = json.loads(written)
+        except (ValueError, RecursionError) as error:
+            raise ArtefactMismatch(f"{source} cannot be read as JSON ({error}); {make_again(plugin, kind)}") from error
+        if not isinstance(header, dict) or header.get("format") != FORMAT:
+            found = header.get("format") if isinstance(header, dict) else header
+            raise ArtefactMismatch(f"{source} has layout {found!r}, this diffgraft reads {FORMAT}; {make_again(plugin, kind)}")
+        expected = header.pop("checksum", None)
+        tensors.pop("none", None)
+        if checksum(header, tensors) != expected:
+            raise ArtefactMismatch(f"{source} is damaged: its checksum is wrong; {make_again(plugin, kind)}")
+        try:
+            read = HEADER.validate_python(header)
+        except ValidationError as error:
+            raise ArtefactMismatch(f"{source} is not what diffgraft writes: {error}; {make_again(plugin, kind)}") from error
+        made_for = read["made_for"]
+        if made_for.plugin != plugin:
+            raise ArtefactMismatch(f"{source} was made for the plugin {made_for.plugin!r}, not for {plugin!r}; {make_again(plugin, kind)}")
+        return cls(made_for, tensors, read["facts"], os.fspath(source), kind)
+
+    def ensure_model(self, pipe: Any, denoisers: Mapping[str, nn.Module]) -> None:
+        """Raises ArtefactMismatch when it was made for another model; all that can be said before a run."""
+        differing = []
+        if self.made_for.pipeline != type(pipe).__name__:
+            differing.append(f"pipeline: made for {self.made_for.pipeline}, found {type(pipe).__name__}")
+        for name, expected in self.made_for.denoisers.items():
+            if name not in denoisers:
+                differing.append(f"{name}: this pipeline has none")
+            elif why := expected.difference(Fingerprint.of(denoisers[name])):
+                differing.append(f"{name}: found {why}")
+        self._refuse(differing)
+
+    def ensure_run(
+        self,
+        scheduler: Any,
+        steps: int,
+        shape: tuple[int, ...],
+        fits: Collection[str] = RUN_FACTS,
+        guidance: float | None = None,
+    ) -> None:
+        """Raises ArtefactMismatch when scheduler, number of steps, size or guidance scale are others, as far as ``fits`` names them."""
+        differing = []
+        if "scheduler" in fits and self.made_for.scheduler != type(scheduler).__name__:
+            differing.append(f"scheduler: made for {self.made_for.scheduler}, found {type(scheduler).__name__}")
+        elif "scheduler" in fits:
+            found, expected = scheduler_facts(scheduler), self.made_for.scheduler_config
+            keys = sorted(key for key in found.keys() | expected.keys() if found.get(key) != expected.get(key))
+            differing += [f"scheduler.{key}: made for {expected.get(key)}, found {found.get(key)}" for key in keys]
+        if "steps" in fits and self.made_for.steps != steps:
+            differing.append(f"steps: made for {self.made_for.steps}, found {steps}")
+        if "shape" in fits and self.made_for.shape != tuple(shape):
+            differing.append(f"shape of the latents: made for {self.made_for.shape}, found {tuple(shape)}")
+        if "guidance" in fits and self.facts.get("guidance_scale") != guidance:
+            differing.append(f"guidance scale: made for {self.facts.get('guidance_scale')}, found {guidance}")
+        self._refuse(differing)
+
+    def _refuse(self, differing: list[str]) -> None:
+        if differing:
+            raise ArtefactMismatch(
+                f"{self.made_for.plugin}: the artefact {self.path or '(in memory)'} does not fit: {'; '.join(differing)}; "
+                f"{make_again(self.made_for.plugin, self.kind)}"
+            )
+
+
+def checksum(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 over the header (without its checksum) and all tensors."""
+    digest = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
+    for name in sorted(tensors):
+        value = tensors[name].contiguous()
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        digest.update(value.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def make_again(plugin: str, kind: str = "artefact") -> str:
+    """How to get an artefact that fits."""
+    if kind == "inversion":
+        return f"make one with `diffgraft invert {plugin} --pipeline NAME --image FILE`"
+    if kind == "search":
+        return f"make one with `diffgraft evolve {plugin} --pipeline NAME --prompts FILE --steps K`"
+    return f"make one with `diffgraft calibrate {plugin} --pipeline NAME --prompts FILE`"
+
+
+def find_file(source: str | os.PathLike[str], plugin: str, kind: str) -> Path:
+    """A local path, or the file fetched from the Hub."""
+    path = Path(source).expanduser()
+    if path.is_file():
+        return path
+    text = os.fspath(source)
+    if text.count("/") >= 2 and text.endswith((".safetensors", ".json")) and not text.startswith((".", "/", "~")):
+        from huggingface_hub import hf_hub_download
+        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+        owner, name, file = text.split("/", 2)
+        try:
+            return Path(hf_hub_download(f"{owner}/{name}", file))
+        except (HfHubHTTPError, LocalEntryNotFoundError) as error:
+            raise ConfigError(f"{kind} = {text!r}: neither a file here nor on the Hub ({error}); {make_again(plugin, kind)}") from error
+    raise ConfigError(f"{kind} = {text!r}: there is no such file; {make_again(plugin, kind)}")

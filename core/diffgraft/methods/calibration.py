@@ -1,0 +1,115 @@
+"""``calibrate``: run a pipeline over prompts with a plugin's calibrator on it, and write what it found as one artefact.
+
+One record a prompt, kept in ``OUT.partial/`` until all are there: an interrupted calibration goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from diffgraft.kernel.errors import ConfigError, Unsupported
+from diffgraft.kernel.plugin import Plugin
+from diffgraft.kernel.stack import describe
+from diffgraft.methods.artefacts import Artefact, MadeFor
+from diffgraft.methods.inputs import CallSettings, Sample, call_arguments
+from diffgraft.methods.watching import made_for, watching
+
+OnProgress = Callable[[str, int, int], None]
+
+
+def calibrate(
+    pipe: Any,
+    plugin: Plugin,
+    samples: Sequence[Sample],
+    settings: CallSettings,
+    out: str | os.PathLike[str],
+    *,
+    on_progress: OnProgress | None = None,
+) -> Artefact:
+    """The artefact of ``plugin`` for this pipeline, written to ``out``; afterwards the pipeline is as it was.
+
+    Args:
+        pipe: a diffusers pipeline without plugins, on its device.
+        samples: what is run, one at a time.
+        settings: steps, guidance scale and size: the artefact fits these only.
+
+    Raises:
+        Unsupported: the plugin needs no calibration, or does not work on this pipeline.
+        ConfigError: no prompt, or ``out`` holds an unfinished calibration of something else.
+    """
+    if plugin.calibration is None:
+        raise Unsupported(f"{plugin.name} needs no calibration: it has no artefact")
+    if not samples:
+        raise ConfigError("nothing to calibrate on: give at least one prompt")
+    calibrator = plugin.calibration(**plugin.own_knobs)
+    with watching(pipe, plugin, calibrator) as stack:
+        denoisers = describe(pipe, stack.family).denoisers
+        records: list[dict[str, Tensor]] = []
+        fits: MadeFor | None = None
+        folder = Path(out).with_name(Path(out).name + ".partial")
+        for number, sample in enumerate(samples):
+            path = folder / f"{number:05d}.safetensors"
+            what = {"knobs": calibrator.config.model_dump(mode="json"), "sample": asdict(sample), "call": plain(settings)}
+            digest = hashlib.sha256(json.dumps(what, sort_keys=True, default=str).encode()).hexdigest()
+            found = resume(path, plugin.name, digest) if path.exists() else None
+            if found is None:
+                pipe(**call_arguments(pipe, [sample], settings))
+                fits = made_for(plugin, stack)
+                found = Artefact(fits, stack.report().plugins[calibrator.name].records, {"digest": digest})
+                found.save(path)
+            elif fits is None:
+                found.ensure_model(pipe, denoisers)
+                fits = found.made_for
+            records.append(found.tensors)
+            if on_progress:
+                on_progress("calibration", number + 1, len(samples))
+        assert fits is not None
+        tensors, facts = calibrator.summarise(records)
+        artefact = Artefact(fits, tensors, {**facts, "prompts": len(samples), "knobs": calibrator.config.model_dump(mode="json")})
+        artefact.save(out)
+        shutil.rmtree(folder)
+        return artefact
+
+
+def calibrate_call(pipe: Any, plugin: Plugin, call: Callable[[], Any]) -> Artefact:
+    """The artefact that one ``call()`` of ``pipe`` gives: enough for a test or a benchmark on random weights; nothing is written.
+
+    Raises:
+        Unsupported: the plugin needs no calibration, or does not work on this pipeline.
+    """
+    if plugin.calibration is None:
+        raise Unsupported(f"{plugin.name} needs no calibration: it has no artefact")
+    calibrator = plugin.calibration(**plugin.own_knobs)
+    with watching(pipe, plugin, calibrator) as stack:
+        call()
+        return Artefact(made_for(plugin, stack), *calibrator.summarise([stack.report().plugins[calibrator.name].records]))
+
+
+def resume(path: Path, plugin: str, digest: str) -> Artefact:
+    """A record of an interrupted calibration.
+
+    Raises:
+        ConfigError: it is of another calibration.
+    """
+    found = Artefact.load(path, plugin)
+    if found.facts.get("digest") != digest:
+        raise ConfigError(
+            f"{path.parent} holds an unfinished calibration with other knobs, prompts or settings: finish that one, delete the folder, "
+            "or choose another --out"
+        )
+    return found
+
+
+def plain(settings: CallSettings) -> dict[str, Any]:
+    """The settings without the picture."""
+    return {"steps": settings.steps, "guidance": settings.guidance_scale, "negative": settings.negative_prompt,
+            "size": (settings.height, settings.width), "image": settings.image is not None, "extra": dict(settings.extra)}  # fmt: skip

@@ -1,0 +1,149 @@
+"""The conditioning that a second pipeline makes of the same prompt: for plugins that let another model take over.
+
+Every pipeline encodes prompts in its own way and hands the result to its denoiser. So the second pipeline is called for one step with a
+listener on its denoiser, which keeps what arrives and ends the call there.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from diffgraft.kernel.calls import DenoiseCall, StepCall
+from diffgraft.kernel.errors import Unsupported
+from diffgraft.kernel.onion import active_run
+from diffgraft.kernel.plugin import Effects, Paper, Plugin
+from diffgraft.methods.artefacts import Fingerprint
+from diffgraft.methods.inputs import parameters
+
+NOT_COPIED = {"self", "generator", "latents", "callback", "callback_on_step_end", "callback_on_step_end_tensor_inputs",
+              "output_type", "return_dict", "num_inference_steps", "timesteps", "sigmas", "callback_steps"}  # fmt: skip
+"""Call arguments that do not concern the conditioning (a generator must not be drawn from twice)."""
+PARTS_OF_A_RUN = {"denoising_start", "denoising_end"}
+"""Call arguments that would leave no step of the single one in which the conditioning is asked for."""
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """Denoiser arguments by branch ("cond" -> {"encoder_hidden_states": [batch, tokens, width]})."""
+
+    of_branch: Mapping[str, Mapping[str, Any]]
+
+    def put_into(self, call: DenoiseCall, *branches: str) -> DenoiseCall:
+        """``call`` with this conditioning of ``branches`` (default: those of the call) in the place of its own.
+
+        What is missing here (the mask of a prompt that needs none) goes; entries of a dict that are missing here (an IP-Adapter's picture)
+        stay.
+        """
+        parts = [self.of_branch[branch] for branch in branches or call.branches]
+        changes: dict[str, Any] = {name: None for name in call.family.conditioning if call.get(name) is not None}
+        for name in parts[0]:
+            value = join([part[name] for part in parts])
+            changes[name] = {**(call.get(name) or {}), **value} if isinstance(value, dict) else value
+        return call.replace(**changes)  # type: ignore[no-any-return]
+
+
+def same_text_encoders(first: Any, second: Any) -> bool:
+    """Whether two pipelines encode prompts with the same weights."""
+    names = [name for name in first.components if name.startswith("text_encoder")]
+    pairs = [(getattr(first, name), getattr(second, name, None)) for name in names]
+    return all(
+        a is b or (isinstance(a, nn.Module) and isinstance(b, nn.Module) and Fingerprint.of(a).difference(Fingerprint.of(b)) is None)
+        for a, b in pairs
+    )
+
+
+def sibling(pipe: Any) -> Any:
+    """A pipeline of the same parts with a scheduler of its own: it can be called while ``pipe`` is running."""
+    from diffgraft.kernel.stack import stack_of
+
+    stack = stack_of(pipe)
+    cls = stack.base_class if stack is not None else type(pipe)
+    names = inspect.signature(cls).parameters.keys() - pipe.components.keys()
+    settings = {name: pipe.config[name] for name in names if name in pipe.config}
+    scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)
+    made = cls(**{**pipe.components, "scheduler": scheduler}, **settings)
+    made.set_progress_bar_config(disable=True)
+    return made
+
+
+def own_conditioning(second: Any, arguments: Mapping[str, Any]) -> Conditioning:
+    """What ``second`` hands to its denoiser when it is called with these arguments (of the first pipeline's call).
+
+    Arguments that ``second`` does not take (a base without ControlNet) are left out. It may be the running pipeline itself, asked for
+    another guidance scale or prompt.
+
+    Raises:
+        Unsupported: the prompt was given as embeddings, which only the first pipeline understands.
+    """
+    from diffgraft.kernel.loading import load_pipeline
+
+    run = active_run()
+    is_itself = run is not None and run.pipe is second
+    second = sibling(second)  # its scheduler stays as it is; the running pipeline itself can be asked
+    asked = parameters(second).keys() - NOT_COPIED - PARTS_OF_A_RUN
+    given = {name: value for name, value in arguments.items() if value is not None and name in asked}
+    if "strength" in given:
+        given["strength"] = 1.0  # else one step is none; the conditioning does not depend on it
+    if not is_itself and (embeddings := [name for name in given if "prompt_embeds" in name]):
+        raise Unsupported(
+            f"{', '.join(embeddings)}: embeddings of the first pipeline say nothing to {type(second).__name__} with another text encoder; "
+            "give the prompt as text"
+        )
+    stack = load_pipeline(second, [Listener()]).plugins
+    heard: dict[str, dict[str, Any]] = {}
+    try:
+        second(**given, num_inference_steps=1, output_type="latent", generator=torch.Generator().manual_seed(0))
+    except Heard as end:
+        heard = end.of_branch
+    finally:
+        stack.clear()
+    return Conditioning(heard)
+
+
+class Heard(Exception):  # the listener's way out, not an error
+    def __init__(self, of_branch: dict[str, dict[str, Any]]) -> None:
+        self.of_branch = of_branch
+
+
+class Branches:
+    """What was heard in this run."""
+
+    def __init__(self) -> None:
+        self.of_branch: dict[str, dict[str, Any]] = {}
+
+
+class Listener(Plugin):
+    """Keeps the conditioning of every branch and ends the run."""
+
+    name = "conditioning listener"
+    paper = Paper("none", "0000.00000", "listens")
+    families = ("*",)
+    neutral: ClassVar[dict[str, Any]] = {}
+    State = Branches
+    effects = Effects(skips=frozenset({"denoiser"}))
+
+    def denoise(self, call: DenoiseCall, next: Any) -> Tensor:
+        for branch in call.branches:
+            part = call.only(branch)
+            call.shared.of_branch[branch] = {name: part[name] for name in call.family.conditioning if part.get(name) is not None}
+        if len(call.branches) > 1:
+            raise Heard(call.shared.of_branch)
+        return torch.zeros_like(call.sample)
+
+    def step(self, call: StepCall, next: Any) -> Any:
+        raise Heard(call.shared.of_branch)
+
+
+def join(parts: Sequence[Any]) -> Any:
+    """The parts of branches one behind the other: the inverse of ``DenoiseCall.only``."""
+    if isinstance(parts[0], dict):
+        return {key: join([part[key] for part in parts]) for key in parts[0]}
+    if isinstance(parts[0], (list, tuple)):
+        return [join(each) for each in zip(*parts, strict=True)]
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts))

@@ -1,0 +1,42 @@
+"""Files that are whole or not there."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from diffgraft.kernel.errors import ConfigError
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Write beside the target, then rename: nobody ever sees half a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        part.write_bytes(data)
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def write_json(path: str | os.PathLike[str], value: Any) -> None:
+    """The same for plain values as JSON."""
+    write_atomic(Path(path), (json.dumps(value, indent=1) + "\n").encode())
+
+
+def claim(folder: Path, what: str, digest: str) -> None:
+    """Begin a long piece of work in ``folder``, or go on with it there; ``digest`` tells one from another.
+
+    Raises:
+        ConfigError: the folder holds an unfinished one of something else.
+    """
+    path = folder / f"{what}.json"
+    if not path.exists():
+        write_json(path, {"digest": digest})
+    elif json.loads(path.read_text(encoding="utf-8")).get("digest") != digest:
+        raise ConfigError(
+            f"{folder} holds an unfinished {what} with another model, other plugins, knobs, prompts or settings: finish that one, delete "
+            "the folder, or choose another --out"
+        )

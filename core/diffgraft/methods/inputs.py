@@ -1,0 +1,167 @@
+"""From what people ask for to the arguments of a ``pipe(...)`` call, and from its output to arrays.
+
+For every kind of pipeline: text, a class label, a picture or nothing in; pictures or video out.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from diffgraft.kernel.errors import ConfigError, Unsupported, nearest
+
+Pictures = NDArray[np.float32]
+"""Float arrays [n, frames, height, width, channels] in 0..1; a still picture has one frame."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One picture to make: what is asked for, and the seed of its noise."""
+
+    seed: int
+    prompt: str | None = None
+    class_label: int | None = None
+
+    @property
+    def label(self) -> str:
+        """A caption for people."""
+        if self.prompt is not None:
+            return self.prompt
+        return "unconditional" if self.class_label is None else f"class {self.class_label}"
+
+
+@dataclass(frozen=True)
+class CallSettings:
+    """What all samples of a call share; None leaves the pipeline's own default. ``extra``: any other argument of the call, by name."""
+
+    steps: int | None = None
+    guidance_scale: float | None = None
+    negative_prompt: str | None = None
+    height: int | None = None
+    width: int | None = None
+    image: Any = None
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+
+def parameters(pipe: Any) -> Mapping[str, inspect.Parameter]:
+    """The parameters of a pipeline's call."""
+    return inspect.signature(type(pipe).__call__).parameters
+
+
+def default_steps(pipe: Any) -> int:
+    """The number of steps that the pipeline takes when nobody says."""
+    found = parameters(pipe).get("num_inference_steps")
+    if found is None or not isinstance(found.default, int):
+        raise Unsupported(f"{type(pipe).__name__} does not say how many steps it takes; give --steps")
+    return found.default
+
+
+def make_samples(pipe: Any, seeds: Sequence[int], prompts: Sequence[str] = (), class_labels: Sequence[int] = ()) -> list[Sample]:
+    """One sample a seed; prompts or labels are taken in turn.
+
+    Raises:
+        ConfigError: the pipeline needs a prompt and got none, or takes none and got one.
+    """
+    known = parameters(pipe)
+    name = type(pipe).__name__
+    if prompts and "prompt" not in known:
+        raise ConfigError(f"{name} takes no prompt")
+    if class_labels and "class_labels" not in known:
+        raise ConfigError(f"{name} takes no class label")
+    if "prompt" in known and not prompts:
+        raise ConfigError(f"{name} needs a prompt: give --prompt TEXT")
+    if "class_labels" in known and not class_labels:
+        class_labels = range(len(seeds))
+    return [
+        Sample(
+            seed,
+            prompt=prompts[i % len(prompts)] if prompts else None,
+            class_label=class_labels[i % len(class_labels)] if class_labels else None,
+        )
+        for i, seed in enumerate(seeds)
+    ]
+
+
+def call_arguments(pipe: Any, samples: Sequence[Sample], settings: CallSettings) -> dict[str, Any]:
+    """The keyword arguments of one call that makes ``samples``: lists for several, as a user would write it for one.
+
+    Raises:
+        ConfigError: a setting that this pipeline does not take, or an input that it needs and that is missing.
+    """
+    known = parameters(pipe)
+    name = type(pipe).__name__
+    one = len(samples) == 1
+    arguments: dict[str, Any] = {}
+    given = {
+        "num_inference_steps": settings.steps,
+        "guidance_scale": settings.guidance_scale,
+        "negative_prompt": settings.negative_prompt,
+        "height": settings.height,
+        "width": settings.width,
+        "image": settings.image,
+        **settings.extra,
+    }
+    for key, value in given.items():
+        if value is None:
+            continue
+        if key not in known:
+            takes = ", ".join(k for k in known if k not in ("self", "kwargs"))
+            raise ConfigError(f"{name} takes no {key}{nearest(key, known)} It takes: {takes}")
+        arguments[key] = value
+    if "prompt" in known:
+        arguments["prompt"] = samples[0].prompt if one else [s.prompt for s in samples]
+        negative = arguments.get("negative_prompt")
+        if isinstance(negative, str) and not one:
+            arguments["negative_prompt"] = [negative] * len(samples)
+    if "class_labels" in known:
+        arguments["class_labels"] = [s.class_label for s in samples]
+    if "batch_size" in known:
+        arguments["batch_size"] = len(samples)
+    if settings.image is not None and not one:
+        arguments["image"] = [settings.image] * len(samples)
+    generators = [torch.Generator().manual_seed(s.seed) for s in samples]  # on the CPU: the same noise on every device
+    arguments["generator"] = generators[0] if one else generators
+    arguments.setdefault("output_type", "np")
+    missing = [
+        key
+        for key, parameter in known.items()
+        if parameter.default is parameter.empty
+        and parameter.kind not in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL)
+        and key not in ("self", *arguments)
+    ]
+    if missing:
+        flag = {"image": "--image FILE"}
+        raise ConfigError(f"{name} needs {', '.join(missing)}: give " + ", ".join(flag.get(key, f"-a {key}=VALUE") for key in missing))
+    return arguments
+
+
+def make_pictures(pipe: Any, samples: Sequence[Sample], settings: CallSettings) -> Pictures:
+    """Call the pipeline once; one picture or video a sample, as a float array [n, frames, height, width, 3] in 0..1."""
+    return as_array(pipe(**call_arguments(pipe, samples, settings)), len(samples))
+
+
+def as_array(output: Any, n: int) -> Pictures:
+    """What a pipeline returned, as [n, frames, height, width, 3] in 0..1."""
+    found = getattr(output, "frames", None)
+    if found is None:
+        found = output.images
+    array = to_float(found)
+    array = array.reshape(n, -1, *array.shape[-3:])
+    return np.repeat(array, 3, axis=-1) if array.shape[-1] == 1 else array
+
+
+def to_float(found: Any) -> Pictures:
+    """Arrays, tensors or PIL pictures, nested in lists, as one float array."""
+    if isinstance(found, (list, tuple)):
+        return np.stack([to_float(item) for item in found])
+    if isinstance(found, torch.Tensor):
+        found = found.float().cpu().numpy()
+    array: NDArray[Any] = np.asarray(found)
+    values: Pictures = array.astype(np.float32)
+    return values / np.float32(255) if array.dtype == np.uint8 else values

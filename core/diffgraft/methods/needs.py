@@ -1,0 +1,95 @@
+"""Fetching and checking what plugins need beside their knobs (an artefact, a second pipeline, a reward), before anything is touched.
+
+The kinds are registered in the entry-point group ``diffgraft.needs``: another package adds its own in the same way.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from diffusers import DiffusionPipeline
+from torch import nn
+
+from diffgraft.kernel.errors import ConfigError, Unsupported
+from diffgraft.kernel.facts import Target
+from diffgraft.kernel.loading import read_pipeline
+from diffgraft.kernel.plugin import Need, Plugin
+from diffgraft.methods.artefacts import Artefact, Fingerprint
+from diffgraft.methods.findings import Finding
+from diffgraft.methods.predictions import prediction_kind
+from diffgraft.methods.rewards import find_reward
+
+
+def fetch_artefact(plugin: Plugin, need: Need, value: Any, target: Target) -> Artefact:
+    """An artefact or an inversion that was made for this model (what else it must fit is checked when a run begins)."""
+    return fitting(value if isinstance(value, Artefact) else Artefact.load(value, plugin.name, need.kind), target)
+
+
+def fetch_finding(plugin: Plugin, need: Need, value: Any, target: Target) -> Artefact:
+    """What a search found for this model."""
+    return fitting(value if isinstance(value, Artefact) else Finding.load(value, plugin.name, need.kind), target)
+
+
+def fitting(artefact: Artefact, target: Target) -> Artefact:
+    """The artefact, if it was made for this model."""
+    artefact.ensure_model(target.pipe, target.denoisers)
+    return artefact
+
+
+def fetch_reward(plugin: Plugin, need: Need, value: Any, target: Target) -> Any:
+    """A reward: a callable, or the name of one."""
+    return find_reward(f"plugin {plugin.name!r}: {need.knob}", value)
+
+
+def fetch_pipelines(plugin: Plugin, need: Need, value: Any, target: Target) -> Any:
+    """A second pipeline, or a list of them."""
+    if isinstance(value, (list, tuple)):
+        return [fetch_pipeline(plugin, need.knob, one, target) for one in value]
+    return fetch_pipeline(plugin, need.knob, value, target)
+
+
+def fetch_pipeline(plugin: Plugin, knob: str, value: Any, target: Target) -> Any:
+    """A second pipeline on the device and in the dtype of the first, of the same class and latent space."""
+    if isinstance(value, (str, os.PathLike)):
+        second = read_pipeline(value, torch_dtype=target.pipe.dtype).to(target.pipe.device)
+        second.set_progress_bar_config(disable=True)
+    elif isinstance(value, DiffusionPipeline):
+        second = value
+    else:
+        raise ConfigError(
+            f"plugin {plugin.name!r}: {knob} = {type(value).__name__}: give a bundled name, a folder, a Hub id or a live diffusers pipeline"
+        )
+    if differing := space_difference(target, second):
+        raise Unsupported(f"{plugin.name}: {knob} = {value if isinstance(value, str) else type(value).__name__} does not fit: {differing}")
+    return second
+
+
+def as_tuple(value: Any) -> Any:
+    """A setting that a saved pipeline gives back as a list."""
+    return tuple(value) if isinstance(value, list) else value
+
+
+def space_difference(target: Target, second: Any) -> str | None:
+    """Why the predictions of a second pipeline's denoiser are no stand-in for the first one's, or None when they are."""
+    first, family = target.pipe, target.family
+    if type(second).__name__ not in family.pipelines:
+        return f"{type(second).__name__} is not of the family {family.name!r} ({', '.join(family.pipelines)})"
+    mine, other = prediction_kind(family, first.scheduler), prediction_kind(family, second.scheduler)
+    if mine != other:
+        return f"its denoiser predicts {other}, this one {mine}"
+    for name in family.denoisers:
+        here, there = getattr(first, name, None), getattr(second, name, None)
+        if here is None or there is None:
+            continue
+        for key in ("in_channels", "out_channels", "patch_size"):
+            if as_tuple(here.config.get(key)) != as_tuple(there.config.get(key)):
+                return f"{name}.{key} is {there.config.get(key)}, here {here.config.get(key)}"
+    vae, second_vae = getattr(first, "vae", None), getattr(second, "vae", None)
+    if isinstance(vae, nn.Module) and isinstance(second_vae, nn.Module) and vae is not second_vae:
+        for key in ("scaling_factor", "shift_factor"):
+            if vae.config.get(key) != second_vae.config.get(key):
+                return f"its latent space is another one: vae.{key} is {second_vae.config.get(key)}, here {vae.config.get(key)}"
+        if why := Fingerprint.of(vae).difference(Fingerprint.of(second_vae)):
+            return f"its latent space is another one: the vae is {why}"
+    return None

@@ -1,0 +1,93 @@
+"""What a prediction says about the clean sample, for epsilon, v, sample and flow models, in one place.
+
+A noisy sample is ``x = a x0 + s eps``, with signal level ``a`` and noise level ``s`` (0-dim tensors or anything that broadcasts):
+
+    variance preserving (DDIM, DPM++, ...)   a = sqrt(abar_t), s = sqrt(1 - abar_t)
+    variance exploding (Euler, Heun, ...)    a = 1,            s = sigma
+    flow matching                            a = 1 - sigma,    s = sigma
+
+epsilon and v are predicted for the variance-preserving sample of the same noise-to-signal ratio, whatever scale the scheduler keeps.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from diffgraft.kernel.errors import Unsupported
+
+if TYPE_CHECKING:
+    from diffgraft.kernel.family import Family
+
+KINDS = ("epsilon", "v_prediction", "sample", "flow")
+
+
+class SignalNoise(NamedTuple):
+    """Signal level ``a`` and noise level ``s`` of a sample."""
+
+    a: Tensor
+    s: Tensor
+
+
+def clean_estimate(x: Tensor, output: Tensor, levels: SignalNoise, kind: str) -> Tensor:
+    """x0 that a denoiser's ``output`` implies for the sample ``x``; ``kind`` is one of :data:`KINDS`."""
+    if kind == "sample":
+        return output
+    a, s = levels
+    if kind == "flow":  # output = eps - x0, and a + s = 1
+        return (x - s * output) / (a + s)
+    r = (a * a + s * s).sqrt()  # 1 for variance-preserving samples
+    if kind == "epsilon":
+        return (x - s * output) / a
+    if kind == "v_prediction":  # v = (a eps - s x0) / r
+        return (a * x / r - s * output) / r
+    raise Unsupported(f"prediction type {kind!r} is not known; known: {', '.join(KINDS)}")
+
+
+def noise_estimate(x: Tensor, output: Tensor, levels: SignalNoise, kind: str) -> Tensor:
+    """eps that a denoiser's ``output`` implies for the sample ``x``."""
+    if kind == "epsilon":
+        return output
+    a, s = levels
+    if kind == "flow":
+        return (x + a * output) / (a + s)
+    if kind == "v_prediction":
+        r = (a * a + s * s).sqrt()
+        return (s * x / r + a * output) / r
+    return (x - a * clean_estimate(x, output, levels, kind)) / s
+
+
+def prediction_kind(family: Family, scheduler: Any) -> str:
+    """What the denoiser predicts: one of :data:`KINDS`, or the scheduler's own word for something else."""
+    return "flow" if family.prediction == "flow" else str(scheduler.config.get("prediction_type", "epsilon"))
+
+
+def levels_at(family: Family, scheduler: Any, t: Tensor, sigma: Tensor | None, device: torch.device) -> SignalNoise:
+    """The levels of the pipeline's latents at one step (0-dim, float32), as ``scheduler.step`` gets them.
+
+    Args:
+        t, sigma: of the step (``call.step.t``, ``call.step.sigma``).
+
+    Raises:
+        Unsupported: the scheduler does not say how noisy its samples are.
+    """
+    if sigma is not None:
+        s = sigma.to(device, torch.float32, non_blocking=True)
+        if family.prediction == "flow":
+            return SignalNoise(1 - s, s)
+        if is_exploding(scheduler):
+            return SignalNoise(torch.ones_like(s), s)
+        a = (1 + s * s).rsqrt()
+        return SignalNoise(a, s * a)
+    abar = getattr(scheduler, "alphas_cumprod", None)
+    if family.prediction == "flow" or abar is None:
+        raise Unsupported(f"{type(scheduler).__name__} has neither sigmas nor alphas_cumprod, so the noise level of a step is not known")
+    level = abar.to(device, torch.float32).take(t.to(device, torch.long, non_blocking=True))
+    return SignalNoise(level.sqrt(), (1 - level).sqrt())
+
+
+def is_exploding(scheduler: Any) -> bool:
+    """Whether latents are ``x0 + sigma eps``: such schedulers start from noise that is scaled up."""
+    return float(getattr(scheduler, "init_noise_sigma", 1.0)) != 1.0

@@ -1,0 +1,52 @@
+"""Rewards: how good pictures are, for plugins that search. Any callable will do.
+
+    reward(images, prompts) -> one number a picture, the larger the better
+
+``images`` are PIL pictures (for video lists of them, a frame each), ``prompts`` their captions. A knob takes the callable itself, the name
+of one registered as an entry point in the group ``diffgraft.methods.rewards`` ("emoji_judge"), or "package.module:attribute".
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from diffgraft.kernel.errors import RewardError
+from diffgraft.kernel.registry import find_callable
+
+REWARDS = "diffgraft.rewards"
+
+Scores = Callable[[Sequence[Any], Sequence[str]], Sequence[float]]
+
+
+@dataclass(frozen=True, eq=False)
+class Reward:
+    """A reward whose answers are checked; ``name`` is what errors and reports call it."""
+
+    name: str
+    scores: Scores
+
+    def __call__(self, images: Sequence[Any], prompts: Sequence[str]) -> list[float]:
+        """One finite number a picture.
+
+        Raises:
+            RewardError: an answer of another length, or one that is not a finite number. What it raises itself comes through.
+        """
+        answer = [float(each) for each in self.scores(images, prompts)]
+        if len(answer) != len(images):
+            raise RewardError(f"reward {self.name!r} gave {len(answer)} numbers for {len(images)} pictures: it must give one for each")
+        for i, value in enumerate(answer):
+            if not math.isfinite(value):
+                raise RewardError(f"reward {self.name!r} gave {value} for picture {i} ({prompts[i]!r}): it must give finite numbers")
+        return answer
+
+
+def find_reward(knob: str, value: Any) -> Reward:
+    """The reward that a knob's value stands for.
+
+    Raises:
+        ConfigError: it is neither callable, nor a registered name, nor "package.module:attribute" of something callable.
+    """
+    return value if isinstance(value, Reward) else Reward(*find_callable(knob, value, REWARDS, "reward"))

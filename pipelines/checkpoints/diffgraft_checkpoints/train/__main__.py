@@ -1,0 +1,157 @@
+"""`python -m diffgraft_checkpoints.train NAME --out DIR`: train a bundled checkpoint. The same command goes on where it stopped."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from diffusers import LCMScheduler, StableDiffusionPipeline
+
+from ..emoji.judge import FIELDS, Judge
+from . import cards
+from . import evaluate as measuring
+from . import export as exporting
+from . import flux as flux_stage
+from . import judge as judge_stage
+from . import lcm as lcm_stage
+from . import small as small_stage
+from . import unet as unet_stage
+from . import vae as vae_stage
+from . import wan as wan_stage
+from .common import console, keep_freed_memory, make_accelerator
+from .pool import load_pool
+from .recipe import BASE, HELD_OUT_SCENES, Base, Device, Out, Prompts, Scenes, Seed, Steps, describe, load_data, start, write_recipe
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__)
+app.command("emoji-flux")(flux_stage.emoji_flux)
+app.command("measure-flux")(flux_stage.measure_flux)
+app.command("emoji-wan")(wan_stage.emoji_wan)
+
+GUIDANCES = (1.5, 2.0, 3.0)
+
+
+@app.command("emoji-sd")
+def emoji_sd(
+    out: Out,
+    steps_vae: Steps = 8500,
+    steps_judge: Steps = 1200,
+    steps_unet: Steps = 8500,
+    steps_pairs: Steps = 6000,
+    scenes: Scenes = 40_000,
+    seed: Seed = 0,
+    device: Device = "auto",
+    prompts: Prompts = 160,
+) -> None:
+    """Train autoencoder, judge, U-Net and text encoder, export, measure."""
+    keep_freed_memory()
+    accelerator = make_accelerator(device)
+    pool, pairs = load_data(out, scenes, seed)
+    held_out = load_pool(out / "pool", HELD_OUT_SCENES, seed + 1, held_out=True)
+    state = out / "state"
+    vae = vae_stage.train_vae(pool, state, steps_vae, seed, accelerator)
+    judge = judge_stage.train_judge(pool, held_out, vae, state, steps_judge, seed, accelerator)
+    unet, text, tokenizer = unet_stage.train_unet(pool, pairs, vae, state, (steps_unet, steps_pairs), seed, accelerator)
+    trips = vae_stage.round_trip(vae, held_out.pictures)
+    pipe = exporting.stable_diffusion(vae, unet, text, tokenizer)
+    exporting.export(out / "emoji-sd", pipe, judge)
+    options = {"vae": steps_vae, "judge": steps_judge, "unet": steps_unet, "pairs": steps_pairs}
+    recipe = describe("emoji-sd", pipe, state, ("vae", "judge", "unet", "unet-pairs"), options, scenes, seed, device)
+    recipe["vae_psnr_db"] = round(vae_stage.psnr(trips, held_out.pictures), 2)
+    recipe["scaling_factor"] = vae.config.scaling_factor
+    write_recipe(out, "emoji-sd", recipe)
+    measure(out, "emoji-sd", prompts)
+
+
+@app.command("emoji-sd-small")
+def emoji_sd_small(
+    out: Out,
+    steps: Steps = 6000,
+    base: Base = BASE,
+    scenes: Scenes = 40_000,
+    seed: Seed = 0,
+    device: Device = "auto",
+    prompts: Prompts = 160,
+) -> None:
+    """Train a small U-Net for the autoencoder and the text encoder of emoji-sd, export, measure."""
+    accelerator, pools, pipe = start(out, base, scenes, seed, device)
+    pipe.register_modules(unet=small_stage.train_small(pools, pipe, out / "state", steps, seed, accelerator))
+    exporting.export(out / "emoji-sd-small", pipe.to("cpu"))
+    recipe = describe("emoji-sd-small", pipe, out / "state", ("unet-small",), {"": steps}, scenes, seed, device)
+    write_recipe(out, "emoji-sd-small", recipe)
+    measure(out, "emoji-sd-small", prompts, base=base)
+
+
+@app.command("emoji-sd-lcm")
+def emoji_sd_lcm(
+    out: Out,
+    steps: Steps = 700,
+    base: Base = BASE,
+    scenes: Scenes = 40_000,
+    seed: Seed = 0,
+    device: Device = "auto",
+    prompts: Prompts = 160,
+) -> None:
+    """Distil emoji-sd into a LoRA for four steps without guidance, export it, measure."""
+    accelerator, pools, pipe = start(out, base, scenes, seed, device)
+    lora = lcm_stage.train_lcm(pools, pipe, out / "state", steps, seed, accelerator)
+    exporting.export_lora(out / "emoji-sd-lcm", lora, lcm_stage.build_lcm_scheduler())
+    recipe = describe("emoji-sd-lcm", pipe, out / "state", ("lcm",), {"": steps}, scenes, seed, device)
+    recipe["parameters"] = {"LoRA": sum(part.numel() for part in lora.values())}
+    write_recipe(out, "emoji-sd-lcm", recipe)
+    measure(out, "emoji-sd-lcm", prompts, base=base)
+
+
+@app.command()
+def measure(
+    out: Out,
+    name: Annotated[str, typer.Argument(help="emoji-sd, emoji-sd-small or emoji-sd-lcm.")],
+    prompts: Prompts = 160,
+    guidance: Annotated[float, typer.Option(help="Guidance scale; 0: the best of a sweep.")] = 0.0,
+    notes: Annotated[Path | None, typer.Option(help="Markdown with a person's remarks, for the model card.")] = None,
+    base: Base = BASE,
+) -> None:
+    """Measure OUT/NAME on held-out prompts; write its model card, and picture grids to OUT/grids-NAME."""
+    folder = out / name
+    lora = name == "emoji-sd-lcm"
+    pipe = StableDiffusionPipeline.from_pretrained(base if lora else folder, local_files_only=True)
+    judge = Judge.from_pretrained((folder if name == "emoji-sd" else base) / "judge")
+    if lora:
+        pipe.scheduler = LCMScheduler.from_pretrained(folder, subfolder="scheduler")
+        pipe.load_lora_weights(folder)
+        result = measuring.evaluate(pipe, judge, out / f"grids-{name}", prompts, 1.0, steps=4)
+    else:
+        sweep = measuring.sweep_guidance(pipe, judge, GUIDANCES)
+        best = guidance or max(GUIDANCES, key=lambda g: sum(sweep[str(g)][field] for field in FIELDS))
+        result = {**measuring.evaluate(pipe, judge, out / f"grids-{name}", prompts, best), "guidance_sweep": sweep}
+    recipe = json.loads((out / f"recipe-{name}.json").read_text())
+    exporting.write_card(folder, cards.CARDS[name], recipe, judge, result, notes.read_text() if notes else "")
+    for what in ("scores", "pairs"):
+        for field, row in result[what].items():
+            console.print(f"{what}, {field}: {row['right']} / {row['total']}, 95 % interval {row['wilson_95']}", highlight=False)
+
+
+@app.command("export")
+def export_now(out: Out, to: Annotated[Path, typer.Option(help="Folder to write.")], scenes: Scenes = 40_000, seed: Seed = 0) -> None:
+    """Write emoji-sd with the averaged weights of the latest U-Net checkpoint while training goes on; nothing is measured."""
+    state = out / "state"
+    pool, _ = load_data(out, scenes, seed)
+    held_out = load_pool(out / "pool", HELD_OUT_SCENES, seed + 1, held_out=True)
+    accelerator = make_accelerator("cpu")
+    unet_name = "unet-pairs" if (state / "unet-pairs.pt").exists() else "unet"
+    names = ("vae", "judge", unet_name)
+    if missing := [name for name in names if not (state / f"{name}.pt").exists()]:
+        console.print(f"[red]{state} holds no checkpoint of {', '.join(missing)} yet; run emoji-sd first[/red]")
+        raise typer.Exit(2)
+    done = {name: torch.load(state / f"{name}.pt", weights_only=True, map_location="cpu") for name in names}
+    vae = vae_stage.train_vae(pool, state, done["vae"]["step"], seed, accelerator)
+    judge = judge_stage.train_judge(pool, held_out, vae, state, done["judge"]["step"], seed, accelerator)
+    parts = unet_stage.load_averages(done[unet_name]["averages"], unet_stage.load_tokenizer(state))
+    exporting.export(to, exporting.stable_diffusion(vae, *parts), judge)
+    console.print(f"exported step {done[unet_name]['step']} of {unet_name} to {to}")
+
+
+if __name__ == "__main__":
+    app()

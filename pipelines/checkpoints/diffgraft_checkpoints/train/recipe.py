@@ -1,0 +1,82 @@
+"""What the commands share: their options, the training data, and how a checkpoint was made."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from accelerate import Accelerator
+from diffusers import StableDiffusionPipeline
+
+from ..bundled import emoji_sd
+from ..emoji.scenes import ArtworkMissing
+from .common import console, keep_freed_memory, make_accelerator
+from .export import versions
+from .pool import Pairs, Pool, load_pairs, load_pool
+
+HELD_OUT_SCENES = 1000
+PAIR_SHARE = 0.4
+"""Pictures of two objects, for one of a single object."""
+
+Out = Annotated[Path, typer.Option(help="Working folder; the checkpoint is written to OUT/NAME.")]
+Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
+Seed = Annotated[int, typer.Option(help="Seed of scenes, weights and noise.")]
+Scenes = Annotated[int, typer.Option(help="Rendered training scenes.", min=1000)]
+Prompts = Annotated[int, typer.Option(help="Held-out prompts to measure.", min=1)]
+Steps = Annotated[int, typer.Option(min=1)]
+
+BASE = Path(emoji_sd.path)
+Base = Annotated[Path, typer.Option(help="The emoji-sd to start from: a folder with its judge.")]
+
+
+def load_data(out: Path, scenes: int, seed: int) -> tuple[Pool, Pairs]:
+    """Training scenes and pairs, rendered where they are not there yet."""
+    try:
+        return load_pool(out / "pool", scenes, seed), load_pairs(out / "pool", round(PAIR_SHARE * scenes), seed)
+    except ArtworkMissing as missing:
+        console.print(f"[red]{missing}[/red]")
+        raise typer.Exit(2) from missing
+
+
+def start(out: Path, base: Path, scenes: int, seed: int, device: str) -> tuple[Accelerator, tuple[Pool, Pairs], StableDiffusionPipeline]:
+    """What a training that begins from emoji-sd needs: the device, the training data, and emoji-sd itself."""
+    keep_freed_memory()
+    accelerator = make_accelerator(device)
+    return accelerator, load_data(out, scenes, seed), StableDiffusionPipeline.from_pretrained(base, local_files_only=True)
+
+
+PARTS = ("unet", "transformer", "vae", "text_encoder", "text_encoder_2")
+
+
+def describe(
+    name: str, pipe: Any, state: Path, stages: tuple[str, ...], steps: dict[str, int], scenes: int, seed: int, device: str
+) -> dict[str, Any]:
+    """How a checkpoint was made, for its card."""
+    seconds = json.loads((state / "seconds.json").read_text())
+    counted = " ".join(f"--steps{f'-{stage}' if stage else ''} {count}" for stage, count in steps.items())
+    return {
+        "command": f"python -m diffgraft_checkpoints.train {name} --out DIR {counted} --scenes {scenes} --seed {seed} --device {device}",
+        "stages": {stage: seconds[stage] for stage in stages if stage in seconds},
+        "scenes": scenes,
+        "pairs": round(PAIR_SHARE * scenes),
+        "hardware": hardware(make_accelerator(device).device),
+        "versions": versions(),
+        "parameters": {part: sum(p.numel() for p in getattr(pipe, part).parameters()) for part in PARTS if hasattr(pipe, part)},
+    }
+
+
+def write_recipe(out: Path, name: str, recipe: dict[str, Any]) -> None:
+    """Keep the recipe for `measure`."""
+    (out / f"recipe-{name}.json").write_text(json.dumps(recipe, indent=1) + "\n")
+
+
+def hardware(device: torch.device) -> str:
+    """The machine in words."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{os.cpu_count()} CPU cores ({platform.machine()}), no GPU"

@@ -1,0 +1,20 @@
+"""CogVideoX: text to video, image to video, video to video."""
+
+from __future__ import annotations
+
+from diffgraft import BlockGroup, Family, Guidance
+
+TENSORS = ("hidden_states", "encoder_hidden_states")
+
+family = Family(
+    name="cogvideox",
+    pipelines=("CogVideoXPipeline", "CogVideoXImageToVideoPipeline", "CogVideoXVideoToVideoPipeline"),
+    denoisers=("transformer",),
+    kind="dit",
+    blocks=(BlockGroup("transformer_blocks", "block", (*TENSORS, "temb"), TENSORS),),
+    guidance=Guidance("batched"),
+    latents="bfchw",
+    appended="channels",  # image to video: the start picture
+    common=("image_rotary_emb",),
+    tiny="diffgraft_families.tiny.cogvideox:make",
+)

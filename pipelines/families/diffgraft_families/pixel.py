@@ -1,0 +1,20 @@
+"""Unconditional U-Nets on pixels."""
+
+from __future__ import annotations
+
+from diffgraft import Family, Guidance
+
+from diffgraft_families._unet import unet_blocks
+
+family = Family(
+    name="pixel",
+    pipelines=("DDPMPipeline", "DDIMPipeline"),
+    denoisers=("unet",),
+    kind="unet",
+    blocks=unet_blocks("resnets", "attentions", text=False),
+    guidance=Guidance("none"),
+    sample="sample",
+    conditioning=(),
+    latents="pixels",
+    tiny="diffgraft_families.tiny.pixel:make",
+)

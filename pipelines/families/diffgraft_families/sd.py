@@ -1,0 +1,38 @@
+"""Stable Diffusion 1.x and 2.x, and latent consistency models."""
+
+from __future__ import annotations
+
+from diffgraft import Family, Guidance
+
+from diffgraft_families._unet import unet_blocks
+
+family = Family(
+    name="sd",
+    pipelines=(
+        "StableDiffusionPipeline",
+        "StableDiffusionImg2ImgPipeline",
+        "StableDiffusionInpaintPipeline",
+        "StableDiffusionControlNetPipeline",
+        "StableDiffusionControlNetImg2ImgPipeline",
+        "StableDiffusionControlNetInpaintPipeline",
+    ),
+    denoisers=("unet",),
+    kind="unet",
+    blocks=unet_blocks("resnets", "attentions"),
+    guidance=Guidance("batched", active="do_classifier_free_guidance"),
+    sample="sample",
+    appended="channels",  # inpainting U-Nets with 9 channels: latents, mask, masked picture
+    tiny="diffgraft_families.tiny.sd:make",
+)
+
+latent_consistency = Family(
+    name="latent_consistency",
+    pipelines=("LatentConsistencyModelPipeline", "LatentConsistencyModelImg2ImgPipeline"),
+    denoisers=("unet",),
+    kind="unet",
+    blocks=unet_blocks("resnets", "attentions"),
+    guidance=Guidance("none"),  # guidance_scale is an input of the U-Net (timestep_cond), there is one branch
+    sample="sample",
+    conditioning=("encoder_hidden_states", "timestep_cond"),
+    tiny="diffgraft_families.tiny.sd:make",
+)

@@ -1,0 +1,94 @@
+"""Tiny Stable Diffusion pipelines (``StableDiffusionInpaintPipeline@9`` is the inpainting U-Net with nine channels)."""
+
+from __future__ import annotations
+
+import diffusers
+from diffgraft import Tiny
+from diffusers import ControlNetModel, DDIMScheduler, LCMScheduler, UNet2DConditionModel
+
+from diffgraft_families.tiny import _common as c
+
+BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+
+
+def unet(in_channels: int = 4, time_cond: int | None = None) -> UNet2DConditionModel:
+    """Three levels, two with attention, two layers a block."""
+    return UNet2DConditionModel(
+        sample_size=8,
+        in_channels=in_channels,
+        block_out_channels=(16, 32, 32),
+        layers_per_block=2,
+        down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+        cross_attention_dim=32,
+        attention_head_dim=4,
+        norm_num_groups=8,
+        time_cond_proj_dim=time_cond,
+    )
+
+
+def ddim() -> DDIMScheduler:
+    """The DDIM scheduler of Stable Diffusion."""
+    return DDIMScheduler(**BETAS, clip_sample=False, set_alpha_to_one=False, steps_offset=1)
+
+
+def _pipeline(name: str, in_channels: int = 4, **kwargs: object) -> Tiny:
+    tokenizer = c.clip_tokenizer()
+    lcm = name.startswith("LatentConsistency")
+    parts = {
+        "vae": c.vae(),
+        "text_encoder": c.clip_text(tokenizer),
+        "tokenizer": tokenizer,
+        "unet": unet(in_channels, 16 if lcm else None),
+        "scheduler": LCMScheduler(**BETAS, clip_sample=False, set_alpha_to_one=False) if lcm else ddim(),
+        "safety_checker": None,
+        "feature_extractor": None,
+        "requires_safety_checker": False,
+    }
+    if "ControlNet" in name:
+        parts["controlnet"] = ControlNetModel.from_unet(parts["unet"], conditioning_embedding_out_channels=(4, 4, 8, 8))
+    if not lcm:
+        kwargs["negative_prompt"] = c.NEGATIVE
+    pipe = getattr(diffusers, name)(**parts)
+    return c.finish(pipe, prompt=c.PROMPT, guidance_scale=7.5, **kwargs)
+
+
+def _text(name: str) -> Tiny:
+    return _pipeline(name, height=c.SIDE, width=c.SIDE)
+
+
+def _image(name: str) -> Tiny:
+    return _pipeline(name, image=c.picture(), strength=0.8)
+
+
+def _inpaint(name: str, in_channels: int = 4) -> Tiny:
+    return _pipeline(
+        name, in_channels, image=c.picture(), mask_image=c.mask(), height=c.SIDE, width=c.SIDE, strength=0.8
+    )
+
+
+def _control(name: str) -> Tiny:
+    return _pipeline(name, image=c.picture(seed=1), height=c.SIDE, width=c.SIDE)
+
+
+def _control_image(name: str) -> Tiny:
+    return _pipeline(name, image=c.picture(), control_image=c.picture(seed=1), strength=0.8)
+
+
+def _control_inpaint(name: str) -> Tiny:
+    return _pipeline(name, image=c.picture(), mask_image=c.mask(), control_image=c.picture(seed=1), strength=0.8)
+
+
+make = c.maker(
+    {
+        "StableDiffusionPipeline": _text,
+        "StableDiffusionImg2ImgPipeline": _image,
+        "StableDiffusionInpaintPipeline": _inpaint,
+        "StableDiffusionInpaintPipeline@9": lambda name: _inpaint(name, 9),
+        "StableDiffusionControlNetPipeline": _control,
+        "StableDiffusionControlNetImg2ImgPipeline": _control_image,
+        "StableDiffusionControlNetInpaintPipeline": _control_inpaint,
+        "LatentConsistencyModelPipeline": _text,
+        "LatentConsistencyModelImg2ImgPipeline": _image,
+    }
+)

@@ -1,0 +1,90 @@
+"""Tiny Wan pipelines; ``@2.2`` has two transformers (two of the four steps each)."""
+
+from __future__ import annotations
+
+import diffusers
+from diffgraft import Tiny
+from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanTransformer3DModel
+from transformers import UMT5Config, UMT5EncoderModel
+
+from diffgraft_families.tiny import _common as c
+
+SIDE = 32
+CHANNELS = 8
+FRAMES = 5
+
+
+def _transformer(image: bool, second: bool) -> WanTransformer3DModel:
+    """``image``: also takes a mask and the start picture, and in 2.1 (not ``second``) the picture's CLIP features."""
+    return WanTransformer3DModel(
+        num_attention_heads=2,
+        attention_head_dim=12,
+        in_channels=2 * CHANNELS + 4 if image else CHANNELS,
+        out_channels=CHANNELS,
+        text_dim=32,
+        freq_dim=32,
+        ffn_dim=48,
+        num_layers=3,
+        rope_max_seq_len=64,
+        image_dim=32 if image and not second else None,
+        added_kv_proj_dim=24 if image and not second else None,
+    )
+
+
+def _pipeline(name: str, second: bool = False, **kwargs: object) -> Tiny:
+    tokenizer = c.t5_tokenizer()
+    image = name == "WanImageToVideoPipeline"
+    parts: dict[str, object] = {
+        "tokenizer": tokenizer,
+        "text_encoder": UMT5EncoderModel(UMT5Config(**c.t5_config(tokenizer))),
+        "transformer": _transformer(image, second),
+        "vae": AutoencoderKLWan(
+            base_dim=4,
+            z_dim=CHANNELS,
+            dim_mult=[1, 1, 1, 1],
+            num_res_blocks=1,
+            latents_mean=[0.0] * CHANNELS,
+            latents_std=[1.0] * CHANNELS,
+        ),
+        "scheduler": UniPCMultistepScheduler(
+            prediction_type="flow_prediction", use_flow_sigmas=True, num_train_timesteps=1000, flow_shift=3.0
+        ),
+    }
+    if second:
+        parts |= {"transformer_2": _transformer(image, second), "boundary_ratio": 0.875}
+        kwargs["guidance_scale_2"] = 3.0
+    elif image:
+        parts |= {"image_encoder": c.clip_vision(), "image_processor": c.clip_image_processor()}
+    return c.finish(
+        getattr(diffusers, name)(**parts),
+        prompt=c.PROMPT,
+        negative_prompt=c.NEGATIVE,
+        guidance_scale=5.0,
+        height=SIDE,
+        width=SIDE,
+        max_sequence_length=32,
+        **kwargs,
+    )
+
+
+def _text(name: str, second: bool = False) -> Tiny:
+    return _pipeline(name, second, num_frames=FRAMES)
+
+
+def _image(name: str, second: bool = False) -> Tiny:
+    return _pipeline(name, second, num_frames=FRAMES, image=c.picture(SIDE))
+
+
+def _video(name: str) -> Tiny:
+    return _pipeline(name, video=c.video(FRAMES, SIDE), strength=0.8)
+
+
+make = c.maker(
+    {
+        "WanPipeline": _text,
+        "WanPipeline@2.2": lambda name: _text(name, True),
+        "WanImageToVideoPipeline": _image,
+        "WanImageToVideoPipeline@2.2": lambda name: _image(name, True),
+        "WanVideoToVideoPipeline": _video,
+    }
+)
