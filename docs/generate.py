@@ -8,7 +8,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from diffgraft.kernel import registry, tables
+from diffgraft.community import tables
+from diffgraft.kernel import registry
 from diffgraft.kernel.errors import BrokenPlugin
 
 

@@ -30,7 +30,7 @@ def few_steps(pipe):
 
 
 def test_the_five_lines():
-    from diffgraft import loading
+    from diffgraft.kernel.stack import stack_of
 
     scope: dict = {}
     lines = BLOCKS[0]
@@ -40,7 +40,7 @@ def test_the_five_lines():
     exec(compile("image =" + lines.split("image =")[1], "README", "exec"), scope)
     assert scope["image"].size == (64, 64)
     assert scope["pipe"].plugins.report().plugins["deepcache"].total("skipped") > 0
-    assert loading.stack_of(scope["pipe"]) is scope["pipe"].plugins
+    assert stack_of(scope["pipe"]) is scope["pipe"].plugins
 
 
 def test_the_stack_methods(monkeypatch):

@@ -49,6 +49,7 @@ from diffgraft.kernel.errors import (
     PluginNotFound,
     RewardError,
     Unsupported,
+    nearest,
 )
 from diffgraft.kernel.family import BlockGroup, Bundled, Family, Guidance, Tiny
 from diffgraft.kernel.plugin import API, Effects, Need, Paper, Plugin
@@ -108,6 +109,7 @@ __all__ = [
     "blocks_of",
     "denoisers_of",
     "load_pipeline",
+    "nearest",
     "unload",
 ]
 

@@ -6,8 +6,8 @@ import json
 import urllib.request
 
 import pytest
-from diffgraft import catalogue
 from diffgraft.cli import app
+from diffgraft.community import catalogue
 from diffgraft.community.catalogue import Catalogue, CataloguedPlugin, dump, parse, read, schema, score, shipped
 from diffgraft.kernel.errors import CatalogueError
 from probes import ENTRY

@@ -172,7 +172,7 @@ def test_without_a_terminal_it_says_what_is_missing(call, tmp_path):
 
 
 def test_on_a_terminal_it_asks(call, tmp_path, monkeypatch):
-    from diffgraft import cli_community
+    from diffgraft.cli import community as cli_community
 
     monkeypatch.setattr(cli_community, "is_terminal", lambda: True)
     result = call("new", "--out", "here", input="my_method\nblock\n2401.00000\nThe title\n")

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields
 from functools import cache
 from importlib import import_module
-from importlib.metadata import Distribution, EntryPoint, entry_points
+from importlib.metadata import Distribution, EntryPoint, entry_points, version
 from typing import Any
 
 from packaging.requirements import InvalidRequirement, Requirement
@@ -71,15 +71,15 @@ def allow_list() -> frozenset[str] | None:
 
 def metadata_fault(entry: EntryPoint, dist: Distribution | None) -> str | None:
     """What can be seen to be wrong from metadata and source text alone, or None."""
-    from diffgraft import __version__
-
     for text in (dist.requires or []) if dist else []:
         try:
             requirement = Requirement(text)
         except InvalidRequirement as error:
             return f"requirement {text!r} in its metadata: {error}"
-        if requirement.name in {"diffgraft", "diffgraft-core"} and not requirement.specifier.contains(__version__, prereleases=True):
-            return f"needs {requirement.name} {requirement.specifier}, installed is {__version__}"
+        if requirement.name in {"diffgraft", "diffgraft-core"}:
+            here = version("diffgraft-core")  # both are released together
+            if not requirement.specifier.contains(here, prereleases=True):
+                return f"needs {requirement.name} {requirement.specifier}, installed is {here}"
     module, _, attribute = entry.value.partition(":")
     top = module.partition(".")[0]
     try:

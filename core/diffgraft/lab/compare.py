@@ -26,8 +26,8 @@ from diffgraft.kernel.loading import load_pipeline
 from diffgraft.kernel.plugin import Plugin
 from diffgraft.kernel.report import Report
 from diffgraft.kernel.stack import PluginStack, ensure_bare
-from diffgraft.lab.doctor import machine, versions
 from diffgraft.lab.instruments import DenoiseClock, MacCounter, synchronize
+from diffgraft.lab.machine import machine, versions
 from diffgraft.lab.metrics import Mean, Share, Spread, psnr, share, ssim
 from diffgraft.lab.pictures import to_images
 from diffgraft.methods.inputs import CallSettings, Pictures, Sample, make_pictures

@@ -19,8 +19,8 @@ import torch
 from diffgraft.kernel.anatomy import denoisers_of
 from diffgraft.kernel.backends import use_attention_backend
 from diffgraft.kernel.registry import find_bundled, find_family
-from diffgraft.lab.doctor import machine, versions
 from diffgraft.lab.instruments import LiveBytes, MacMode, synchronize
+from diffgraft.lab.machine import machine, versions
 from diffgraft.lab.pictures import strip, to_images
 from diffgraft.methods.files import write_atomic, write_json
 from diffgraft.methods.inputs import Pictures, Sample

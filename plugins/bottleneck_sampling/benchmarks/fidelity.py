@@ -27,8 +27,8 @@ import typer
 from diffgraft import ConfigError, load_pipeline
 from diffgraft.kernel import registry
 from diffgraft.lab.compare import as_seen, fidelity_of, fit_steps, load_judge, plain, summarise, understood_by
-from diffgraft.lab.doctor import machine, versions
 from diffgraft.lab.instruments import synchronize
+from diffgraft.lab.machine import machine, versions
 from diffgraft.lab.metrics import Spread
 from diffgraft.lab.pictures import draw_grid, to_images
 from diffgraft.methods.files import write_atomic

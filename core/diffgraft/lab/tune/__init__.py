@@ -33,8 +33,8 @@ from diffgraft.kernel.loading import load_pipeline
 from diffgraft.kernel.plugin import Need, Plugin
 from diffgraft.kernel.stack import describe, ensure_bare, fetch
 from diffgraft.lab.compare import Judge, all_right, as_seen, quiet
-from diffgraft.lab.doctor import machine, versions
 from diffgraft.lab.instruments import synchronize
+from diffgraft.lab.machine import machine, versions
 from diffgraft.lab.metrics import Mean, Spread, psnr, share, ssim
 from diffgraft.lab.tune.goal import MOST_DB, Candidate, Final, Trial, TuneSettings, Tuning, front_of, ready_line
 from diffgraft.lab.tune.space import Space, ensure_fits, makes
