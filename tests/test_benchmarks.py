@@ -202,7 +202,7 @@ def test_the_page_opens_in_a_browser(folder):
 
 
 def test_true_features_are_those_of_the_judge():
-    from diffgraft.lab.compare import load_judge
+    from diffgraft.lab.judging import load_judge
     from diffgraft_checkpoints.emoji import scenes
 
     try:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from diffgraft import Unsupported
 from diffgraft.methods.adapters import without_adapters
-from diffgraft.testing.subject import has_peft
+from diffgraft.testing.tiny import has_peft
 from peft import LoraConfig
 from probes import generate, tiny
 

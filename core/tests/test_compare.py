@@ -11,10 +11,13 @@ import pytest
 import torch
 from cli_plugins import Idle, OnlyTransformers, Rival, Slow, Sparse
 from diffgraft import BrokenPlugin, Bundled, ConfigError, Conflict, Unsupported, load_pipeline
-from diffgraft.lab.compare import CompareSettings, all_right, compare, fit_steps, load_judge, plain
+from diffgraft.lab.compare import compare
 from diffgraft.lab.compare_view import comparison_grid, grid_label
+from diffgraft.lab.figures import fit_steps
 from diffgraft.lab.instruments import MacMode, missing_formulas
+from diffgraft.lab.judging import all_right, load_judge
 from diffgraft.lab.metrics import Mean, Spread, psnr, share, ssim, wilson
+from diffgraft.lab.results import CompareSettings, plain
 from diffgraft.methods.inputs import CallSettings, Sample, call_arguments, make_pictures, make_samples
 from diffgraft_families.tiny import make
 from torch.utils.flop_counter import FlopCounterMode

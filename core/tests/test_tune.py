@@ -15,9 +15,10 @@ from cli_plugins import Idle, OnlyTransformers, Rival, Sparse, install
 from diffgraft import Calibrator, ConfigError, Conflict, Need, PluginConfig, Unsupported, load_pipeline
 from diffgraft.cli import app
 from diffgraft.lab.metrics import psnr
-from diffgraft.lab.tune import Tuner, tune
+from diffgraft.lab.tune import tune
 from diffgraft.lab.tune.goal import Candidate, Goal, Trial, TuneSettings, Tuning, front_of, ladder_of, parse_budget, ready_line
 from diffgraft.lab.tune.space import Space, find_plugins
+from diffgraft.lab.tune.tuner import Tuner
 from diffgraft.lab.tune.view import draw, print_tuning, verdict
 from diffgraft.methods.inputs import CallSettings, Sample, make_pictures
 from probes import PAPER, Probe, tiny, trace
@@ -472,7 +473,7 @@ def test_artefacts_are_made_once_and_kept(pipe, tmp_path, monkeypatch):
 
 
 def test_an_artefact_that_takes_too_much_of_the_budget_is_not_made(pipe, tmp_path, clock, monkeypatch):
-    monkeypatch.setattr("diffgraft.lab.tune.CALIBRATION_SHARE", 0.0)
+    monkeypatch.setattr("diffgraft.lab.tune.tuner.CALIBRATION_SHARE", 0.0)
     Meter.asked.clear()
     made = run(pipe, tmp_path / "out", [Gain()], replace(SETTINGS, trials=99, budget=1e6))
     assert len(Meter.asked) == 4, "the first sample of each number of steps tells"

@@ -115,9 +115,3 @@ def tell(verdict: Any, written: Iterable[str]) -> None:
     following = TIERS[0] if verdict.tier is None else TIERS[min(TIERS.index(verdict.tier) + 1, len(TIERS) - 1)]
     if verdict.tier != TIERS[-1] and verdict.todo[following]:
         typer.echo(f"for {following}: " + ", ".join(verdict.todo[following]))
-
-
-def register(app: typer.Typer) -> None:
-    """Put the commands into the command line."""
-    app.command()(new)
-    app.command()(check)

@@ -217,7 +217,7 @@ def make_fitness(
     name: str, reward: str | None, features: str | None, reference: Path | None, reference_steps: int, bundled: Bundled | None
 ) -> Fitness:
     """What a search minimises; a bundled pipeline brings its judge's features."""
-    from diffgraft.lab.compare import load_judge
+    from diffgraft.lab.judging import load_judge
     from diffgraft.methods.fitness import FrechetFitness, RewardFitness, TrajectoryFitness, read_pictures
 
     if name == "trajectory":

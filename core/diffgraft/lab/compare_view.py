@@ -12,8 +12,8 @@ from typing import Any
 import typer
 from rich.table import Table
 
-from diffgraft.lab.compare import ArmResult, Comparison
 from diffgraft.lab.pictures import draw_grid, strip, to_images
+from diffgraft.lab.results import ArmResult, Comparison
 from diffgraft.lab.terminal import console
 from diffgraft.methods.files import write_atomic
 

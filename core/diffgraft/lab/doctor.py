@@ -79,7 +79,7 @@ def check_families() -> list[Check]:
 
 def check_pipelines() -> list[Check]:
     """Every bundled pipeline: is its folder there, does its judge load?"""
-    from diffgraft.lab.compare import load_judge  # it brings torch, which `doctor` may find missing
+    from diffgraft.lab.judging import load_judge  # it brings torch, which `doctor` may find missing
 
     checks = []
     for entry in sorted(entry_points(group=registry.PIPELINES), key=lambda e: e.name):

@@ -29,7 +29,8 @@ from diffgraft.kernel.plugin import Plugin
 from diffgraft.testing import basics, repeats, surroundings
 from diffgraft.testing.case import CHECKS, Case, cases_of, claims
 from diffgraft.testing.pairs import Pair, pair_cases
-from diffgraft.testing.subject import Setting, Subject
+from diffgraft.testing.setting import Setting
+from diffgraft.testing.subject import Subject
 
 __all__ = [
     "CHECKS",

@@ -6,7 +6,8 @@ from diffgraft.kernel import registry
 from diffgraft.kernel.errors import ConfigError, Conflict, Unsupported
 from diffgraft.kernel.loading import load_pipeline, unload
 from diffgraft.testing.case import check
-from diffgraft.testing.subject import ANOTHER, USUAL, Subject, distance, refused, valid
+from diffgraft.testing.setting import ANOTHER, USUAL
+from diffgraft.testing.subject import Subject, distance, refused, valid
 from diffgraft.testing.trace import expect_same_trace, live_tensors, only_new_objects, trace
 from diffgraft.testing.watch import watchers
 

@@ -13,7 +13,9 @@ from diffgraft.kernel.loading import load_pipeline, unload
 from diffgraft.kernel.planner import Part, plan
 from diffgraft.kernel.plugin import Plugin
 from diffgraft.testing.case import claims, one_of_each_kind
-from diffgraft.testing.subject import USUAL, Subject, artefacts
+from diffgraft.testing.runs import artefacts
+from diffgraft.testing.setting import USUAL
+from diffgraft.testing.subject import Subject
 from diffgraft.testing.trace import expect_same_trace, trace
 
 

@@ -5,7 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from diffgraft.testing.case import check
-from diffgraft.testing.subject import ANOTHER, STEPS, USUAL, Setting, Subject, counting, denoisers, distance, refused
+from diffgraft.testing.runs import counting
+from diffgraft.testing.setting import ANOTHER, STEPS, USUAL, Setting
+from diffgraft.testing.subject import Subject, distance, refused
+from diffgraft.testing.tiny import denoisers
 from diffgraft.testing.trace import expect_same_trace, trace
 
 PAIR = Setting(samples=(0, 1))

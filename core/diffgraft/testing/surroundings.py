@@ -17,21 +17,9 @@ from diffgraft.kernel.errors import Unsupported
 from diffgraft.kernel.loading import unload
 from diffgraft.kernel.stack import stack_of
 from diffgraft.testing.case import check, claims
-from diffgraft.testing.subject import (
-    ANOTHER,
-    SCHEDULERS,
-    USUAL,
-    ForeignProcessor,
-    Setting,
-    Subject,
-    add_lora,
-    attention_layers,
-    denoisers,
-    distance,
-    make_scheduler,
-    quiet,
-    under,
-)
+from diffgraft.testing.setting import ANOTHER, USUAL, Setting, under
+from diffgraft.testing.subject import Subject, distance
+from diffgraft.testing.tiny import SCHEDULERS, ForeignProcessor, add_lora, attention_layers, denoisers, make_scheduler, quiet
 
 
 def register(scheduler: str) -> None:

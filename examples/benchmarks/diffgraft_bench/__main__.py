@@ -16,8 +16,8 @@ from typing import Annotated, Any
 
 import typer
 from diffgraft.kernel.registry import find_bundled
-from diffgraft.lab.compare import load_judge
 from diffgraft.lab.doctor import attention_backends
+from diffgraft.lab.judging import load_judge
 from diffgraft.methods.files import write_atomic
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn

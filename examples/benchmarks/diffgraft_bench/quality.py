@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from diffgraft.lab.compare import all_right, as_seen, load_judge
+from diffgraft.lab.judging import all_right, as_seen, load_judge
 from diffgraft.lab.metrics import Share, psnr, share, ssim
 from diffgraft.methods.files import write_atomic
 from diffgraft.methods.fitness import frechet

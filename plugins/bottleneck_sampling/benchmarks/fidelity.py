@@ -26,11 +26,13 @@ import torch
 import typer
 from diffgraft import ConfigError, load_pipeline
 from diffgraft.kernel import registry
-from diffgraft.lab.compare import as_seen, fidelity_of, fit_steps, load_judge, plain, summarise, understood_by
+from diffgraft.lab.figures import fidelity_of, fit_steps
 from diffgraft.lab.instruments import synchronize
+from diffgraft.lab.judging import as_seen, load_judge, summarise, understood_by
 from diffgraft.lab.machine import machine, versions
 from diffgraft.lab.metrics import Spread
 from diffgraft.lab.pictures import draw_grid, to_images
+from diffgraft.lab.results import plain
 from diffgraft.methods.files import write_atomic
 from diffgraft.methods.inputs import CallSettings, Pictures, Sample, make_pictures, make_samples
 from diffgraft_bottleneck_sampling import method

@@ -26,7 +26,7 @@ import typer
 from diffgraft import load_pipeline
 from diffgraft.kernel import registry
 from diffgraft.kernel.loading import read_pipeline
-from diffgraft.lab.compare import load_judge
+from diffgraft.lab.judging import load_judge
 from diffgraft.lab.metrics import share
 from diffgraft.lab.pictures import draw_grid
 from diffgraft.methods.adapters import adapter_layers

@@ -347,7 +347,7 @@ def test_a_base_without_controlnet_answers_for_a_pipeline_with_one():
 
 @pytest.mark.parametrize("name", [SD, "StableDiffusionXLPipeline"])
 def test_an_ip_adapters_picture_reaches_the_base_that_shares_the_denoiser(name):
-    from diffgraft.testing.subject import EMBED, add_ip_adapter
+    from diffgraft.testing.tiny import EMBED, add_ip_adapter
 
     made = tiny(name)
     add_ip_adapter(made.pipe, registry.families()[FAMILIES[name]])

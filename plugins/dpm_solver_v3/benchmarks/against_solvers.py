@@ -26,7 +26,7 @@ import torch
 import typer
 from diffgraft import load_pipeline, unload
 from diffgraft.kernel import registry
-from diffgraft.lab.compare import load_judge
+from diffgraft.lab.judging import load_judge
 from diffgraft.lab.metrics import share
 from diffgraft_checkpoints.emoji import scenes
 from diffgraft_checkpoints.train.evaluate import held_out_labels

@@ -14,7 +14,7 @@ import numpy as np
 import typer
 from diffgraft import load_pipeline
 from diffgraft.kernel import registry
-from diffgraft.lab.compare import load_judge
+from diffgraft.lab.judging import load_judge
 from diffgraft.lab.metrics import share
 from diffgraft.methods.inputs import CallSettings, Sample, call_arguments
 from diffgraft_checkpoints.emoji import scenes

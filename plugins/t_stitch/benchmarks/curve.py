@@ -26,7 +26,7 @@ import torch
 import typer
 from diffgraft import load_pipeline
 from diffgraft.kernel import registry
-from diffgraft.lab.compare import load_judge
+from diffgraft.lab.judging import load_judge
 from diffgraft.lab.metrics import psnr, share
 from PIL import Image
 from rich.console import Console

@@ -45,7 +45,8 @@ def observe(project: Project, families: Iterable[Family]) -> Observed:
     from diffgraft.community.check.watch import Listening, Seen, neighbours
     from diffgraft.kernel.loading import load_pipeline
     from diffgraft.testing.repeats import PAIR
-    from diffgraft.testing.subject import Setting, Subject, distance
+    from diffgraft.testing.setting import Setting
+    from diffgraft.testing.subject import Subject, distance
 
     cls = project.cls
     total = Observed({}, {}, {}, {}, {}, "", "", [])

@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from diffgraft.kernel.errors import ConfigError
-from diffgraft.lab.compare import plain
 from diffgraft.lab.metrics import Mean, Spread
+from diffgraft.lab.results import plain
 from diffgraft.methods.inputs import CallSettings, Sample
 
 MOST_DB = 100.0

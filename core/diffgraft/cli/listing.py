@@ -1,0 +1,132 @@
+"""``diffgraft list | show | doctor``: what is here."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from typing import Annotated
+
+import typer
+
+from diffgraft.cli.options import (
+    AsJson,
+)
+from diffgraft.community.quality import tier_of
+from diffgraft.kernel import registry
+
+
+def list_plugins(
+    as_json: AsJson = False, markdown: Annotated[bool, typer.Option(help="Print a Markdown table (imports the plugins).")] = False
+) -> None:
+    """List the installed plugins, without importing any."""
+    if markdown:
+        from diffgraft.community.tables import installed_table
+
+        table, faults = installed_table()
+        typer.echo(table, nl=False)
+        for fault in faults:
+            typer.secho(fault, fg="red", err=True)
+        return
+    rows = [
+        {
+            "name": info.name,
+            "summary": info.summary,
+            "version": info.version,
+            "dist": info.dist,
+            "tier": tier_of(info.entry.module),
+            "allowed": info.allowed,
+            "status": "broken" if info.broken else "ok" if info.allowed else "not allowed",
+            "reason": info.broken or (None if info.allowed else f"not in {registry.ALLOW}"),
+        }
+        for info in registry.installed().values()
+    ]
+    if as_json:
+        typer.echo(json.dumps(rows, indent=2))
+        return
+    if not rows:
+        typer.echo("no plugin is installed; `pip install diffgraft-deepcache` brings one")
+        return
+    from rich.table import Table
+
+    from diffgraft.lab.terminal import console, escaped
+
+    out = Table(box=None, pad_edge=False, header_style="bold")
+    for column in ("name", "version", "package", "tier", "status", "what it does"):
+        out.add_column(column, overflow="fold")
+    colours = {"ok": "green", "broken": "red", "not allowed": "yellow"}
+    for row in rows:
+        status = f"[{colours[str(row['status'])]}]{row['status']}[/]"
+        what = row["summary"] if row["reason"] is None else row["reason"]
+        out.add_row(str(row["name"]), str(row["version"]), str(row["dist"]), str(row["tier"] or ""), status, escaped(what))
+    console().print(out)
+
+
+def show(name: Annotated[str, typer.Argument(metavar="NAME", help="A plugin.")], as_json: AsJson = False) -> None:
+    """Show one plugin: its paper, hook points, knobs, families and effects."""
+    from diffgraft.community.tables import describe, knobs
+
+    cls = registry.find(name)
+    facts = describe(cls, registry.installed()[name])
+    if as_json:
+        typer.echo(json.dumps(facts, indent=2, default=str))
+        return
+    from rich.table import Table
+
+    from diffgraft.lab.terminal import console, escaped
+
+    paper = facts["paper"]
+    lines = {
+        "package": f"{facts['dist']} {facts['version']}",
+        "tier": facts["tier"],
+        "paper": f"{paper['title']}, arXiv:{paper['arxiv']}" if paper["arxiv"] else paper["title"],
+        "implemented": paper["implemented"],
+        "omitted": paper["omitted"],
+        "licence": paper["licence"],
+        "hook points": ", ".join(facts["hook_points"]),
+        "effects": facts["effects"],
+        "families": "all" if "*" in facts["families"] else ", ".join(facts["families"]),
+        "pipelines": ", ".join(facts["pipelines"]),
+        "changes nothing at": ", ".join(f"{k}={json.dumps(v, default=str)}" for k, v in facts["neutral"].items()) or "no setting",
+    }
+    title = f"{name} - {facts['summary']}"
+    about = Table(box=None, show_header=False, pad_edge=False, title=title, title_justify="left", title_style="bold")
+    about.add_column(style="cyan", no_wrap=True)
+    about.add_column(overflow="fold")
+    for key, text in lines.items():
+        if text:
+            about.add_row(key, escaped(text))
+    console().print(about)
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in ("knob", "allowed", "default", "what it is"):
+        table.add_column(column, overflow="fold")
+    for knob in knobs(cls):
+        table.add_row(knob.name, escaped(knob.allowed), escaped(str(knob.default)), escaped(knob.description))
+    console().print()
+    console().print(table if knobs(cls) else "it has no knobs")
+
+
+def doctor(as_json: AsJson = False) -> None:
+    """Check this installation: versions, devices, and every plugin, family and bundled pipeline. Exit code 1 when something is broken."""
+    from diffgraft.lab.doctor import diagnose
+
+    found = diagnose()
+    if as_json:
+        typer.echo(json.dumps({**asdict(found), "ok": not found.broken}, indent=2))
+        raise typer.Exit(1 if found.broken else 0)
+    machine = found.machine
+    typer.echo("versions    " + ", ".join(f"{name} {number or 'not installed'}" for name, number in found.versions.items()))
+    typer.echo(f"machine     {machine['system']}, {machine['processor']}, {machine['cpus']} CPUs, {machine['threads']} torch threads")
+    typer.echo("devices     " + ", ".join(["cpu", *machine["accelerators"]]))
+    typer.echo("attention   " + ", ".join(found.backends))
+    allowed = "all plugins may load" if found.allowed is None else f"only {', '.join(found.allowed) or 'none'}"
+    typer.echo(f"allow-list  {registry.ALLOW}: {allowed}")
+    for title, checks in (("plugins", found.plugins), ("families", found.families), ("pipelines", found.pipelines)):
+        for i, check in enumerate(checks):
+            colour = {"ok": "green", "broken": "red"}.get(check.status, "yellow")
+            typer.echo(f"{title if i == 0 else '':<12}" + typer.style(f"{check.status:<12}", fg=colour) + f"{check.name}: {check.detail}")
+        if not checks:
+            typer.echo(f"{title:<12}none")
+    if found.broken:
+        typer.secho(f"broken: {', '.join(check.name for check in found.broken)}", fg="red", err=True)
+        raise typer.Exit(1)
+    typer.secho("all is well", fg="green")

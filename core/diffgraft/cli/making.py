@@ -1,0 +1,182 @@
+"""``diffgraft calibrate | evolve | invert``: files that plugins need."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from diffgraft.cli.options import (
+    Device,
+    Dtype,
+    Extra,
+    GuidanceScale,
+    Height,
+    KnobValues,
+    NegativePrompt,
+    PromptFile,
+    PromptTexts,
+    Steps,
+    Width,
+)
+from diffgraft.kernel.errors import ConfigError
+
+
+def calibrate(
+    plugin: Annotated[str, typer.Argument(metavar="PLUGIN", help="A plugin that needs an artefact.")],
+    pipeline: Annotated[str, typer.Option("--pipeline", help="A bundled name, a folder, or a Hub id.")],
+    prompts: PromptFile = None,
+    prompt: PromptTexts = None,
+    out: Annotated[Path | None, typer.Option("--out", help="File to write (default: PLUGIN.safetensors).")] = None,
+    option: KnobValues = None,
+    seed: Annotated[int, typer.Option(help="Seed of the noise; prompt i has seed + i.")] = 0,
+    steps: Steps = None,
+    guidance_scale: GuidanceScale = None,
+    negative_prompt: NegativePrompt = None,
+    height: Height = None,
+    width: Width = None,
+    arg: Extra = None,
+    device: Device = None,
+    dtype: Dtype = None,
+) -> None:
+    """Measure what a plugin needs to know of a model; an interrupted calibration goes on where it stopped."""
+    from diffgraft.cli.values import bundled_of, call_settings, load_bare, parse_assignments, plugin_specs, read_prompts, refusals
+
+    specs = plugin_specs([plugin], option)
+    texts = read_prompts(prompt, prompts)
+    if not texts:
+        raise ConfigError("nothing to calibrate on: give --prompts FILE with one prompt a line, or --prompt TEXT")
+    extra = parse_assignments(arg, "-a")
+    path = out or Path(f"{plugin}.safetensors")
+    if path.suffix != ".safetensors":
+        raise ConfigError(f"--out {path}: an artefact is a .safetensors file")
+    from diffgraft.lab.terminal import progress
+    from diffgraft.methods.calibration import calibrate as measure
+    from diffgraft.methods.inputs import make_samples
+
+    call = call_settings(bundled_of(pipeline), steps, guidance_scale, negative_prompt, height, width, None, extra)
+    pipe, built = load_bare(pipeline, specs, device, dtype)
+    samples = make_samples(pipe, [seed + i for i in range(len(texts))], texts)
+    with progress() as on_progress, refusals(pipe):
+        artefact = measure(pipe, built[0], samples, call, path, on_progress=on_progress)
+    made = artefact.made_for
+    typer.echo(f"wrote {path}: for {made.pipeline}, {made.scheduler}, {made.steps} steps, latents {made.shape}, from {len(texts)} prompts")
+
+
+def evolve(
+    plugin: Annotated[str, typer.Argument(metavar="PLUGIN", help="A plugin whose settings can be searched for.")],
+    pipeline: Annotated[str, typer.Option("--pipeline", help="A bundled name, a folder, or a Hub id.")],
+    prompts: PromptFile = None,
+    prompt: PromptTexts = None,
+    out: Annotated[Path | None, typer.Option("--out", help="File to write (default: PLUGIN.json).")] = None,
+    steps: Steps = None,
+    fitness: Annotated[str, typer.Option(help="trajectory, reward or frechet: see docs of diffgraft.methods.fitness.")] = "trajectory",
+    reward: Annotated[str | None, typer.Option(help="For --fitness reward: emoji_judge, or package.module:name.")] = None,
+    features: Annotated[
+        str | None, typer.Option(help="For --fitness frechet: package.module:name of (images) -> rows (default: the bundled judge's).")
+    ] = None,
+    reference: Annotated[
+        Path | None, typer.Option(help="For --fitness frechet: a folder of pictures (default: the pipeline's own, with many steps).")
+    ] = None,
+    reference_steps: Annotated[int, typer.Option(min=1, help="Steps of the many-step reference.")] = 50,
+    population: Annotated[int, typer.Option(min=1, help="Candidates of a generation.")] = 50,
+    epochs: Annotated[int, typer.Option(min=1, help="Generations.")] = 10,
+    top: Annotated[int | None, typer.Option(min=1, help="Best candidates that have children (default: a fifth).")] = None,
+    mutations: Annotated[int | None, typer.Option(min=0, help="Mutations of a generation (default: half).")] = None,
+    crossovers: Annotated[int | None, typer.Option(min=0, help="Crossovers of a generation (default: a fifth).")] = None,
+    searcher: Annotated[
+        list[str] | None, typer.Option("--set", "-s", metavar="NAME=VALUE", help="A knob of the search itself: mutation=0.1.")
+    ] = None,
+    beside: Annotated[
+        list[str] | None, typer.Option("--beside", metavar="NAME", help="A plugin that every candidate runs with: a solver; repeat or a,b.")
+    ] = None,
+    option: KnobValues = None,
+    seed: Annotated[int, typer.Option(help="Seed of the evolution and of the noise; prompt i has seed + i.")] = 0,
+    batch: Annotated[int, typer.Option(min=1, help="Pictures in one call.")] = 16,
+    guidance_scale: GuidanceScale = None,
+    negative_prompt: NegativePrompt = None,
+    height: Height = None,
+    width: Width = None,
+    arg: Extra = None,
+    device: Device = None,
+    dtype: Dtype = None,
+) -> None:
+    """Find a plugin's settings for one pipeline and number of steps by evolution; an interrupted search goes on where it stopped."""
+    from diffgraft.cli.values import (
+        bundled_of,
+        call_settings,
+        load_bare,
+        make_fitness,
+        parse_assignments,
+        plugin_specs,
+        read_prompts,
+        refusals,
+    )
+
+    specs = plugin_specs([plugin, *(beside or [])], option)
+    texts = read_prompts(prompt, prompts)
+    if not texts:
+        raise ConfigError("nothing to judge the candidates on: give --prompts FILE with one prompt a line, or --prompt TEXT")
+    if steps is None:
+        raise ConfigError("what is found holds for one number of steps: give --steps K")
+    knobs, extra = parse_assignments(searcher, "--set"), parse_assignments(arg, "-a")
+    path = out or Path(f"{plugin}.json")
+    if path.suffix != ".json":
+        raise ConfigError(f"--out {path}: what a search finds is a .json file")
+    from diffgraft.lab.terminal import progress
+    from diffgraft.methods.inputs import make_samples
+    from diffgraft.methods.search import Plan
+    from diffgraft.methods.search import search as find_settings
+
+    plan = Plan.of(population, epochs=epochs, top=top, mutations=mutations, crossovers=crossovers, seed=seed)
+    judged = make_fitness(fitness, reward, features, reference, reference_steps, bundled_of(pipeline))
+    call = call_settings(bundled_of(pipeline), steps, guidance_scale, negative_prompt, height, width, None, extra)
+    pipe, built = load_bare(pipeline, specs, device, dtype)
+    pipe.set_progress_bar_config(disable=True)
+    samples = make_samples(pipe, [seed + i for i in range(len(texts))], texts)
+    with progress() as on_progress, refusals(pipe):
+        found = find_settings(
+            pipe, built[0], samples, call, path, judged, plan=plan, knobs=knobs, beside=built[1:], batch=batch, on_progress=on_progress
+        )
+    loss = found.facts["fitness"]
+    typer.echo(f"{found.facts['judged']} candidates: {loss['name']} {loss['loss_of_start']:.6g} at the start, {loss['loss']:.6g} now")
+    typer.echo(f"wrote {path}: for {found.made_for.pipeline}, {found.made_for.scheduler}, {found.made_for.steps} steps")
+
+
+def invert(
+    plugin: Annotated[str, typer.Argument(metavar="PLUGIN", help="A plugin that can walk from a picture back to noise.")],
+    pipeline: Annotated[str, typer.Option("--pipeline", help="A bundled name, a folder, or a Hub id.")],
+    image: Annotated[Path, typer.Option("--image", help="The picture.")],
+    prompt: Annotated[str | None, typer.Option(help="What the picture shows; the same prompt makes it again.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="File to write (default: PLUGIN-code.safetensors).")] = None,
+    option: KnobValues = None,
+    steps: Steps = None,
+    guidance_scale: GuidanceScale = None,
+    negative_prompt: NegativePrompt = None,
+    height: Height = None,
+    width: Width = None,
+    arg: Extra = None,
+    device: Device = None,
+    dtype: Dtype = None,
+) -> None:
+    """Walk from a picture back to the noise that it comes from; `run` with the code makes it again, or edits it."""
+    from diffgraft.cli.values import bundled_of, call_settings, load_bare, parse_assignments, plugin_specs, refusals
+
+    specs = plugin_specs([plugin], option)
+    extra = parse_assignments(arg, "-a")
+    path = out or Path(f"{plugin}-code.safetensors")
+    if path.suffix != ".safetensors":
+        raise ConfigError(f"--out {path}: the code of a picture is a .safetensors file")
+    from dataclasses import replace
+
+    from diffgraft.methods.inputs import make_samples
+    from diffgraft.methods.inversion import invert as walk_back
+
+    settings = call_settings(bundled_of(pipeline), steps, guidance_scale, negative_prompt, height, width, image, extra)
+    pipe, built = load_bare(pipeline, specs, device, dtype)
+    [sample] = make_samples(pipe, [0], [prompt] if prompt is not None else [])
+    with refusals(pipe):
+        code = walk_back(pipe, built[0], settings.image, sample, replace(settings, image=None), path)
+    typer.echo(f"wrote {path}: {code.made_for.pipeline}, {code.made_for.steps} steps, latents {code.made_for.shape}")
+    typer.echo(f"make it again, or with another prompt edit it: diffgraft run {pipeline} -p {plugin} -o {plugin}.start={path} ...")

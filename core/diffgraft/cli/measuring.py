@@ -1,0 +1,230 @@
+"""``diffgraft compare | tune``: what a stack costs and changes, and which one is worth it."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from diffgraft.cli.options import (
+    Backend,
+    ClassLabels,
+    Device,
+    Dtype,
+    Extra,
+    GuidanceScale,
+    Height,
+    ImagePath,
+    KnobValues,
+    NegativePrompt,
+    Pipeline,
+    PluginNames,
+    PromptFile,
+    PromptTexts,
+    Steps,
+    Width,
+)
+from diffgraft.kernel import registry
+from diffgraft.kernel.errors import ConfigError
+
+BUNDLED_SAMPLES = 24
+OTHER_SAMPLES = 6
+BUNDLED_BATCH = 8
+TUNE_SAMPLES = 6
+
+
+def compare(
+    pipeline: Pipeline,
+    plugins: PluginNames = None,
+    always: Annotated[
+        list[str] | None,
+        typer.Option("--always", metavar="NAME", help="A plugin of the list that is part of every arm: what do the others add to it?"),
+    ] = None,
+    out: Annotated[Path, typer.Option("--out", help="Folder for compare.png and compare.json.")] = Path("out"),
+    option: KnobValues = None,
+    prompt: PromptTexts = None,
+    prompts: PromptFile = None,
+    num_prompts: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Pictures for the fidelity figures and the judge (default: one a prompt; without prompts 24 for a bundled pipeline).",
+        ),
+    ] = None,
+    seeds: Annotated[str | None, typer.Option(help="Seeds, 0,1,2: every prompt with every seed (default: picture i has seed i).")] = None,
+    steps: Steps = None,
+    guidance_scale: GuidanceScale = None,
+    negative_prompt: NegativePrompt = None,
+    height: Height = None,
+    width: Width = None,
+    class_label: ClassLabels = None,
+    image: ImagePath = None,
+    arg: Extra = None,
+    reference_steps: Annotated[
+        int | None,
+        typer.Option(min=2, help="Hold pictures against the plain pipeline's with so many steps, not against the baseline's (solvers)."),
+    ] = None,
+    repeats: Annotated[int, typer.Option(min=1, help="Latency rounds.")] = 7,
+    warmup: Annotated[int, typer.Option(min=0, help="Warm-up calls of every arm.")] = 2,
+    batch: Annotated[
+        int | None, typer.Option(min=1, help="Pictures in one call for the fidelity figures (default: 8 for a bundled pipeline, else 1).")
+    ] = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    backend: Backend = None,
+) -> None:
+    """Measure plugins against the plain pipeline: each alone, the stack, and fewer steps at equal time."""
+    from diffgraft.cli.values import (
+        bundled_of,
+        call_settings,
+        load_bare,
+        parse_assignments,
+        parse_seeds,
+        plugin_specs,
+        read_prompts,
+        refusals,
+    )
+
+    specs = plugin_specs(plugins, option)
+    if not specs:
+        raise ConfigError("nothing to compare: give --plugins a,b")
+    extra = parse_assignments(arg, "-a")
+    texts = read_prompts(prompt, prompts)
+    seed_list = parse_seeds(seeds)
+    from diffgraft.lab.pictures import check_folder
+
+    check_folder(out, "--out")
+    from diffgraft.lab.compare import compare as measure
+    from diffgraft.lab.compare_view import print_comparison, write_comparison
+    from diffgraft.lab.judging import load_judge
+    from diffgraft.lab.results import CompareSettings
+    from diffgraft.lab.terminal import progress
+    from diffgraft.methods.inputs import default_steps, make_samples
+
+    bundled = bundled_of(pipeline)
+    call = call_settings(bundled, None, guidance_scale, negative_prompt, height, width, image, extra)
+    pipe, built = load_bare(pipeline, specs, device, dtype)
+    asked: list[Any] = texts or list(class_label or ())
+    examples = list(bundled.prompts) if bundled else []
+    chosen = choose_samples(asked or examples, bool(asked), seed_list, num_prompts, bundled is not None)
+    samples = make_samples(
+        pipe,
+        [seed for _, seed in chosen],
+        [text for text, _ in chosen if isinstance(text, str)],
+        [label for label, _ in chosen if isinstance(label, int)],
+    )
+    settings = CompareSettings(
+        samples=tuple(samples),
+        steps=steps or (bundled.steps if bundled else default_steps(pipe)),
+        call=call,
+        repeats=repeats,
+        warmup=warmup,
+        batch=batch or (BUNDLED_BATCH if bundled else 1),
+        reference_steps=reference_steps,
+    )
+    judge = load_judge(bundled) if bundled else None
+    with progress() as on_progress, refusals(pipe):
+        result = measure(pipe, built, settings, always=always or (), judge=judge, on_progress=on_progress, attention_backend=backend)
+    write_comparison(result, pipeline, out)
+    print_comparison(result)
+    typer.echo(f"wrote {out / 'compare.png'} and {out / 'compare.json'}")
+
+
+def choose_samples(asked: list[Any], given: bool, seeds: list[int] | None, number: int | None, bundled: bool) -> list[tuple[Any, int]]:
+    """(prompt or class label or None, seed) of every picture."""
+    number = number or (len(asked) if given else BUNDLED_SAMPLES if bundled else OTHER_SAMPLES)
+    asked = asked or [None]
+    if seeds is not None:
+        return [(item, seed) for seed in seeds for item in asked[:number]]
+    return [(asked[i % len(asked)], i) for i in range(number)]
+
+
+def tune(
+    pipeline: Pipeline,
+    target: Annotated[str, typer.Option("--target", help="What to reach: psnr=30 (dB), ssim=0.95 or judge=0.9 (share right).")],
+    budget: Annotated[str | None, typer.Option(help="When to end: 90s, 30m, 1h30m; what an interrupted run spent counts.")] = None,
+    trials: Annotated[int | None, typer.Option(min=1, help="How many candidates are measured.")] = None,
+    plugins: Annotated[
+        list[str] | None,
+        typer.Option("--plugin", "--plugins", "-p", metavar="NAME", help="A candidate (default: all that say what to tune and fit)."),
+    ] = None,
+    option: KnobValues = None,
+    out: Annotated[Path, typer.Option("--out", help="Folder for tune.json and tune.png; OUT.partial is for going on.")] = Path("out"),
+    prompt: PromptTexts = None,
+    prompts: PromptFile = None,
+    num_prompts: Annotated[
+        int, typer.Option(min=1, help="Pictures that a candidate is judged on; the end takes twice as many.")
+    ] = TUNE_SAMPLES,
+    steps: Annotated[int | None, typer.Option(min=1, help="The most steps that are tried (default: the pipeline's).")] = None,
+    reference_steps: Annotated[
+        int | None, typer.Option(min=1, help="psnr and ssim are to the plain pipeline's pictures with so many steps (default: --steps).")
+    ] = None,
+    guidance_scale: GuidanceScale = None,
+    negative_prompt: NegativePrompt = None,
+    height: Height = None,
+    width: Width = None,
+    class_label: ClassLabels = None,
+    image: ImagePath = None,
+    arg: Extra = None,
+    seed: Annotated[int, typer.Option(help="Seed of the search and of the noise; picture i has seed + i.")] = 0,
+    batch: Annotated[int | None, typer.Option(min=1, help="Pictures in one call (default: 8 for a bundled pipeline, else 1).")] = None,
+    device: Device = None,
+    dtype: Dtype = None,
+) -> None:
+    """Find the fastest stack, settings and number of steps that reach a fidelity; an interrupted run goes on where it stopped."""
+    from diffgraft.cli.values import bundled_of, call_settings, load_bare, parse_assignments, plugin_specs, read_prompts, refusals
+    from diffgraft.lab.tune import tune as look
+    from diffgraft.lab.tune.goal import Goal, TuneSettings, parse_budget
+    from diffgraft.lab.tune.space import find_plugins
+    from diffgraft.lab.tune.study import imported
+    from diffgraft.lab.tune.view import print_tuning, write_plot
+
+    for module in ("optuna", "matplotlib.figure"):  # said before anything is loaded
+        imported(module)
+    goal, seconds = Goal.parse(target), None if budget is None else parse_budget(budget)
+    specs = plugin_specs(plugins or list(registry.installed()), option)
+    extra = parse_assignments(arg, "-a")
+    texts = read_prompts(prompt, prompts)
+    from diffgraft.lab.pictures import check_folder
+
+    check_folder(out, "--out")
+    from diffgraft.kernel.loading import build_plugin
+    from diffgraft.lab.judging import load_judge
+    from diffgraft.lab.terminal import progress
+    from diffgraft.methods.inputs import default_steps, make_samples
+
+    named = [build_plugin(spec) for spec in specs] if plugins else None
+    bundled = bundled_of(pipeline)
+    call = call_settings(bundled, None, guidance_scale, negative_prompt, height, width, image, extra)
+    pipe, _ = load_bare(pipeline, [], device, dtype)
+    found, left_out = (named, {}) if named else find_plugins(pipe, {name: knobs for name, knobs in specs if knobs})
+    asked: list[Any] = texts or list(class_label or ()) or (list(bundled.prompts) if bundled else [None])
+    chosen = [(asked[i % len(asked)], seed + i) for i in range(3 * num_prompts)]
+    samples = make_samples(
+        pipe,
+        [number for _, number in chosen],
+        [text for text, _ in chosen if isinstance(text, str)],
+        [label for label, _ in chosen if isinstance(label, int)],
+    )
+    settings = TuneSettings(
+        goal=goal,
+        samples=tuple(samples[:num_prompts]),
+        held_out=tuple(samples[num_prompts:]),
+        steps=steps or (bundled.steps if bundled else default_steps(pipe)),
+        call=call,
+        reference_steps=reference_steps,
+        budget=seconds,
+        trials=trials,
+        batch=batch or (BUNDLED_BATCH if bundled else 1),
+        seed=seed,
+    )
+    judge = load_judge(bundled) if bundled and goal.measure == "judge" else None
+    command = shlex.join(["diffgraft", *sys.argv[1:]])
+    with progress() as on_progress, refusals(pipe):
+        result = look(pipe, found, settings, out, name=pipeline, judge=judge, left_out=left_out, command=command, on_progress=on_progress)
+    write_plot(result, pipeline, out)
+    print_tuning(result)
+    typer.echo(f"wrote {out / 'tune.png'} and {out / 'tune.json'}")

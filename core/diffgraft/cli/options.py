@@ -1,0 +1,39 @@
+"""Options that several commands share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+Pipeline = Annotated[str, typer.Argument(metavar="PIPELINE", help="A bundled name (emoji-sd), a folder, or a Hub id.")]
+PluginNames = Annotated[
+    list[str] | None,
+    typer.Option("--plugin", "--plugins", "-p", metavar="NAME", help="A plugin; several: repeat or a,b. The first is outermost."),
+]
+KnobValues = Annotated[
+    list[str] | None, typer.Option("--option", "-o", metavar="PLUGIN.KNOB=VALUE", help="A plugin's knob: deepcache.interval=5.")
+]
+NegativePrompt = Annotated[str | None, typer.Option(help="What the picture should not show.")]
+ClassLabels = Annotated[
+    list[int] | None, typer.Option("--class-label", help="Class number, for class-conditional pipelines; repeat for several.")
+]
+ImagePath = Annotated[Path | None, typer.Option("--image", help="Input picture, for pipelines that take one.")]
+PromptTexts = Annotated[list[str] | None, typer.Option("--prompt", help="A prompt; repeat for several.")]
+PromptFile = Annotated[Path | None, typer.Option("--prompts", help="A text file with one prompt a line.")]
+Steps = Annotated[int | None, typer.Option(min=1, help="Denoising steps (default: the pipeline's).")]
+GuidanceScale = Annotated[float | None, typer.Option(help="Guidance scale (default: the pipeline's).")]
+Height = Annotated[int | None, typer.Option(min=1, help="Height in pixels.")]
+Width = Annotated[int | None, typer.Option(min=1, help="Width in pixels.")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps (default: the best that is there).")]
+Dtype = Annotated[
+    str | None, typer.Option(help="float32, float16 or bfloat16 (default: float32; on CUDA float16 for U-Nets, bfloat16 for transformers).")
+]
+Backend = Annotated[
+    str | None, typer.Option(help="Attention backend of diffusers' dispatcher (native, xformers, flash...); `doctor` lists those at hand.")
+]
+Extra = Annotated[
+    list[str] | None, typer.Option("--arg", "-a", metavar="NAME=VALUE", help="Any other argument of the pipeline's call: num_frames=16.")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]

@@ -1,0 +1,171 @@
+"""Runs of tiny pipelines: their arguments, what they give, the plain one to hold a plugin against."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from diffgraft.kernel.family import Family
+from diffgraft.kernel.plugin import Plugin
+from diffgraft.kernel.stack import stack_of
+from diffgraft.methods.artefacts import Artefact
+from diffgraft.methods.calibration import calibrate_call
+from diffgraft.methods.search import search_call
+from diffgraft.testing.setting import BATCHED_INPUTS, NEGATIVES, PROMPTS, STEPS, Setting
+from diffgraft.testing.tiny import EMBED, Facts, facts, prepared, quiet, tiny
+
+
+def arguments(family: Family, class_name: str, setting: Setting) -> dict[str, Any]:
+    """The call's arguments."""
+    known = facts(family, class_name)
+    kwargs = {**known.kwargs, "num_inference_steps": STEPS, "output_type": "latent"}
+    kwargs.update(of_samples(known, setting.samples))
+    kwargs.update(dict(setting.changes))
+    seeds = [torch.Generator().manual_seed(100 + i) for i in setting.samples]
+    kwargs["generator"] = seeds if len(seeds) > 1 else seeds[0]
+    if setting.ip_adapter:
+        kwargs["ip_adapter_image_embeds"] = [torch.randn(2, 1, EMBED, generator=torch.Generator().manual_seed(9))]
+    if setting.cut is not None:
+        kwargs["callback_on_step_end"] = cutter(family, setting.cut)
+        kwargs["callback_on_step_end_tensor_inputs"] = [name for name in known.callback_inputs if name in BATCHED_INPUTS]
+    return kwargs
+
+
+def of_samples(known: Facts, samples: tuple[int, ...]) -> dict[str, Any]:
+    """Conditions of the samples: a prompt, a class or a picture each."""
+    kwargs = known.kwargs
+
+    def each(values: tuple[Any, ...]) -> Any:
+        chosen = [values[i % len(values)] for i in samples]
+        return chosen if len(chosen) > 1 else chosen[0]
+
+    if "prompt" in kwargs:
+        negative = {"negative_prompt": each(NEGATIVES)} if "negative_prompt" in kwargs else {}
+        return {"prompt": each(PROMPTS), **negative}
+    if "class_labels" in kwargs:
+        return {"class_labels": [(207, 3)[i % 2] for i in samples]}
+    if "image" in kwargs:
+        return {"image": each((kwargs["image"], kwargs["image"].rotate(180)))}
+    return {"batch_size": len(samples)}
+
+
+def cutter(family: Family, last: int) -> Callable[..., dict[str, Any]]:
+    """Cuts guidance off after step ``last``, as diffusers' ``SDCFGCutoffCallback`` does."""
+
+    def cut(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        if step == last:
+            pipe._guidance_scale = 0.0
+            if family.guidance.layout == "batched":
+                return {name: value.chunk(2)[-1] for name, value in tensors.items()}
+        return tensors
+
+    return cut
+
+
+def call(pipe: Any, family: Family, class_name: str, setting: Setting, **extra: Any) -> Tensor:
+    """One ``pipe(...)`` call; its first output as a tensor."""
+    if not hasattr(pipe, "_progress_bar_config"):
+        pipe.set_progress_bar_config(disable=True)
+    with quiet():
+        output = pipe(**arguments(family, class_name, setting), **extra)[0]
+    if isinstance(output, Tensor):
+        result = output.detach().clone()
+    else:
+        result = torch.as_tensor(np.asarray(output)).clone()
+    assert torch.isfinite(result).all(), "the output has NaN or infinite values"
+    return result
+
+
+@functools.cache
+def partner(family: Family, class_name: str) -> Any:
+    """A second tiny pipeline of the same latent space and text encoders, whose denoisers have other weights; the same for all cases."""
+    first, second = tiny(family, class_name).pipe, tiny(family, class_name, seed=1).pipe
+    for name, part in first.components.items():
+        if name not in family.denoisers and name != "controlnet":
+            setattr(second, name, part)
+    return second
+
+
+def has_plugin(pipe: Any, plugin: type[Plugin]) -> bool:
+    """Whether ``plugin`` is on ``pipe`` and enabled."""
+    stack = stack_of(pipe)
+    return stack is not None and plugin.name in stack and type(stack[plugin.name]) is plugin
+
+
+_artefacts: dict[tuple[Any, ...], Artefact] = {}
+
+
+def artefacts(plugin: type[Plugin], family: Family, class_name: str, setting: Setting) -> dict[str, Any]:
+    """The artefacts that the plugin needs under ``setting``, by knob."""
+    if plugin.calibration is None and plugin.search is None:
+        return {}
+    needs = [need for need in plugin.needs if need.kind in ("artefact", "search")]
+    if any(need.fits for need in needs):
+        made_under = replace(setting, samples=(0,), cut=None)
+    else:  # it is of the model alone, so one serves every run
+        made_under = Setting(processors=setting.processors, ip_adapter=setting.ip_adapter, lora=setting.lora)
+    key = (plugin, family, class_name, made_under)
+    if key not in _artefacts:
+        _artefacts[key] = calibrated(*key)
+    return {need.knob: _artefacts[key] for need in needs}
+
+
+def calibrated(plugin: type[Plugin], family: Family, class_name: str, setting: Setting) -> Artefact:
+    """What the plugin's calibrator makes of one run under ``setting``, or an example of what its search would find."""
+    pipe = prepared(tiny(family, class_name).pipe, family, setting)
+    if plugin.search is not None:
+        return search_call(pipe, plugin(**plugin.active), lambda: call(pipe, family, class_name, setting))
+    return calibrate_call(pipe, plugin(**plugin.active), lambda: call(pipe, family, class_name, setting))
+
+
+@functools.cache
+def plain(family: Family, class_name: str, setting: Setting) -> Tensor:
+    """The plain pipeline's output."""
+    return call(prepared(tiny(family, class_name).pipe, family, setting), family, class_name, setting)
+
+
+@functools.cache
+def works(family: Family, class_name: str, setting: Setting) -> bool:
+    """Whether the plain pipeline runs under ``setting``."""
+    if setting.scheduler is not None and setting.scheduler.startswith("FlowMatch") != (family.prediction == "flow"):
+        return False  # a flow scheduler builds happily from a diffusion scheduler's config, but the two mean different things
+    try:
+        plain(family, class_name, setting)
+    except Exception:  # whatever plain diffusers raises here is its way of saying that it does not do this
+        return False
+    return True
+
+
+@dataclass
+class Work:
+    """What the leaf modules of the denoisers computed: calls, and elements that went in."""
+
+    calls: int = 0
+    size: int = 0
+
+
+@contextlib.contextmanager
+def counting(models: list[nn.Module], stop_at: int | None = None, error: BaseException | None = None) -> Iterator[Work]:
+    """Count the work of the denoisers; raise ``error`` from inside at the leaf call ``stop_at``."""
+    work = Work()
+
+    def before(module: nn.Module, args: tuple[Any, ...]) -> None:
+        work.calls += 1
+        work.size += sum(x.numel() for x in args if isinstance(x, Tensor))
+        if error is not None and work.calls == stop_at:
+            raise error
+
+    leaves = [m for model in models for m in model.modules() if not list(m.children())]
+    handles = [leaf.register_forward_pre_hook(before) for leaf in leaves]
+    try:
+        yield work
+    finally:
+        for handle in handles:
+            handle.remove()
