@@ -1,6 +1,6 @@
 """Write the catalogue that `diffgraft search` reads: from the plugins' own metadata, and from what the community sent in.
 
-    python examples/registry.py             # core/diffgraft/plugins.json and plugins.schema.json
+    python examples/registry.py             # core/diffgraft/community/plugins.json and plugins.schema.json
     python examples/registry.py --check     # exit code 1 when they are not what their plugins say; what CI runs on a contribution
     python examples/registry.py --check --all   # or when a plugin of this repository is not in it (a release)
 

@@ -90,8 +90,8 @@ def test_every_word_must_be_found_and_names_count_most():
 def test_the_shipped_file_is_what_is_dumped_and_its_schema_is_current():
     from importlib.resources import files
 
-    assert files("diffgraft").joinpath("plugins.json").read_text(encoding="utf-8") == dump(shipped())
-    assert files("diffgraft").joinpath("plugins.schema.json").read_text(encoding="utf-8") == schema()
+    assert files("diffgraft.community").joinpath("plugins.json").read_text(encoding="utf-8") == dump(shipped())
+    assert files("diffgraft.community").joinpath("plugins.schema.json").read_text(encoding="utf-8") == schema()
 
 
 def test_reading(tmp_path, monkeypatch):

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from cli_plugins import install
 from diffgraft import Bundled, cli
+from diffgraft.cli.measuring import choose_samples
 from diffgraft.cli.values import parse_assignments, parse_seeds, parse_value, plugin_specs
 from diffgraft.kernel import registry
 from diffgraft.kernel.errors import ConfigError
@@ -310,7 +311,7 @@ def test_compare_a_bundled_pipeline(call, folders, tmp_path, monkeypatch):
 
 
 def test_choice_of_samples():
-    choose = cli.choose_samples
+    choose = choose_samples
     assert choose(["a", "b"], True, None, None, False) == [("a", 0), ("b", 1)]
     assert choose(["a", "b"], True, None, 3, False) == [("a", 0), ("b", 1), ("a", 2)]
     assert choose(["a", "b"], True, [5, 6], None, False) == [("a", 5), ("b", 5), ("a", 6), ("b", 6)]

@@ -65,7 +65,7 @@ def pipe():
 
 @pytest.fixture(autouse=True)
 def _no_collection(monkeypatch):
-    monkeypatch.setattr("diffgraft.lab.tune.gc.collect", lambda: 0)  # a quarter of a second each with torch in memory
+    monkeypatch.setattr("diffgraft.lab.tune.tuner.gc.collect", lambda: 0)  # a quarter of a second each with torch in memory
 
 
 @pytest.fixture

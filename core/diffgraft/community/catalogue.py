@@ -126,7 +126,7 @@ def text_of(value: Any) -> str:
 
 def shipped() -> Catalogue:
     """The catalogue that came with this diffgraft."""
-    return parse(files("diffgraft").joinpath("plugins.json").read_text(encoding="utf-8"), "plugins.json of diffgraft")
+    return parse(files("diffgraft.community").joinpath("plugins.json").read_text(encoding="utf-8"), "plugins.json of diffgraft")
 
 
 def read(source: str | os.PathLike[str] | None) -> Catalogue:
