@@ -19,7 +19,7 @@ from diffgraft.kernel import registry
 from pydantic import ValidationError
 
 ROOT = Path(__file__).resolve().parent.parent
-PACKAGE = ROOT / "core" / "diffgraft"
+PACKAGE = ROOT / "core" / "diffgraft" / "community"
 COMMUNITY = ROOT / "docs" / "community"
 
 
