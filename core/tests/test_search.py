@@ -12,11 +12,11 @@ import torch
 from diffgraft import ArtefactMismatch, ConfigError, Conflict, Effects, Need, Unsupported, load_pipeline
 from diffgraft.cli import app
 from diffgraft.kernel.errors import RewardError
-from diffgraft.kernel.registry import find_callable
 from diffgraft.methods.artefacts import MadeFor
 from diffgraft.methods.findings import Finding
 from diffgraft.methods.fitness import FEATURES, FrechetFitness, RewardFitness, TrajectoryFitness, frechet, make_outputs, read_pictures
 from diffgraft.methods.inputs import CallSettings, Sample
+from diffgraft.methods.named import find_callable
 from diffgraft.methods.search import Plan, Searcher, evolve, search, search_call
 from diffusers import EulerDiscreteScheduler
 from PIL import Image

@@ -8,13 +8,12 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from functools import cache
-from importlib import import_module
 from importlib.metadata import Distribution, EntryPoint, entry_points, version
 from typing import Any
 
 from packaging.requirements import InvalidRequirement, Requirement
 
-from diffgraft.kernel.errors import BrokenPlugin, ConfigError, PipelineNotFound, PluginNotFound, Unsupported, nearest
+from diffgraft.kernel.errors import BrokenPlugin, PipelineNotFound, PluginNotFound, Unsupported, nearest
 from diffgraft.kernel.family import Bundled, Family
 from diffgraft.kernel.plugin import API, Plugin
 
@@ -220,33 +219,3 @@ def find_bundled(name: str) -> Bundled:
             "Otherwise give a folder that exists or a Hub id 'owner/name'."
         )
     return known[name]
-
-
-def find_callable(knob: str, value: Any, group: str, what: str) -> tuple[str, Callable[..., Any]]:
-    """(name, callable) that a setting stands for: a callable, the name of an entry point in ``group``, or "package.module:attribute".
-
-    Args:
-        what: it is, for errors ("reward").
-
-    Raises:
-        ConfigError: it is none of them.
-    """
-    if callable(value):
-        return getattr(value, "__name__", type(value).__name__), value
-    registered = {entry.name: entry for entry in entry_points(group=group)}
-    name = str(value)
-    if name in registered:
-        return name, registered[name].load()
-    module, colon, attribute = name.partition(":")
-    if not colon:
-        known = ", ".join(sorted(registered)) or "none"
-        raise ConfigError(
-            f"{knob} = {value!r} is no {what}{nearest(name, registered)}; installed: {known}; or give a callable or 'package.module:name'"
-        )
-    try:
-        found = getattr(import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
-        raise ConfigError(f"{knob} = {value!r}: {error}") from error
-    if not callable(found):
-        raise ConfigError(f"{knob} = {value!r}: {type(found).__name__} is not callable")
-    return name, found

@@ -20,10 +20,10 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from diffgraft.kernel.errors import ConfigError, RewardError
-from diffgraft.kernel.registry import find_callable
 from diffgraft.methods.calibration import OnProgress
 from diffgraft.methods.files import write_atomic
 from diffgraft.methods.inputs import CallSettings, Sample, call_arguments, parameters, to_float
+from diffgraft.methods.named import find_callable
 from diffgraft.methods.rewards import Reward, find_reward
 
 FEATURES = "diffgraft.features"

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from diffgraft.kernel.errors import RewardError
-from diffgraft.kernel.registry import find_callable
+from diffgraft.methods.named import find_callable
 
 REWARDS = "diffgraft.rewards"
 
