@@ -1,4 +1,4 @@
-"""One thread (tiny tensors do not profit from more), an option of the contract, and a guard over what is set for the whole process."""
+"""One thread (tiny tensors do not profit from more), which tests are run, and a guard over what is set for the whole process."""
 
 from __future__ import annotations
 
@@ -8,12 +8,40 @@ from typing import Any
 import pytest
 import torch
 from diffusers.models.attention_dispatch import _AttentionBackendRegistry
+from sampling import sample_of
 
 torch.set_num_threads(1)
+LEFT_OUT: dict[str, tuple[int, int]] = {}
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--thorough", action="store_true", help="the contract on every class of every family, not on a fifth of them")
+    parser.addoption("--sample", metavar="SEED", help="a sample of what did not change (default: everything); see tests/sampling.py")
+    parser.addoption("--changed", metavar="A,B", default="", help="plugins that changed: of these the sample leaves nothing out")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    kept = sample_of(config).own_tests(items)
+    config.hook.pytest_deselected(items=[item for item in items if item not in set(kept)])
+    items[:] = kept
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    LEFT_OUT.update(sample_of(session.config).left_out)
+    if hasattr(session.config, "workeroutput"):  # a worker of pytest-xdist tells the one that prints
+        session.config.workeroutput["left_out"] = LEFT_OUT
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    LEFT_OUT.update(getattr(node, "workeroutput", {}).get("left_out", {}))
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    """What was left out, and how to run it."""
+    parts = [f"{kept} of {total} {part}" for part, (kept, total) in LEFT_OUT.items() if kept < total]
+    if parts:
+        seed = config.getoption("--sample")
+        terminalreporter.write_line(f"a sample was run (seed {seed}): {', '.join(parts)}; all of it: bash tests/run.sh --thorough")
 
 
 def process_state() -> dict[str, Any]:

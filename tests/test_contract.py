@@ -8,6 +8,8 @@ import pytest
 from diffgraft import Paper, Plugin
 from diffgraft.kernel import registry
 from diffgraft.testing import Case, contract_cases
+from diffgraft.testing.cover import cover
+from sampling import sample_of
 
 
 class Nothing(Plugin):
@@ -66,18 +68,15 @@ EVERYWHERE = ("same_seed",)
 SHARE = 5
 
 
-def spread(cases: list[Case], shift: int, scopes: tuple[str, ...] = ("main", "every")) -> list[Case]:
-    """A fifth of what the families repeat: each check on every fifth class of a plugin, each check and each class once at least.
-
-    Plugins and checks take different fifths, so a mistake in the core or in a family meets them all; `--thorough` runs the whole table.
-    """
+def spread(cases: list[Case]) -> list[Case]:
+    """A fifth of what the families repeat of a probe: each check on every fifth class, each check and each class once at least."""
     seen: dict[str, int] = {}
     classes: set[str] = set()
     kept = []
     for case in cases:
         check = case.check
-        place = seen[check.name] = seen.get(check.name, shift + len(seen)) + 1
-        repeated = check.scope in scopes and check.name not in EVERYWHERE
+        place = seen[check.name] = seen.get(check.name, len(seen)) + 1
+        repeated = check.scope in ("kind", "main", "every") and check.name not in EVERYWHERE
         if not repeated or place % SHARE == 0 or case.class_name not in classes:
             kept.append(case)
             classes.add(case.class_name)
@@ -85,30 +84,37 @@ def spread(cases: list[Case], shift: int, scopes: tuple[str, ...] = ("main", "ev
     return kept + [case for case in lost.values() if case is not None]
 
 
-def all_cases(thorough: bool = False) -> list[Case]:
-    names = [name for name, info in registry.installed().items() if info.allowed and not info.broken]
-    of_plugin = [contract_cases(name) for name in names]
-    cases = [case for shift, each in enumerate(of_plugin) for case in (each if thorough else spread(each, shift))]
+def probe_cases(sampled: bool) -> list[Case]:
+    """The core's own properties, proved once on every family by a plugin that does nothing."""
     guided = [f.name for f in registry.families().values() if f.guidance.layout != "none"]
     unguided = [f.name for f in registry.families().values() if f.guidance.layout == "none"]
     probes = contract_cases(NothingGuided, guided, TWO_DENOISERS, True) + contract_cases(Nothing, unguided, (), True)
-    probes = probes if thorough else spread(probes, 0, ("kind", "main", "every"))
-    cases += [case for case in probes if case.family.name not in LIKE_SD or case.check.name in LAYOUT]
+    probes = spread(probes) if sampled else probes
+    return [case for case in probes if case.family.name not in LIKE_SD or case.check.name in LAYOUT]
+
+
+def all_cases(config: pytest.Config) -> list[Case]:
+    names = [name for name, info in registry.installed().items() if info.allowed and not info.broken]
+    sample = sample_of(config)
+    cases = probe_cases(sample.seed is not None) + sample.contract({name: contract_cases(name) for name in names})
     return sorted(cases, key=lambda case: case.class_name)  # neighbours share baselines, and a worker gets neighbours
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "case" in metafunc.fixturenames:
-        metafunc.parametrize("case", all_cases(metafunc.config.getoption("--thorough")), ids=str)
+        metafunc.parametrize("case", all_cases(metafunc.config), ids=str)
 
 
-def test_every_check_and_every_class_of_a_plugin_is_kept() -> None:
-    for shift, name in enumerate(name for name, info in registry.installed().items() if info.allowed and not info.broken):
+def test_a_covering_table_keeps_every_check_and_every_family_and_moves() -> None:
+    for name in ("deepcache", "time_shift"):
         everything = contract_cases(name)
-        kept = spread(everything, shift)
-        for key in (lambda case: case.class_name, lambda case: case.family.name):
-            assert {key(case) for case in kept} == {key(case) for case in everything}
-        assert {case.check.name for case in kept} == {case.check.name for case in everything}
+        tables = [cover(everything, seed) for seed in ("1", "2")]
+        for table in tables:
+            assert {case.check.name for case in table} == {case.check.name for case in everything}
+            assert {case.family.name for case in table} == {case.family.name for case in everything}
+            assert len(table) <= len({case.check.name for case in everything}) + len({case.family.name for case in everything})
+        assert set(map(str, tables[0])) != set(map(str, tables[1]))
+        assert cover(everything[::-1], "1") == tables[0], "the order of the cases does not matter"
 
 
 def test_contract(case: Case, record_property: pytest.FixtureRequest) -> None:

@@ -1,4 +1,4 @@
-"""Every pair of installed plugins, in both orders: runs, warns, or is refused with a reason."""
+"""Pairs of installed plugins: each runs, warns, or is refused with a reason. Which pairs: `diffgraft.testing.cover.cover_pairs`."""
 
 from __future__ import annotations
 
@@ -8,12 +8,17 @@ from typing import Any, ClassVar
 import pytest
 from diffgraft import Effects, Paper, Plugin
 from diffgraft.testing import Pair, pair_cases
+from sampling import sample_of
 
 ROOT = Path(__file__).resolve().parent.parent
 MATRIX = (ROOT / "examples" / "pairs.md").read_text()
 
 
-@pytest.mark.parametrize("pair", pair_cases(), ids=str)
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "pair" in metafunc.fixturenames:
+        metafunc.parametrize("pair", sample_of(metafunc.config).pairs(pair_cases()), ids=str)
+
+
 def test_installed(pair: Pair, record_property: Any) -> None:
     verdict = pair.run()
     record_property("verdict", verdict)

@@ -8,6 +8,7 @@ import pytest
 from diffgraft.community.check import Verdict, check, open_project
 from diffgraft.community.check.effects import families_to_run
 from diffgraft.kernel import registry
+from sampling import sample_of
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = sorted(path.parent for path in (ROOT / "plugins").glob("*/pyproject.toml"))
@@ -26,9 +27,14 @@ def test_static_rules(folder: Path) -> None:
     assert f"| `{folder.name}` | {verdict.tier} |" in (ROOT / "README.md").read_text(), "run `python examples/readme.py`"
 
 
-@BY_NAME
-def test_effects_are_what_can_be_seen(folder: Path) -> None:
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "looked_at" in metafunc.fixturenames:
+        chosen = sample_of(metafunc.config).plugins("plugins whose effects are looked at", FOLDERS)
+        metafunc.parametrize("looked_at", chosen, ids=lambda folder: folder.name)
+
+
+def test_effects_are_what_can_be_seen(looked_at: Path) -> None:
     """On one family, the fastest."""
-    project = open_project(str(folder))
+    project = open_project(str(looked_at))
     verdict: Verdict = check(project, contract=False, families=[families_to_run(project.cls)[0].name])
     assert verdict.ok, str(verdict)

@@ -10,7 +10,8 @@ from typing import Any, ClassVar
 import pytest
 import torch
 from diffgraft import Effects, Paper, Plugin, PluginConfig, StepOutput
-from diffgraft.testing import CHECKS, Case, Subject, run_contract
+from diffgraft.testing import CHECKS, Case, Subject, contract_cases, run_contract
+from diffgraft.testing.cover import cover
 from diffgraft_families import FAMILIES
 from pydantic import ConfigDict, Field
 
@@ -513,6 +514,19 @@ def test_caught(mutant: type[Plugin], class_name: str, name: str) -> None:
     assert check.when(Subject(mutant, family, class_name)), "the check does not apply here"
     with pytest.raises(AssertionError, match=f"^{mutant.name}.*{name}: "):
         case.run()
+
+
+@pytest.mark.parametrize("mutant", dict.fromkeys(mutant for mutant, _, _ in MUTANTS), ids=lambda mutant: mutant.__name__)
+def test_caught_by_the_covering_table(mutant: type[Plugin]) -> None:
+    """What a push runs of a plugin, each check once on some family, still catches every planted defect."""
+    named = [name for each, _, name in MUTANTS if each is mutant]
+    table = sorted(cover(contract_cases(mutant), "a seed"), key=lambda case: case.check.name not in named)
+    for case in table:
+        try:
+            case.run()
+        except AssertionError:
+            return
+    raise AssertionError(f"none of the {len(table)} cases of the covering table catches {mutant.__name__}")
 
 
 def test_every_check_has_a_mutant() -> None:
