@@ -10,7 +10,7 @@ diffgraft_setup() {
     # shellcheck disable=SC1091
     . .venv/bin/activate
   fi
-  sum=$(cat pyproject.toml core/pyproject.toml pipelines/*/pyproject.toml plugins/*/pyproject.toml examples/setup.sh docs/requirements.txt | cksum)
+  sum=$(cat pyproject.toml core/pyproject.toml pipelines/*/pyproject.toml plugins/*/pyproject.toml examples/setup.sh docs/requirements.txt tests/requirements.txt | cksum)
   stamp="$VIRTUAL_ENV/.diffgraft-$kind"
   [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$sum $PWD" ] && return 0
 
@@ -23,7 +23,20 @@ diffgraft_setup() {
   local packages=()
   for folder in core pipelines/*/ plugins/*/; do packages+=(-e "./${folder%/}$extra"); done
   packages+=(-e .)
-  [ "$kind" = test ] && packages+=(-r docs/requirements.txt)
+  [ "$kind" = test ] && packages+=(-r docs/requirements.txt -r tests/requirements.txt) && diffgraft_debian chromium fonts-noto-color-emoji
   "${pip[@]}" --no-build-isolation "${packages[@]}"
   echo "$sum $PWD" >"$stamp"
+}
+
+# Debian packages that some tests need (a browser for the pages, the artwork of the bundled checkpoints), where they can be installed.
+diffgraft_debian() {
+  local missing=() package sudo=()
+  command -v apt-get >/dev/null || return 0
+  for package in "$@"; do dpkg -s "$package" >/dev/null 2>&1 || missing+=("$package"); done
+  [ ${#missing[@]} -eq 0 ] && return 0
+  [ "$(id -u)" = 0 ] || sudo=(sudo -n)
+  if "${sudo[@]}" apt-get update -qq && "${sudo[@]}" env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq "${missing[@]}" >/dev/null; then
+    return 0
+  fi
+  echo "Not installed: ${missing[*]}; the tests that need them will skip themselves" >&2
 }
