@@ -17,7 +17,7 @@ from diffgraft.methods.findings import Finding
 from diffgraft.methods.fitness import FEATURES, FrechetFitness, RewardFitness, TrajectoryFitness, frechet, make_outputs, read_pictures
 from diffgraft.methods.inputs import CallSettings, Sample
 from diffgraft.methods.named import find_callable
-from diffgraft.methods.search import Plan, Searcher, evolve, search, search_call
+from diffgraft.methods.search import Plan, Searcher, search, search_call
 from diffusers import EulerDiscreteScheduler
 from PIL import Image
 from probes import Everything, PluginConfig, Probe, generate, tiny, trace
@@ -61,6 +61,11 @@ class GainSearcher(Searcher):
         return {"gain": genome / 100}
 
 
+class Line(GainSearcher):
+    def prepare(self, probe):
+        pass
+
+
 class Gain(Probe):
     """Multiplies predictions by a gain."""
 
@@ -98,67 +103,9 @@ def found(pipe: Any, path: Any, **more: Any) -> Finding:
     return search(pipe, Gain(), samples(), sized(pipe), path, fitness, **{"plan": SMALL, **more})
 
 
-# the loop ----------------------------------------------------------------------------------------------------------------------------
-
-
-class Line(GainSearcher):
-    def prepare(self, probe):
-        pass
-
-
-def test_the_loop_minimises_counts_and_repeats_itself():
-    judged: list[int] = []
-
-    def judge(genome):
-        judged.append(genome)
-        return (genome - 77) ** 2
-
-    plan = Plan.of(10, epochs=6, seed=1)
-    assert (plan.top, plan.mutations, plan.crossovers) == (2, 5, 2)
-    one = evolve(Line(), judge, plan)
-    assert len(judged) == len(set(judged)) == one.judged == 60
-    assert one.start == (160 - 77) ** 2 == judged[0] * 0 + 83**2
-    assert one.loss == min((g - 77) ** 2 for g in judged) == (one.best - 77) ** 2
-    assert one.loss < min((g - 77) ** 2 for g in judged[:10]), "later generations have found nothing better"
-    assert [entry["judged"] for entry in one.history] == [10, 20, 30, 40, 50, 60]
-    assert all(a["best"] >= b["best"] for a, b in zip(one.history, one.history[1:], strict=False))
-    assert evolve(Line(), judge, plan) == one
-    assert evolve(Line(), judge, Plan.of(10, epochs=6, seed=2)) != one
-
-
-def test_a_space_with_less_than_a_generation_ends():
-    class Few(Line):
-        def first(self, rng, number, size):
-            return number % 2
-
-        def draw(self, rng, epoch):
-            return rng.randint(0, 3)
-
-        def mutate(self, rng, parent, epoch):
-            return None
-
-    got = evolve(Few(), lambda genome: -genome, Plan.of(8, epochs=4))
-    assert (got.best, got.judged) == (3, 4)
-
-
-@pytest.mark.parametrize("loss", [math.nan, math.inf, -math.inf])
-def test_a_fitness_that_is_no_number_is_refused(loss):
-    with pytest.raises(RewardError, match=r"the fitness is .* for the candidate 160"):
-        evolve(Line(), lambda genome: loss, SMALL)
-
-
-@pytest.mark.parametrize(("key", "value"), [("population", 0), ("epochs", 0), ("top", 0), ("mutations", 9), ("crossovers", -1)])
-def test_bad_plans_are_refused(key, value):
-    with pytest.raises(ConfigError, match=key):
-        Plan(**{"population": 5, "mutations": 2, "crossovers": 1, key: value})
-
-
 def test_a_bad_searcher_knob_is_refused(pipe, tmp_path):
     with pytest.raises(ConfigError, match=r"search of gain.*spread = 0"):
         found(pipe, tmp_path / "a.json", knobs={"spread": 0})
-
-
-# on a pipeline -----------------------------------------------------------------------------------------------------------------------
 
 
 def test_search_use_and_leave_no_trace(pipe, tmp_path):
@@ -299,9 +246,6 @@ def test_a_search_beside_what_does_not_fit_is_refused(pipe, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-# the file ----------------------------------------------------------------------------------------------------------------------------
-
-
 def test_what_does_not_fit_is_refused(pipe, tmp_path):
     settings = sized(pipe)
     kwargs = {"prompt": "x", "num_inference_steps": 2, "guidance_scale": 4.0, "height": settings.height, "width": settings.width}
@@ -343,9 +287,6 @@ def test_damaged_and_foreign_files_are_refused(pipe, tmp_path):
             Finding.load(path, "gain")
     with pytest.raises(ConfigError, match="no such file; make one with `diffgraft evolve gain"):
         Finding.load(tmp_path / "none.json", "gain")
-
-
-# fitnesses ---------------------------------------------------------------------------------------------------------------------------
 
 
 def test_frechet_distance_against_the_closed_forms():
@@ -430,9 +371,6 @@ def test_search_call_gives_an_example(pipe):
     got = search_call(pipe, Gain(), lambda: pipe("x", num_inference_steps=2, guidance_scale=3.0, **size))
     assert got.genome == Line().draw(random.Random(0), 0)
     assert (got.made_for.steps, got.facts["guidance_scale"]) == (2, 3.0)
-
-
-# the command line ----------------------------------------------------------------------------------------------------------------------
 
 
 def test_the_command_refuses_what_it_cannot_do(tmp_path):

@@ -1,0 +1,165 @@
+"""What a tiny pipeline does in one call: the denoiser's calls, the blocks' inputs and outputs, the steps."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from diffgraft import BlockGroup, Family, Tiny
+from diffgraft_families.tiny import make
+from torch import nn
+
+LAYOUTS = {"bchw": "bchw", "pixels": "bchw", "bcfhw": "bcfhw", "bfchw": "bfchw", "packed": "btc"}
+
+
+def output(result: Any) -> np.ndarray:
+    return np.asarray(result.images if hasattr(result, "images") else result.frames)
+
+
+def run(tiny: Tiny, **changes: object) -> np.ndarray:
+    return output(tiny.pipe(**{**tiny.kwargs, **changes}, generator=torch.Generator().manual_seed(0)))  # type: ignore[operator]
+
+
+def denoisers(family: Family, pipe: Any) -> list[nn.Module]:
+    return [module for name in family.denoisers if (module := getattr(pipe, name, None)) is not None]
+
+
+def blocks(denoiser: nn.Module, group: BlockGroup) -> list[nn.Module]:
+    found = getattr(denoiser, group.path)
+    return list(found) if isinstance(found, nn.ModuleList) else [found]
+
+
+def bound(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    return dict(inspect.signature(module.forward).bind(*args, **kwargs).arguments)
+
+
+@dataclass
+class Call:
+    """One forward of a denoiser."""
+
+    denoiser: int
+    inputs: dict[str, Any]
+    step: int
+    prediction: torch.Tensor | None = None
+    blocks: list[tuple[nn.Module, dict[str, Any], Any]] = field(default_factory=list)
+
+
+@dataclass
+class Record:
+    """What plain hooks saw in one run."""
+
+    tiny: Tiny
+    image: np.ndarray
+    calls: list[Call]
+    steps: list[dict[str, Any]]
+    layers: list[nn.Module]
+
+
+def record(family: Family, tiny: Tiny, **changes: object) -> Record:
+    calls: list[Call] = []
+    steps: list[dict[str, Any]] = []
+    layers: list[nn.Module] = []
+    handles = []
+
+    def enter(index: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        calls.append(Call(index, bound(module, args, kwargs), len(steps)))
+
+    def leave(_module: nn.Module, _args: tuple[Any, ...], result: Any) -> None:
+        calls[-1].prediction = result[0]
+
+    def block(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
+        calls[-1].blocks.append((module, bound(module, args, kwargs), result))
+
+    for index, denoiser in enumerate(denoisers(family, tiny.pipe)):
+        handles.append(denoiser.register_forward_pre_hook(functools.partial(enter, index), with_kwargs=True))
+        handles.append(denoiser.register_forward_hook(leave))
+        for group in family.blocks:
+            for module in blocks(denoiser, group):
+                handles.append(module.register_forward_hook(block, with_kwargs=True))
+                for name in group.layers:
+                    for layer in getattr(module, name, None) or ():
+                        handles.append(layer.register_forward_pre_hook(lambda module, _: layers.append(module)))
+
+    scheduler: Any = tiny.pipe.scheduler  # type: ignore[attr-defined]
+    original = scheduler.step
+    signature = inspect.signature(original)
+
+    @functools.wraps(original)
+    def step(*args: Any, **kwargs: Any) -> Any:
+        steps.append(dict(signature.bind(*args, **kwargs).arguments))
+        return original(*args, **kwargs)
+
+    scheduler.step = step
+    try:
+        image = run(tiny, **changes)
+    finally:
+        del scheduler.step
+        for handle in handles:
+            handle.remove()
+    return Record(tiny, image, calls, steps, layers)
+
+
+def different(kwargs: dict[str, object]) -> dict[str, object]:
+    """Another condition of the same call."""
+    if "prompt" in kwargs:
+        return {"prompt": "two green dogs"}
+    if "class_labels" in kwargs:
+        return {"class_labels": [3]}
+    if "image" in kwargs:
+        return {"image": kwargs["image"].rotate(180)}  # type: ignore[attr-defined]
+    return {}
+
+
+@functools.cache
+def seen(family: Family, name: str, how: str = "on") -> Record:
+    tiny = make(name)
+    if how == "off" and family.guidance.layout != "none":
+        return record(family, tiny, **{family.guidance.scale: 1.0})
+    return record(family, tiny, **(different(tiny.kwargs) if how == "different" else {}))
+
+
+def branches(family: Family, call_group: list[Call]) -> dict[str, torch.Tensor]:
+    """Each branch's prediction in one step, in the layout of ``model_output``."""
+    order = family.guidance.order
+    if family.guidance.layout == "batched":
+        assert call_group[0].prediction is not None
+        parts = call_group[0].prediction.chunk(len(order))
+    else:
+        parts = tuple(call.prediction for call in call_group)
+    return dict(zip(order, parts, strict=True))
+
+
+def layout(family: Family, pipe: Any, call: Call, prediction: torch.Tensor, sample: torch.Tensor) -> torch.Tensor:
+    """``branch_prediction`` in words of torch."""
+    channels = LAYOUTS[family.latents].index("c")
+    if family.branch_prediction == "drop_sigma":
+        return prediction.narrow(channels, 0, sample.shape[channels])
+    if family.branch_prediction == "first_tokens":
+        return prediction[:, : sample.shape[1]]
+    if family.branch_prediction == "unpacked_tail":
+        size = [call.inputs[name] for name in ("num_frames", "height", "width")]
+        return pipe._unpack_latents(prediction, *size)[:, :, 1:]
+    return prediction
+
+
+def equal(first: Any, second: Any) -> bool:
+    return first.shape == second.shape and bool((first == second).all())
+
+
+def changed(value: Any) -> Any:
+    """Another value of the same kind for an input of the denoiser."""
+    if isinstance(value, dict):
+        return {key: changed(inner) for key, inner in value.items()}
+    if not isinstance(value, torch.Tensor):
+        return value
+    if value.dtype == torch.bool:
+        return value.logical_not()
+    if value.is_floating_point() and not value.le(1).logical_and(value.ge(0)).all():
+        return value + 0.1 * torch.randn(value.shape, generator=torch.Generator().manual_seed(0))
+    result = value.clone()
+    result[..., 0] = 1 - result[..., 0] if value.max() <= 1 else result[..., 0] - 1
+    return result
