@@ -8,6 +8,7 @@ import pytest
 from diffgraft import Plugin
 from diffgraft.testing import CHECKS, Case, Subject, contract_cases, run_contract
 from diffgraft.testing.cover import cover
+from diffgraft.testing.trace import expect_same_trace, trace
 from diffgraft_families import FAMILIES
 from mutants import (
     HELD,
@@ -161,3 +162,19 @@ def test_all_failures_are_named_at_once() -> None:
     assert "cases failed" in str(caught.value)
     assert "scaled-DDPMPipeline-same_seed: " in str(caught.value)
     assert "scaled-DDPMPipeline-steps_change: " in str(caught.value)
+
+
+def test_asking_a_class_for_its_annotations_leaves_no_trace() -> None:
+    class Bare:
+        """Without annotations of its own."""
+
+    class Pipe(Bare):
+        config: ClassVar[dict[str, Any]] = {}
+        components: ClassVar[dict[str, Any]] = {}
+
+    before = trace(Pipe(), Pipe)
+    assert Bare.__annotations__ == {}  # from here on it is in the class's __dict__
+    expect_same_trace(before, trace(Pipe(), Pipe), "after asking")
+    Bare.left_behind = 1  # type: ignore[attr-defined]
+    with pytest.raises(AssertionError, match="left_behind"):
+        expect_same_trace(before, trace(Pipe(), Pipe), "after writing")

@@ -54,6 +54,8 @@ def trace(pipe: Any, base: type, modules: bool = True) -> Trace:
             seen[f"{name}.config"] = dict(part.config)
     for cls in classes - {object}:
         for key, value in vars(cls).items():
+            if key == "__annotations__" and not value:
+                continue  # Python makes the empty one when somebody (inspect, dataclasses) asks a class for it
             seen[f"class {cls.__module__}.{cls.__qualname__}.{key}"] = Same(value)
     for key, value in vars(torch.nn.functional).items():
         if callable(value):
