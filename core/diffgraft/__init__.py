@@ -11,10 +11,13 @@ names that need torch are loaded when they are used.
 
 from __future__ import annotations
 
+import logging
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
+
+logging.getLogger("diffgraft").addHandler(logging.NullHandler())  # silent until its user turns it on
 
 if TYPE_CHECKING:
     from diffgraft.kernel.anatomy import blocks_of, denoisers_of

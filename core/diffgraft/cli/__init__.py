@@ -1,10 +1,11 @@
-"""The command line: ``diffgraft list | show | search | run | compare | tune | calibrate | evolve | invert | doctor | new | check``.
+"""The command line: ``diffgraft list | show | search | run | again | compare | tune | calibrate | evolve | invert | doctor | new | check``.
 
 Torch is imported inside the commands that need it.
 """
 
 from __future__ import annotations
 
+import logging
 import os
 from typing import Annotated, Any
 
@@ -17,7 +18,7 @@ from diffgraft.cli.community import check, new
 from diffgraft.cli.listing import doctor, list_plugins, show
 from diffgraft.cli.making import calibrate, evolve, invert
 from diffgraft.cli.measuring import compare, tune
-from diffgraft.cli.running import run
+from diffgraft.cli.running import again, run
 from diffgraft.kernel.errors import DiffgraftError
 
 
@@ -47,17 +48,53 @@ def show_version(wanted: bool) -> None:
         raise typer.Exit
 
 
+class Once(logging.Filter):
+    """Each message once: a comparison attaches the same stack dozens of times."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[str] = set()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        fresh = (text := record.getMessage()) not in self.seen
+        self.seen.add(text)
+        return fresh
+
+
+def listen(ctx: typer.Context, verbose: int) -> None:
+    """Show what the core's logger says while this command runs: warnings, with -v what it does, with -vv everything."""
+    from rich.console import Console
+    from rich.logging import RichHandler
+
+    handler = RichHandler(console=Console(stderr=True), show_path=False, show_time=False)
+    handler.addFilter(Once())
+    logger, before = logging.getLogger("diffgraft"), logging.getLogger("diffgraft").level
+    logger.addHandler(handler)
+    logger.setLevel(max(logging.DEBUG, logging.WARNING - 10 * verbose))
+
+    def stop() -> None:
+        logger.removeHandler(handler)
+        logger.setLevel(before)
+
+    ctx.call_on_close(stop)
+
+
 @app.callback()
 def main(
+    ctx: typer.Context,
     version: Annotated[bool, typer.Option("--version", callback=show_version, is_eager=True, help="Show the version.")] = False,
+    verbose: Annotated[
+        int, typer.Option("--verbose", "-v", count=True, help="Say what is going on (plugins, files, notes); -vv also each run's report.")
+    ] = 0,
 ) -> None:
     """Graft paper methods onto standard diffusers pipelines: one plugin per paper, stacked."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its hints about optional packages are no news of ours
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    listen(ctx, verbose)
 
 
 app.command("list")(list_plugins)
-for command in (show, run, compare, tune, calibrate, evolve, invert, doctor, new, check, search):
+for command in (show, run, again, compare, tune, calibrate, evolve, invert, doctor, new, check, search):
     app.command()(command)
 
 

@@ -1,10 +1,11 @@
-"""``diffgraft run``: a picture with plugins."""
+"""``diffgraft run``: a picture with plugins; ``diffgraft again``: the same picture once more, from what its file says."""
 
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -16,7 +17,6 @@ from diffgraft.cli.options import (
     Extra,
     GuidanceScale,
     Height,
-    ImagePath,
     KnobValues,
     NegativePrompt,
     Pipeline,
@@ -24,6 +24,11 @@ from diffgraft.cli.options import (
     Steps,
     Width,
 )
+from diffgraft.kernel.errors import ConfigError
+
+if TYPE_CHECKING:
+    from diffgraft.lab.recipes import Recipe, Record
+    from diffgraft.methods.inputs import Pictures
 
 
 def run(
@@ -42,35 +47,145 @@ def run(
     height: Height = None,
     width: Width = None,
     class_label: ClassLabels = None,
-    image: ImagePath = None,
+    image: Annotated[str | None, typer.Option("--image", metavar="FILE", help="A picture to start from.")] = None,
+    strength: Annotated[float | None, typer.Option(help="How much of --image is redrawn, above 0 and at most 1.")] = None,
+    mask: Annotated[
+        str | None, typer.Option("--mask", metavar="FILE", help="The part of --image to paint anew: white there, black elsewhere.")
+    ] = None,
+    controlnet: Annotated[str | None, typer.Option("--controlnet", metavar="NAME", help="A ControlNet: a folder or a Hub id.")] = None,
+    control_image: Annotated[
+        str | None, typer.Option("--control-image", metavar="FILE", help="The picture that the ControlNet follows.")
+    ] = None,
     arg: Extra = None,
     device: Device = None,
     dtype: Dtype = None,
     backend: Backend = None,
+    metadata: Annotated[
+        bool, typer.Option("--metadata/--no-metadata", help="Write into the file how it was made (prompt, seed, plugins, paths given here).")
+    ] = True,
 ) -> None:
-    """Run a pipeline with plugins and write the picture."""
-    from diffgraft.cli.values import bundled_of, call_settings, open_pipeline, parse_assignments, plugin_specs, refusals
+    """Run a pipeline with plugins and write the picture; with --image, --mask or --controlnet, its family's pipeline for those."""
+    from diffgraft.cli.values import parse_assignments, plugin_specs
 
-    specs = plugin_specs(plugin, option)
-    extra = parse_assignments(arg, "-a")
+    specs, extra = plugin_specs(plugin, option), parse_assignments(arg, "-a")
     from diffgraft.lab.pictures import check_picture_path, save_pictures
+    from diffgraft.lab.recipes import Recipe
 
     check_picture_path(out)
-    from diffgraft.methods.inputs import make_pictures, make_samples
+    recipe = Recipe(
+        pipeline=pipeline,
+        prompt=prompt,
+        negative_prompt=negative_prompt,
+        plugins=specs,
+        seed=seed,
+        num_images=num_images,
+        steps=steps,
+        guidance_scale=guidance_scale,
+        height=height,
+        width=width,
+        class_label=class_label or [],
+        image=image,
+        mask=mask,
+        controlnet=controlnet,
+        control_image=control_image,
+        strength=strength,
+        args=extra,
+        device=device,
+        dtype=dtype,
+        backend=backend,
+    )
+    pictures, record = make(recipe)
+    records = [record.model_copy(update={"picture": i}) for i in range(num_images)] if metadata else []
+    for path in save_pictures(pictures, out, records):
+        typer.echo(f"wrote {path}")
 
-    bundled = bundled_of(pipeline)
-    call = call_settings(bundled, steps, guidance_scale, negative_prompt, height, width, image, extra)
-    pipe = open_pipeline(pipeline, specs, device, dtype, backend)
-    prompts = [prompt] if prompt is not None else list(bundled.prompts[:1]) if bundled else []
-    samples = make_samples(pipe, [seed + i for i in range(num_images)], prompts, class_label or ())
+
+def again(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A picture that `diffgraft run` wrote.")],
+    out: Annotated[Path | None, typer.Option("--out", help="File to write (default: FILE-again beside FILE).")] = None,
+    device: Device = None,
+) -> None:
+    """Make a picture once more from what its file says, and tell whether it is the same bit for bit."""
+    from diffgraft.lab.pictures import check_picture_path, encode, same_picture, to_images
+    from diffgraft.lab.recipes import digest_of, read_record, versions_of
+    from diffgraft.methods.files import write_atomic
+
+    record = read_record(file)
+    out = out or file.with_name(f"{file.stem}-again{file.suffix}")
+    check_picture_path(out)
+    for path, digest in record.files.items():
+        if not Path(path).is_file() or digest_of(path) != digest:
+            raise ConfigError(f"{file} was made from {path}, which is not there any more or is another file now")
+    typer.echo(record.line())
+    recipe = record.recipe if device is None else record.recipe.model_copy(update={"device": device})
+    pictures, made = make(recipe)
+    frames = to_images(pictures[record.picture])
+    made = made.model_copy(update={"picture": record.picture})
+    write_atomic(out, encode(frames, out.suffix.lower(), made))
+    same = same_picture(file, encode(frames, file.suffix.lower()))
+    changed = {name: old for name, old in record.versions.items() if versions_of([name]).get(name) != old}
+    why = "".join(f"; made with {name} {old}, here {versions_of([name])[name]}" for name, old in changed.items())
+    typer.echo(f"wrote {out}: " + ("the same, bit for bit" if same else f"not the same{why}"))
+
+
+def make(recipe: Recipe) -> tuple[Pictures, Record]:
+    """The pictures of a recipe, and the record of their making; says how the run went."""
+    from diffgraft.cli.pictures import check_controlnet, class_for, ensure_strength, fitted, load_controlnet, read_given
+    from diffgraft.cli.values import bundled_of, call_settings, load_bare, refusals
+    from diffgraft.kernel import registry
+    from diffgraft.kernel.loading import load_pipeline, resolve
+    from diffgraft.lab.recipes import Record, digest_of, versions_of
+    from diffgraft.methods.inputs import default_steps, make_pictures, make_samples, parameters
+    from diffgraft.methods.variants import as_variant
+
+    given = read_given(recipe.image, recipe.mask, recipe.control_image, recipe.controlnet, recipe.strength)
+    bundled = bundled_of(recipe.pipeline)
+    call = call_settings(
+        bundled,
+        recipe.steps,
+        recipe.guidance_scale,
+        recipe.negative_prompt,
+        recipe.height,
+        recipe.width,
+        None,
+        recipe.args,
+    )
+    cls = None
+    if given:
+        cls = class_for(resolve(recipe.pipeline), given, recipe.controlnet)
+        ensure_strength(cls, recipe.strength, call.steps)
+        if recipe.controlnet is not None:
+            check_controlnet(recipe.controlnet)
+    pipe, built = load_bare(recipe.pipeline, recipe.plugins, recipe.device, recipe.dtype)
+    if cls is not None:
+        pipe = as_variant(pipe, cls, None if recipe.controlnet is None else load_controlnet(recipe.controlnet, pipe))
+        names = {"image": recipe.image, "control": recipe.control_image}
+        call = fitted(given, names, pipe, replace(call, strength=recipe.strength))
+    pipe = load_pipeline(pipe, built, attention_backend=recipe.backend)
+    prompts = [recipe.prompt] if recipe.prompt is not None else list(bundled.prompts[:1]) if bundled else []
+    samples = make_samples(pipe, [recipe.seed + i for i in range(recipe.num_images)], prompts, recipe.class_label)
 
     with refusals(pipe):
         started = time.perf_counter()
         pictures = make_pictures(pipe, samples, call)
         seconds = time.perf_counter() - started
-    if pipe.plugins.list():
-        typer.echo(str(pipe.plugins.report()))
-    else:
-        typer.echo(f"no plugins, {seconds:.2f} s")
-    for path in save_pictures(pictures, out):
-        typer.echo(f"wrote {path}")
+    typer.echo(str(pipe.plugins.report()) if pipe.plugins.list() else f"no plugins, {seconds:.2f} s")
+    told = {
+        "prompt": samples[0].prompt,
+        "steps": call.steps or (default_steps(pipe) if "num_inference_steps" in parameters(pipe) else None),
+        "guidance_scale": call.guidance_scale,
+        "strength": call.strength,
+        "args": dict(call.extra),
+        "device": pipe.device.type,
+        "dtype": str(pipe.dtype).removeprefix("torch."),
+    }
+    scheduler = pipe.plugins.run_scheduler()
+    record = Record(
+        recipe=recipe.model_copy(update=told),
+        kind=type(pipe).__name__,
+        scheduler=type(scheduler).__name__,
+        size=(pictures.shape[-2], pictures.shape[-3]),
+        files={path: digest_of(path) for path in (recipe.image, recipe.mask, recipe.control_image) if path is not None},
+        versions=versions_of([registry.installed()[name].dist for name in pipe.plugins]),
+    )
+    return pictures, record

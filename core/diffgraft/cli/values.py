@@ -159,14 +159,6 @@ def load_bare(name: str, specs: list[tuple[str, dict[str, Any]]], device: str | 
     return unload(pipe).to(target), built
 
 
-def open_pipeline(name: str, specs: list[tuple[str, dict[str, Any]]], device: str | None, dtype: str | None, backend: str | None) -> Any:
-    """The pipeline on its device with its plugins on."""
-    from diffgraft.kernel.loading import load_pipeline
-
-    pipe, built = load_bare(name, specs, device, dtype)
-    return load_pipeline(pipe, built, attention_backend=backend)
-
-
 def hide_bars() -> None:
     """No loading bars of the libraries where nobody watches."""
     if not sys.stderr.isatty():

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, field
 from typing import Any
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -43,6 +46,13 @@ class Report:
     seconds: float = 0.0
     completed: bool = False
     plugins: dict[str, PluginReport] = field(default_factory=dict)
+
+    def log(self) -> None:
+        """Tell the logger: each plugin's notes at INFO, the whole at DEBUG."""
+        for name, part in self.plugins.items():
+            for note in part.notes:
+                _log.info("%s: %s", name, note)
+        _log.debug("%s", self)
 
     def __str__(self) -> str:
         calls = ", ".join(f"{branch} {n}" for branch, n in self.denoiser_calls.items()) or "not counted"

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import logging
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -35,6 +36,7 @@ from diffgraft.kernel.slots import Slot, set_class, wraps_method
 from diffgraft.kernel.wiring import Wiring
 
 _STACK = "_diffgraft_stack"
+_log = logging.getLogger(__name__)
 
 
 def stack_of(pipe: Any) -> PluginStack | None:
@@ -235,6 +237,11 @@ class PluginStack:
                 self._switch(entry, False)
             self._entries = before
             raise
+        for warning in self.plan.warnings:
+            _log.warning(warning)
+        for plugin in plugins:
+            knobs = ", ".join(f"{knob}={value!r}" for knob, value in plugin.own_knobs.items())
+            _log.info("%s(%s) attached to %s; the stack, outermost first: %s", plugin.name, knobs, self.base_class.__name__, ", ".join(self))
 
     def _fetch(self, plugin: Plugin, target: Target, known: Mapping[str, Any]) -> dict[str, Any]:
         """What the plugin needs, after it and the core have found nothing against this pipeline."""
@@ -373,6 +380,7 @@ class PluginStack:
             run.end()
             run.report.seconds = time.perf_counter() - started
             self._last = run.report
+            run.report.log()
 
 
 def _class_with(stack: PluginStack) -> type:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import io
+import itertools
 import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageSequence
 
 from diffgraft.kernel.errors import ConfigError
+from diffgraft.lab.recipes import Record, save_options
 from diffgraft.methods.files import write_atomic
 from diffgraft.methods.inputs import Pictures
 
@@ -46,24 +48,35 @@ def to_images(frames: Pictures) -> list[Image.Image]:
     return [Image.fromarray(frame) for frame in (frames.clip(0, 1) * 255).round().astype(np.uint8)]
 
 
-def save_pictures(pictures: Pictures, path: Path) -> list[Path]:
-    """Write ``a.png``, or ``a-0.png``, ``a-1.png``... for several. A video becomes an animation (.gif, .webp) or a contact sheet."""
+def save_pictures(pictures: Pictures, path: Path, records: Sequence[Record] = ()) -> list[Path]:
+    """Write ``a.png``, or ``a-0.png``, ``a-1.png``... for several, each with what it was made with, if that is given.
+
+    A video becomes an animation (.gif, .webp) or a contact sheet.
+    """
     written = []
     for i, frames in enumerate(pictures):
         target = path if len(pictures) == 1 else path.with_name(f"{path.stem}-{i}{path.suffix}")
-        write_atomic(target, encode(to_images(frames), path.suffix.lower()))
+        write_atomic(target, encode(to_images(frames), path.suffix.lower(), records[i] if records else None))
         written.append(target)
     return written
 
 
-def encode(frames: list[Image.Image], suffix: str) -> bytes:
+def encode(frames: list[Image.Image], suffix: str, record: Record | None = None) -> bytes:
     """One picture or video as the bytes of a file."""
     buffer = io.BytesIO()
+    options = save_options(record, suffix)
     if len(frames) > 1 and suffix in ANIMATED:
-        frames[0].save(buffer, STILL[suffix], save_all=True, append_images=frames[1:], duration=FRAME_MS, loop=0)
+        frames[0].save(buffer, STILL[suffix], save_all=True, append_images=frames[1:], duration=FRAME_MS, loop=0, **options)
     else:
-        (contact_sheet(frames) if len(frames) > 1 else frames[0]).save(buffer, STILL[suffix])
+        (contact_sheet(frames) if len(frames) > 1 else frames[0]).save(buffer, STILL[suffix], **options)
     return buffer.getvalue()
+
+
+def same_picture(one: Path, data: bytes) -> bool:
+    """Whether a file and the bytes of another show the same pixels, in all frames."""
+    with Image.open(one) as mine, Image.open(io.BytesIO(data)) as other:
+        pairs = itertools.zip_longest(ImageSequence.Iterator(mine), ImageSequence.Iterator(other))
+        return all(a is not None and b is not None and a.size == b.size and a.tobytes() == b.tobytes() for a, b in pairs)
 
 
 def contact_sheet(frames: list[Image.Image]) -> Image.Image:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import logging
 import math
 import os
 from collections.abc import Collection, Mapping
@@ -26,6 +27,8 @@ from typing_extensions import Self, TypedDict
 from diffgraft.kernel.errors import ArtefactMismatch, ConfigError
 from diffgraft.kernel.plugin import RUN_FACTS
 from diffgraft.methods.files import write_atomic
+
+_log = logging.getLogger(__name__)
 
 FORMAT = 1
 """Number of the file layout."""
@@ -188,6 +191,7 @@ class Artefact:
         made_for = read["made_for"]
         if made_for.plugin != plugin:
             raise ArtefactMismatch(f"{source} was made for the plugin {made_for.plugin!r}, not for {plugin!r}; {make_again(plugin, kind)}")
+        _log.info("%s: %s from %s", plugin, kind, source)
         return cls(made_for, tensors, read["facts"], os.fspath(source), kind)
 
     def ensure_model(self, pipe: Any, denoisers: Mapping[str, nn.Module]) -> None:

@@ -46,12 +46,20 @@ class CallSettings:
     height: int | None = None
     width: int | None = None
     image: Any = None
+    mask_image: Any = None
+    control_image: Any = None
+    strength: float | None = None
     extra: Mapping[str, Any] = field(default_factory=dict)
 
 
 def parameters(pipe: Any) -> Mapping[str, inspect.Parameter]:
     """The parameters of a pipeline's call."""
-    return inspect.signature(type(pipe).__call__).parameters
+    return parameters_of(type(pipe))
+
+
+def parameters_of(cls: type) -> Mapping[str, inspect.Parameter]:
+    """The parameters of the calls of a pipeline class."""
+    return inspect.signature(cls.__call__).parameters  # type: ignore[operator]
 
 
 def default_steps(pipe: Any) -> int:
@@ -105,6 +113,9 @@ def call_arguments(pipe: Any, samples: Sequence[Sample], settings: CallSettings)
         "height": settings.height,
         "width": settings.width,
         "image": settings.image,
+        "mask_image": settings.mask_image,
+        "control_image": settings.control_image,
+        "strength": settings.strength,
         **settings.extra,
     }
     for key, value in given.items():
@@ -123,8 +134,9 @@ def call_arguments(pipe: Any, samples: Sequence[Sample], settings: CallSettings)
         arguments["class_labels"] = [s.class_label for s in samples]
     if "batch_size" in known:
         arguments["batch_size"] = len(samples)
-    if settings.image is not None and not one:
-        arguments["image"] = [settings.image] * len(samples)
+    for key in ("image", "mask_image", "control_image"):
+        if not one and getattr(settings, key) is not None:
+            arguments[key] = [getattr(settings, key)] * len(samples)
     generators = [torch.Generator().manual_seed(s.seed) for s in samples]  # on the CPU: the same noise on every device
     arguments["generator"] = generators[0] if one else generators
     arguments.setdefault("output_type", "np")
@@ -136,7 +148,7 @@ def call_arguments(pipe: Any, samples: Sequence[Sample], settings: CallSettings)
         and key not in ("self", *arguments)
     ]
     if missing:
-        flag = {"image": "--image FILE"}
+        flag = {"image": "--image FILE", "mask_image": "--mask FILE", "control_image": "--control-image FILE"}
         raise ConfigError(f"{name} needs {', '.join(missing)}: give " + ", ".join(flag.get(key, f"-a {key}=VALUE") for key in missing))
     return arguments
 

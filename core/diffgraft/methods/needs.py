@@ -5,6 +5,7 @@ The kinds are registered in the entry-point group ``diffgraft.needs``: another p
 
 from __future__ import annotations
 
+import logging
 import os
 from typing import Any
 
@@ -19,6 +20,8 @@ from diffgraft.methods.artefacts import Artefact, Fingerprint
 from diffgraft.methods.findings import Finding
 from diffgraft.methods.predictions import prediction_kind
 from diffgraft.methods.rewards import find_reward
+
+_log = logging.getLogger(__name__)
 
 
 def fetch_artefact(plugin: Plugin, need: Need, value: Any, target: Target) -> Artefact:
@@ -54,6 +57,7 @@ def fetch_pipeline(plugin: Plugin, knob: str, value: Any, target: Target) -> Any
     if isinstance(value, (str, os.PathLike)):
         second = read_pipeline(value, torch_dtype=target.pipe.dtype).to(target.pipe.device)
         second.set_progress_bar_config(disable=True)
+        _log.info("%s: %s = %s loaded", plugin.name, knob, value)
     elif isinstance(value, DiffusionPipeline):
         second = value
     else:

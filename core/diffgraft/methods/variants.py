@@ -1,0 +1,63 @@
+"""The pipeline of the same family that starts from a picture, fills a mask, or follows a ControlNet: one set of weights, another class."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import diffusers
+
+from diffgraft.kernel import registry
+from diffgraft.kernel.anatomy import denoisers_of
+from diffgraft.kernel.errors import Unsupported
+from diffgraft.methods.inputs import parameters_of
+
+WHAT = {"Img2Img": "image-to-image", "Inpaint": "inpainting", "": "text-to-image"}
+
+
+def variant_of(name: str, *, image: bool = False, mask: bool = False, control: bool = False) -> type:
+    """The class that does for the pipeline class ``name`` what is asked; ``name``'s own where that does it already. Loads nothing.
+
+    Raises:
+        Unsupported: diffusers or diffgraft's families have no such class.
+    """
+    known = {pipeline for family in registry.families().values() for pipeline in family.pipelines}
+    control = control or "ControlNet" in name
+    own = getattr(diffusers, name, None)
+    if own is not None and name in known and image and not control:
+        takes = parameters_of(own)
+        if "image" in takes and ("mask_image" in takes) == mask:
+            return own  # made for pictures, whatever its name (Kontext, image to video)
+    task = "Inpaint" if mask else "Img2Img" if image else ""
+    stem = re.sub(r"(ControlNet)?(Img2Img|Inpaint)?Pipeline$", "", name)
+    wanted = f"{stem}{'ControlNet' if control else ''}{task}Pipeline"
+    found = getattr(diffusers, wanted, None)
+    if wanted not in known or found is None:
+        others = sorted(pipeline for pipeline in known if f"{'ControlNet' if control else ''}{task}Pipeline" in pipeline)
+        raise Unsupported(
+            f"{name} has no {WHAT[task]} pipeline{' with a ControlNet' if control else ''} that diffgraft knows; there are {', '.join(others)}"
+        )
+    return found  # type: ignore[no-any-return]
+
+
+def as_variant(pipe: Any, cls: type, controlnet: Any = None) -> Any:
+    """``pipe``'s components in a pipeline of class ``cls``; the weights are shared, none is copied or cast."""
+    if type(pipe) is cls and controlnet is None:
+        return pipe
+    parts = {} if controlnet is None else {"controlnet": controlnet}
+    new = cls.from_pipe(pipe, dtype=pipe.dtype, **parts)  # type: ignore[attr-defined]  # without a dtype it casts to float32
+    new.set_progress_bar_config(**getattr(pipe, "_progress_bar_config", {}))
+    return new
+
+
+def own_size(pipe: Any) -> tuple[int, int] | None:
+    """(height, width) of the pictures that the pipeline makes where nobody says; None where it does not tell."""
+    side = getattr(pipe, "default_sample_size", None)
+    if side is None:
+        denoiser = next(iter(denoisers_of(pipe, registry.find_family(type(pipe))).values()))
+        side = getattr(denoiser.config, "sample_size", None)
+    scale = getattr(pipe, "vae_scale_factor", None)
+    if side is None or scale is None:
+        return None
+    height, width = side if isinstance(side, (list, tuple)) else (side, side)
+    return height * scale, width * scale
