@@ -17,8 +17,6 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-logging.getLogger("diffgraft").addHandler(logging.NullHandler())  # silent until its user turns it on
-
 if TYPE_CHECKING:
     from diffgraft.kernel.anatomy import blocks_of, denoisers_of
     from diffgraft.kernel.calls import (
@@ -56,6 +54,8 @@ from diffgraft.kernel.errors import (
 )
 from diffgraft.kernel.family import BlockGroup, Bundled, Family, Guidance, Tiny
 from diffgraft.kernel.plugin import API, Effects, Need, Paper, Plugin
+
+logging.getLogger("diffgraft").addHandler(logging.NullHandler())  # silent until its user turns it on
 
 _LAZY = {
     **dict.fromkeys(("load_pipeline", "unload"), "kernel.loading"),

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import typer
 from PIL import Image, ImageOps
 
@@ -69,16 +70,21 @@ def flat(image: Image.Image, path: str) -> Image.Image:
     if not image.has_transparency_data:
         return image.convert("RGB")
     layered = image.convert("RGBA")
-    if layered.getextrema()[3][0] < 255:  # type: ignore[index]
+    if see_through(image):
         typer.echo(f"{path}: its transparent parts are taken as white")
     white = Image.new("RGBA", layered.size, "white")
     return Image.alpha_composite(white, layered).convert("RGB")
 
 
+def see_through(image: Image.Image) -> bool:
+    """Whether any pixel is not opaque."""
+    return image.has_transparency_data and np.asarray(image.convert("RGBA"))[..., 3].min() < 255
+
+
 def open_mask(path: str) -> Image.Image:
     """A mask in grey: white is painted anew, black stays."""
     image = open_picture(path, "--mask")
-    if image.has_transparency_data and image.convert("RGBA").getextrema()[3][0] < 255:  # type: ignore[index]
+    if see_through(image):
         raise ConfigError(
             f"--mask {path} is transparent in places, and that could mean either: save it without transparency, white where the picture is "
             "to be painted anew and black where it stays"
@@ -114,24 +120,30 @@ def class_for(folder: Any, given: Given, controlnet: str | None) -> Any:
     return cls
 
 
-def ensure_strength(cls: type, strength: float | None, steps: int | None) -> None:
-    """Raises ConfigError for a pipeline without strength, or when no step would be left."""
+def strength_for(cls: type, strength: float | None, steps: int | None) -> float | None:
+    """The strength of the call (None where the pipeline takes none).
+
+    Raises:
+        ConfigError: a pipeline without strength, or no step would be left.
+    """
     from diffgraft.methods.inputs import parameters_of
 
     known = parameters_of(cls)
-    if strength is None:
-        return
-    if "strength" not in known:
+    if strength is not None and "strength" not in known:
         raise ConfigError(f"{cls.__name__} takes no strength: leave --strength out")
+    strength = strength if strength is not None else known["strength"].default if "strength" in known else None
     steps = steps or known["num_inference_steps"].default
-    if isinstance(steps, int) and int(steps * strength) < 1:
+    if strength is not None and isinstance(steps, int) and int(steps * strength) < 1:
         raise ConfigError(f"--strength {strength} of {steps} steps is less than one step: raise one of them")
+    return strength
 
 
 def check_controlnet(name: str) -> None:
     """Raises ConfigError when there is no ControlNet at a folder or Hub id; reads its settings only."""
     from diffusers import ControlNetModel
 
+    if not Path(name).is_dir() and name.count("/") != 1:
+        raise ConfigError(f"--controlnet {name}: there is no such folder; a Hub id is written owner/name")
     try:
         config = ControlNetModel.load_config(name)
     except (OSError, ValueError) as error:
@@ -172,7 +184,8 @@ def fitted(given: Given, names: dict[str, str | None], pipe: Any, call: CallSett
         picture = getattr(given, key)
         if picture is not None and height and width and picture.size != (width, height):
             if key != "mask":  # it goes with its picture
-                typer.echo(f"{names[key]}: {size(picture)}, scaled and cropped to {width}x{height}; --height and --width choose another size")
+                told = f"{names[key]}: {size(picture)}, scaled and cropped to {width}x{height}"
+                typer.echo(f"{told}; --height and --width choose another size")
             way = Image.Resampling.NEAREST if key == "mask" else Image.Resampling.LANCZOS
             picture = ImageOps.fit(picture, (width, height), way)
         resized[key] = picture

@@ -61,7 +61,7 @@ def run(
     dtype: Dtype = None,
     backend: Backend = None,
     metadata: Annotated[
-        bool, typer.Option("--metadata/--no-metadata", help="Write into the file how it was made (prompt, seed, plugins, paths given here).")
+        bool, typer.Option("--metadata/--no-metadata", help="Write into the file how it was made (prompt, seed, plugins, paths).")
     ] = True,
 ) -> None:
     """Run a pipeline with plugins and write the picture; with --image, --mask or --controlnet, its family's pipeline for those."""
@@ -130,7 +130,7 @@ def again(
 
 def make(recipe: Recipe) -> tuple[Pictures, Record]:
     """The pictures of a recipe, and the record of their making; says how the run went."""
-    from diffgraft.cli.pictures import check_controlnet, class_for, ensure_strength, fitted, load_controlnet, read_given
+    from diffgraft.cli.pictures import check_controlnet, class_for, fitted, load_controlnet, read_given, strength_for
     from diffgraft.cli.values import bundled_of, call_settings, load_bare, refusals
     from diffgraft.kernel import registry
     from diffgraft.kernel.loading import load_pipeline, resolve
@@ -153,14 +153,14 @@ def make(recipe: Recipe) -> tuple[Pictures, Record]:
     cls = None
     if given:
         cls = class_for(resolve(recipe.pipeline), given, recipe.controlnet)
-        ensure_strength(cls, recipe.strength, call.steps)
+        call = replace(call, strength=strength_for(cls, recipe.strength, call.steps))
         if recipe.controlnet is not None:
             check_controlnet(recipe.controlnet)
     pipe, built = load_bare(recipe.pipeline, recipe.plugins, recipe.device, recipe.dtype)
     if cls is not None:
         pipe = as_variant(pipe, cls, None if recipe.controlnet is None else load_controlnet(recipe.controlnet, pipe))
         names = {"image": recipe.image, "control": recipe.control_image}
-        call = fitted(given, names, pipe, replace(call, strength=recipe.strength))
+        call = fitted(given, names, pipe, call)
     pipe = load_pipeline(pipe, built, attention_backend=recipe.backend)
     prompts = [recipe.prompt] if recipe.prompt is not None else list(bundled.prompts[:1]) if bundled else []
     samples = make_samples(pipe, [recipe.seed + i for i in range(recipe.num_images)], prompts, recipe.class_label)

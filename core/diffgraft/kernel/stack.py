@@ -241,7 +241,7 @@ class PluginStack:
             _log.warning(warning)
         for plugin in plugins:
             knobs = ", ".join(f"{knob}={value!r}" for knob, value in plugin.own_knobs.items())
-            _log.info("%s(%s) attached to %s; the stack, outermost first: %s", plugin.name, knobs, self.base_class.__name__, ", ".join(self))
+            _log.info("%s(%s) attached to %s; outermost first: %s", plugin.name, knobs, self.base_class.__name__, ", ".join(self))
 
     def _fetch(self, plugin: Plugin, target: Target, known: Mapping[str, Any]) -> dict[str, Any]:
         """What the plugin needs, after it and the core have found nothing against this pipeline."""

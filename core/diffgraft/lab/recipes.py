@@ -67,7 +67,8 @@ class Record(Strict):
         lines = [asked.prompt or ""]
         if asked.negative_prompt:
             lines.append(f"Negative prompt: {asked.negative_prompt}")
-        stack = " + ".join(name + (f"({', '.join(f'{k}={v}' for k, v in knobs.items())})" if knobs else "") for name, knobs in asked.plugins)
+        said = [(name, ", ".join(f"{knob}={value}" for knob, value in knobs.items())) for name, knobs in asked.plugins]
+        stack = " + ".join(f"{name}({knobs})" if knobs else name for name, knobs in said)
         facts = {
             "Steps": asked.steps,
             "Sampler": self.scheduler,

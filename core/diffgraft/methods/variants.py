@@ -12,6 +12,11 @@ from diffgraft.kernel.anatomy import denoisers_of
 from diffgraft.kernel.errors import Unsupported
 from diffgraft.methods.inputs import parameters_of
 
+AUTO: dict[str, Any] = {
+    "Img2Img": diffusers.AutoPipelineForImage2Image,
+    "Inpaint": diffusers.AutoPipelineForInpainting,
+    "": diffusers.AutoPipelineForText2Image,
+}
 WHAT = {"Img2Img": "image-to-image", "Inpaint": "inpainting", "": "text-to-image"}
 
 
@@ -23,7 +28,7 @@ def variant_of(name: str, *, image: bool = False, mask: bool = False, control: b
     """
     known = {pipeline for family in registry.families().values() for pipeline in family.pipelines}
     control = control or "ControlNet" in name
-    own = getattr(diffusers, name, None)
+    own: type | None = getattr(diffusers, name, None)
     if own is not None and name in known and image and not control:
         takes = parameters_of(own)
         if "image" in takes and ("mask_image" in takes) == mask:
@@ -31,13 +36,13 @@ def variant_of(name: str, *, image: bool = False, mask: bool = False, control: b
     task = "Inpaint" if mask else "Img2Img" if image else ""
     stem = re.sub(r"(ControlNet)?(Img2Img|Inpaint)?Pipeline$", "", name)
     wanted = f"{stem}{'ControlNet' if control else ''}{task}Pipeline"
-    found = getattr(diffusers, wanted, None)
-    if wanted not in known or found is None:
-        others = sorted(pipeline for pipeline in known if f"{'ControlNet' if control else ''}{task}Pipeline" in pipeline)
-        raise Unsupported(
-            f"{name} has no {WHAT[task]} pipeline{' with a ControlNet' if control else ''} that diffgraft knows; there are {', '.join(others)}"
-        )
-    return found  # type: ignore[no-any-return]
+    found: type | None = getattr(diffusers, wanted, None)
+    if wanted not in known or found is None or "image" not in parameters_of(found):
+        ending = f"{'ControlNet' if control else ''}{task}Pipeline"
+        others = ", ".join(sorted(pipeline for pipeline in known if pipeline.endswith(ending)))
+        what = WHAT[task] + (" with a ControlNet" if control else "")
+        raise Unsupported(f"{name} has no pipeline for {what} that diffgraft knows; there are {others}")
+    return found
 
 
 def as_variant(pipe: Any, cls: type, controlnet: Any = None) -> Any:
@@ -45,7 +50,8 @@ def as_variant(pipe: Any, cls: type, controlnet: Any = None) -> Any:
     if type(pipe) is cls and controlnet is None:
         return pipe
     parts = {} if controlnet is None else {"controlnet": controlnet}
-    new = cls.from_pipe(pipe, dtype=pipe.dtype, **parts)  # type: ignore[attr-defined]  # without a dtype it casts to float32
+    auto = next(auto for task, auto in AUTO.items() if f"{task}Pipeline" in cls.__name__)
+    new = auto.from_pipe(pipe, **parts)  # `cls.from_pipe` would cast everything, also what a text encoder keeps in float32
     new.set_progress_bar_config(**getattr(pipe, "_progress_bar_config", {}))
     return new
 
