@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 from pathlib import Path
@@ -13,7 +14,8 @@ import torch
 from cli_plugins import Idle, Slow, Sparse, install
 from diffgraft import cli, load_pipeline
 from diffgraft.kernel import registry
-from diffgraft.lab.recipes import read_record
+from diffgraft.lab.pictures import encode
+from diffgraft.lab.recipes import Recipe, Record, read_record
 from diffgraft.methods.artefacts import Artefact, MadeFor
 from diffgraft.methods.variants import as_variant, own_size, variant_of
 from diffgraft_families.tiny import make
@@ -33,6 +35,9 @@ def home(tmp_path_factory):
         make(name).pipe.save_pretrained(home / short)
     make("StableDiffusionControlNetPipeline").pipe.controlnet.save_pretrained(home / "net-sd")
     make("StableDiffusionXLControlNetPipeline").pipe.controlnet.save_pretrained(home / "net-sdxl")
+    unet = make("StableDiffusionPipeline").pipe.unet
+    coarse = diffusers.ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=(4, 4, 4, 8, 8))
+    coarse.save_pretrained(home / "net-coarse")
     make("StableDiffusionControlNetPipeline").pipe.save_pretrained(home / "with-net")
     make("StableDiffusionInpaintPipeline@9").pipe.save_pretrained(home / "nine")
     noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
@@ -174,6 +179,7 @@ BAD = {
     "a pipeline is no controlnet": ([*CONTROL, "--controlnet", "{home}/sd"], ["--controlnet", "cannot be loaded"]),
     "a U-Net is no controlnet": ([*CONTROL, "--controlnet", "{home}/sd/unet"], ["UNet2DConditionModel, not a ControlNetModel"]),
     "controlnet of another model": ([*CONTROL, "--controlnet", "{home}/net-sdxl"], ["made for another model"]),
+    "controlnet of another autoencoder": ([*CONTROL, "--controlnet", "{home}/net-coarse"], ["16 times smaller", "autoencoder 8 times"]),
     "its own controlnet unfed": (["run", "{home}/with-net", "--prompt", "a", "--image", "{home}/in.png", "--out", "x/a.png"],
                                  ["needs --control-image"]),
     "no controlnet in the family": (["run", "{home}/flux", "--prompt", "a", "--controlnet", "{home}/net-sd", "--control-image",
@@ -181,7 +187,7 @@ BAD = {
     "no such task": (["run", "emoji-wan", "--prompt", "a", "--image", "{home}/in.png", "--out", "x/a.png"],
                      ["Unsupported", "WanPipeline", "image-to-image"]),
 }  # fmt: skip
-LOADED = {"controlnet of another model"}
+LOADED = {"controlnet of another model", "controlnet of another autoencoder"}
 
 
 @pytest.mark.parametrize("case", BAD)
@@ -229,6 +235,18 @@ def test_other_programs_read_it(call, home):
         comment = image.getexif().get_ifd(0x8769)[0x9286]
     assert comment.startswith(b"UNICODE\0")
     assert comment[8:].decode("utf-16-be").startswith("a pear\nSteps: 2")
+
+
+def test_a_record_too_long_for_a_file(caplog):
+    """A JPEG's EXIF block ends at 64 KiB: the picture is written without, and that is told."""
+    recipe = Recipe(pipeline="emoji-sd", prompt="a" * 40_000)
+    record = Record(recipe=recipe, kind="P", scheduler="S", size=(8, 8), versions={"diffgraft-core": "1"})
+    picture = Image.new("RGB", (8, 8))
+    files = {suffix: encode([picture], suffix, record) for suffix in (".png", ".jpg")}
+    assert "says nothing of its making" in caplog.text
+    assert b"a" * 10_000 not in files[".jpg"]
+    with Image.open(io.BytesIO(files[".png"])) as image:
+        assert len(image.text["parameters"]) > 40_000
 
 
 def test_no_metadata(call, home):

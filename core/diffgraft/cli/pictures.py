@@ -165,6 +165,12 @@ def load_controlnet(name: str, pipe: Any) -> Any:
         here, there = pipe.unet.config.get(key), net.config.get(key)
         if (list(here) if isinstance(here, (tuple, list)) else here) != (list(there) if isinstance(there, (tuple, list)) else there):
             raise ConfigError(f"--controlnet {name} was made for another model: its {key} is {there}, the pipeline's {here}")
+    shrinks = 2 ** (len(net.config["conditioning_embedding_out_channels"]) - 1)  # each level but the first halves the control picture
+    if shrinks != pipe.vae_scale_factor:
+        raise ConfigError(
+            f"--controlnet {name} was made for another model: it makes its picture {shrinks} times smaller, the pipeline's autoencoder "
+            f"{pipe.vae_scale_factor} times"
+        )
     return net
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
@@ -12,6 +13,8 @@ from PIL import Image, PngImagePlugin
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from diffgraft.kernel.errors import ConfigError
+
+_log = logging.getLogger(__name__)
 
 KEY = "diffgraft"
 DESCRIPTION, USER_COMMENT, EXIF_IFD = 0x010E, 0x9286, 0x8769
@@ -77,6 +80,7 @@ class Record(Strict):
             "Size": f"{self.size[0]}x{self.size[1]}",
             "Model": asked.pipeline,
             "Denoising strength": asked.strength,
+            "ControlNet": asked.controlnet,
             "Plugins": stack or None,
             "Version": f"diffgraft {self.versions['diffgraft-core']}",
         }
@@ -109,7 +113,10 @@ def save_options(record: Record | None, suffix: str) -> dict[str, Any]:
     exif = Image.Exif()
     exif[DESCRIPTION] = json.dumps({KEY: json.loads(text)})
     exif.get_ifd(EXIF_IFD)[USER_COMMENT] = UNICODE + line.encode("utf-16-be")
-    return {"exif": exif} if len(exif.tobytes()) < EXIF_LIMIT else {}
+    if len(exif.tobytes()) > EXIF_LIMIT:
+        _log.warning("the prompt and the settings are too long for a %s file, which says nothing of its making; .png has no limit", suffix)
+        return {}
+    return {"exif": exif}
 
 
 def read_record(path: Path) -> Record:
