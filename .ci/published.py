@@ -88,9 +88,12 @@ def completed(folder: Path) -> str:
     }
     new = "".join(line for key, line in lines.items() if key not in project)
     text = re.sub(r"^(license\s*=.*\n(?:license-files\s*=.*\n)?)", lambda found: found[1] + new, text, count=1, flags=re.MULTILINE)
-    if "urls" not in project:
-        tree = "" if where == "." else f"/tree/main/{where}"
-        urls = "[project.urls]\n" + "".join(f'{label} = "{url.format(tree=tree)}"\n' for label, url in URLS.items())
+    tree = "" if where == "." else f"/tree/main/{where}"
+    urls = "".join(f'{label} = "{url.format(tree=tree)}"\n' for label, url in URLS.items() if label not in project.get("urls", {}))
+    if "urls" in project:
+        text = text.replace("[project.urls]\n", f"[project.urls]\n{urls}", 1)
+    else:
+        urls = f"[project.urls]\n{urls}"
         text = re.sub(r"^(\[(?!build-system\]|project\]))", lambda found: f"{urls}\n{found[1]}", text, count=1, flags=re.MULTILINE)
     return text
 
@@ -100,8 +103,9 @@ def wanted() -> Iterator[tuple[Path, str]]:
     licence = (ROOT / "LICENSE").read_text(encoding="utf-8")
     for folder in folders():
         yield folder / "pyproject.toml", completed(folder)
-        yield folder / "LICENSE", licence  # a build takes files of its own folder only
-        if (module := module_of(folder)) is not None:
+        if not (folder / "LICENSE").is_file():
+            yield folder / "LICENSE", licence  # a build takes files of its own folder only
+        if (module := module_of(folder)) is not None and not (module / "py.typed").is_file():
             yield module / "py.typed", ""
 
 

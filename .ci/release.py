@@ -204,7 +204,7 @@ def uninstall(python: Path, dists: Iterable[str]) -> list[str]:
 def run(python: Path, *words: str, cwd: Path) -> str:
     """What a command of that environment prints; nothing of the present environment leaks in."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "VIRTUAL_ENV", "DIFFGRAFT"))}
-    quiet = {"HF_HUB_OFFLINE": "1", "COLUMNS": "200"}
+    quiet = {"HF_HUB_OFFLINE": "1", "COLUMNS": "200", "OMP_NUM_THREADS": "1"}
     done = subprocess.run([python, *words], cwd=cwd, env={**kept, **quiet}, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"{' '.join(words)[:200]} ended with {done.returncode}:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")

@@ -167,6 +167,7 @@ def render(answers: Answers) -> dict[str, str]:
         for template, path in TEMPLATES.items()
     }
     texts[f"{answers.module}/quality.toml"] = rows_as_toml({})
+    texts[f"{answers.module}/py.typed"] = ""
     return texts
 
 
