@@ -131,14 +131,14 @@ def test_a_users_subclass_belongs_to_the_family_of_its_base():
 
 def test_without_any_family_it_says_what_to_install(monkeypatch):
     monkeypatch.setattr(registry, "load_families", lambda: ({}, {}))
-    with pytest.raises(Unsupported, match="StableDiffusionPipeline: no pipeline family is installed.*`pip install diffgraft-families`"):
+    with pytest.raises(Unsupported, match=r"StableDiffusionPipeline: no pipeline family is installed.*`pip install diffgraft-families`"):
         registry.find_family(type("StableDiffusionPipeline", (), {}))
 
 
 def test_without_the_checkpoints_it_says_what_to_install(monkeypatch):
     monkeypatch.setattr(registry, "bundled", dict)
     monkeypatch.setattr(registry, "is_installed", lambda dist: dist != "diffgraft-checkpoints")
-    with pytest.raises(PipelineNotFound, match="'emoji-sd' is no bundled pipeline. Bundled: none. `pip install diffgraft-checkpoints`"):
+    with pytest.raises(PipelineNotFound, match=r"'emoji-sd' is no bundled pipeline\. Bundled: none\. `pip install diffgraft-checkpoints`"):
         registry.find_bundled("emoji-sd")
     monkeypatch.setattr(registry, "is_installed", lambda dist: True)
     with pytest.raises(PipelineNotFound) as error:
