@@ -22,7 +22,7 @@ diffgraft_setup() {
   # the glob is the list: a new folder in plugins/ needs no entry anywhere
   local packages=()
   for folder in core pipelines/*/ plugins/*/; do packages+=(-e "./${folder%/}$extra"); done
-  packages+=(-e .)
+  packages+=(-e ".[lab]")  # `compare` is among what the examples show
   [ "$kind" = test ] && packages+=(-r docs/requirements.txt -r tests/requirements.txt) && diffgraft_debian chromium fonts-noto-color-emoji
   "${pip[@]}" --no-build-isolation "${packages[@]}"
   echo "$sum $PWD" >"$stamp"

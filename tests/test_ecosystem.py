@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import shutil
@@ -12,13 +11,10 @@ import textwrap
 from pathlib import Path
 
 import pytest
+import release
+from published import folders
 
 ROOT = Path(__file__).resolve().parent.parent
-spec = importlib.util.spec_from_file_location("release", ROOT / ".ci/release.py")
-release = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(release)
-
-pytestmark = pytest.mark.slow
 METHODS = {
     "apg": ("guide", "2410.02416", "APG"),
     "gradient_estimation": ("scheduler", "2306.04848", "GradientEstimation"),
@@ -27,12 +23,110 @@ METHODS = {
 """Small methods that are in no catalogue of ours: hook point, paper, class."""
 
 
+PLUGIN = ROOT / "plugins/deepcache"
+"""The one that stands for all: what it requires is what every plugin requires."""
+ALONE = """
+import importlib.util, sys
+from diffgraft import PipelineNotFound, load_pipeline
+from diffgraft.cli import app
+from diffgraft.kernel.extras import EXTRAS
+from typer.testing import CliRunner
+
+def said(code, *words):
+    done = CliRunner().invoke(app, list(words))
+    assert done.exit_code == code, (words, done.output, done.exception)
+    return done.output
+
+{hub}
+there = [name for name in EXTRAS if importlib.util.find_spec(name) and name != "jinja2"]  # torch brings jinja2
+assert not there, there
+try:
+    load_pipeline("emoji-sd")
+except PipelineNotFound as error:
+    assert "`pip install diffgraft-checkpoints`" in str(error), error
+else:
+    raise AssertionError("emoji-sd is in no package that is here")
+assert "deepcache" in said(0, "list")
+assert "DeepCache" in said(0, "show", "deepcache")
+doctor = said(0, "doctor")
+assert "all is well" in doctor and "pip install diffgraft-checkpoints" in doctor
+assert "wrote a.png" in said(0, "run", sys.argv[1], "-p", "deepcache", "--prompt", "a big apple", "--steps", "3", "--out", "a.png")
+for words in (("compare", "model", "--plugins", "deepcache"), ("tune", "model", "--target", "psnr=30", "--trials", "2")):
+    assert "pip install 'diffgraft[lab]'" in said(2, *words)
+print("alone")
+"""
+
+
+def test_one_plugin_is_enough(tmp_path):
+    """``pip install diffgraft-deepcache`` where nothing is but what it requires, and a folder in the Hub's layout."""
+    python = release.clean_environment(tmp_path / "venv", [*folders()[:3], PLUGIN])
+    release.build([*folders()[:3], PLUGIN], tmp_path / "dist", ["wheel"])
+    release.install_by_name(python, "diffgraft-deepcache", tmp_path / "dist")
+    shutil.copytree(release.HUB_FOLDER, tmp_path / "model")
+    done = release.run(python, "-c", ALONE.format(hub=release.HUB), str(tmp_path / "model"), "deepcache", cwd=tmp_path)
+    assert done.strip().endswith("alone")
+    assert "deepcache: computed 2 (both); skipped 4 (both)" in done
+    assert release.uninstall(python, ["diffgraft-deepcache", "diffgraft", "diffgraft-core", "diffgraft-families"]) == []
+
+
+CORE_ONLY = """
+import sys
+from diffgraft import Unsupported
+from diffgraft.kernel.registry import find_family
+try:
+    find_family(type("StableDiffusionPipeline", (), {}))
+except Unsupported as error:
+    assert "`pip install diffgraft-families`" in str(error), error
+else:
+    raise AssertionError("no family knows it")
+assert "torch" not in sys.modules
+print("told")
+"""
+DOCTOR = """
+from diffgraft.cli import app
+from typer.testing import CliRunner
+done = CliRunner().invoke(app, ["doctor"])
+assert done.exit_code == 1, done.output
+assert "`pip install diffgraft-families`" in done.output and "all is well" not in done.output
+"""
+
+
+def core_only(folder: Path) -> Path:
+    """The python of an environment that has the core, and no family."""
+    python = release.clean_environment(folder / "venv", folders()[:1])
+    release.install(python, release.build(folders()[:1], folder / "dist", ["wheel"]))
+    return python
+
+
+def test_the_core_alone_says_what_is_missing(tmp_path):
+    assert release.run(core_only(tmp_path), "-c", CORE_ONLY, cwd=tmp_path).strip() == "told"
+
+
+@pytest.mark.slow
+def test_the_doctor_of_a_core_alone(tmp_path):
+    release.run(core_only(tmp_path), "-c", DOCTOR, cwd=tmp_path)
+
+
+@pytest.mark.slow
+def test_every_plugin_alone(tmp_path):
+    """As .ci/release.py does with one of them: by its wheel only. It loads, and leaves nothing behind."""
+    plugins = [folder for folder in folders() if folder.parent.name == "plugins"]
+    release.build([*folders()[:3], *plugins], tmp_path / "dist", ["wheel"])
+    for folder in plugins:
+        python = release.clean_environment(tmp_path / folder.name, [*folders()[:3], folder])
+        dist = release.project_of(folder)["name"]
+        release.install_by_name(python, dist, tmp_path / "dist")
+        release.run(python, "-c", f"from diffgraft.kernel import registry; registry.find({folder.name!r})", cwd=tmp_path)
+        assert release.uninstall(python, [dist, "diffgraft", "diffgraft-core", "diffgraft-families"]) == []
+        shutil.rmtree(tmp_path / folder.name)
+
+
 class World:
-    """A clean environment with the core's and the pipelines' wheels."""
+    """A clean environment with the wheels of everything of ours but the plugins."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.python = folder, release.clean_environment(folder / "venv")
-        self.install(release.build([ROOT / "core", ROOT / "pipelines"], folder / "dist"))
+        self.install(release.build(folders()[:4], folder / "dist", ["wheel"]))
 
     def install(self, wheels):
         release.install(self.python, wheels)
@@ -58,7 +152,7 @@ class World:
             f'[project]\nname = "{name}"\nversion = "0.3"\n'
             f'description = "Somebody\'s {name}"\nrequires-python = ">=3.10"\ndependencies = ["diffgraft>=0.1,<0.2"]\n{points}\n'
         )
-        (wheel,) = release.build([home], home / "dist")
+        (wheel,) = release.build([home], home / "dist", ["wheel"])
         self.install([wheel])
         return wheel
 
@@ -75,6 +169,7 @@ def world(tmp_path_factory):
     return World(tmp_path_factory.mktemp("world"))
 
 
+@pytest.mark.slow
 def test_three_plugins_from_the_scaffold(world):
     wheels = []
     for name, (hook, arxiv, _) in METHODS.items():
@@ -84,7 +179,7 @@ def test_three_plugins_from_the_scaffold(world):
         pyproject = home / "pyproject.toml"
         pyproject.write_text(entry_of(pyproject.read_text(), name))
         world.diffgraft("check", str(home), "--fix", "--no-contract", "--no-behaviour")  # writes the README's table of knobs
-        wheels += release.build([home], home / "dist")
+        wheels += release.build([home], home / "dist", ["wheel"])
     world.install(wheels)
     rows = {row["name"]: row for row in json.loads(world.diffgraft("list", "--json"))}
     assert {name: row["status"] for name, row in rows.items()} == dict.fromkeys(METHODS, "ok")
@@ -139,6 +234,7 @@ assert np.array_equal(picture(pipe), before)
 print("stacked")
 """
 
+@pytest.mark.slow
 def test_a_new_plugin_of_this_repository_changes_its_own_folder_only(tmp_path):
     if not (ROOT / ".git").exists():
         pytest.skip("no git checkout")
@@ -173,6 +269,7 @@ class Old(Plugin):
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("api", "way_out"), [(0, "upgrade the plugin"), (99, "upgrade diffgraft")])
 def test_a_plugin_for_another_contract_is_refused_and_breaks_nobody(world, api, way_out):
     world.package(f"diffgraft-old-{api}", {"__init__.py": OLD.format(api=api)}, [("diffgraft.plugins", "old", f"diffgraft_old_{api}:Old")])
@@ -221,6 +318,7 @@ print("heard")
 """
 
 
+@pytest.mark.slow
 def test_somebodys_family(world):
     world.package("sound-family", {"__init__.py": FAMILY}, [("diffgraft.families", "sound", "sound_family:family")])
     try:
@@ -241,6 +339,7 @@ bundled = Bundled(name="their-model", path=str(here / "weights"), prompts=("a bi
 """
 
 
+@pytest.mark.slow
 def test_somebodys_bundled_checkpoint(world):
     weights = ROOT / "pipelines/checkpoints/diffgraft_checkpoints/bundled/emoji-sd-small"
     points = [("diffgraft.pipelines", "their-model", "their_model:bundled")]

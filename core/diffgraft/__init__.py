@@ -5,8 +5,8 @@
     image = pipe("a red apple on a blue background").images[0]
     print(pipe.plugins.report())
 
-Users need nothing but this package's names; who writes a plugin also imports from ``diffgraft.methods``. Importing it imports no torch:
-names that need torch are loaded when they are used.
+Users need nothing but this package's names; who writes a plugin also imports from ``diffgraft.methods``. Importing it imports
+nothing else: each name is loaded when it is first used, and torch with the first that needs it.
 """
 
 from __future__ import annotations
@@ -33,31 +33,35 @@ if TYPE_CHECKING:
         StepCall,
         StepOutput,
     )
+    from diffgraft.kernel.config import PluginConfig
+    from diffgraft.kernel.errors import (
+        ArtefactMismatch,
+        BrokenPlugin,
+        CatalogueError,
+        ConfigError,
+        Conflict,
+        DiffgraftError,
+        NeverFired,
+        PipelineNotFound,
+        PluginNotFound,
+        RewardError,
+        Unsupported,
+        nearest,
+    )
     from diffgraft.kernel.facts import AttentionInfo, BlockInfo, Step, Target
+    from diffgraft.kernel.family import BlockGroup, Bundled, Family, Guidance, Tiny
     from diffgraft.kernel.loading import load_pipeline, unload
+    from diffgraft.kernel.plugin import API, Effects, Need, Paper, Plugin
     from diffgraft.methods.watching import Calibrator, Inverter, Watcher
-
-from diffgraft.kernel.config import PluginConfig
-from diffgraft.kernel.errors import (
-    ArtefactMismatch,
-    BrokenPlugin,
-    CatalogueError,
-    ConfigError,
-    Conflict,
-    DiffgraftError,
-    NeverFired,
-    PipelineNotFound,
-    PluginNotFound,
-    RewardError,
-    Unsupported,
-    nearest,
-)
-from diffgraft.kernel.family import BlockGroup, Bundled, Family, Guidance, Tiny
-from diffgraft.kernel.plugin import API, Effects, Need, Paper, Plugin
 
 logging.getLogger("diffgraft").addHandler(logging.NullHandler())  # silent until its user turns it on
 
 _LAZY = {
+    **dict.fromkeys(("ArtefactMismatch", "BrokenPlugin", "CatalogueError", "ConfigError", "Conflict", "DiffgraftError"), "kernel.errors"),
+    **dict.fromkeys(("NeverFired", "PipelineNotFound", "PluginNotFound", "RewardError", "Unsupported", "nearest"), "kernel.errors"),
+    **dict.fromkeys(("BlockGroup", "Bundled", "Family", "Guidance", "Tiny"), "kernel.family"),
+    **dict.fromkeys(("API", "Effects", "Need", "Paper", "Plugin"), "kernel.plugin"),
+    "PluginConfig": "kernel.config",
     **dict.fromkeys(("load_pipeline", "unload"), "kernel.loading"),
     **dict.fromkeys(("Step", "BlockInfo", "AttentionInfo", "Target"), "kernel.facts"),
     **dict.fromkeys(("blocks_of", "denoisers_of"), "kernel.anatomy"),
@@ -119,7 +123,8 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name in _LAZY:
-        return getattr(import_module(f"diffgraft.{_LAZY[name]}"), name)
+        value = globals()[name] = getattr(import_module(f"diffgraft.{_LAZY[name]}"), name)
+        return value
     raise AttributeError(f"module 'diffgraft' has no attribute {name!r}")
 
 

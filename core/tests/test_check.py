@@ -479,6 +479,17 @@ def test_fix_repairs_what_can_be_repaired(workshop, call):
     assert json.loads(again.stdout)["written"] == [], "a second --fix finds nothing to do"
 
 
+def test_fix_brings_the_repositorys_licence(workshop, call):
+    folder = workshop.make()
+    (folder / "LICENSE").unlink()
+    (folder.parent / ".git").mkdir()
+    (folder.parent / "LICENSE").write_text("theirs")
+    verdict = check(open_project(str(folder)), behaviour=False, contract=False)
+    assert [(finding.rule, "--fix" in finding.problem.remedy) for finding in verdict.problems] == [("licence", True)]
+    assert call("check", folder, "--fix", "--no-contract", "--no-behaviour").exit_code == 0
+    assert (folder / "LICENSE").read_text() == "theirs"
+
+
 def test_fix_puts_the_table_where_knobs_are_not_named(workshop, call):
     folder = workshop.make()
     text = (folder / "README.md").read_text()

@@ -111,6 +111,18 @@ def test_doctor_tells_what_is_broken(call, monkeypatch):
     assert "StableDiffusionPipeline" in text
 
 
+def test_doctor_without_a_family_does_not_say_that_all_is_well(call, monkeypatch):
+    monkeypatch.setattr(registry, "load_families", lambda: ({}, {}))
+    monkeypatch.setattr(registry, "installed", dict)
+    result = call("doctor")
+    assert result.exit_code == 1
+    assert "`pip install diffgraft-families`" in result.stderr
+    assert "all is well" not in result.output
+    assert "`pip install diffgraft-deepcache` brings one" in result.stdout
+    found = json.loads(call("doctor", "--json").stdout)
+    assert (found["ok"], len(found["missing"])) == (False, 1)
+
+
 PROBE = """
 import sys
 from diffgraft.cli import app

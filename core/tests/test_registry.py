@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import importlib
+import py_compile
 import sys
 import textwrap
 
 import pytest
 from diffgraft.kernel import registry
-from diffgraft.kernel.errors import BrokenPlugin, PluginNotFound, Unsupported
+from diffgraft.kernel.errors import BrokenPlugin, PipelineNotFound, PluginNotFound, Unsupported
+from diffgraft.kernel.extras import imported
 
 GOOD = """
     from diffgraft import Paper, Plugin
@@ -23,14 +25,14 @@ def install(tmp_path, monkeypatch):
     """Install a fake dist with one plugin: ``install(name, source, requires=..., value=...)``."""
     monkeypatch.syspath_prepend(str(tmp_path))
 
-    def make(name, source, requires="diffgraft>=0.1,<0.2", value=None):
+    def make(name, source, requires="diffgraft>=0.1,<0.2", value=None, more=""):
         module = f"fake_{name}"
         if source is not None:
             (tmp_path / f"{module}.py").write_text(textwrap.dedent(source))
         info = tmp_path / f"diffgraft_{name}-1.0.dist-info"
         info.mkdir()
         (info / "METADATA").write_text(
-            f"Metadata-Version: 2.1\nName: diffgraft-{name}\nVersion: 1.0\nSummary: A {name} plugin\nRequires-Dist: {requires}\n"
+            f"Metadata-Version: 2.1\nName: diffgraft-{name}\nVersion: 1.0\nSummary: A {name} plugin\nRequires-Dist: {requires}\n{more}\n"
         )
         (info / "entry_points.txt").write_text(f"[diffgraft.plugins]\n{name} = {value or module + ':Good'}\n")
         importlib.invalidate_caches()
@@ -125,3 +127,52 @@ def test_a_users_subclass_belongs_to_the_family_of_its_base():
         pass
 
     assert registry.find_family(Mine).name == "sd"
+
+
+def test_without_any_family_it_says_what_to_install(monkeypatch):
+    monkeypatch.setattr(registry, "load_families", lambda: ({}, {}))
+    with pytest.raises(Unsupported, match=r"StableDiffusionPipeline: no pipeline family is installed.*`pip install diffgraft-families`"):
+        registry.find_family(type("StableDiffusionPipeline", (), {}))
+
+
+def test_without_the_checkpoints_it_says_what_to_install(monkeypatch):
+    monkeypatch.setattr(registry, "bundled", dict)
+    monkeypatch.setattr(registry, "is_installed", lambda dist: dist != "diffgraft-checkpoints")
+    with pytest.raises(PipelineNotFound, match=r"'emoji-sd' is no bundled pipeline\. Bundled: none\. `pip install diffgraft-checkpoints`"):
+        registry.find_bundled("emoji-sd")
+    monkeypatch.setattr(registry, "is_installed", lambda dist: True)
+    with pytest.raises(PipelineNotFound) as error:
+        registry.find_bundled("emoji-sd")
+    assert "pip install" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("more", "url"),
+    [
+        ("", ""),
+        ("Home-page: https://old.example", "https://old.example"),
+        ("Project-URL: Source, https://b.example\nProject-URL: Homepage, https://a.example", "https://a.example"),
+        ("\nProject-URL: Homepage, https://in-the-description.example", ""),
+    ],
+)
+def test_the_homepage_is_what_the_metadata_names(install, more, url):
+    install("good", GOOD, more=more)
+    assert registry.installed()["good"].homepage == url
+
+
+def test_what_was_compiled_as_it_is_needs_no_look(tmp_path):
+    source = tmp_path / "some.py"
+    source.write_text("x = 1\n")
+    assert not registry.is_compiled(str(source))
+    py_compile.compile(str(source))
+    assert registry.is_compiled(str(source))
+    source.write_text("def broken(:\n")
+    assert not registry.is_compiled(str(source))
+    assert not registry.is_compiled(str(tmp_path / "gone.py"))
+
+
+def test_what_an_extra_brings_is_said_by_one_helper(monkeypatch):
+    assert imported("json", "nothing").dumps(1) == "1"
+    monkeypatch.setitem(sys.modules, "optuna", None)
+    with pytest.raises(Unsupported, match=r"`diffgraft tune` needs optuna.*pip install 'diffgraft\[lab\]'"):
+        imported("optuna", "`diffgraft tune`")

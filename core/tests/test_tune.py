@@ -527,10 +527,10 @@ def test_bad_commands_and_missing_packages(call, tmp_path, monkeypatch):
     ]:
         done = call(*words, *more)
         assert (done.exit_code, word in done.stderr) == (2, True), done.output
-    for package in ("optuna", "matplotlib.figure"):
+    for package in ("optuna", "matplotlib.figure", "torchmetrics"):
         with monkeypatch.context() as without:
             without.setitem(sys.modules, package, None)
             done = call(*words, "--trials", 3)
             assert done.exit_code == 2
-            assert "pip install 'diffgraft[tune]'" in done.stderr
+            assert "pip install 'diffgraft[lab]'" in done.stderr
     assert not list((tmp_path / "work").iterdir())

@@ -36,7 +36,6 @@ class Group(TyperGroup):
 app = typer.Typer(
     cls=Group,
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_show_locals=False,
     help="Graft paper methods onto standard diffusers pipelines: one plugin per paper, stacked.",
 )

@@ -8,11 +8,15 @@ from typing import Annotated
 
 import typer
 
-from diffgraft.cli.options import (
-    AsJson,
-)
+from diffgraft.cli.options import AsJson, plugin_names
 from diffgraft.community.quality import tier_of
 from diffgraft.kernel import registry
+
+BRINGS = {
+    "plugins": "`diffgraft search` shows which there are, `pip install diffgraft-deepcache` brings one",
+    "pipelines": f"`pip install {registry.CHECKPOINTS}` brings some that run offline",
+}
+"""What to say where ``doctor`` finds none, which is no fault."""
 
 
 def list_plugins(
@@ -61,7 +65,9 @@ def list_plugins(
     console().print(out)
 
 
-def show(name: Annotated[str, typer.Argument(metavar="NAME", help="A plugin.")], as_json: AsJson = False) -> None:
+def show(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="A plugin.", autocompletion=plugin_names)], as_json: AsJson = False
+) -> None:
     """Show one plugin: its paper, hook points, knobs, families and effects."""
     from diffgraft.community.tables import describe, knobs
 
@@ -106,13 +112,16 @@ def show(name: Annotated[str, typer.Argument(metavar="NAME", help="A plugin.")],
 
 
 def doctor(as_json: AsJson = False) -> None:
-    """Check this installation: versions, devices, and every plugin, family and bundled pipeline. Exit code 1 when something is broken."""
+    """Check this installation: versions, devices, and every plugin, family and bundled pipeline.
+
+    Exit code 1 when something is broken, or missing: then it says what to install.
+    """
     from diffgraft.lab.doctor import diagnose
 
     found = diagnose()
     if as_json:
-        typer.echo(json.dumps({**asdict(found), "ok": not found.broken}, indent=2))
-        raise typer.Exit(1 if found.broken else 0)
+        typer.echo(json.dumps({**asdict(found), "missing": found.missing, "ok": found.ok}, indent=2))
+        raise typer.Exit(0 if found.ok else 1)
     machine = found.machine
     typer.echo("versions    " + ", ".join(f"{name} {number or 'not installed'}" for name, number in found.versions.items()))
     typer.echo(f"machine     {machine['system']}, {machine['processor']}, {machine['cpus']} CPUs, {machine['threads']} torch threads")
@@ -125,8 +134,11 @@ def doctor(as_json: AsJson = False) -> None:
             colour = {"ok": "green", "broken": "red"}.get(check.status, "yellow")
             typer.echo(f"{title if i == 0 else '':<12}" + typer.style(f"{check.status:<12}", fg=colour) + f"{check.name}: {check.detail}")
         if not checks:
-            typer.echo(f"{title:<12}none")
+            typer.echo(f"{title:<12}none" + (f"; {BRINGS[title]}" if title in BRINGS else ""))
     if found.broken:
         typer.secho(f"broken: {', '.join(check.name for check in found.broken)}", fg="red", err=True)
+    for text in found.missing:
+        typer.secho(text, fg="red", err=True)
+    if not found.ok:
         raise typer.Exit(1)
     typer.secho("all is well", fg="green")

@@ -29,6 +29,7 @@ from diffgraft.cli.options import (
 )
 from diffgraft.kernel import registry
 from diffgraft.kernel.errors import ConfigError
+from diffgraft.kernel.extras import imported
 
 BUNDLED_SAMPLES = 24
 OTHER_SAMPLES = 6
@@ -88,6 +89,7 @@ def compare(
         refusals,
     )
 
+    imported("torchmetrics", "`diffgraft compare`")  # said before anything is loaded
     specs = plugin_specs(plugins, option)
     if not specs:
         raise ConfigError("nothing to compare: give --plugins a,b")
@@ -179,11 +181,10 @@ def tune(
     from diffgraft.lab.tune import tune as look
     from diffgraft.lab.tune.goal import Goal, TuneSettings, parse_budget
     from diffgraft.lab.tune.space import find_plugins
-    from diffgraft.lab.tune.study import imported
     from diffgraft.lab.tune.view import print_tuning, write_plot
 
-    for module in ("optuna", "matplotlib.figure"):  # said before anything is loaded
-        imported(module)
+    for module in ("optuna", "matplotlib.figure", "torchmetrics"):  # said before anything is loaded
+        imported(module, "`diffgraft tune`")
     goal, seconds = Goal.parse(target), None if budget is None else parse_budget(budget)
     specs = plugin_specs(plugins or list(registry.installed()), option)
     extra = parse_assignments(arg, "-a")

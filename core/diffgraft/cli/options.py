@@ -7,10 +7,33 @@ from typing import Annotated
 
 import typer
 
-Pipeline = Annotated[str, typer.Argument(metavar="PIPELINE", help="A bundled name (emoji-sd), a folder, or a Hub id.")]
+from diffgraft.kernel import registry
+
+
+def plugin_names(incomplete: str) -> list[str]:
+    """For the shell's completion: the installed plugins, after what stands before the last comma."""
+    before, comma, word = incomplete.rpartition(",")
+    return [f"{before}{comma}{name}" for name in registry.installed() if name.startswith(word)]
+
+
+def pipeline_names(incomplete: str) -> list[str]:
+    """For the shell's completion: the bundled pipelines."""
+    return [name for name in registry.bundled_names() if name.startswith(incomplete)]
+
+
+Pipeline = Annotated[
+    str, typer.Argument(metavar="PIPELINE", help="A bundled name (emoji-sd), a folder, or a Hub id.", autocompletion=pipeline_names)
+]
 PluginNames = Annotated[
     list[str] | None,
-    typer.Option("--plugin", "--plugins", "-p", metavar="NAME", help="A plugin; several: repeat or a,b. The first is outermost."),
+    typer.Option(
+        "--plugin",
+        "--plugins",
+        "-p",
+        metavar="NAME",
+        help="A plugin; several: repeat or a,b. The first is outermost.",
+        autocompletion=plugin_names,
+    ),
 ]
 KnobValues = Annotated[
     list[str] | None, typer.Option("--option", "-o", metavar="PLUGIN.KNOB=VALUE", help="A plugin's knob: deepcache.interval=5.")

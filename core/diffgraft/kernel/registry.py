@@ -5,17 +5,22 @@ from __future__ import annotations
 import ast
 import importlib.util
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
+from email.message import Message
+from email.parser import HeaderParser
 from functools import cache
 from importlib.metadata import Distribution, EntryPoint, entry_points, version
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from packaging.requirements import InvalidRequirement, Requirement
 
 from diffgraft.kernel.errors import BrokenPlugin, PipelineNotFound, PluginNotFound, Unsupported, nearest
+from diffgraft.kernel.extras import is_installed
 from diffgraft.kernel.family import Bundled, Family
-from diffgraft.kernel.plugin import API, Plugin
+
+if TYPE_CHECKING:
+    from diffgraft.kernel.plugin import Plugin
 
 PLUGINS = "diffgraft.plugins"
 FAMILIES = "diffgraft.families"
@@ -23,6 +28,8 @@ PIPELINES = "diffgraft.pipelines"
 NEEDS = "diffgraft.needs"
 ALLOW = "DIFFGRAFT_PLUGINS"
 """Environment variable: a comma-separated list that narrows which plugins may load."""
+CHECKPOINTS = "diffgraft-checkpoints"
+NO_FAMILY = "no pipeline family is installed, so nothing is known of any pipeline: `pip install diffgraft-families`"
 
 
 @dataclass(frozen=True)
@@ -44,22 +51,37 @@ def installed() -> dict[str, PluginInfo]:
     allow = allow_list()
     found: dict[str, PluginInfo] = {}
     for entry in sorted(entry_points(group=PLUGINS), key=lambda e: e.name):
-        dist = entry.dist
-        meta: Any = dist.metadata if dist else {}
-        broken = metadata_fault(entry, dist)
+        meta = headers_of(entry.dist)
+        dist = meta.get("Name", "?")
+        broken = metadata_fault(entry, meta.get_all("Requires-Dist") or ())
         if entry.name in found and found[entry.name].entry != entry:
-            broken = f"two installed packages offer it: {found[entry.name].dist} and {dist.name if dist else '?'}; uninstall one"
+            broken = f"two installed packages offer it: {found[entry.name].dist} and {dist}; uninstall one"
         found[entry.name] = PluginInfo(
             name=entry.name,
-            dist=dist.name if dist else "?",
-            version=dist.version if dist else "?",
-            summary=meta.get("Summary", "") or "",
-            homepage=meta.get("Home-page", "") or "",
+            dist=dist,
+            version=meta.get("Version", "?"),
+            summary=meta.get("Summary", ""),
+            homepage=homepage_of(meta),
             entry=entry,
             allowed=allow is None or entry.name in allow,
             broken=broken,
         )
     return found
+
+
+def headers_of(dist: Distribution | None) -> Message:
+    """A dist's metadata without its long description. ``dist.metadata``, ``dist.name`` and the like read all of it each time."""
+    text = (dist.read_text("METADATA") or dist.read_text("PKG-INFO") or "") if dist else ""
+    return HeaderParser().parsestr(text.partition("\n\n")[0])
+
+
+def homepage_of(meta: Message) -> str:
+    """The homepage that a dist's metadata names, or ""."""
+    for line in meta.get_all("Project-URL") or ():
+        label, _, url = str(line).partition(",")
+        if label.strip().lower() == "homepage":
+            return url.strip()
+    return str(meta.get("Home-page", ""))
 
 
 def allow_list() -> frozenset[str] | None:
@@ -68,15 +90,15 @@ def allow_list() -> frozenset[str] | None:
     return None if value is None else frozenset(name.strip() for name in value.split(",") if name.strip())
 
 
-def metadata_fault(entry: EntryPoint, dist: Distribution | None) -> str | None:
+def metadata_fault(entry: EntryPoint, requires: Iterable[str]) -> str | None:
     """What can be seen to be wrong from metadata and source text alone, or None."""
-    for text in (dist.requires or []) if dist else []:
+    for text in requires:
         try:
             requirement = Requirement(text)
         except InvalidRequirement as error:
             return f"requirement {text!r} in its metadata: {error}"
         if requirement.name in {"diffgraft", "diffgraft-core"}:
-            here = version("diffgraft-core")  # both are released together
+            here = core_version()  # both are released together
             if not requirement.specifier.contains(here, prereleases=True):
                 return f"needs {requirement.name} {requirement.specifier}, installed is {here}"
     module, _, attribute = entry.value.partition(":")
@@ -89,13 +111,31 @@ def metadata_fault(entry: EntryPoint, dist: Distribution | None) -> str | None:
         return f"module {top!r} is not installed (entry point {entry.value!r})"
     if not attribute:
         return f"entry point {entry.value!r} names a module; it must be 'module:PluginClass'"
-    if module == top and spec.origin and spec.origin.endswith(".py"):
+    if module == top and spec.origin and spec.origin.endswith(".py") and not is_compiled(spec.origin):
         try:
             with open(spec.origin, encoding="utf-8") as file:
                 ast.parse(file.read(), spec.origin)
         except (OSError, SyntaxError) as error:
             return f"{type(error).__name__}: {error}"
     return None
+
+
+@cache
+def core_version() -> str:
+    """The version of the core that runs."""
+    return version("diffgraft-core")
+
+
+def is_compiled(source: str) -> bool:
+    """Whether a file has been compiled as it is now: then its text needs no look, which takes a list most of its time."""
+    try:
+        stat = os.stat(source)
+        with open(importlib.util.cache_from_source(source), "rb") as file:
+            head = file.read(16)
+    except (OSError, NotImplementedError):
+        return False
+    stamp = b"".join((number & 0xFFFFFFFF).to_bytes(4, "little") for number in (0, int(stat.st_mtime), stat.st_size))
+    return head == importlib.util.MAGIC_NUMBER + stamp
 
 
 def find(name: str) -> type[Plugin]:
@@ -110,7 +150,7 @@ def find(name: str) -> type[Plugin]:
     if info is None:
         dist = "diffgraft-" + name.replace("_", "-")
         raise PluginNotFound(
-            f"no plugin {name!r} is installed{nearest(name, known)} Installed: {', '.join(known) or 'none'}. "
+            f"no plugin {name!r} is installed{nearest(name, known) or '.'} Installed: {', '.join(known) or 'none'}. "
             f"If it is published, `pip install {dist}` brings it."
         )
     if not info.allowed:
@@ -134,6 +174,8 @@ def find(name: str) -> type[Plugin]:
 
 def check_class(cls: object, what: str) -> None:
     """Raises BrokenPlugin unless ``cls`` is a complete plugin class for this contract."""
+    from diffgraft.kernel.plugin import API, Plugin  # it brings pydantic, which a list does not need
+
     if not (isinstance(cls, type) and issubclass(cls, Plugin)):
         raise BrokenPlugin(f"{what} is {cls!r}, not a subclass of diffgraft.Plugin")
     if cls.api != API:
@@ -171,9 +213,11 @@ def find_family(pipeline_class: type) -> Family:
     """The family of a pipeline class, or of the nearest class it inherits from.
 
     Raises:
-        Unsupported: no family knows it; the text lists what a family must say.
+        Unsupported: no family knows it; the text lists what a family must say, or what to install when there is no family at all.
     """
     known, faults = load_families()
+    if not known and not faults:
+        raise Unsupported(f"{pipeline_class.__name__}: {NO_FAMILY}")
     by_class = {name: family for family in known.values() for name in family.pipelines}
     for cls in pipeline_class.__mro__:
         if cls.__name__ in by_class:
@@ -181,7 +225,7 @@ def find_family(pipeline_class: type) -> Family:
     facts = ", ".join(field.name for field in fields(Family))
     broken = f" Families that could not be loaded: {faults}." if faults else ""
     raise Unsupported(
-        f"no family describes {pipeline_class.__name__}{nearest(pipeline_class.__name__, by_class)} A family is data: a "
+        f"no family describes {pipeline_class.__name__}{nearest(pipeline_class.__name__, by_class) or '.'} A family is data: a "
         f"diffgraft.Family({facts}) registered through the entry-point group {FAMILIES!r}.{broken}"
     )
 
@@ -195,7 +239,7 @@ def find_need(kind: str, plugin: str) -> Callable[[Any, Any, Any, Any], Any]:
     offered = {entry.name: entry for entry in entry_points(group=NEEDS)}
     if kind not in offered:
         known = ", ".join(sorted(offered))
-        raise BrokenPlugin(f"plugin {plugin!r} needs something of an unknown kind {kind!r}{nearest(kind, offered)} Known: {known}")
+        raise BrokenPlugin(f"plugin {plugin!r} needs something of an unknown kind {kind!r}{nearest(kind, offered) or '.'} Known: {known}")
     return offered[kind].load()  # type: ignore[no-any-return]
 
 
@@ -213,9 +257,10 @@ def find_bundled(name: str) -> Bundled:
     """Raises PipelineNotFound with the nearest names."""
     known = bundled()
     if name not in known:
+        brings = "" if is_installed(CHECKPOINTS) else f"`pip install {CHECKPOINTS}` brings emoji-sd and others that run offline. "
         raise PipelineNotFound(
-            f"{name!r} is no bundled pipeline{nearest(name, known)} "
-            f"Bundled: {', '.join(known) or 'none (pip install diffgraft-pipelines)'}. "
+            f"{name!r} is no bundled pipeline{nearest(name, known) or '.'} "
+            f"Bundled: {', '.join(known) or 'none'}. {brings}"
             "Otherwise give a folder that exists or a Hub id 'owner/name'."
         )
     return known[name]

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from diffgraft.kernel.errors import ConfigError
+from diffgraft.kernel.extras import imported
 from diffgraft.kernel.loading import load_pipeline
 from diffgraft.kernel.plugin import Plugin
 from diffgraft.kernel.stack import PluginStack, ensure_bare
@@ -31,8 +32,6 @@ from diffgraft.methods.inputs import CallSettings, Pictures, make_pictures
 
 OnProgress = Callable[[str, int, int], None]
 """Called with (phase, calls done, calls in this phase)."""
-
-
 
 
 def compare(
@@ -64,6 +63,7 @@ def compare(
         raise ConfigError(f"always = {', '.join(strange)}: not among the plugins that are compared ({', '.join(names) or 'none'})")
     if not set(names) - set(always):
         raise ConfigError("no plugin to compare: give at least one" + (" that is not part of every arm" if always else ""))
+    imported("torchmetrics", "a comparison")
     ensure_bare(pipe, "the baseline must be without any")
     started = time.perf_counter()
     environment = {"versions": versions(), **machine(pipe.device), "dtype": str(pipe.dtype), "attention_backend": attention_backend}
@@ -94,9 +94,7 @@ def quiet(pipe: Any) -> Iterator[None]:
 class Bench:
     """One comparison in progress."""
 
-    def __init__(
-        self, pipe: Any, stack: PluginStack, settings: CompareSettings, always: Sequence[str], on_progress: OnProgress
-    ) -> None:
+    def __init__(self, pipe: Any, stack: PluginStack, settings: CompareSettings, always: Sequence[str], on_progress: OnProgress) -> None:
         self.pipe = pipe
         self.stack = stack
         self.settings = settings

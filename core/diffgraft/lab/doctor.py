@@ -38,6 +38,15 @@ class Diagnosis:
     def broken(self) -> list[Check]:
         return [check for check in self.plugins + self.families + self.pipelines if check.status == "broken"]
 
+    @property
+    def missing(self) -> list[str]:
+        """What must be installed before anything can run, in words."""
+        return [] if self.families else [registry.NO_FAMILY]
+
+    @property
+    def ok(self) -> bool:
+        return not self.broken and not self.missing
+
 
 def diagnose() -> Diagnosis:
     """Try everything; raises nothing for what is broken."""

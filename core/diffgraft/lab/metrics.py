@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from diffgraft.kernel.extras import imported
 from diffgraft.methods.inputs import Pictures
 
 SSIM_WINDOW = 11
@@ -28,8 +29,6 @@ def ssim(pictures: Pictures, reference: Pictures) -> list[float] | None:
 
     None for pictures smaller than the window.
     """
-    from torchmetrics.functional.image import structural_similarity_index_measure  # slow to import: it brings matplotlib
-
     n, frames, height, width, channels = pictures.shape
     if min(height, width) < SSIM_WINDOW:
         return None
@@ -37,7 +36,8 @@ def ssim(pictures: Pictures, reference: Pictures) -> list[float] | None:
     def stack(x: Pictures) -> torch.Tensor:
         return torch.from_numpy(x).reshape(n * frames, height, width, channels).permute(0, 3, 1, 2)
 
-    values = structural_similarity_index_measure(stack(pictures), stack(reference), data_range=1.0, reduction="none")
+    torchmetrics = imported("torchmetrics.functional.image", "SSIM")  # slow to import: it brings matplotlib
+    values = torchmetrics.structural_similarity_index_measure(stack(pictures), stack(reference), data_range=1.0, reduction="none")
     return [float(v) for v in torch.as_tensor(values).reshape(n, frames).mean(dim=1)]
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from diffgraft.kernel.extras import imported
 from diffgraft.kernel.family import Family
 from diffgraft.testing.setting import Setting
 
@@ -184,13 +185,12 @@ def has_peft() -> bool:
 
 def add_lora(pipe: Any, family: Family) -> None:
     """A LoRA with random weights on the attention projections of every denoiser."""
-    from peft import LoraConfig
-
+    peft = imported("peft", "a LoRA in the contract suite")
     for model in denoisers(pipe, family):
         names = {path.rpartition(".")[2] for path, _ in model.named_modules()} & {"to_q", "to_k", "to_v"}
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(7)
-            model.add_adapter(LoraConfig(r=2, lora_alpha=4, init_lora_weights=False, target_modules=sorted(names)))  # type: ignore[operator]
+            model.add_adapter(peft.LoraConfig(r=2, lora_alpha=4, init_lora_weights=False, target_modules=sorted(names)))  # type: ignore[operator]
         model.eval().requires_grad_(False)
 
 

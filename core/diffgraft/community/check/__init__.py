@@ -180,7 +180,7 @@ def chosen_families(project: Project, names: list[str] | None) -> list[Any]:
     if not chosen:
         raise ConfigError(
             f"{project.name} claims {', '.join(project.cls.families)}; none of {', '.join(names or ['these'])} has a tiny pipeline here "
-            "(`pip install diffgraft-pipelines` brings them)"
+            "(`pip install diffgraft-families` brings them)"
         )
     return chosen
 

@@ -176,7 +176,7 @@ def contract_problems(project: Project, families: Iterable[str] | None) -> Itera
         yield (
             "contract",
             Problem(
-                "no case of the contract applies", "claim a family that has a tiny pipeline (`pip install diffgraft-pipelines`)", file, line
+                "no case of the contract applies", "claim a family that has a tiny pipeline (`pip install diffgraft-families`)", file, line
             ),
         )
     for case in cases:

@@ -1,4 +1,5 @@
-"""What can be repaired mechanically: README title, headings and table of knobs, missing rows of quality.toml, the version range."""
+"""What can be repaired mechanically: README title, headings and table of knobs, missing rows of quality.toml, the version range, the
+repository's licence."""
 
 from __future__ import annotations
 
@@ -9,7 +10,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from diffgraft.community.check.claims import quality_of, with_missing_rows
-from diffgraft.community.check.packaging import RANGE, is_open, is_requirement
+from diffgraft.community.check.packaging import RANGE, is_open, is_requirement, licence_above
 from diffgraft.community.check.project import Project
 from diffgraft.community.check.readme import BEGIN, END, PART, SECTIONS, section
 from diffgraft.community.quality import FILE, SCALE
@@ -35,6 +36,8 @@ def fix(project: Project, computed: Mapping[str, bool]) -> list[str]:
     }
     if any(criterion.name not in claims for criterion in SCALE):  # an author's own comments in a whole file stay
         new[quality] = (quality.read_text(encoding="utf-8") if quality.is_file() else "", with_missing_rows(project, computed))
+    if not any(project.root.glob("LICEN[SC]E*")) and (licence := licence_above(project.root)) is not None:
+        new[project.root / licence.name] = ("", licence.read_text(encoding="utf-8"))
     changed = {path: text for path, (before, text) in new.items() if text != before}
     for path, text in changed.items():
         write_atomic(path, text.encode())

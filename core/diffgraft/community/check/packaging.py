@@ -8,6 +8,7 @@ import re
 import sys
 from collections.abc import Iterator
 from importlib.metadata import packages_distributions
+from pathlib import Path
 
 from packaging.requirements import InvalidRequirement, Requirement
 from packaging.utils import canonicalize_name
@@ -183,7 +184,7 @@ def is_requirement(text: object) -> bool:
 
 @rule("package", "installs")
 def licence(project: Project) -> Iterator[Problem]:
-    """The pyproject names a licence, and its text is in the folder (or in the repository that holds it)."""
+    """The pyproject names a licence, and its text is in the plugin's own folder: a build takes it from nowhere else."""
     given = project.project.get("license") or project.project.get("license-files")
     if not given:
         yield Problem(
@@ -192,12 +193,14 @@ def licence(project: Project) -> Iterator[Problem]:
             PYPROJECT,
             project.line_of(PYPROJECT, r"^\[project\]"),
         )
-    if project.root is None:
-        return
-    folders = [project.root]
-    while not (folders[-1] / ".git").exists() and folders[-1].parent != folders[-1]:
-        folders.append(folders[-1].parent)
-    if not (folders[-1] / ".git").exists():
-        folders = folders[:1]  # in no repository
-    if not any(path.is_file() for folder in folders for path in folder.glob("LICEN[SC]E*")):
-        yield Problem("no LICENSE file lies here", "put the text of the licence into the folder", "LICENSE")
+    if project.root is not None and not any(project.root.glob("LICEN[SC]E*")):
+        remedy = "put the text of the licence into the folder" + (" (--fix: the repository's)" if licence_above(project.root) else "")
+        yield Problem("no LICENSE file lies here, so the wheel will have none", remedy, "LICENSE")
+
+
+def licence_above(folder: Path) -> Path | None:
+    """The LICENSE of the repository that holds a folder, or None."""
+    for above in (folder, *folder.parents):
+        if (above / ".git").exists():
+            return next(iter(sorted(above.glob("LICEN[SC]E*"))), None)
+    return None

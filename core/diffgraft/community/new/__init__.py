@@ -19,6 +19,7 @@ from diffgraft.community.check.packaging import dist_of, fault_of_name, module_o
 from diffgraft.community.quality import rows_as_toml
 from diffgraft.kernel import registry
 from diffgraft.kernel.errors import ConfigError, nearest
+from diffgraft.kernel.extras import imported
 
 
 @dataclass(frozen=True)
@@ -142,11 +143,10 @@ def write_plugin(answers: Answers, folder: Path) -> Path:
 
 def render(answers: Answers) -> dict[str, str]:
     """Every file of the plugin by its path in the folder."""
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-
-    environment = Environment(
-        loader=PackageLoader("diffgraft.community.new", "template"),
-        undefined=StrictUndefined,
+    jinja2 = imported("jinja2", "`diffgraft new`")
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("diffgraft.community.new", "template"),
+        undefined=jinja2.StrictUndefined,
         keep_trailing_newline=True,
         trim_blocks=True,
         lstrip_blocks=True,
@@ -167,6 +167,7 @@ def render(answers: Answers) -> dict[str, str]:
         for template, path in TEMPLATES.items()
     }
     texts[f"{answers.module}/quality.toml"] = rows_as_toml({})
+    texts[f"{answers.module}/py.typed"] = ""
     return texts
 
 

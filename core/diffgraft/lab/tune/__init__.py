@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from diffgraft.kernel.errors import ConfigError
+from diffgraft.kernel.extras import imported
 from diffgraft.kernel.plugin import Plugin
 from diffgraft.kernel.stack import ensure_bare
 from diffgraft.lab.compare import quiet
@@ -27,7 +28,7 @@ from diffgraft.lab.judging import Judge
 from diffgraft.lab.machine import machine, versions
 from diffgraft.lab.tune.goal import TuneSettings, Tuning, front_of
 from diffgraft.lab.tune.space import ensure_fits
-from diffgraft.lab.tune.study import Study, imported
+from diffgraft.lab.tune.study import Study
 from diffgraft.lab.tune.tuner import Tuner, describe_here
 from diffgraft.methods.artefacts import Fingerprint, scheduler_facts
 from diffgraft.methods.calibration import OnProgress
@@ -64,7 +65,7 @@ def tune(
             unfinished run of another command.
         Conflict: there are plugins on the pipeline.
     """
-    optuna = imported("optuna")
+    optuna = imported("optuna", "`diffgraft tune`")
     ensure_bare(pipe, "what is tuned starts from the plain pipeline")
     if settings.goal.measure == "judge" and judge is None:
         raise ConfigError(f"target judge={settings.goal.value:g}: {name} brings no judge; take psnr or ssim")

@@ -6,11 +6,10 @@ import random
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from diffgraft.kernel.errors import ConfigError, Unsupported
+from diffgraft.kernel.errors import ConfigError
 from diffgraft.lab.tune.goal import Candidate, Trial
 from diffgraft.lab.tune.space import Space
 
@@ -18,18 +17,6 @@ TRIES = 64
 """How often a candidate that is not known yet is asked for before the space counts as exhausted; the second half is drawn blindly."""
 STARTUP = 10
 """Trials before Optuna's sampler models anything."""
-
-
-def imported(module: str) -> Any:
-    """A module of the extra ``tune``: Optuna, which proposes the candidates, or a part of matplotlib, which draws.
-
-    Raises:
-        Unsupported: it is not installed.
-    """
-    try:
-        return import_module(module)
-    except ImportError as error:
-        raise Unsupported(f"`diffgraft tune` needs {module}, which is not installed: pip install 'diffgraft[tune]'") from error
 
 
 class Study:
@@ -43,9 +30,7 @@ class Study:
         self.states = optuna.trial.TrialState
         try:
             storage = JournalStorage(JournalFileBackend(str(folder / "optuna.log")))
-            self.study = optuna.create_study(
-                storage=storage, study_name="tune", directions=["minimize", "maximize"], load_if_exists=True
-            )
+            self.study = optuna.create_study(storage=storage, study_name="tune", directions=["minimize", "maximize"], load_if_exists=True)
         except ValueError as error:
             raise ConfigError(f"{folder / 'optuna.log'} cannot be read ({error}): delete {folder}, or choose another --out") from error
         for lost in self.study.get_trials(states=(self.states.RUNNING,)):  # an interrupted one begins anew, with the same candidate

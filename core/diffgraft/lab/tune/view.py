@@ -9,11 +9,11 @@ from typing import Any
 import typer
 from rich.table import Table
 
+from diffgraft.kernel.extras import imported
 from diffgraft.lab.compare_view import seconds_text
 from diffgraft.lab.metrics import Mean
 from diffgraft.lab.terminal import console, escaped
 from diffgraft.lab.tune.goal import MOST_DB, Final, Trial, Tuning
-from diffgraft.lab.tune.study import imported
 from diffgraft.methods.files import write_atomic
 
 COLOURS = ("#d95f02", "#7570b3", "#e7298a", "#1b9e77", "#e6ab02", "#a6761d", "#66a61e", "#0072b2", "#999933")
@@ -40,7 +40,7 @@ def draw(result: Tuning, pipeline: str) -> Any:
     def shown(fidelity: float) -> float:
         return min(fidelity, top)  # of equal pictures PSNR is infinite: the upper edge
 
-    figure = imported("matplotlib.figure").Figure(figsize=(9, 6), layout="constrained")
+    figure = imported("matplotlib.figure", "`diffgraft tune`").Figure(figsize=(9, 6), layout="constrained")
     axes = figure.add_subplot()
     steps = sorted((trial for trial in measured if not trial.candidate.plugins), key=lambda trial: trial.candidate.steps)
     line = [unit * t.ratio for t in steps], [shown(t.fidelity) for t in steps]

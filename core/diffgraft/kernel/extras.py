@@ -1,0 +1,48 @@
+"""What a plain ``pip install diffgraft`` does not bring: which extra does, said by one helper."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from diffgraft.kernel.errors import Unsupported
+
+EXTRAS = {
+    "torchmetrics": "lab",
+    "optuna": "lab",
+    "matplotlib": "lab",
+    "jinja2": "author",
+    "pytest": "author",
+    "peft": "author",
+    "ftfy": "author",
+    "xformers": "xformers",
+}
+"""Import package -> the extra of ``diffgraft`` that brings it; a test holds it against the pyproject."""
+
+
+def imported(module: str, what: str) -> Any:
+    """A module that only an extra brings.
+
+    Args:
+        what: needs it, for the error: "`diffgraft tune`".
+
+    Raises:
+        Unsupported: it is not installed; the text has the pip command.
+    """
+    try:
+        return import_module(module)
+    except ImportError as error:
+        package = module.partition(".")[0]
+        raise Unsupported(
+            f"{what} needs {package}, which cannot be imported ({error}): pip install 'diffgraft[{EXTRAS[package]}]'"
+        ) from error
+
+
+def is_installed(dist: str) -> bool:
+    """Whether a distribution is here."""
+    try:
+        version(dist)
+    except PackageNotFoundError:
+        return False
+    return True
