@@ -107,20 +107,6 @@ def test_the_doctor_of_a_core_alone(tmp_path):
     release.run(core_only(tmp_path), "-c", DOCTOR, cwd=tmp_path)
 
 
-@pytest.mark.slow
-def test_every_plugin_alone(tmp_path):
-    """As .ci/release.py does with one of them: by its wheel only. It loads, and leaves nothing behind."""
-    plugins = [folder for folder in folders() if folder.parent.name == "plugins"]
-    release.build([*folders()[:3], *plugins], tmp_path / "dist", ["wheel"])
-    for folder in plugins:
-        python = release.clean_environment(tmp_path / folder.name, [*folders()[:3], folder])
-        dist = release.project_of(folder)["name"]
-        release.install_by_name(python, dist, tmp_path / "dist")
-        release.run(python, "-c", f"from diffgraft.kernel import registry; registry.find({folder.name!r})", cwd=tmp_path)
-        assert release.uninstall(python, [dist, "diffgraft", "diffgraft-core", "diffgraft-families"]) == []
-        shutil.rmtree(tmp_path / folder.name)
-
-
 class World:
     """A clean environment with the wheels of everything of ours but the plugins."""
 

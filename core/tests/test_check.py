@@ -271,7 +271,7 @@ def test_what_is_no_plugin_is_refused(tmp_path, workshop):
         open_project(str(tmp_path))
     with pytest.raises(PluginNotFound, match="did you mean 'deepcache'"):
         open_project("deepcach")
-    folder = workshop.make([("pyproject.toml", '[project.entry-points."diffgraft.plugins"]', "[project.urls]")])
+    folder = workshop.make([("pyproject.toml", '[project.entry-points."diffgraft.plugins"]', "[tool.other]")])
     with pytest.raises(ConfigError, match="names 0 plugins"):
         open_project(str(folder))
     folder = workshop.make([("py", "append", "\ndef broken(:\n")])
