@@ -15,7 +15,7 @@ import published
 import pytest
 import release
 from diffgraft.community.check.packaging import BROUGHT
-from diffgraft.kernel.extras import EXTRAS
+from diffgraft.methods.extras import EXTRAS
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 

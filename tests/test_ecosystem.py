@@ -29,7 +29,7 @@ ALONE = """
 import importlib.util, sys
 from diffgraft import PipelineNotFound, load_pipeline
 from diffgraft.cli import app
-from diffgraft.kernel.extras import EXTRAS
+from diffgraft.methods.extras import EXTRAS
 from typer.testing import CliRunner
 
 def said(code, *words):

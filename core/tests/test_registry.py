@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import py_compile
 import sys
 import textwrap
@@ -10,7 +11,7 @@ import textwrap
 import pytest
 from diffgraft.kernel import registry
 from diffgraft.kernel.errors import BrokenPlugin, PipelineNotFound, PluginNotFound, Unsupported
-from diffgraft.kernel.extras import imported
+from diffgraft.methods.extras import imported
 
 GOOD = """
     from diffgraft import Paper, Plugin
@@ -137,10 +138,11 @@ def test_without_any_family_it_says_what_to_install(monkeypatch):
 
 def test_without_the_checkpoints_it_says_what_to_install(monkeypatch):
     monkeypatch.setattr(registry, "bundled", dict)
-    monkeypatch.setattr(registry, "is_installed", lambda dist: dist != "diffgraft-checkpoints")
+    there = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "diffgraft_checkpoints" else there(name))
     with pytest.raises(PipelineNotFound, match=r"'emoji-sd' is no bundled pipeline\. Bundled: none\. `pip install diffgraft-checkpoints`"):
         registry.find_bundled("emoji-sd")
-    monkeypatch.setattr(registry, "is_installed", lambda dist: True)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: there("json") if name == "diffgraft_checkpoints" else there(name))
     with pytest.raises(PipelineNotFound) as error:
         registry.find_bundled("emoji-sd")
     assert "pip install" not in str(error.value)

@@ -29,7 +29,7 @@ from diffgraft.cli.options import (
 )
 from diffgraft.kernel import registry
 from diffgraft.kernel.errors import ConfigError
-from diffgraft.kernel.extras import imported
+from diffgraft.methods.extras import imported
 
 BUNDLED_SAMPLES = 24
 OTHER_SAMPLES = 6

@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 from packaging.requirements import InvalidRequirement, Requirement
 
 from diffgraft.kernel.errors import BrokenPlugin, PipelineNotFound, PluginNotFound, Unsupported, nearest
-from diffgraft.kernel.extras import is_installed
 from diffgraft.kernel.family import Bundled, Family
 
 if TYPE_CHECKING:
@@ -257,7 +256,8 @@ def find_bundled(name: str) -> Bundled:
     """Raises PipelineNotFound with the nearest names."""
     known = bundled()
     if name not in known:
-        brings = "" if is_installed(CHECKPOINTS) else f"`pip install {CHECKPOINTS}` brings emoji-sd and others that run offline. "
+        here = importlib.util.find_spec(CHECKPOINTS.replace("-", "_")) is not None
+        brings = "" if here else f"`pip install {CHECKPOINTS}` brings emoji-sd and others that run offline. "
         raise PipelineNotFound(
             f"{name!r} is no bundled pipeline{nearest(name, known) or '.'} "
             f"Bundled: {', '.join(known) or 'none'}. {brings}"

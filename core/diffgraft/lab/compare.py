@@ -19,7 +19,6 @@ import numpy as np
 import torch
 
 from diffgraft.kernel.errors import ConfigError
-from diffgraft.kernel.extras import imported
 from diffgraft.kernel.loading import load_pipeline
 from diffgraft.kernel.plugin import Plugin
 from diffgraft.kernel.stack import PluginStack, ensure_bare
@@ -28,6 +27,7 @@ from diffgraft.lab.instruments import DenoiseClock, MacCounter, synchronize
 from diffgraft.lab.judging import Judge, as_seen, summarise, understood_by
 from diffgraft.lab.machine import machine, versions
 from diffgraft.lab.results import Arm, ArmResult, CompareSettings, Comparison, EqualTime, Kind, Timing, Verdicts
+from diffgraft.methods.extras import imported
 from diffgraft.methods.inputs import CallSettings, Pictures, make_pictures
 
 OnProgress = Callable[[str, int, int], None]

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from diffgraft.kernel.extras import imported
+from diffgraft.methods.extras import imported
 from diffgraft.methods.inputs import Pictures
 
 SSIM_WINDOW = 11

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from diffgraft.kernel.extras import imported
 from diffgraft.kernel.family import Family
+from diffgraft.methods.extras import imported
 from diffgraft.testing.setting import Setting
 
 SCHEDULERS: Mapping[str, tuple[str, dict[str, Any]]] = {

@@ -19,7 +19,7 @@ from diffgraft.community.check.packaging import dist_of, fault_of_name, module_o
 from diffgraft.community.quality import rows_as_toml
 from diffgraft.kernel import registry
 from diffgraft.kernel.errors import ConfigError, nearest
-from diffgraft.kernel.extras import imported
+from diffgraft.methods.extras import imported
 
 
 @dataclass(frozen=True)

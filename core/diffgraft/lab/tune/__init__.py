@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 from diffgraft.kernel.errors import ConfigError
-from diffgraft.kernel.extras import imported
 from diffgraft.kernel.plugin import Plugin
 from diffgraft.kernel.stack import ensure_bare
 from diffgraft.lab.compare import quiet
@@ -33,6 +32,7 @@ from diffgraft.lab.tune.tuner import Tuner, describe_here
 from diffgraft.methods.artefacts import Fingerprint, scheduler_facts
 from diffgraft.methods.calibration import OnProgress
 from diffgraft.methods.calibration import plain as plain_call
+from diffgraft.methods.extras import imported
 from diffgraft.methods.files import claim, write_json
 from diffgraft.methods.inputs import CallSettings
 

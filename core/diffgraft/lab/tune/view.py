@@ -9,11 +9,11 @@ from typing import Any
 import typer
 from rich.table import Table
 
-from diffgraft.kernel.extras import imported
 from diffgraft.lab.compare_view import seconds_text
 from diffgraft.lab.metrics import Mean
 from diffgraft.lab.terminal import console, escaped
 from diffgraft.lab.tune.goal import MOST_DB, Final, Trial, Tuning
+from diffgraft.methods.extras import imported
 from diffgraft.methods.files import write_atomic
 
 COLOURS = ("#d95f02", "#7570b3", "#e7298a", "#1b9e77", "#e6ab02", "#a6761d", "#66a61e", "#0072b2", "#999933")

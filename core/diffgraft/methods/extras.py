@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from importlib import import_module
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from diffgraft.kernel.errors import Unsupported
@@ -37,12 +36,3 @@ def imported(module: str, what: str) -> Any:
         raise Unsupported(
             f"{what} needs {package}, which cannot be imported ({error}): pip install 'diffgraft[{EXTRAS[package]}]'"
         ) from error
-
-
-def is_installed(dist: str) -> bool:
-    """Whether a distribution is here."""
-    try:
-        version(dist)
-    except PackageNotFoundError:
-        return False
-    return True
