@@ -198,7 +198,7 @@ def read(package: str) -> Quality | None:
     return None
 
 
-def tier_of(package: str) -> str | None:
+def tier_of(package: str) -> Tier | None:
     """The tier that an installed package claims, for lists: None where it claims none or its file cannot be read."""
     try:
         quality = read(package)
