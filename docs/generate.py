@@ -105,8 +105,8 @@ def catalogue(plugins: list[dict[str, Any]]) -> str:
     lines = [
         "# Plugin catalogue",
         "",
-        "What is installed where this documentation was built. Every plugin has a page: how to call it, what it does, its knobs, its limits, and what was "
-        "measured. `diffgraft list` shows yours, `diffgraft show NAME` a plugin's knobs and facts.",
+        "What is installed where this documentation was built. Every plugin has a page: how to call it, what it does, its knobs, its "
+        "limits, and what was measured. `diffgraft list` shows yours, `diffgraft show NAME` a plugin's knobs and facts.",
         "",
         "## By goal",
         "",
@@ -168,7 +168,8 @@ def methods() -> dict[str, str]:
         [
             "# Helpers for methods",
             "",
-            "What a method may use: `from diffgraft.methods.predictions import noise_estimate`. Everything else a plugin needs is in `diffgraft` itself.",
+            "What a method may use: `from diffgraft.methods.predictions import noise_estimate`. Everything else that a plugin needs is in "
+            "`diffgraft` itself.",
             "",
             "| `diffgraft.methods.` | |",
             "|---|---|",

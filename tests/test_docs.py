@@ -15,6 +15,8 @@ from pathlib import Path
 
 import diffgraft
 import diffgraft.kernel
+import diffgraft.methods
+import generate
 import pytest
 from blocks import Block, blocks_of, inside, run_page
 from diffgraft.cli import app
@@ -154,6 +156,31 @@ def test_every_error_has_its_section_and_a_provoked_message() -> None:
     assert {cls.__name__ for cls in tree} <= provoked
 
 
+# pages made from READMEs ------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_readme_stands_on_its_page_with_pictures_and_links() -> None:
+    home = ROOT / "plugins" / "bdia"
+    text = (
+        "![a](benchmarks/edit.png) [b](../../examples/benchmarks/speed.md#x) [c](../../docs/security.md) [d](benchmarks/order.py) "
+        "[`plugins/bdia/pyproject.toml`](pyproject.toml) [e](https://arxiv.org) [f](#knobs)"
+    )
+    known = {"examples/benchmarks/speed.md": "measured/speed.md", "docs/security.md": ""}
+    files: dict[str, bytes] = {}
+    assert generate.placed(text, home, "plugins/bdia.md", known, files) == (
+        "![a](bdia/edit.png) [b](../measured/speed.md#x) [c](../../security.md) d (`plugins/bdia/benchmarks/order.py`) "
+        "`plugins/bdia/pyproject.toml` [e](https://arxiv.org) [f](#knobs)"
+    )
+    assert files == {"plugins/bdia/edit.png": (home / "benchmarks" / "edit.png").read_bytes()}
+
+
+def test_every_helper_of_methods_has_a_page() -> None:
+    pages = generate.methods()
+    for path in Path(diffgraft.methods.__path__[0]).glob("[!_]*.py"):
+        assert f"| [`{path.stem}`]({path.stem}.md) | " in pages["methods/index.md"]
+        assert f".. automodule:: diffgraft.methods.{path.stem}\n" in pages[f"methods/{path.stem}.md"]
+
+
 # the site ---------------------------------------------------------------------------------------------------------------------------------
 
 
@@ -173,7 +200,9 @@ def test_every_plugin_is_in_the_catalogue(site: Path) -> None:
     page = (site / "generated" / "catalogue.html").read_text()
     for name, info in registry.installed().items():
         assert f"plugins/{name}.html" in page
-        assert info.dist in (site / "generated" / "plugins" / f"{name}.html").read_text()
+        own = (site / "generated" / "plugins" / f"{name}.html").read_text()
+        assert info.dist in own
+        assert all(f'id="{part}' in own for part in ("at-a-glance", "knobs", "limits", "measured-here"))
 
 
 @pytest.mark.slow

@@ -173,7 +173,7 @@ STATIC = {
         ([("toml", 'contract = "todo"\n', "")], "says nothing of contract"),
         ([("toml", 'contract = "todo"', 'contract = "perhaps"')], "perhaps"),
         ([*carded("2x", "README.md#Nowhere")], "is not there"),
-        ([*carded("2.5x, 3/4", "README.md#Measured here"), ("README.md", "figures of your own", "2.50x, 13/4 of")], "2.5, 3/4 stand nowhere"),
+        ([*carded("2.5x, 3/4", "README.md#Measured here"), ("README.md", "figures of your own", "2.50x, 13/4")], "2.5, 3/4 stand nowhere"),
         ([*carded("7.1x", "README.md#Measured here"), ("README.md", "## Limits", "7.1x\n\n## Limits")], "7.1 stands nowhere"),
     ],
 }
