@@ -1,31 +1,78 @@
-"""The pages that nobody writes by hand: the plugin catalogue, the hook point table and the command line, into docs/generated/."""
+"""The pages that nobody writes by hand, into docs/generated/: the catalogue, a page for each plugin and each measurement from the READMEs
+that lie beside them, the helpers for methods, the command line."""
 
 from __future__ import annotations
 
+import ast
 import os
+import posixpath
+import re
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import diffgraft.methods
 from diffgraft.community import tables
+from diffgraft.community.check import open_project
 from diffgraft.kernel import registry
 from diffgraft.kernel.errors import BrokenPlugin
+
+ROOT = Path(__file__).resolve().parent.parent
+MEASURED = {
+    "examples/benchmarks/README.md": "measured/benchmarks.md",
+    "examples/benchmarks/speed.md": "measured/speed.md",
+    "examples/stacks/README.md": "measured/stacks.md",
+    "examples/pairs.md": "measured/pairs.md",
+}
+"""What was measured, beside the scripts that did it -> its page."""
 
 
 def write_all(folder: Path) -> None:
     """Write every generated page; pages that are as they should be are left alone, so that a second build is quick."""
     plugins = installed_plugins()
-    pages = {"catalogue.md": catalogue(plugins), "command-line.md": command_line()}
-    pages |= {f"plugins/{about['name']}.md": plugin_page(about) for about in plugins}
-    for path in folder.rglob("*.md"):
-        if path.relative_to(folder).as_posix() not in pages:
+    files: dict[str, bytes] = {}
+    readmes = {f"plugins/{about['name']}/README.md": f"plugins/{about['name']}.md" for about in plugins}
+    known = {**MEASURED, **readmes, **{f"docs/{path.relative_to(ROOT / 'docs')}": "" for path in (ROOT / "docs").rglob("*.md")}}
+    pages = {"catalogue.md": catalogue(plugins), "command-line.md": command_line(), **methods()}
+    for about in plugins:
+        page = f"plugins/{about['name']}.md"
+        project = open_project(about["name"])
+        home = project.root or project.package.parent
+        pages[page] = plugin_page(about, placed(project.readme, home, page, known, files))
+    for source, page in MEASURED.items():
+        pages[page] = placed((ROOT / source).read_text(), (ROOT / source).parent, page, known, files)
+    files |= {name: text.encode() for name, text in pages.items()}
+    for path in folder.rglob("*.*"):
+        if path.relative_to(folder).as_posix() not in files:
             path.unlink()
-    for name, text in pages.items():
+    for name, content in files.items():
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        if not path.is_file() or path.read_text() != text:
-            path.write_text(text)
+        if not path.is_file() or path.read_bytes() != content:
+            path.write_bytes(content)
+
+
+LINK = re.compile(r"(?P<picture>!?)\[(?P<words>[^\]]*)\]\((?P<target>(?!https?:|#)[^)#]+)(?P<anchor>#[^)]*)?\)")
+
+
+def placed(text: str, home: Path, page: str, known: dict[str, str], files: dict[str, bytes]) -> str:
+    """A text of the repository as it stands on another page: pictures come along (into ``files``), links lead to the pages made from what
+    they name, and what has no page is named by its path."""
+
+    def moved(link: re.Match[str]) -> str:
+        target = (home / link["target"]).resolve()
+        if link["picture"]:
+            name = f"{page.removesuffix('.md')}/{target.name}"
+            files[name] = target.read_bytes()
+            return f"![{link['words']}]({posixpath.relpath(name, posixpath.dirname(page))})"
+        path = target.relative_to(ROOT).as_posix() if target.is_relative_to(ROOT) else link["target"]
+        if path not in known:
+            return f"{link['words']} (`{path}`)" if link["words"].strip("`") != path else f"`{path}`"
+        to = f"docs/generated/{known[path]}" if known[path] else path
+        return f"[{link['words']}]({posixpath.relpath(to, posixpath.dirname(f'docs/generated/{page}'))}{link['anchor'] or ''})"
+
+    return LINK.sub(moved, text)
 
 
 def installed_plugins() -> list[dict[str, Any]]:
@@ -53,12 +100,24 @@ def paper_link(about: dict[str, Any]) -> str:
 
 
 def catalogue(plugins: list[dict[str, Any]]) -> str:
-    """All plugins on one page."""
+    """All plugins on one page: for whom knows what for, and for who knows the name."""
+    classes = [registry.find(about["name"]) for about in plugins]
     lines = [
         "# Plugin catalogue",
         "",
-        "What is installed where this documentation was built, as each plugin declares it: `diffgraft list` shows yours. "
-        "`diffgraft show NAME` says the same as a plugin's page here.",
+        "What is installed where this documentation was built. Every plugin has a page: how to call it, what it does, its knobs, its "
+        "limits, and what was measured. `diffgraft list` shows yours, `diffgraft show NAME` a plugin's knobs and facts.",
+        "",
+        "## By goal",
+        "",
+        "x: times as fast as the plain pipeline with the same number of steps. dB: PSNR to its pictures, higher is nearer. "
+        "A page's section *Measured here* has the figures with the commands that make them, and with what else takes the same time.",
+        "",
+        tables.goal_tables(classes, lambda name: f"plugins/{name}.md", lambda name, card: f"plugins/{name}.md"),
+        "## By name",
+        "",
+        "What each plugin declares. The words in the last column are those by which [clashes are found](../concepts/declarations.md); the "
+        "[tier](../glossary.md) says how much of the quality scale it meets.",
         "",
         "| plugin | tier | what it does | works on | effects |",
         "|---|---|---|---|---|",
@@ -72,8 +131,8 @@ def catalogue(plugins: list[dict[str, Any]]) -> str:
     return "\n".join([*lines, "", "```{toctree}", ":hidden:", "", *listed, "```", ""])
 
 
-def plugin_page(about: dict[str, Any]) -> str:
-    """One plugin."""
+def plugin_page(about: dict[str, Any], readme: str) -> str:
+    """One plugin: its README, with what it declares before the first section."""
     paper = about["paper"]
     facts = {
         "paper": f"{paper['title']} {paper_link(about)}",
@@ -88,13 +147,43 @@ def plugin_page(about: dict[str, Any]) -> str:
         "off at": ", ".join(f"`{key} = {value!r}`" for key, value in about["neutral"].items()),
         "licence note": paper["licence"],
     }
-    lines = [f"# `{about['name']}`", "", about["summary"], "", "| | |", "|---|---|"]
+    before, heading, after = readme.partition("\n## ")
+    lines = [before.rstrip(), "", "## At a glance", "", "| | |", "|---|---|"]
     lines += [f"| {key} | {cell(value)} |" for key, value in facts.items() if value]
-    if about["knobs"]:
-        lines += ["", "## Knobs", "", "| knob | allowed | default | |", "|---|---|---|---|"]
-        for knob in about["knobs"]:
-            lines.append(f"| `{knob['name']}` | {cell(knob['allowed'])} | `{cell(knob['default'])}` | {cell(knob['description'])} |")
-    return "\n".join([*lines, ""])
+    return "\n".join([*lines, heading + after if heading else ""])
+
+
+def methods() -> dict[str, str]:
+    """A page for each room of `diffgraft.methods`, and the list of them."""
+    folder = Path(diffgraft.methods.__path__[0])
+    rooms = [path for path in sorted(folder.rglob("*.py")) if path.name != "__init__.py" or path.parent != folder]
+    pages, rows = {}, []
+    for path in rooms:
+        room = ".".join(path.relative_to(folder).with_suffix("").parts).removesuffix(".__init__")
+        first = (ast.get_docstring(ast.parse(path.read_text())) or "").split("\n\n")[0].replace("\n", " ")
+        pages[f"methods/{room}.md"] = f"# `diffgraft.methods.{room}`\n\n```{{eval-rst}}\n.. automodule:: diffgraft.methods.{room}\n```\n"
+        rows.append(f"| [`{room}`]({room}.md) | {cell(first)} |")
+    listed = [Path(page).stem for page in pages]
+    pages["methods/index.md"] = "\n".join(
+        [
+            "# Helpers for methods",
+            "",
+            "What a method may use: `from diffgraft.methods.predictions import noise_estimate`. Everything else that a plugin needs is in "
+            "`diffgraft` itself.",
+            "",
+            "| `diffgraft.methods.` | |",
+            "|---|---|",
+            *rows,
+            "",
+            "```{toctree}",
+            ":hidden:",
+            "",
+            *listed,
+            "```",
+            "",
+        ]
+    )
+    return pages
 
 
 def command_line() -> str:

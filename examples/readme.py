@@ -1,19 +1,22 @@
-"""Fill the generated parts of README.md: the plugin table from the installed plugins, the picture and its figures from a compare run.
+"""Fill the generated parts of README.md: the tables by goal from what the plugins say, the picture and its figures from a compare run.
 
     bash examples/run.sh                       # makes out/compare.png and out/compare.json
     python examples/readme.py out              # copies the picture and writes both parts
-    python examples/readme.py --check          # exit code 1 when the plugin table is not what its plugins say
-    python examples/readme.py --check --all    # or when a plugin is not in it: for a release, as a new plugin edits nothing but its folder
+    python examples/readme.py --check          # exit code 1 when a plugin's row is not what it says
+    python examples/readme.py --check --all    # or when the tables are not complete (a release; a new plugin edits nothing but its folder)
 """
 
 from __future__ import annotations
 
 import json
+import posixpath
 import shutil
 import sys
 from pathlib import Path
 
-from diffgraft.community.tables import installed_table
+from diffgraft.community.quality import Card
+from diffgraft.community.tables import goal_tables
+from diffgraft.kernel import registry
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
@@ -27,9 +30,25 @@ def replaced(text: str, part: str, body: str) -> str:
     return f"{begin}<!-- {part}:begin{mark}-->\n{body}<!-- {part}:end -->{end}"
 
 
-def name_in(line: str) -> str:
-    """The first cell of a row, which names its plugin."""
-    return line.split(" | ")[0]
+def page(name: str) -> str:
+    """A plugin's page, from the root of the repository."""
+    return f"plugins/{name}/README.md"
+
+
+def place(name: str, card: Card) -> str:
+    """Where the figures of a plugin's card stand, from the root of the repository."""
+    return posixpath.normpath(f"plugins/{name}/{card.gain_where.partition('#')[0]}")
+
+
+def plugins_part(most: int | None = 4) -> str:
+    """Which plugin for what; a README shows a few of each kind."""
+    names = sorted(folder.parent.name for folder in ROOT.glob("plugins/*/pyproject.toml"))
+    return goal_tables([registry.find(name) for name in names], page, place, most)
+
+
+def rows(text: str) -> set[str]:
+    """The rows of plugins in a text."""
+    return {line for line in text.splitlines() if line.startswith("| [`")}
 
 
 def compare_part(folder: Path) -> str:
@@ -69,12 +88,9 @@ def compare_part(folder: Path) -> str:
 
 def main() -> None:
     text = README.read_text()
-    table, faults = installed_table()
-    assert not faults, faults
-    new = replaced(text, "plugins", table)
+    new = replaced(text, "plugins", plugins_part())
     if "--check" in sys.argv:
-        known = table if "--all" in sys.argv else "".join(line for line in table.splitlines(True) if name_in(line) in text)
-        sys.exit(replaced(text, "plugins", known) != text)
+        sys.exit(new != text if "--all" in sys.argv else not rows(text) <= rows(plugins_part(most=None)))
     if len(sys.argv) > 1:
         new = replaced(new, "compare", compare_part(Path(sys.argv[1])))
     README.write_text(new)

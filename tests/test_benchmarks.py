@@ -217,7 +217,7 @@ def test_true_features_are_those_of_the_judge():
 # the README's figures --------------------------------------------------------------------------------------------------------------------
 
 ROOT = Path(__file__).resolve().parent.parent
-PART = (ROOT / "README.md").read_text().split("<!-- bench:begin", 1)[1].split("<!-- bench:end -->")[0]
+PART = (ROOT / "examples/benchmarks/README.md").read_text().split("<!-- bench:begin", 1)[1].split("<!-- bench:end -->")[0]
 
 
 def test_every_number_of_the_readme_is_in_the_rows():

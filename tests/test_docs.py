@@ -3,18 +3,27 @@ the site is built without a warning and opens in a browser without a fault."""
 
 from __future__ import annotations
 
+import html
 import importlib
+import json
 import re
+import shlex
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import diffgraft
+import diffgraft.kernel
+import diffgraft.methods
+import generate
 import pytest
 from blocks import Block, blocks_of, inside, run_page
+from diffgraft.cli import app
 from diffgraft.kernel import errors, registry
 from diffgraft.kernel.plugin import POINTS, Plugin
 from diffgraft.testing import contract_cases
+from typer.main import get_command
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
@@ -95,6 +104,46 @@ def test_a_hook_pages_plugin(point: str, tmp_path: Path) -> None:
             case.run()
 
 
+# commands ---------------------------------------------------------------------------------------------------------------------------------
+
+
+def commands_of(page: Path) -> set[str]:
+    shell = [block.code.replace("\\\n", " ") for block in blocks_of(page) if block.language == "bash"]
+    return {line for code in shell for line in re.findall(r"(?:^|&& |; |[A-Z_]=\S+ )diffgraft (.+)", code, re.MULTILINE)}
+
+
+@pytest.mark.parametrize("page", [name for name, path in PAGES.items() if commands_of(path)])
+def test_commands_exist(page: str) -> None:
+    """Those of blocks that are only shown too."""
+    for line in commands_of(PAGES[page]):
+        name, *words = shlex.split(line, comments=True)
+        command = get_command(app).commands[name]  # type: ignore[attr-defined]
+        known = {option for parameter in command.params for option in [*parameter.opts, *parameter.secondary_opts]}
+        assert {word for word in words if word.startswith("-")} <= known, line
+
+
+# the kernel's files and the names of the package are all told ---------------------------------------------------------------------------
+
+
+def test_every_file_of_the_kernel_has_its_line() -> None:
+    text = PAGES["concepts/life-of-a-call.md"].read_text()
+    for path in Path(diffgraft.kernel.__path__[0]).glob("*.py"):
+        assert path.name == "__init__.py" or f"`{path.name}`" in text
+
+
+def test_every_public_name_is_in_the_reference() -> None:
+    told = "\n".join(path.read_text() for name, path in PAGES.items() if name.startswith("reference/"))
+    missing = [name for name in diffgraft.__all__ if not re.search(rf"diffgraft\.{name}\b", told)]
+    assert missing == ["__version__"]
+
+
+def test_authors_import_from_two_places() -> None:
+    for page, path in PAGES.items():
+        for block in blocks_of(path):
+            found = re.findall(r"(?:from|import) (diffgraft\.(?!methods|testing)\w+)", block.code)
+            assert not found, f"{page} imports {found}: users need `diffgraft`, authors `diffgraft.methods` and `diffgraft.testing` too"
+
+
 # troubleshooting --------------------------------------------------------------------------------------------------------------------------
 
 
@@ -105,6 +154,31 @@ def test_every_error_has_its_section_and_a_provoked_message() -> None:
         assert f"\n## {cls.__name__}\n" in text
     provoked = {block.output.split(":")[0] for block in blocks_of(PAGES["troubleshooting.md"]) if block.mark == "raises" and block.output}
     assert {cls.__name__ for cls in tree} <= provoked
+
+
+# pages made from READMEs ------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_readme_stands_on_its_page_with_pictures_and_links() -> None:
+    home = ROOT / "plugins" / "bdia"
+    text = (
+        "![a](benchmarks/edit.png) [b](../../examples/benchmarks/speed.md#x) [c](../../docs/security.md) [d](benchmarks/order.py) "
+        "[`plugins/bdia/pyproject.toml`](pyproject.toml) [e](https://arxiv.org) [f](#knobs)"
+    )
+    known = {"examples/benchmarks/speed.md": "measured/speed.md", "docs/security.md": ""}
+    files: dict[str, bytes] = {}
+    assert generate.placed(text, home, "plugins/bdia.md", known, files) == (
+        "![a](bdia/edit.png) [b](../measured/speed.md#x) [c](../../security.md) d (`plugins/bdia/benchmarks/order.py`) "
+        "`plugins/bdia/pyproject.toml` [e](https://arxiv.org) [f](#knobs)"
+    )
+    assert files == {"plugins/bdia/edit.png": (home / "benchmarks" / "edit.png").read_bytes()}
+
+
+def test_every_helper_of_methods_has_a_page() -> None:
+    pages = generate.methods()
+    for path in Path(diffgraft.methods.__path__[0]).glob("[!_]*.py"):
+        assert f"| [`{path.stem}`]({path.stem}.md) | " in pages["methods/index.md"]
+        assert f".. automodule:: diffgraft.methods.{path.stem}\n" in pages[f"methods/{path.stem}.md"]
 
 
 # the site ---------------------------------------------------------------------------------------------------------------------------------
@@ -126,7 +200,9 @@ def test_every_plugin_is_in_the_catalogue(site: Path) -> None:
     page = (site / "generated" / "catalogue.html").read_text()
     for name, info in registry.installed().items():
         assert f"plugins/{name}.html" in page
-        assert info.dist in (site / "generated" / "plugins" / f"{name}.html").read_text()
+        own = (site / "generated" / "plugins" / f"{name}.html").read_text()
+        assert info.dist in own
+        assert all(f'id="{part}' in own for part in ("at-a-glance", "knobs", "limits", "measured-here"))
 
 
 @pytest.mark.slow
@@ -146,24 +222,47 @@ def test_links_lead_somewhere_and_nothing_is_fetched(site: Path) -> None:
                 assert f'id="{anchor}"' in pages[target], f"{page.relative_to(site)} links to {href}"
 
 
+OPENER = """<!doctype html><iframe id="window" style="width: WIDTHpx; height: 844px; border: 0"></iframe><pre id="told"></pre><script>
+const told = {}, view = document.getElementById("window"), later = ms => new Promise(done => setTimeout(done, ms));
+const load = address => new Promise(done => { view.onload = done; view.src = address; });
+(async () => {
+  for (const page of PAGES) {
+    await load(page);
+    const root = view.contentDocument.documentElement;
+    const wide = [...root.querySelectorAll("main *, article *")].filter(one => one.getBoundingClientRect().right > WIDTH + 1);
+    const box = one => /auto|scroll|hidden/.test(getComputedStyle(one).overflowX);
+    const scrolls = one => one && one !== root && (box(one) || scrolls(one.parentElement));
+    told[page] = [root.scrollWidth, wide.filter(one => !scrolls(one.parentElement)).slice(0, 3).map(one => one.outerHTML.slice(0, 120))];
+  }
+  await load("search.html?q=guidance");
+  for (let i = 0; i < 100 && !told.found; i++) {
+    await later(100);
+    told.found = view.contentDocument.querySelectorAll("#search-results li a").length;
+  }
+  document.getElementById("told").textContent = JSON.stringify(told);
+})();
+</script>"""
+"""A page that opens the others in a window of some width, and tells how wide they are and what sticks out."""
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("width", [1280, 390])
-def test_the_site_opens_in_a_browser(site: Path, width: int) -> None:
-    playwright = pytest.importorskip("playwright.sync_api")
+def test_the_site_opens_in_a_browser(site: Path, width: int, tmp_path: Path) -> None:
+    """No page is wider than a phone's window, the search finds something without a server, and no script complains."""
     chromium = shutil.which("chromium") or shutil.which("google-chrome")
     if chromium is None:
         pytest.skip("no Chromium here")
-    faults: list[str] = []
-    with playwright.sync_playwright() as p:
-        browser = p.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
-        page = browser.new_page(viewport={"width": width, "height": 900})
-        page.on("console", lambda message: faults.append(message.text) if message.type == "error" else None)
-        page.on("pageerror", lambda error: faults.append(str(error)))
-        page.on("request", lambda request: None if request.url.startswith(("file:", "data:")) else faults.append(request.url))
-        for name in ("index", "concepts/onion", "hooks/guide", "generated/catalogue", "reference/calls", "troubleshooting"):
-            page.goto((site / f"{name}.html").as_uri())
-            assert page.evaluate("document.documentElement.scrollWidth") <= width, f"{name} is wider than the window"
-        page.goto((site / "search.html").as_uri() + "?q=guidance")
-        page.wait_for_selector("#search-results li a")
-        browser.close()
-    assert not faults
+    pages = sorted(path.relative_to(site).as_posix() for path in site.rglob("*.html") if not path.name.startswith(("opener", "search")))
+    opener = site / f"opener-{width}.html"
+    opener.write_text(OPENER.replace("WIDTH", str(width)).replace("PAGES", json.dumps(pages)))
+    quiet = ["--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--enable-logging=stderr", f"--user-data-dir={tmp_path}"]
+    look = ["--allow-file-access-from-files", "--window-size=1400,1000", "--virtual-time-budget=600000", "--dump-dom", opener.as_uri()]
+    done = subprocess.run([chromium, *quiet, *look], capture_output=True, text=True, check=True, timeout=300)
+    [said] = re.findall(r'<pre id="told">(.*?)</pre>', done.stdout, re.DOTALL)
+    told = json.loads(html.unescape(said))
+    assert told.pop("found") > 3
+    assert set(told) == set(pages)
+    wide = {page: sticking for page, (reach, sticking) in told.items() if reach > width}
+    assert not wide, f"wider than {width} px: {wide}"
+    complaints = [line for line in done.stderr.splitlines() if "CONSOLE" in line]
+    assert not complaints

@@ -13,7 +13,7 @@ from diffgraft.community.badge import badge
 from diffgraft.community.check import RULES, check, open_project
 from diffgraft.community.check.effects import Observed, contract_problems, overdeclared
 from diffgraft.community.new import Answers, write_plugin
-from diffgraft.community.quality import SCALE, Claim, Quality, parse, rows_as_toml
+from diffgraft.community.quality import SCALE, Card, Claim, Quality, as_toml, parse
 from diffgraft.kernel import registry
 from diffgraft.kernel.errors import ConfigError, PluginNotFound
 from diffgraft.kernel.plugin import Effects
@@ -70,6 +70,11 @@ def in_hook(line):
 def helper(text, call):
     """Put a function into the module, and a call of it into ``denoise``."""
     return [("py", "append", text), *in_hook(call)]
+
+
+def carded(gain, where):
+    """Put figures onto the card."""
+    return [("toml", 'gain = ""', f'gain = "{gain}"'), ("toml", 'gain_where = ""', f'gain_where = "{where}"')]
 
 
 STATIC = {
@@ -167,6 +172,9 @@ STATIC = {
         ([("toml", 'static = "todo"', 'static = "done"'), *in_hook("prediction.cpu()")], "host_sync"),
         ([("toml", 'contract = "todo"\n', "")], "says nothing of contract"),
         ([("toml", 'contract = "todo"', 'contract = "perhaps"')], "perhaps"),
+        ([*carded("2x", "README.md#Nowhere")], "is not there"),
+        ([*carded("2.5x, 3/4", "README.md#Measured here"), ("README.md", "figures of your own", "2.50x, 13/4")], "2.5, 3/4 stand nowhere"),
+        ([*carded("7.1x", "README.md#Measured here"), ("README.md", "## Limits", "7.1x\n\n## Limits")], "7.1 stands nowhere"),
     ],
 }
 CASES = [(rule, i) for rule, cases in STATIC.items() for i in range(len(cases))]
@@ -402,9 +410,11 @@ def test_a_quality_file_survives_writing():
         "two_families": Claim("exempt", 'a "reason"'),
         "equation_test": Claim("done", "", ("tests/a.py::test_b",)),
     }
-    found = parse(rows_as_toml(rows), "q")
+    card = Card("editing", "2.0x as \"fast\"", "README.md#Measured")
+    found = parse(as_toml(Quality(rows, card)), "q")
     assert {name: found.claim(name) for name in rows} == rows
     assert set(found.claims) == {criterion.name for criterion in SCALE}
+    assert found.card == card
 
 
 @pytest.mark.parametrize(
@@ -418,6 +428,12 @@ def test_a_quality_file_survives_writing():
         ("[rules]\npair_tests = { status = 'done', evidence = 'x' }", "list of texts"),
         ("rules = 3", "must be a table"),
         ("[rules", "q:"),
+        ("card = 3", "must be a table [card]"),
+        ("[card]\ngain = '2x'\ngain_where = 'README.md'", "one of faster,"),
+        ("[card]\ngoal = 'fast'", "goal = 'fast'"),
+        ("[card]\ngoal = 'faster'\ngains = ''", "did you mean 'gain'"),
+        ("[card]\ngoal = 'faster'\ngain = 2", "text of one line"),
+        ("[card]\ngoal = 'faster'\ngain = '2x'", "go together"),
     ],
 )
 def test_bad_quality_files(text, word):

@@ -8,6 +8,11 @@
     gpu_timing = "todo"
     two_families = { status = "exempt", reason = "the paper's blocks exist in U-Nets only" }
 
+    [card]                                       # its row in tables by goal
+    goal = "faster"
+    gain = "2.0x as fast on emoji-wan"
+    gain_where = "README.md#Measured here"       # where these figures stand: a file, and a part of it
+
 What a machine can find out is found out by ``diffgraft check`` and may not be claimed against it.
 """
 
@@ -17,7 +22,7 @@ import importlib.util
 import json
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -33,6 +38,14 @@ Tier = Literal["bronze", "silver", "gold"]
 TIERS: tuple[Tier, ...] = ("bronze", "silver", "gold")
 STATUSES = ("done", "todo", "exempt")
 FILE = "quality.toml"
+GOALS = {
+    "faster": "Faster, with nothing to prepare",
+    "calibrated": "Faster, after a calibration or a search on your model",
+    "prompt": "Closer to the prompt, or to two prompts at once",
+    "editing": "Edit a picture that is there",
+    "research": "Research on sampling",
+}
+"""What a plugin may be for, as people choose; the words stand in the tables by goal."""
 
 
 @dataclass(frozen=True)
@@ -79,10 +92,25 @@ class Claim:
 
 
 @dataclass(frozen=True)
+class Card:
+    """What a plugin is for, and what it was measured to gain.
+
+    goal        one of :data:`GOALS`
+    gain        figures in a few words; empty where nothing is measured yet
+    gain_where  the file in which every one of these figures stands, with ``#`` and a part of its text, as evidence is named
+    """
+
+    goal: str
+    gain: str = ""
+    gain_where: str = ""
+
+
+@dataclass(frozen=True)
 class Quality:
-    """A ``quality.toml``: claims by criterion. Criteria that are not named are todo."""
+    """A ``quality.toml``: claims by criterion, and the card. Criteria that are not named are todo."""
 
     claims: Mapping[str, Claim]
+    card: Card | None = None
 
     @cached_property
     def tier(self) -> Tier | None:
@@ -102,12 +130,31 @@ def parse(text: str, where: str) -> Quality:
     """Read the text of a ``quality.toml``.
 
     Raises:
-        ConfigError: it is no TOML, or names a criterion or a status that does not exist, or an exemption that may not be or has no reason.
+        ConfigError: it is no TOML, or names a criterion, a status or a goal that does not exist, or an exemption that may not be or has no
+            reason, or figures without a place.
     """
-    rows = toml(text, where).get("rules", {})
-    if not isinstance(rows, dict):
-        raise ConfigError(f"{where}: rules = {rows!r}: it must be a table [rules]")
-    return Quality({name: parse_claim(name, value, where) for name, value in rows.items()})
+    data = toml(text, where)
+    for name in ("rules", "card"):
+        if not isinstance(data.get(name, {}), dict):
+            raise ConfigError(f"{where}: {name} = {data[name]!r}: it must be a table [{name}]")
+    claims = {name: parse_claim(name, value, where) for name, value in data.get("rules", {}).items()}
+    return Quality(claims, parse_card(data["card"], where) if "card" in data else None)
+
+
+def parse_card(row: dict[str, Any], where: str) -> Card:
+    """The table [card]."""
+    known = [field.name for field in fields(Card)]
+    for key, value in row.items():
+        if key not in known:
+            raise ConfigError(f"{where}: [card] has no {key!r}{nearest(key, known)} Known: {', '.join(known)}")
+        if not isinstance(value, str) or not value.isprintable():
+            raise ConfigError(f"{where}: [card] {key} = {value!r}: it must be a text of one line")
+    card = Card(**{"goal": "", **row})
+    if card.goal not in GOALS:
+        raise ConfigError(f"{where}: [card] goal = {card.goal!r}: it must be one of {', '.join(GOALS)}")
+    if bool(card.gain) != bool(card.gain_where):
+        raise ConfigError(f"{where}: [card] gain and gain_where go together: figures, and the file in which they stand")
+    return card
 
 
 def parse_claim(name: str, value: Any, where: str) -> Claim:
@@ -151,7 +198,7 @@ def read(package: str) -> Quality | None:
     return None
 
 
-def tier_of(package: str) -> str | None:
+def tier_of(package: str) -> Tier | None:
     """The tier that an installed package claims, for lists: None where it claims none or its file cannot be read."""
     try:
         quality = read(package)
@@ -160,8 +207,8 @@ def tier_of(package: str) -> str | None:
     return quality.tier if quality else None
 
 
-def rows_as_toml(claims: Mapping[str, Claim]) -> str:
-    """``quality.toml`` with these claims, tier by tier, what each criterion asks beside it."""
+def as_toml(quality: Quality) -> str:
+    """A whole ``quality.toml``: the claims tier by tier, what each criterion asks beside it, and the card."""
     lines = [
         "# Where this plugin stands on diffgraft's quality scale: done, todo, or exempt with the reason.",
         "# `diffgraft check` verifies it.",
@@ -172,8 +219,19 @@ def rows_as_toml(claims: Mapping[str, Claim]) -> str:
         lines.append(f"# {tier}")
         for criterion in SCALE:
             if criterion.tier == tier:
-                lines += [f"# {criterion.what}", row_as_toml(criterion.name, claims.get(criterion.name, Claim("todo")))]
-    return "\n".join(lines) + "\n"
+                lines += [f"# {criterion.what}", row_as_toml(criterion.name, quality.claim(criterion.name))]
+    return "\n".join([*lines, *(card_as_toml(quality.card) if quality.card else [])]) + "\n"
+
+
+def card_as_toml(card: Card) -> list[str]:
+    """The lines of the table [card]."""
+    says = (
+        f"what it is for, in the tables that help people choose: {', '.join(GOALS)}",
+        "what it was measured to gain, in a few words with figures; empty: nothing yet",
+        "the file in which these figures stand, and a part of its text: README.md#Measured here",
+    )
+    rows = zip(fields(Card), astuple(card), says, strict=True)
+    return ["", "[card]", *(line for field, value, what in rows for line in (f"# {what}", f"{field.name} = {json.dumps(value)}"))]
 
 
 def row_as_toml(name: str, claim: Claim) -> str:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from diffgraft.community.quality import tier_of
+from diffgraft.community.quality import GOALS, TIERS, Card, read, tier_of
 from diffgraft.kernel import registry
 from diffgraft.kernel.config import allowed
 from diffgraft.kernel.errors import BrokenPlugin
@@ -86,6 +86,63 @@ def plugin_table(classes: Iterable[type[Plugin]]) -> str:
         tier = tier_of(cls.__module__) or ""
         lines.append(table_row(f"`{cls.name}`", tier, paper_link(cls), cls.paper.implemented, where, cls.effects.words(), knob_text))
     return "\n".join(lines) + "\n"
+
+
+TAKES = {
+    "artefact": "a calibration file",
+    "search": "what a search found",
+    "inversion": "a picture's latents",
+    "pipeline": "a second pipeline",
+    "reward": "a reward function",
+}
+KINDS = {"*": "all", "unets": "U-Nets", "dits": "transformers"}
+
+
+def families_in_words(cls: type[Plugin], most: int = 3) -> str:
+    """Where a plugin works, short: the first of many families stand for all of them."""
+    names = [KINDS.get(name, name) for name in cls.families]
+    return ", ".join(names) if len(names) <= most + 1 else f"{', '.join(names[:most])} and {len(names) - most} more"
+
+
+def card_of(cls: type[Plugin]) -> Card | None:
+    """What the plugin's package says that it is for; None where it says nothing."""
+    quality = read(cls.__module__)
+    return quality.card if quality else None
+
+
+def goal_tables(
+    classes: Iterable[type[Plugin]], page: Callable[[str], str], place: Callable[[str, Card], str], most: int | None = None
+) -> str:
+    """Which plugin for what: a Markdown table for each goal that somebody serves. Plugins without a card are left out.
+
+    Args:
+        page: a plugin's name -> the address of its page.
+        place: a plugin's name and card -> the address where its figures stand; linked where that is not its page.
+        most: so many plugins of a goal, those of the highest tier first.
+    """
+    cards = [(cls, card) for cls in classes if (card := card_of(cls))]
+    lines = []
+    for goal, words in GOALS.items():
+        here = [(cls, card) for cls, card in cards if card.goal == goal]
+        if not here:
+            continue
+        lines += [f"**{words}**", "", "| plugin | families | takes | measured |", "|---|---|---|---|"]
+        for cls, card in sorted(here, key=lambda pair: (-tier_number(pair[0]), pair[0].name))[:most]:
+            figures = card.gain or "nothing yet"
+            if card.gain and place(cls.name, card) != page(cls.name):
+                figures = f"[{figures}]({place(cls.name, card)})"
+            takes = ", ".join(TAKES.get(need.kind, need.kind) for need in cls.needs)
+            lines.append(table_row(f"[`{cls.name}`]({page(cls.name)})", families_in_words(cls), takes, figures))
+        if most is not None and len(here) > most:
+            lines += ["", f"And {len(here) - most} more: `diffgraft list`."]
+        lines.append("")
+    return "\n".join(lines)
+
+
+def tier_number(cls: type[Plugin]) -> int:
+    """How high the tier is that a plugin claims; 0 is none."""
+    tier = tier_of(cls.__module__)
+    return TIERS.index(tier) + 1 if tier else 0
 
 
 def paper_link(cls: type[Plugin]) -> str:

@@ -147,7 +147,7 @@ class FrechetFitness(Fitness):
 
 
 def frechet(a: Tensor, b: Tensor) -> float:
-    """Frechet distance |m_a - m_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^1/2) of two sets of features [n, d] and [m, d]; float64 inside.
+    """Frechet distance ``|m_a - m_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^1/2)`` of two sets of features [n, d] and [m, d]; float64 inside.
 
     With C = R^T R the last trace is the sum of the singular values of R_a R_b^T: no square root of a matrix that is nearly singular.
     """

@@ -148,7 +148,7 @@ def report(out: Out = OUT) -> None:
 
 @app.command()
 def readme(out: Out = OUT) -> None:
-    """Write the benchmark's part of README.md from what is there."""
+    """Write the results into examples/benchmarks/README.md from what is there."""
     console.print(str(write_readme(Store(out), out)))
 
 

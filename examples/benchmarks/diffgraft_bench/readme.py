@@ -1,4 +1,4 @@
-"""The benchmark's part of the project's README: written from the rows, which are kept beside it so that every number can be looked up."""
+"""The results in the benchmark's README: written from the rows, which are kept beside it so that every number can be looked up."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from .rows import Row, Store
 BEGIN, END = "<!-- bench:begin (made by `python -m diffgraft_bench readme`) -->\n", "<!-- bench:end -->"
 FIDELITY = "psnr_reference_mean"
 PLOT = "emoji-sd-psnr_reference_mean.png"
-HERE = Path("examples/benchmarks")
+HERE = ROOT / "examples" / "benchmarks"
 
 
 def write_readme(store: Store, out: Path) -> Path:
-    """Put plot, tables and raw rows where the README shows them."""
+    """Put plot, tables and raw rows beside each other."""
     rows = list(store)
-    shutil.copyfile(out / PLOT, ROOT / HERE / "against.png")
-    store.write_csv(ROOT / HERE / "rows.csv")
-    readme = ROOT / "README.md"
+    shutil.copyfile(out / PLOT, HERE / "against.png")
+    store.write_csv(HERE / "rows.csv")
+    readme = HERE / "README.md"
     before, rest = readme.read_text().split(BEGIN, 1)
     after = rest.split(END, 1)[1]
     write_atomic(readme, (before + BEGIN + body(rows) + END + after).encode())
@@ -37,7 +37,7 @@ def body(rows: Sequence[Row]) -> str:
     good = findings.measured(rows)
     first = good[0]
     parts = [
-        f"![emoji-sd: time against solver error]({HERE}/against.png)\n",
+        "![emoji-sd: time against solver error](against.png)\n",
         "The methods that no other one beats in both time and nearness to the plain pipeline's many-step pictures, on each bundled\n"
         "checkpoint (speed-up against the plain pipeline with its own steps, in turn; least and most of the rounds in brackets):\n",
         "<details><summary>All of them</summary>\n",
@@ -74,7 +74,7 @@ def body(rows: Sequence[Row]) -> str:
     parts.append(
         f"{commands} on {first['machine'].get('device_name') or first['machine']['processor']}, {first['machine']['cpus']} cores, torch "
         f"{versions['torch']}, diffusers {versions['diffusers']}; {first['samples']} pictures, {first['rounds']} rounds, many steps: "
-        f"{first['reference_steps']}. Raw rows: [{HERE}/rows.csv]({HERE}/rows.csv). With pictures: report.html beside the rows; "
+        f"{first['reference_steps']}. Raw rows: [rows.csv](rows.csv). With pictures: report.html beside the rows; "
         "`bash examples/benchmarks/run.sh --quick` makes a shorter one, out/benchmarks/report.html, in 18 minutes.\n"
     )
     return "\n".join(parts)

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from diffgraft.community.check.project import Project
 from diffgraft.community.check.rule import Problem
-from diffgraft.community.quality import BY_NAME, FILE, SCALE, Claim, Criterion, Quality, parse, rows_as_toml
+from diffgraft.community.quality import BY_NAME, FILE, SCALE, Card, Claim, Criterion, Quality, as_toml, parse
 from diffgraft.kernel import registry
 from diffgraft.kernel.errors import ConfigError
+
+FIGURE = re.compile(r"\d+(?:[.,]\d+)*(?:/\d+|e-?\d+)?")
+"""A number as it stands in a text: 2.49, 45/72, 6.0e-6."""
 
 
 def quality_of(project: Project) -> Quality:
@@ -44,6 +48,7 @@ def claim_problems(project: Project, found: Mapping[str, list[str]], unknown: fr
     missing = [criterion.name for criterion in SCALE if criterion.name not in quality.claims]
     if missing:
         yield Problem(f"says nothing of {', '.join(missing)}", "done, todo, or exempt with the reason (--fix writes them as todo)", file, 1)
+    yield from card_problems(project, quality.card, file)
     for name, claim in quality.claims.items():
         criterion, line = BY_NAME[name], project.line_of(file, rf"^{name}\s*=")
         if claim.status != "done":
@@ -53,6 +58,23 @@ def claim_problems(project: Project, found: Mapping[str, list[str]], unknown: fr
                 yield Problem(f"claims {name} = 'done', but: {against[0]}", f"repair that, or say {name} = 'todo'", file, line)
         elif name not in unknown:
             yield from evidence_problems(project, criterion, claim.evidence, file, line)
+
+
+def card_problems(project: Project, card: Card | None, file: str) -> Iterator[Problem]:
+    """Whether every figure of the card stands where it says."""
+    if card is None or not card.gain or project.root is None:
+        return
+    line = project.line_of(file, r"^gain_where\s*=")
+    if not is_there(project.root, card.gain_where, "file"):
+        yield Problem(f"[card] gain_where = {card.gain_where!r} is not there", "name what is, as 'README.md#Measured here'", file, line)
+        return
+    name, _, part = card.gain_where.partition("#")
+    text = (project.root / name).read_text(encoding="utf-8")
+    told = re.split(r"^## ", text[text.index(part) :], maxsplit=1, flags=re.MULTILINE)[0]  # to the end of that section
+    missing = [figure for figure in FIGURE.findall(card.gain) if not re.search(rf"(?<![\d.]){re.escape(figure)}(?![\d]|\.\d)", told)]
+    if missing:
+        reason = f"[card] gain: {', '.join(missing)} {'stands' if len(missing) == 1 else 'stand'} nowhere in {card.gain_where}"
+        yield Problem(reason, "quote the figures as they stand there", file, line)
 
 
 def evidence_problems(project: Project, criterion: Criterion, evidence: tuple[str, ...], file: str, line: int) -> Iterator[Problem]:
@@ -84,8 +106,9 @@ def is_there(root: Path, item: str, kind: str) -> bool:
 
 def with_missing_rows(project: Project, computed: Mapping[str, bool]) -> str:
     """The text of ``quality.toml`` with every row: claims as they are, what is missing as found (or todo)."""
-    claims = dict(quality_of(project).claims)
+    quality = quality_of(project)
+    claims = dict(quality.claims)
     for criterion in SCALE:
         if criterion.name not in claims:
             claims[criterion.name] = Claim("done" if computed.get(criterion.name) else "todo")
-    return rows_as_toml(claims)
+    return as_toml(Quality(claims, quality.card))

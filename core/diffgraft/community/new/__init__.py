@@ -16,7 +16,7 @@ from pathlib import Path
 
 from diffgraft.community.catalogue import ARXIV
 from diffgraft.community.check.packaging import dist_of, fault_of_name, module_of
-from diffgraft.community.quality import rows_as_toml
+from diffgraft.community.quality import Card, Quality, as_toml
 from diffgraft.kernel import registry
 from diffgraft.kernel.errors import ConfigError, nearest
 from diffgraft.methods.extras import imported
@@ -166,7 +166,7 @@ def render(answers: Answers) -> dict[str, str]:
         path.format(name=answers.name, module=answers.module): environment.get_template(template.format(hook=answers.hook)).render(facts)
         for template, path in TEMPLATES.items()
     }
-    texts[f"{answers.module}/quality.toml"] = rows_as_toml({})
+    texts[f"{answers.module}/quality.toml"] = as_toml(Quality({}, Card("research")))
     texts[f"{answers.module}/py.typed"] = ""
     return texts
 
