@@ -22,7 +22,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-from diffgraft.kernel.errors import ConfigError, nearest
+from diffgraft.kernel.errors import ConfigError, choices
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -113,7 +113,7 @@ def parse(text: str, where: str) -> Quality:
 def parse_claim(name: str, value: Any, where: str) -> Claim:
     """One row."""
     if name not in BY_NAME:
-        raise ConfigError(f"{where}: there is no criterion {name!r}{nearest(name, BY_NAME)} Known: {', '.join(BY_NAME)}")
+        raise ConfigError(f"{where}: there is no criterion {name!r}{choices(name, BY_NAME, 'Known')}")
     row = {"status": value} if isinstance(value, str) else value
     if not isinstance(row, dict) or row.get("status") not in STATUSES or set(row) - {"status", "reason", "evidence"}:
         raise ConfigError(f"{where}: {name} = {value!r}: say {', '.join(map(repr, STATUSES))}, or {{ status, reason, evidence }}")

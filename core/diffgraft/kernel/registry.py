@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from packaging.requirements import InvalidRequirement, Requirement
 
-from diffgraft.kernel.errors import BrokenPlugin, PipelineNotFound, PluginNotFound, Unsupported, nearest
+from diffgraft.kernel.errors import BrokenPlugin, PipelineNotFound, PluginNotFound, Unsupported, choices, nearest
 from diffgraft.kernel.extras import is_installed
 from diffgraft.kernel.family import Bundled, Family
 
@@ -148,10 +148,8 @@ def find(name: str) -> type[Plugin]:
     known = installed()
     info = known.get(name)
     if info is None:
-        dist = "diffgraft-" + name.replace("_", "-")
-        raise PluginNotFound(
-            f"no plugin {name!r} is installed{nearest(name, known) or '.'} Installed: {', '.join(known) or 'none'}. "
-            f"If it is published, `pip install {dist}` brings it."
+        raise PluginNotFound(  # no pip line: the name of a package is never made up from what somebody typed
+            f"no plugin {name!r} is installed{choices(name, known, 'Installed')} `diffgraft search` lists those that are published."
         )
     if not info.allowed:
         raise PluginNotFound(
@@ -238,8 +236,7 @@ def find_need(kind: str, plugin: str) -> Callable[[Any, Any, Any, Any], Any]:
     """
     offered = {entry.name: entry for entry in entry_points(group=NEEDS)}
     if kind not in offered:
-        known = ", ".join(sorted(offered))
-        raise BrokenPlugin(f"plugin {plugin!r} needs something of an unknown kind {kind!r}{nearest(kind, offered) or '.'} Known: {known}")
+        raise BrokenPlugin(f"plugin {plugin!r} needs something of an unknown kind {kind!r}{choices(kind, sorted(offered), 'Known')}")
     return offered[kind].load()  # type: ignore[no-any-return]
 
 
