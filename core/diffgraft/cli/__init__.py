@@ -77,6 +77,7 @@ def main(
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its hints about optional packages are no news of ours
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     listen(ctx, verbose)
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that wait give their core to whoever works; read when torch is imported
 
 
 app.command("list", cls=Command)(list_plugins)

@@ -231,9 +231,9 @@ def tune(
         seed=seed,
     )
     judge = load_judge(bundled) if bundled and goal.measure == "judge" else None
-    command = shlex.join(["diffgraft", *sys.argv[1:]])
+    more: dict[str, Any] = {"judge": judge, "left_out": left_out, "command": shlex.join(["diffgraft", *sys.argv[1:]]), "started": started}
     with steady(threads) as warning, progress() as on_progress, refusals(pipe):
-        result = look(pipe, found, settings, out, name=pipeline, judge=judge, left_out=left_out, command=command, on_progress=on_progress, started=started)
+        result = look(pipe, found, settings, out, name=pipeline, on_progress=on_progress, **more)
     kept(lambda place: write_plot(result, pipeline, place), out)
     print_tuning(result)
     tell(warning)

@@ -61,6 +61,6 @@ Extra = Annotated[
 ]
 Wide = Annotated[bool, typer.Option("--wide", help="All columns in full, however wide the terminal is.")]
 Threads = Annotated[
-    int | None, typer.Option(min=1, help="Threads of torch on the processor (default: the physical cores that this process may use).")
+    int | None, typer.Option(min=1, help="Threads of torch on the processor (default: the physical cores that are free).")
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]

@@ -223,7 +223,7 @@ def find_family(pipeline_class: type) -> Family:
     facts = ", ".join(field.name for field in fields(Family))
     broken = f" Families that could not be loaded: {faults}." if faults else ""
     raise Unsupported(
-        f"no family describes {pipeline_class.__name__}{nearest(pipeline_class.__name__, by_class) or '.'} A family is data: a "
+        f"no family describes {pipeline_class.__name__}{nearest(pipeline_class.__name__, by_class)} A family is data: a "
         f"diffgraft.Family({facts}) registered through the entry-point group {FAMILIES!r}.{broken}"
     )
 
@@ -256,7 +256,7 @@ def find_bundled(name: str) -> Bundled:
     if name not in known:
         brings = "" if is_installed(CHECKPOINTS) else f"`pip install {CHECKPOINTS}` brings emoji-sd and others that run offline. "
         raise PipelineNotFound(
-            f"{name!r} is no bundled pipeline{nearest(name, known) or '.'} "
+            f"{name!r} is no bundled pipeline{nearest(name, known)} "
             f"Bundled: {', '.join(known) or 'none'}. {brings}"
             "Otherwise give a folder that exists or a Hub id 'owner/name'."
         )

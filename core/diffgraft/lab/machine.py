@@ -75,6 +75,12 @@ def cores() -> int:
     return max(1, min(len(siblings), math.ceil(quota() or len(siblings))))
 
 
+def free_cores() -> int:
+    """The cores that others leave to this process, at least one."""
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
+    return max(1, min(cores(), (os.cpu_count() or 1) - round(load)))
+
+
 def quota() -> float | None:
     """Processors that the cgroup of this process (a container) may use, or None without a limit."""
     try:
@@ -91,15 +97,15 @@ def quota() -> float | None:
 
 @contextmanager
 def threads(number: int | None = None) -> Iterator[int]:
-    """Torch has this many threads inside (default: `cores`, fewer where OMP_NUM_THREADS says so); afterwards as many as before.
+    """Torch has this many threads inside (default: `free_cores`, fewer where OMP_NUM_THREADS says so); afterwards as many as before.
 
-    More threads than cores wait for each other: beside another busy process the same run takes a hundred times as long.
+    Threads that have no core of their own wait for each other: beside another busy process the same run takes a hundred times as long.
     """
     import torch
 
     before = torch.get_num_threads()
     said = os.environ.get("OMP_NUM_THREADS", "")
-    torch.set_num_threads(number or min(cores(), int(said) if said.isdigit() and int(said) else cores()))
+    torch.set_num_threads(number or min(free_cores(), int(said) if said.isdigit() and int(said) else before))
     try:
         yield torch.get_num_threads()
     finally:

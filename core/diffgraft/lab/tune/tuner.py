@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -36,6 +37,8 @@ LEAST_ROUNDS = 3
 """Rounds of the end that are timed however little time is left."""
 
 
+SHORTER = ((3, 1.0, 1.0), (3, 0.0, 1.0), (2, 0.0, 1.0), (2, 0.0, 0.5), (1, 0.0, 0.5), (1, 0.0, 0.25), (1, 0.0, 0.0))
+"""Ends by how long they take: finalists, share of the rounds, share of the pictures; never less than ``LEAST_ROUNDS`` and a picture."""
 CALIBRATION_SAMPLES = 8
 
 
@@ -52,9 +55,15 @@ class Tuner:
     """One run in progress."""
 
     def __init__(
-        self, pipe: Any, plugins: Sequence[Plugin], settings: TuneSettings, folder: Path, judge: Judge | None, on_progress: OnProgress,
+        self,
+        pipe: Any,
+        plugins: Sequence[Plugin],
+        settings: TuneSettings,
+        folder: Path,
+        judge: Judge | None,
+        on_progress: OnProgress,
         started: float | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.pipe = pipe
         self.plugins = {plugin.name: plugin for plugin in plugins}
         self.settings = settings
@@ -89,8 +98,7 @@ class Tuner:
         """Seconds that the end takes, going by what the plain pipeline took so far: stacks count like it with its own steps."""
         plains = [seconds for trial in self.trials for seconds in trial.beside]
         call = statistics.median(plains) if plains else self.pace * settings.steps
-        known = sorted({settings.steps, *settings.ladder, 0})
-        gap = max(b - a for a, b in zip(known, known[1:], strict=False))
+        gap = max(a - b for a, b in pairwise((*settings.ladder, 0)))  # between two rungs the fewest steps are searched by halving
         steps = (settings.reference_steps or 0) + settings.steps * (1 + (2 + math.log2(max(gap, 2))) / 2 + finalists)
         return self.pace * len(settings.held_out) * steps + call * (settings.final_rounds + 1) * (finalists + 2)
 
@@ -103,11 +111,11 @@ class Tuner:
         finalists, whole = FINALISTS, self.settings
         if whole.budget is None:
             return finalists
-        for finalists, rounds, share in ((3, 1.0, 1.0), (3, 0.0, 1.0), (2, 0.0, 1.0), (2, 0.0, 0.5), (1, 0.0, 0.5), (1, 0.0, 0.25), (1, 0.0, 0.0)):
+        for finalists, rounds, part in SHORTER:
             self.settings = replace(
                 whole,
                 final_rounds=max(round(whole.final_rounds * rounds), min(LEAST_ROUNDS, whole.final_rounds)),
-                held_out=whole.held_out[: max(1, round(len(whole.held_out) * share))],
+                held_out=whole.held_out[: max(1, round(len(whole.held_out) * part))],
             )
             if self.end_cost(self.settings, finalists) <= whole.budget - self.spent():
                 break
@@ -240,10 +248,11 @@ class Tuner:
             for i in range(settings.rounds):
                 sample = samples[i % len(samples)]
                 pair = [self.plain, candidate] if i % 2 == 0 else [candidate, self.plain]
-                times = {id(side): self.timed(side, sample) for side in pair}
-                seconds.append(times[id(candidate)][0])
-                beside.append(times[id(self.plain)][0])
-                notes = times[id(candidate)][1]
+                pair = pair[:1] if candidate == self.plain else pair  # it is not timed beside itself
+                times = {side.key: self.timed(side, sample) for side in pair}
+                seconds.append(times[candidate.key][0])
+                beside.append(times[self.plain.key][0])
+                notes = times[candidate.key][1]
         except DiffgraftError as error:
             if not candidate.plugins:
                 raise
