@@ -20,7 +20,6 @@ from diffgraft.cli.measuring import compare, tune
 from diffgraft.cli.mistakes import Command
 from diffgraft.cli.running import again, run
 
-
 app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_show_locals=False,
@@ -76,8 +75,8 @@ def main(
     """Graft paper methods onto standard diffusers pipelines: one plugin per paper, stacked."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its hints about optional packages are no news of ours
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
-    listen(ctx, verbose)
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that wait give their core to whoever works; read when torch is imported
+    listen(ctx, verbose)
 
 
 app.command("list", cls=Command)(list_plugins)
