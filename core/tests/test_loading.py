@@ -88,7 +88,7 @@ def test_forms_of_plugins(sd, form, monkeypatch):
 def test_plugins_may_be_added_to_an_empty_stack(sd):
     pipe, kwargs = sd
     stack = load_pipeline(pipe).plugins
-    assert (len(stack), stack.list(), str(stack.report()).splitlines()[-1].strip()) == (0, (), "no plugin was active")
+    assert (len(stack), stack.list(), str(stack.report()).splitlines()[-1].strip()) == (0, (), "no run yet")
     load_pipeline(pipe, plugins=[Scale])
     assert pipe.plugins is stack
     generate(pipe, kwargs)
@@ -126,7 +126,7 @@ def test_a_hub_id_is_handed_to_diffusers(monkeypatch, sd):
 
 
 BAD: list[tuple[Any, type[DiffgraftError], str]] = [
-    (["no_such_plugin"], PluginNotFound, "pip install diffgraft-no-such-plugin"),
+    (["no_such_plugin"], PluginNotFound, "`diffgraft search` lists those that are published."),
     ([3], ConfigError, "3 is neither"),
     ([int], BrokenPlugin, "not a subclass"),
     ([Scale, Scale], Conflict, "2 times"),

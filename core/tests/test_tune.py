@@ -8,6 +8,7 @@ import sys
 from dataclasses import replace
 from typing import Any, ClassVar
 
+import diffgraft.lab.tune.tuner as tuner_module
 import optuna
 import pytest
 import torch
@@ -358,6 +359,28 @@ def test_a_budget_ends_it(pipe, tmp_path, clock):
     made = run(pipe, tmp_path / "out", settings=replace(SETTINGS, trials=None, budget=1e-3))
     assert len(made.trials) == 1
     assert [final.kind for final in made.finals] == ["plain", "fewer_steps"]
+
+
+@pytest.mark.parametrize(("budget", "pace"), [(400.0, 0.05), (900.0, 0.2), (3000.0, 0.05)])
+def test_a_budget_is_kept(pipe, tmp_path, monkeypatch, budget, pace):
+    """On a clock of its own: what pictures and calls take is known, and the whole, end included, stays within a tenth."""
+    now = [0.0]
+    monkeypatch.setattr("diffgraft.lab.tune.tuner.time.monotonic", lambda: now[0])
+    real = tuner_module.make_pictures
+
+    def pictures(pipe: Any, samples: Any, call: Any) -> Any:
+        now[0] += pace * len(samples) * call.steps * 10
+        return real(pipe, samples, call)
+
+    def timed(tuner: Tuner, candidate: Candidate, sample: Sample) -> tuple[float, list[str]]:
+        now[0] += pace * candidate.steps * 10
+        return pace * candidate.steps * 10, []
+
+    monkeypatch.setattr(tuner_module, "make_pictures", pictures)
+    monkeypatch.setattr(Tuner, "timed", timed)
+    made = run(pipe, tmp_path / "out", settings=replace(SETTINGS, trials=40, budget=budget, final_rounds=7))
+    assert made.spent <= 1.1 * budget
+    assert made.exhausted or len(made.trials) == 40 or made.spent >= 0.5 * budget
 
 
 # what it says ------------------------------------------------------------------------------------------------------------------------

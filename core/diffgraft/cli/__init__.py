@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import logging
 import os
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
-from typer.core import TyperGroup
 
 from diffgraft import __version__
 from diffgraft.cli.catalogue import search
@@ -18,23 +17,10 @@ from diffgraft.cli.community import check, new
 from diffgraft.cli.listing import doctor, list_plugins, show
 from diffgraft.cli.making import calibrate, evolve, invert
 from diffgraft.cli.measuring import compare, tune
+from diffgraft.cli.mistakes import Command
 from diffgraft.cli.running import again, run
-from diffgraft.kernel.errors import DiffgraftError
-
-
-class Group(TyperGroup):
-    """Shows an error of our tree as one message in red, exit code 2, no traceback."""
-
-    def invoke(self, ctx: Any) -> Any:
-        try:
-            return super().invoke(ctx)
-        except DiffgraftError as error:
-            typer.secho(f"{type(error).__name__}: {error}", fg="red", err=True)
-            raise typer.Exit(2) from None
-
 
 app = typer.Typer(
-    cls=Group,
     no_args_is_help=True,
     pretty_exceptions_show_locals=False,
     help="Graft paper methods onto standard diffusers pipelines: one plugin per paper, stacked.",
@@ -89,12 +75,13 @@ def main(
     """Graft paper methods onto standard diffusers pipelines: one plugin per paper, stacked."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its hints about optional packages are no news of ours
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that wait give their core to whoever works; read when torch is imported
     listen(ctx, verbose)
 
 
-app.command("list")(list_plugins)
+app.command("list", cls=Command)(list_plugins)
 for command in (show, run, again, compare, tune, calibrate, evolve, invert, doctor, new, check, search):
-    app.command()(command)
+    app.command(cls=Command)(command)
 
 
 if __name__ == "__main__":

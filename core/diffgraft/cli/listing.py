@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
+import textwrap
 from dataclasses import asdict
 from typing import Annotated
 
 import typer
 
-from diffgraft.cli.options import AsJson, plugin_names
+from diffgraft.cli.options import AsJson, Wide, plugin_names
 from diffgraft.community.quality import tier_of
 from diffgraft.kernel import registry
 
@@ -20,7 +22,9 @@ BRINGS = {
 
 
 def list_plugins(
-    as_json: AsJson = False, markdown: Annotated[bool, typer.Option(help="Print a Markdown table (imports the plugins).")] = False
+    as_json: AsJson = False,
+    markdown: Annotated[bool, typer.Option(help="Print a Markdown table (imports the plugins).")] = False,
+    wide: Wide = False,
 ) -> None:
     """List the installed plugins, without importing any."""
     if markdown:
@@ -52,21 +56,41 @@ def list_plugins(
         return
     from rich.table import Table
 
-    from diffgraft.lab.terminal import console, escaped
+    from diffgraft.lab.terminal import ROOMY, console, escaped
 
+    screen = console(wide)
+    columns = ["name"]
+    if screen.width >= ROOMY or any(row["reason"] for row in rows):
+        columns.append("status")
+    columns += ["tier"] if screen.width >= ROOMY else []
+    columns += ["version", "dist"] if wide or screen.width >= 150 else []
     out = Table(box=None, pad_edge=False, header_style="bold")
-    for column in ("name", "version", "package", "tier", "status", "what it does"):
-        out.add_column(column, overflow="fold")
+    room = screen.width
+    for column in columns:  # what must be copied is never cut; the summary has what is left
+        title = {"dist": "package"}.get(column, column)
+        out.add_column(title, no_wrap=True)
+        room -= max(len(title), *(len(str(row[column] or "")) for row in rows)) + 2
+    out.add_column("what it does")
     colours = {"ok": "green", "broken": "red", "not allowed": "yellow"}
     for row in rows:
-        status = f"[{colours[str(row['status'])]}]{row['status']}[/]"
-        what = row["summary"] if row["reason"] is None else row["reason"]
-        out.add_row(str(row["name"]), str(row["version"]), str(row["dist"]), str(row["tier"] or ""), status, escaped(what))
-    console().print(out)
+        cells = [f"[{colours[str(row[c])]}]{row[c]}[/]" if c == "status" else escaped(row[c] or "") for c in columns]
+        out.add_row(*cells, escaped(row["summary"] if wide else brief(str(row["summary"]), room)))
+    screen.print(out)
+    for row in rows:
+        if row["reason"] is not None:
+            typer.secho(f"{row['name']}: {row['reason']}", fg=colours[str(row["status"])])
+
+
+def brief(summary: str, room: int) -> str:
+    """A summary in one line of at most ``room`` characters, without what all of them have in common."""
+    text = re.sub(r" for diffgraft\b| \(arXiv [^)]*\)", "", summary)
+    return textwrap.shorten(text, max(room, 8), placeholder="...")
 
 
 def show(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="A plugin.", autocompletion=plugin_names)], as_json: AsJson = False
+    name: Annotated[str, typer.Argument(metavar="NAME", help="A plugin.", autocompletion=plugin_names)],
+    as_json: AsJson = False,
+    wide: Wide = False,
 ) -> None:
     """Show one plugin: its paper, hook points, knobs, families and effects."""
     from diffgraft.community.tables import describe, knobs
@@ -76,9 +100,10 @@ def show(
     if as_json:
         typer.echo(json.dumps(facts, indent=2, default=str))
         return
+    from rich.padding import Padding
     from rich.table import Table
 
-    from diffgraft.lab.terminal import console, escaped
+    from diffgraft.lab.terminal import SPACIOUS, console, escaped
 
     paper = facts["paper"]
     lines = {
@@ -101,14 +126,23 @@ def show(
     for key, text in lines.items():
         if text:
             about.add_row(key, escaped(text))
-    console().print(about)
+    screen = console(wide)
+    screen.print(about)
+    screen.print()
+    if not knobs(cls):
+        screen.print("it has no knobs")
+        return
+    if screen.width < SPACIOUS:
+        for knob in knobs(cls):
+            screen.print(f"[bold]{knob.name}[/]: {escaped(knob.allowed)} (default: {escaped(str(knob.default))})")
+            screen.print(Padding(escaped(knob.description), (0, 0, 0, 4)))
+        return
     table = Table(box=None, pad_edge=False, header_style="bold")
     for column in ("knob", "allowed", "default", "what it is"):
-        table.add_column(column, overflow="fold")
+        table.add_column(column, no_wrap=column == "knob", overflow="fold")
     for knob in knobs(cls):
         table.add_row(knob.name, escaped(knob.allowed), escaped(str(knob.default)), escaped(knob.description))
-    console().print()
-    console().print(table if knobs(cls) else "it has no knobs")
+    screen.print(table)
 
 
 def doctor(as_json: AsJson = False) -> None:

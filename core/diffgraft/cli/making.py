@@ -18,8 +18,10 @@ from diffgraft.cli.options import (
     PromptFile,
     PromptTexts,
     Steps,
+    Threads,
     Width,
 )
+from diffgraft.cli.steady import steady
 from diffgraft.kernel.errors import ConfigError
 
 
@@ -39,6 +41,7 @@ def calibrate(
     arg: Extra = None,
     device: Device = None,
     dtype: Dtype = None,
+    threads: Threads = None,
 ) -> None:
     """Measure what a plugin needs to know of a model; an interrupted calibration goes on where it stopped."""
     from diffgraft.cli.values import bundled_of, call_settings, load_bare, parse_assignments, plugin_specs, read_prompts, refusals
@@ -58,7 +61,7 @@ def calibrate(
     call = call_settings(bundled_of(pipeline), steps, guidance_scale, negative_prompt, height, width, None, extra)
     pipe, built = load_bare(pipeline, specs, device, dtype)
     samples = make_samples(pipe, [seed + i for i in range(len(texts))], texts)
-    with progress() as on_progress, refusals(pipe):
+    with steady(threads), progress() as on_progress, refusals(pipe):
         artefact = measure(pipe, built[0], samples, call, path, on_progress=on_progress)
     made = artefact.made_for
     typer.echo(f"wrote {path}: for {made.pipeline}, {made.scheduler}, {made.steps} steps, latents {made.shape}, from {len(texts)} prompts")
@@ -101,6 +104,7 @@ def evolve(
     arg: Extra = None,
     device: Device = None,
     dtype: Dtype = None,
+    threads: Threads = None,
 ) -> None:
     """Find a plugin's settings for one pipeline and number of steps by evolution; an interrupted search goes on where it stopped."""
     from diffgraft.cli.values import (
@@ -135,7 +139,7 @@ def evolve(
     pipe, built = load_bare(pipeline, specs, device, dtype)
     pipe.set_progress_bar_config(disable=True)
     samples = make_samples(pipe, [seed + i for i in range(len(texts))], texts)
-    with progress() as on_progress, refusals(pipe):
+    with steady(threads), progress() as on_progress, refusals(pipe):
         found = find_settings(
             pipe, built[0], samples, call, path, judged, plan=plan, knobs=knobs, beside=built[1:], batch=batch, on_progress=on_progress
         )

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import shlex
 import sys
+import time
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from diffgraft.cli.mistakes import kept
 from diffgraft.cli.options import (
     Backend,
     ClassLabels,
@@ -25,8 +27,10 @@ from diffgraft.cli.options import (
     PromptFile,
     PromptTexts,
     Steps,
+    Threads,
     Width,
 )
+from diffgraft.cli.steady import steady, tell
 from diffgraft.kernel import registry
 from diffgraft.kernel.errors import ConfigError
 from diffgraft.methods.extras import imported
@@ -76,6 +80,7 @@ def compare(
     device: Device = None,
     dtype: Dtype = None,
     backend: Backend = None,
+    threads: Threads = None,
 ) -> None:
     """Measure plugins against the plain pipeline: each alone, the stack, and fewer steps at equal time."""
     from diffgraft.cli.values import (
@@ -128,10 +133,11 @@ def compare(
         reference_steps=reference_steps,
     )
     judge = load_judge(bundled) if bundled else None
-    with progress() as on_progress, refusals(pipe):
+    with steady(threads) as warning, progress() as on_progress, refusals(pipe):
         result = measure(pipe, built, settings, always=always or (), judge=judge, on_progress=on_progress, attention_backend=backend)
-    write_comparison(result, pipeline, out)
+    kept(lambda place: write_comparison(result, pipeline, place), out)
     print_comparison(result)
+    tell(warning)
     typer.echo(f"wrote {out / 'compare.png'} and {out / 'compare.json'}")
 
 
@@ -175,6 +181,7 @@ def tune(
     batch: Annotated[int | None, typer.Option(min=1, help="Pictures in one call (default: 8 for a bundled pipeline, else 1).")] = None,
     device: Device = None,
     dtype: Dtype = None,
+    threads: Threads = None,
 ) -> None:
     """Find the fastest stack, settings and number of steps that reach a fidelity; an interrupted run goes on where it stopped."""
     from diffgraft.cli.values import bundled_of, call_settings, load_bare, parse_assignments, plugin_specs, read_prompts, refusals
@@ -183,6 +190,7 @@ def tune(
     from diffgraft.lab.tune.space import find_plugins
     from diffgraft.lab.tune.view import print_tuning, write_plot
 
+    started = time.monotonic()
     for module in ("optuna", "matplotlib.figure", "torchmetrics"):  # said before anything is loaded
         imported(module, "`diffgraft tune`")
     goal, seconds = Goal.parse(target), None if budget is None else parse_budget(budget)
@@ -192,7 +200,7 @@ def tune(
     from diffgraft.lab.pictures import check_folder
 
     check_folder(out, "--out")
-    from diffgraft.kernel.loading import build_plugin
+    from diffgraft.kernel.specs import build_plugin
     from diffgraft.lab.judging import load_judge
     from diffgraft.lab.terminal import progress
     from diffgraft.methods.inputs import default_steps, make_samples
@@ -223,9 +231,10 @@ def tune(
         seed=seed,
     )
     judge = load_judge(bundled) if bundled and goal.measure == "judge" else None
-    command = shlex.join(["diffgraft", *sys.argv[1:]])
-    with progress() as on_progress, refusals(pipe):
-        result = look(pipe, found, settings, out, name=pipeline, judge=judge, left_out=left_out, command=command, on_progress=on_progress)
-    write_plot(result, pipeline, out)
+    more: dict[str, Any] = {"judge": judge, "left_out": left_out, "command": shlex.join(["diffgraft", *sys.argv[1:]]), "started": started}
+    with steady(threads) as warning, progress() as on_progress, refusals(pipe):
+        result = look(pipe, found, settings, out, name=pipeline, on_progress=on_progress, **more)
+    kept(lambda place: write_plot(result, pipeline, place), out)
     print_tuning(result)
+    tell(warning)
     typer.echo(f"wrote {out / 'tune.png'} and {out / 'tune.json'}")

@@ -65,6 +65,7 @@ def run(
     ] = True,
 ) -> None:
     """Run a pipeline with plugins and write the picture; with --image, --mask or --controlnet, its family's pipeline for those."""
+    from diffgraft.cli.mistakes import kept
     from diffgraft.cli.values import parse_assignments, plugin_specs
 
     specs, extra = plugin_specs(plugin, option), parse_assignments(arg, "-a")
@@ -96,7 +97,7 @@ def run(
     )
     pictures, record = make(recipe)
     records = [record.model_copy(update={"picture": i}) for i in range(num_images)] if metadata else []
-    for path in save_pictures(pictures, out, records):
+    for path in kept(lambda place: save_pictures(pictures, place, records), out):
         typer.echo(f"wrote {path}")
 
 
@@ -169,6 +170,8 @@ def make(recipe: Recipe) -> tuple[Pictures, Record]:
         started = time.perf_counter()
         pictures = make_pictures(pipe, samples, call)
         seconds = time.perf_counter() - started
+    if recipe.prompt is None and prompts:
+        typer.echo(f"no --prompt was given: {prompts[0]!r}")
     typer.echo(str(pipe.plugins.report()) if pipe.plugins.list() else f"no plugins, {seconds:.2f} s")
     told = {
         "prompt": samples[0].prompt,

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diffgraft.kernel import registry
-from diffgraft.kernel.errors import ConfigError, PipelineNotFound, nearest
+from diffgraft.kernel.errors import ConfigError, choices, nearest
 
 if TYPE_CHECKING:
     from diffgraft.kernel.family import Bundled
@@ -53,9 +53,8 @@ def plugin_specs(names: list[str] | None, options: list[str] | None) -> list[tup
         if not dot or not plugin or not knob:
             raise ConfigError(f"-o {key}: write -o plugin.knob=value")
         if plugin not in listed:
-            there = ", ".join(listed) or "none"
             raise ConfigError(
-                f"-o {key}: plugin {plugin!r} is not in the list{nearest(plugin, listed)} In it: {there}; add --plugin {plugin}"
+                f"-o {key}: plugin {plugin!r} is not in the list{choices(plugin, listed, 'In it')} Or add --plugin {plugin}."
             )
         for name, knobs in specs:
             if name == plugin:
@@ -128,7 +127,10 @@ def is_transformer(folder: Any) -> bool:
     """Whether the pipeline at a folder or Hub id has a diffusion transformer, as its index file tells."""
     from diffusers import DiffusionPipeline
 
-    name = DiffusionPipeline.load_config(folder).get("_class_name")
+    try:
+        name = DiffusionPipeline.load_config(folder).get("_class_name")
+    except OSError:  # loading says why, in our words
+        return False
     return any(family.kind == "dit" for family in registry.families().values() if name in family.pipelines)
 
 
@@ -142,18 +144,16 @@ def load_bare(name: str, specs: list[tuple[str, dict[str, Any]]], device: str | 
 
     All names and knobs are checked before any weight is read.
     """
-    from diffgraft.kernel.loading import build_plugin, load_pipeline, resolve, unload
+    from diffgraft.kernel.loading import load_pipeline, resolve, unload
     from diffgraft.kernel.planner import Part, plan
+    from diffgraft.kernel.specs import build_plugin
 
     target = parse_device(device)
     folder = resolve(name)
     built = [build_plugin(spec) for spec in specs]
     plan([Part(plugin.name, plugin.effects) for plugin in built]).ensure()
     hide_bars()
-    try:
-        pipe = load_pipeline(name, dtype=parse_dtype(dtype, target, folder))
-    except (OSError, ValueError) as error:  # diffusers and the Hub say in their own ways that something is not there
-        raise PipelineNotFound(f"{name!r} cannot be loaded: {first_line(error)}") from error
+    pipe = load_pipeline(name, dtype=parse_dtype(dtype, target, folder))
     if not sys.stderr.isatty():
         pipe.set_progress_bar_config(disable=True)
     return unload(pipe).to(target), built

@@ -99,7 +99,7 @@ class Catalogue(BaseModel):
         if not found:
             near = nearest("_".join(words).lower(), (plugin.name for plugin in self.plugins))
             asked = " and ".join(map(repr, words))
-            raise CatalogueError(f"no plugin in the catalogue has {asked}{near} `diffgraft search` alone lists all")
+            raise CatalogueError(f"no plugin in the catalogue has {asked}{near} `diffgraft search` alone lists all.")
         return [plugin for _, plugin in found]
 
 

@@ -27,7 +27,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-from diffgraft.kernel.errors import ConfigError, nearest
+from diffgraft.kernel.errors import ConfigError, choices
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -146,7 +146,7 @@ def parse_card(row: dict[str, Any], where: str) -> Card:
     known = [field.name for field in fields(Card)]
     for key, value in row.items():
         if key not in known:
-            raise ConfigError(f"{where}: [card] has no {key!r}{nearest(key, known)} Known: {', '.join(known)}")
+            raise ConfigError(f"{where}: [card] has no {key!r}{choices(key, known, 'Known')}")
         if not isinstance(value, str) or not value.isprintable():
             raise ConfigError(f"{where}: [card] {key} = {value!r}: it must be a text of one line")
     card = Card(**{"goal": "", **row})
@@ -160,7 +160,7 @@ def parse_card(row: dict[str, Any], where: str) -> Card:
 def parse_claim(name: str, value: Any, where: str) -> Claim:
     """One row."""
     if name not in BY_NAME:
-        raise ConfigError(f"{where}: there is no criterion {name!r}{nearest(name, BY_NAME)} Known: {', '.join(BY_NAME)}")
+        raise ConfigError(f"{where}: there is no criterion {name!r}{choices(name, BY_NAME, 'Known')}")
     row = {"status": value} if isinstance(value, str) else value
     if not isinstance(row, dict) or row.get("status") not in STATUSES or set(row) - {"status", "reason", "evidence"}:
         raise ConfigError(f"{where}: {name} = {value!r}: say {', '.join(map(repr, STATUSES))}, or {{ status, reason, evidence }}")

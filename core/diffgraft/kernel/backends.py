@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from diffgraft.kernel.anatomy import denoisers_of
-from diffgraft.kernel.errors import Unsupported, nearest
+from diffgraft.kernel.errors import Unsupported, choices
 from diffgraft.kernel.family import Family
 from diffgraft.kernel.slots import write_global
 
@@ -23,7 +23,7 @@ def use_attention_backend(pipe: Any, family: Family, backend: str) -> Callable[[
 
     known = [item.value for item in AttentionBackendName]
     if backend not in known:
-        raise Unsupported(f"attention_backend={backend!r} is unknown{nearest(backend, known)} Known: {', '.join(known)}")
+        raise Unsupported(f"attention_backend={backend!r} is unknown{choices(backend, known, 'Known')}")
     denoisers = list(denoisers_of(pipe, family).values())
     processors = [
         processor

@@ -7,7 +7,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from diffgraft.kernel.errors import ConfigError, nearest
+from diffgraft.kernel.errors import ConfigError, choices
 
 
 class PluginConfig(BaseModel):
@@ -32,11 +32,10 @@ def build_config(plugin: str, model: type[PluginConfig], values: Mapping[str, An
         for item in error.errors():
             key = ".".join(str(part) for part in item["loc"]) or "(the knobs together)"
             if item["type"] == "extra_forbidden":
-                known = ", ".join(model.model_fields) or "none"
-                lines.append(f"unknown knob {key!r}{nearest(key, model.model_fields)} (knobs: {known})")
+                lines.append(f"unknown knob {key!r}{choices(key, model.model_fields, 'Knobs')}")
             else:
                 lines.append(f"{key} = {item['input']!r}: {item['msg']}")
-        raise ConfigError(f"plugin {plugin!r}: " + "; ".join(lines)) from None
+        raise ConfigError(f"plugin {plugin!r}: " + " ".join(line if line.endswith(".") else f"{line}." for line in lines)) from None
 
 
 def allowed(model: type[PluginConfig], key: str) -> str:

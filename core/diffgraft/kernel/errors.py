@@ -1,8 +1,8 @@
 """The one exception tree. Every refusal names what, why and the way out, and is raised before anything is touched.
 
     DiffgraftError
-    ├── PipelineNotFound     no such bundled name, folder or Hub id
-    ├── PluginNotFound       no such plugin installed (nearest names, the pip command)
+    ├── PipelineNotFound     no such bundled name, folder or Hub id, or it cannot be had (offline, gated)
+    ├── PluginNotFound       no such plugin installed (nearest names, where to look)
     ├── BrokenPlugin         installed, but cannot be used: import error, wrong contract number, wrong shape
     ├── Unsupported          this pipeline, scheduler or version cannot take it, because...
     ├── Conflict             two plugins (or two uses) that do not fit: both sides, the reason, the way out
@@ -10,7 +10,9 @@
     ├── ArtefactMismatch     a calibration file made for something else
     ├── CatalogueError       the list of published plugins cannot be read, or has nothing of the kind
     ├── RewardError          a reward gave something that is no score
-    └── NeverFired           a hook that the plan promised was never reached in a run
+    ├── NeverFired           a hook that the plan promised was never reached in a run
+    ├── OutputError          what was made cannot be written where it was to go; it is kept elsewhere
+    └── ForeignError         torch, diffusers or another library refused what the command line gave it
 """
 
 from __future__ import annotations
@@ -68,7 +70,21 @@ class NeverFired(DiffgraftError):
         self.result = result
 
 
+class OutputError(DiffgraftError):
+    """A result cannot be written where it was to go. The text tells where it is kept, or why it is lost."""
+
+
+class ForeignError(DiffgraftError):
+    """Another library refused what the command line gave it, told in one line."""
+
+
 def nearest(word: str, known: Iterable[str]) -> str:
-    """``"; did you mean 'a' or 'b'?"`` for the known names nearest to ``word``, or ``""``."""
+    """The end of a sentence about an unknown ``word``: ``"; did you mean 'a' or 'b'?"``, or ``"."`` where nothing known is near."""
     close = difflib.get_close_matches(word, sorted(known), n=3, cutoff=0.5)
-    return f"; did you mean {' or '.join(repr(c) for c in close)}?" if close else ""
+    return f"; did you mean {' or '.join(repr(c) for c in close)}?" if close else "."
+
+
+def choices(word: str, known: Iterable[str], title: str) -> str:
+    """The same, and all that is known as a sentence of its own: ``". Known: a, b."``"""
+    names = list(known)
+    return f"{nearest(word, names)} {title}: {', '.join(names) or 'none'}."

@@ -2,26 +2,31 @@
 
 from __future__ import annotations
 
+import difflib
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 
 import diffusers
 from diffusers import DiffusionPipeline
+from huggingface_hub.errors import HFValidationError
 
 from diffgraft.kernel import registry
 from diffgraft.kernel.backends import use_attention_backend
-from diffgraft.kernel.errors import ConfigError, DiffgraftError, Unsupported
+from diffgraft.kernel.errors import ConfigError, DiffgraftError, PipelineNotFound, Unsupported
 from diffgraft.kernel.planner import Part, plan
-from diffgraft.kernel.plugin import Plugin
+from diffgraft.kernel.specs import Specs, as_specs, build_plugin
 from diffgraft.kernel.stack import attach, stack_of
 
-Spec = str | tuple[str, Mapping[str, Any]] | type[Plugin] | Plugin
+OWN = ("plugins", "attention_backend")
+"""Keywords that are ours and not diffusers'."""
+ALIAS = {"backend": "attention_backend", "plug": "plugins"}
+"""What a keyword has in it when one of ours is meant, however far its spelling is; nothing of diffusers is called so."""
 
 
 def load_pipeline(
     pipeline: str | os.PathLike[str] | DiffusionPipeline,
-    plugins: Iterable[Spec] | Mapping[str, Mapping[str, Any] | None] | str = (),
+    plugins: Specs = (),
     *,
     attention_backend: str | None = None,
     **from_pretrained: Any,
@@ -41,9 +46,10 @@ def load_pipeline(
 
     Raises:
         PluginNotFound, BrokenPlugin, ConfigError, Conflict: before anything is loaded.
-        PipelineNotFound: no such bundled name.
+        PipelineNotFound: no such bundled name, or the folder or Hub id cannot be read, with the reason.
         Unsupported: the pipeline's family is not known or a plugin cannot work on it; the pipeline is as it was.
     """
+    refuse_near_misses(from_pretrained)
     made = [build_plugin(spec) for spec in as_specs(plugins)]
     plan([Part(plugin.name, plugin.effects) for plugin in made]).ensure()
     if isinstance(pipeline, (str, os.PathLike)):
@@ -77,14 +83,19 @@ def read_pipeline(name: str | os.PathLike[str], **from_pretrained: Any) -> Any:
     """The plain pipeline behind a bundled name, folder or Hub id; a bundled LoRA comes with its scheduler.
 
     Raises:
+        PipelineNotFound: it cannot be read, with the reason and the way out.
         Unsupported: its weights are pickles, and ``use_safetensors=None`` was not said.
     """
     folder = resolve(name)
+    if os.path.isdir(folder) and not os.path.isfile(os.path.join(folder, "model_index.json")):
+        raise PipelineNotFound(
+            f"{os.fspath(name)!r} is a folder without model_index.json, so no pipeline: give the folder that `save_pretrained` wrote"
+        )
     try:
         pipe = DiffusionPipeline.from_pretrained(folder, **{"use_safetensors": True, **from_pretrained})
-    except OSError as error:
-        if "safetensors" not in str(error):
-            raise
+    except (OSError, HFValidationError) as error:
+        if "safetensors" not in str(error) or not isinstance(error, OSError):
+            raise PipelineNotFound(f"{os.fspath(name)!r} cannot be loaded: {why_not_loaded(error)}") from error
         raise Unsupported(
             f"{name}: {error} Pickled weights run code of whoever made them. Convert them (`save_pretrained` writes safetensors), or say "
             "use_safetensors=None if you trust that person"
@@ -98,6 +109,45 @@ def read_pipeline(name: str | os.PathLike[str], **from_pretrained: Any) -> Any:
     return pipe
 
 
+def why_not_loaded(error: BaseException | None) -> str:
+    """What kept diffusers from reading a pipeline, and the way out."""
+    first, chain = str(error).strip().partition("\n")[0], []
+    while error is not None:  # diffusers tells of a cache miss; what happened on the way there stands behind it
+        chain.append(error)
+        error = error.__cause__ or error.__context__
+    kinds = {cls.__name__ for one in chain for cls in type(one).__mro__}
+    if "GatedRepoError" in kinds:
+        return "it is gated: accept its licence on its page on the Hub, then `hf auth login`"
+    if "RepositoryNotFoundError" in kinds:
+        return "the Hub has no such repository, or it is private: check the spelling, or `hf auth login`"
+    if "RevisionNotFoundError" in kinds:
+        return "the repository has no such revision: check revision=..."
+    if kinds & {"EntryNotFoundError", "RemoteEntryNotFoundError"}:
+        return "the repository has no model_index.json, so it is no diffusers pipeline"
+    if "HFValidationError" in kinds:
+        return f"that is no Hub id: {first}"
+    if "OfflineModeIsEnabled" in kinds:
+        return "it is not in the local cache, and HF_HUB_OFFLINE forbids to fetch it: unset that, or give a folder"
+    if kinds & {"ConnectionError", "ConnectError", "TimeoutException", "Timeout", "gaierror"}:
+        return "it is not in the local cache, and the Hub cannot be reached: go online once, or give a folder"
+    if "LocalEntryNotFoundError" in kinds:
+        return "it is not in the local cache, and local_files_only=True forbids to fetch it"
+    return first or type(chain[0]).__name__
+
+
+def refuse_near_misses(keywords: Iterable[str]) -> None:
+    """diffusers swallows keywords that it does not know: one of ours that is misspelt would silently do nothing.
+
+    Raises:
+        ConfigError: a keyword that is near one of ours.
+    """
+    for word in keywords:
+        meant = difflib.get_close_matches(word.lower(), OWN, n=1, cutoff=0.75)
+        meant = meant or [own for part, own in ALIAS.items() if part in word.lower()]
+        if meant:
+            raise ConfigError(f"{word}= is no keyword of load_pipeline; did you mean {meant[0]}=?")
+
+
 def resolve(name: str | os.PathLike[str]) -> str | os.PathLike[str]:
     """The folder or Hub id behind a pipeline name: an existing folder, then a bundled name, then ``owner/name`` on the Hub."""
     if os.path.isdir(name):
@@ -108,27 +158,3 @@ def resolve(name: str | os.PathLike[str]) -> str | os.PathLike[str]:
     if isinstance(name, str) and text.count("/") == 1 and not text.startswith((".", "/", "~")):
         return text
     return registry.find_bundled(text).path  # raises PipelineNotFound
-
-
-def as_specs(plugins: Any) -> list[Spec]:
-    """The accepted forms of ``plugins=`` as one list."""
-    if isinstance(plugins, str):
-        return [plugins]
-    if isinstance(plugins, Mapping):
-        return [(name, knobs or {}) for name, knobs in plugins.items()]
-    return list(plugins)
-
-
-def build_plugin(spec: Spec) -> Plugin:
-    """One plugin from a name, a ``(name, knobs)`` pair, a class or an instance."""
-    if isinstance(spec, Plugin):
-        registry.check_class(type(spec), f"plugin {type(spec).__name__}")
-        return spec
-    if isinstance(spec, type):
-        registry.check_class(spec, f"plugin {spec.__name__}")
-        return spec()
-    if isinstance(spec, str):
-        return registry.find(spec)()
-    if isinstance(spec, tuple) and len(spec) == 2 and isinstance(spec[0], str) and isinstance(spec[1], Mapping):
-        return registry.find(spec[0])(**spec[1])
-    raise ConfigError(f"plugins: {spec!r} is neither a name, a (name, {{knobs}}) pair, a plugin class nor an instance")

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from packaging.requirements import InvalidRequirement, Requirement
 
-from diffgraft.kernel.errors import BrokenPlugin, PipelineNotFound, PluginNotFound, Unsupported, nearest
+from diffgraft.kernel.errors import BrokenPlugin, PipelineNotFound, PluginNotFound, Unsupported, choices, nearest
 from diffgraft.kernel.family import Bundled, Family
 
 if TYPE_CHECKING:
@@ -147,10 +147,8 @@ def find(name: str) -> type[Plugin]:
     known = installed()
     info = known.get(name)
     if info is None:
-        dist = "diffgraft-" + name.replace("_", "-")
-        raise PluginNotFound(
-            f"no plugin {name!r} is installed{nearest(name, known) or '.'} Installed: {', '.join(known) or 'none'}. "
-            f"If it is published, `pip install {dist}` brings it."
+        raise PluginNotFound(  # no pip line: the name of a package is never made up from what somebody typed
+            f"no plugin {name!r} is installed{choices(name, known, 'Installed')} `diffgraft search` lists those that are published."
         )
     if not info.allowed:
         raise PluginNotFound(
@@ -224,7 +222,7 @@ def find_family(pipeline_class: type) -> Family:
     facts = ", ".join(field.name for field in fields(Family))
     broken = f" Families that could not be loaded: {faults}." if faults else ""
     raise Unsupported(
-        f"no family describes {pipeline_class.__name__}{nearest(pipeline_class.__name__, by_class) or '.'} A family is data: a "
+        f"no family describes {pipeline_class.__name__}{nearest(pipeline_class.__name__, by_class)} A family is data: a "
         f"diffgraft.Family({facts}) registered through the entry-point group {FAMILIES!r}.{broken}"
     )
 
@@ -237,8 +235,7 @@ def find_need(kind: str, plugin: str) -> Callable[[Any, Any, Any, Any], Any]:
     """
     offered = {entry.name: entry for entry in entry_points(group=NEEDS)}
     if kind not in offered:
-        known = ", ".join(sorted(offered))
-        raise BrokenPlugin(f"plugin {plugin!r} needs something of an unknown kind {kind!r}{nearest(kind, offered) or '.'} Known: {known}")
+        raise BrokenPlugin(f"plugin {plugin!r} needs something of an unknown kind {kind!r}{choices(kind, sorted(offered), 'Known')}")
     return offered[kind].load()  # type: ignore[no-any-return]
 
 
@@ -259,7 +256,7 @@ def find_bundled(name: str) -> Bundled:
         here = importlib.util.find_spec(CHECKPOINTS.replace("-", "_")) is not None
         brings = "" if here else f"`pip install {CHECKPOINTS}` brings emoji-sd and others that run offline. "
         raise PipelineNotFound(
-            f"{name!r} is no bundled pipeline{nearest(name, known) or '.'} "
+            f"{name!r} is no bundled pipeline{nearest(name, known)} "
             f"Bundled: {', '.join(known) or 'none'}. {brings}"
             "Otherwise give a folder that exists or a Hub id 'owner/name'."
         )

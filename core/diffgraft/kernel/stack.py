@@ -23,7 +23,7 @@ from torch import nn
 
 from diffgraft.kernel.anatomy import blocks_of, denoisers_of
 from diffgraft.kernel.calls import ModulesCall, RunCall
-from diffgraft.kernel.errors import Conflict, DiffgraftError, PluginNotFound, Unsupported, nearest
+from diffgraft.kernel.errors import ConfigError, Conflict, DiffgraftError, PluginNotFound, Unsupported, choices
 from diffgraft.kernel.facts import Target
 from diffgraft.kernel.family import Family
 from diffgraft.kernel.onion import call_inner, compose, running
@@ -33,6 +33,7 @@ from diffgraft.kernel.registry import find_family, find_need
 from diffgraft.kernel.report import Report
 from diffgraft.kernel.run import Run
 from diffgraft.kernel.slots import Slot, set_class, wraps_method
+from diffgraft.kernel.specs import Specs, as_specs, build_plugin, names_of
 from diffgraft.kernel.wiring import Wiring
 
 _STACK = "_diffgraft_stack"
@@ -122,9 +123,9 @@ class PluginStack:
         return len(self._entries)
 
     def __contains__(self, name: object) -> bool:
-        return any(entry.name == name for entry in self._entries)
+        return any(entry.name == getattr(name, "name", name) for entry in self._entries)
 
-    def __getitem__(self, name: str) -> Plugin:
+    def __getitem__(self, name: Any) -> Plugin:
         return self._entry(name).plugin
 
     def __repr__(self) -> str:
@@ -136,7 +137,7 @@ class PluginStack:
         return tuple(self)
 
     def report(self) -> Report:
-        """What each plugin did in the last run (empty before the first)."""
+        """What each plugin did in the last run; printed, it says so when there was none, or when none was active in it."""
         return self._last
 
     @property
@@ -151,16 +152,18 @@ class PluginStack:
             scheduler = entry.plugin.make_scheduler(scheduler, self.family) or scheduler
         return scheduler
 
-    def enable(self, *names: str) -> None:
+    # Plugins are named by name, class or instance, singly or in lists.
+
+    def enable(self, *names: Any) -> None:
         """Switch plugins on again (all, when none is named)."""
         self._toggle(names, True)
 
-    def disable(self, *names: str) -> None:
+    def disable(self, *names: Any) -> None:
         """Switch plugins off for the following runs (all, when none is named); they stay in the list."""
         self._toggle(names, False)
 
     @contextmanager
-    def disabled(self, *names: str) -> Iterator[None]:
+    def disabled(self, *names: Any) -> Iterator[None]:
         """``with pipe.plugins.disabled(): baseline = pipe(...)``"""
         before = [(entry, entry.enabled) for entry in self._entries]
         self.disable(*names)
@@ -171,11 +174,11 @@ class PluginStack:
                 if entry in self._entries:
                     self._switch(entry, enabled)
 
-    def configure(self, name: str, **knobs: Any) -> None:
+    def configure(self, name: Any, /, **knobs: Any) -> None:
         """Change knobs between runs; the others stay.
 
         Raises:
-            ConfigError: an unknown knob or a value out of range; the old knobs stay.
+            ConfigError: an unknown knob or a value out of range, or not one plugin; the old knobs stay.
         """
         self._refuse_in_run("configure a plugin of")
         entry = self._entry(name)
@@ -192,10 +195,10 @@ class PluginStack:
             self._switch(entry, enabled)
             raise
 
-    def remove(self, *names: str) -> None:
+    def remove(self, *names: Any) -> None:
         """Take plugins off."""
         self._refuse_in_run("take plugins off")
-        for entry in [self._entry(name) for name in names]:
+        for entry in [self._entry(name) for name in dict.fromkeys(names_of(names))]:
             self._switch(entry, False)
             self._entries = tuple(kept for kept in self._entries if kept is not entry)
 
@@ -210,9 +213,16 @@ class PluginStack:
 
     # attaching --------------------------------------------------------------------------------------------------------------------
 
-    def add(self, plugins: Sequence[Plugin]) -> None:
-        """Check ``plugins`` against this pipeline and against those that are there, then put them innermost."""
+    def add(self, *plugins: Specs) -> None:
+        """Check plugins against this pipeline and against those that are there, then put them innermost.
+
+        Args:
+            plugins: each in any form that ``load_pipeline(plugins=...)`` takes.
+        """
         self._refuse_in_run("attach plugins to")
+        self._add([build_plugin(spec) for given in plugins for spec in as_specs(given)])
+
+    def _add(self, plugins: Sequence[Plugin]) -> None:
         for plugin in plugins:
             if plugin.name in self:
                 raise Conflict(
@@ -264,18 +274,21 @@ class PluginStack:
         if plugin.points() == ("guide",) and family.guidance.layout == "none":
             raise Unsupported(f"{plugin.name} changes guidance, but {name} runs none")
 
-    def _entry(self, name: str) -> Entry:
+    def _entry(self, plugin: Any) -> Entry:
+        name, *more = names_of([plugin]) or [""]
+        if more:
+            raise ConfigError(f"{plugin!r} names {1 + len(more)} plugins; give one")
         for entry in self._entries:
             if entry.name == name:
                 return entry
-        raise PluginNotFound(f"{name!r} is not on this pipeline{nearest(name, self)} On it: {', '.join(self) or 'nothing'}")
+        raise PluginNotFound(f"{name!r} is not on this pipeline{choices(name, self, 'On it')}")
 
     def _enabled(self) -> tuple[Entry, ...]:
         return tuple(entry for entry in self._entries if entry.enabled)
 
-    def _toggle(self, names: Sequence[str], enabled: bool) -> None:
+    def _toggle(self, names: Sequence[Any], enabled: bool) -> None:
         self._refuse_in_run("enable or disable plugins of")
-        for entry in [self._entry(name) for name in names or tuple(self)]:
+        for entry in [self._entry(name) for name in (names_of(names) if names else self)]:
             self._switch(entry, enabled)
 
     def _refuse_in_run(self, what: str) -> None:
@@ -336,8 +349,15 @@ class PluginStack:
         function = self.base_class.__call__
         entries = self._enabled()
         if not entries:
-            with running(None):  # called from inside another pipeline's run, it is no part of that
-                return function(self.pipe, *args, **kwargs)
+            self._last = report = Report(disabled=self.list())
+            started = time.perf_counter()
+            try:
+                with running(None):  # called from inside another pipeline's run, it is no part of that
+                    result = function(self.pipe, *args, **kwargs)
+                report.completed = True
+                return result
+            finally:
+                report.seconds = time.perf_counter() - started
         if not self._busy.acquire(blocking=False):
             raise DiffgraftError(
                 "this pipeline is running already (another thread, or a call from inside its own run), and it has one scheduler: "
@@ -379,6 +399,7 @@ class PluginStack:
                 slot.lead = None
             run.end()
             run.report.seconds = time.perf_counter() - started
+            run.report.disabled = tuple(entry.name for entry in self._entries if entry not in entries)
             self._last = run.report
             run.report.log()
 

@@ -11,8 +11,16 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+ROOMY = 70
+"""Columns from which on a list has more than what one must know."""
+SPACIOUS = 120
+"""Columns from which on a table has room for texts beside each other."""
 
-def console() -> Console:
+
+def console(wide: bool = False) -> Console:
+    """A console as wide as the terminal; 160 columns where there is none; without end when asked for."""
+    if wide:
+        return Console(highlight=False, width=1000)
     made = Console(highlight=False)
     if not made.is_terminal and "COLUMNS" not in os.environ:
         made = Console(highlight=False, width=160)

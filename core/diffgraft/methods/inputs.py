@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from diffgraft.kernel.errors import ConfigError, Unsupported, nearest
+from diffgraft.kernel.errors import ConfigError, Unsupported, choices
 
 Pictures = NDArray[np.float32]
 """Float arrays [n, frames, height, width, channels] in 0..1; a still picture has one frame."""
@@ -122,8 +122,8 @@ def call_arguments(pipe: Any, samples: Sequence[Sample], settings: CallSettings)
         if value is None:
             continue
         if key not in known:
-            takes = ", ".join(k for k in known if k not in ("self", "kwargs"))
-            raise ConfigError(f"{name} takes no {key}{nearest(key, known)} It takes: {takes}")
+            takes = [k for k in known if k not in ("self", "kwargs")]
+            raise ConfigError(f"{name} takes no {key}{choices(key, takes, 'It takes')}")
         arguments[key] = value
     if "prompt" in known:
         arguments["prompt"] = samples[0].prompt if one else [s.prompt for s in samples]

@@ -7,7 +7,7 @@ from importlib import import_module
 from importlib.metadata import entry_points
 from typing import Any
 
-from diffgraft.kernel.errors import ConfigError, nearest
+from diffgraft.kernel.errors import ConfigError, choices
 
 
 def find_callable(knob: str, value: Any, group: str, what: str) -> tuple[str, Callable[..., Any]]:
@@ -27,9 +27,9 @@ def find_callable(knob: str, value: Any, group: str, what: str) -> tuple[str, Ca
         return name, registered[name].load()
     module, colon, attribute = name.partition(":")
     if not colon:
-        known = ", ".join(sorted(registered)) or "none"
         raise ConfigError(
-            f"{knob} = {value!r} is no {what}{nearest(name, registered)}; installed: {known}; or give a callable or 'package.module:name'"
+            f"{knob} = {value!r} is no {what}{choices(name, sorted(registered), 'Installed')} "
+            "Or give a callable or 'package.module:name'."
         )
     try:
         found = getattr(import_module(module), attribute)

@@ -9,6 +9,7 @@ from typing import Literal
 from diffgraft.kernel.errors import Unsupported
 from diffgraft.kernel.family import Family
 from diffgraft.kernel.plugin import Plugin
+from diffgraft.lab.machine import threads
 from diffgraft.testing.subject import Subject
 
 Scope = Literal["plugin", "kind", "main", "every", "foreign"]
@@ -59,6 +60,7 @@ class Case:
         where = "" if self.check.scope == "plugin" else f"-{self.class_name}"
         return f"{self.plugin.name}{where}-{self.check.name}"
 
+    @threads(1)  # tiny tensors: more threads would wait for each other
     def run(self) -> list[str]:
         """Remarks for the record (graph breaks, "refused: ..."); raises AssertionError when the plugin breaks the contract."""
         subject = Subject(self.plugin, self.family, self.class_name)

@@ -12,6 +12,7 @@ from diffgraft.kernel.family import Family
 from diffgraft.kernel.loading import load_pipeline, unload
 from diffgraft.kernel.planner import Part, plan
 from diffgraft.kernel.plugin import Plugin
+from diffgraft.lab.machine import threads
 from diffgraft.testing.case import claims, one_of_each_kind
 from diffgraft.testing.runs import artefacts
 from diffgraft.testing.setting import USUAL
@@ -30,6 +31,7 @@ class Pair:
     def __str__(self) -> str:
         return f"{self.outer.name}+{self.inner.name}-{self.family.name if self.family else 'no common family'}"
 
+    @threads(1)  # tiny tensors: more threads would wait for each other
     def run(self) -> str:
         """The verdict in words ("runs", "warns: ...", "refused: ..."); raises AssertionError when the pair does otherwise."""
         verdict = plan([Part(cls.name, cls.effects) for cls in (self.outer, self.inner)])

@@ -208,7 +208,7 @@ def paths(names: Sequence[int | str], blocks: Sequence[BlockInfo]) -> list[str]:
         elif name in layers:
             found.append(str(name))
         else:
-            near = nearest(name, layers) if isinstance(name, str) else ""
+            near = nearest(name, layers) if isinstance(name, str) else "."
             raise ConfigError(
                 f"plugin 'autodiffusion': skips: {name!r} is no layer that can be left out{near} There are {len(layers)}: "
                 f"{', '.join(layers[:3])}, ..., {layers[-1]}"

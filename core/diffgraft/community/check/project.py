@@ -14,7 +14,7 @@ from typing import Any
 
 from diffgraft.community.quality import toml
 from diffgraft.kernel import registry
-from diffgraft.kernel.errors import BrokenPlugin, ConfigError, PluginNotFound, nearest
+from diffgraft.kernel.errors import BrokenPlugin, ConfigError, PluginNotFound, choices
 from diffgraft.kernel.plugin import Plugin
 
 ALLOW = re.compile(r"#\s*check:\s*allow\s+(\w+)\s+because\s+(\S.*)")
@@ -130,7 +130,7 @@ def open_project(target: str) -> Project:
     known = registry.installed()
     if target not in known:
         raise PluginNotFound(
-            f"{target!r} is neither a folder nor an installed plugin{nearest(target, known)} Installed: {', '.join(known) or 'none'}"
+            f"{target!r} is neither a folder nor an installed plugin{choices(target, known, 'Installed')}"
         )
     return from_installed(known[target])
 

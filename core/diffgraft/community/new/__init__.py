@@ -18,7 +18,7 @@ from diffgraft.community.catalogue import ARXIV
 from diffgraft.community.check.packaging import dist_of, fault_of_name, module_of
 from diffgraft.community.quality import Card, Quality, as_toml
 from diffgraft.kernel import registry
-from diffgraft.kernel.errors import ConfigError, nearest
+from diffgraft.kernel.errors import ConfigError, choices
 from diffgraft.methods.extras import imported
 
 
@@ -105,7 +105,7 @@ def check_answers(answers: Answers) -> None:
     if name in known:
         raise ConfigError(f"NAME = {name!r}: {known[name].dist} is installed and offers a plugin of that name; choose another")
     if answers.hook not in HOOKS:
-        raise ConfigError(f"--hook {answers.hook!r} is no hook point{nearest(answers.hook, HOOKS)} Known: {', '.join(HOOKS)}")
+        raise ConfigError(f"--hook {answers.hook!r} is no hook point{choices(answers.hook, HOOKS, 'Known')}")
     if answers.arxiv and not re.fullmatch(ARXIV, answers.arxiv):
         raise ConfigError(
             f'--arxiv {answers.arxiv!r} is no arXiv number: like 2401.00000, without a version; "none" for a paper that is not there'

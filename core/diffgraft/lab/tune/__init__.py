@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import shutil
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from importlib.metadata import version
@@ -48,6 +49,7 @@ def tune(
     left_out: Mapping[str, str] | None = None,
     command: str | None = None,
     on_progress: OnProgress | None = None,
+    started: float | None = None,
 ) -> Tuning:
     """Look for the fastest way to ``settings.goal`` and write ``out/tune.json``; afterwards the pipeline is as it was.
 
@@ -58,6 +60,7 @@ def tune(
         judge: scores pictures against prompts; needed for the measure "judge".
         left_out: plugins that do not take part, and why: kept in the result.
         command: kept in the file.
+        started: ``time.monotonic()`` at which the budget began [default: now].
 
     Raises:
         Unsupported: Optuna is not installed, or a plugin does not work on this pipeline.
@@ -65,7 +68,9 @@ def tune(
             unfinished run of another command.
         Conflict: there are plugins on the pipeline.
     """
+    started = time.monotonic() if started is None else started
     optuna = imported("optuna", "`diffgraft tune`")
+    environment = {"versions": {**versions(), "optuna": version("optuna")}, **machine(pipe.device), "dtype": str(pipe.dtype)}
     ensure_bare(pipe, "what is tuned starts from the plain pipeline")
     if settings.goal.measure == "judge" and judge is None:
         raise ConfigError(f"target judge={settings.goal.value:g}: {name} brings no judge; take psnr or ssim")
@@ -77,15 +82,14 @@ def tune(
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     try:
         with quiet(pipe):
-            tuner = Tuner(pipe, plugins, settings, folder, judge, on_progress or (lambda phase, done, total: None))
+            tuner = Tuner(pipe, plugins, settings, folder, judge, on_progress or (lambda phase, done, total: None), started)
             exhausted = tuner.search(Study(optuna, folder, tuner.space, settings.seed))
             finals, winner = tuner.finish(Path(out), name)
     finally:
         optuna.logging.set_verbosity(before)
-    environment = {"versions": {**versions(), "optuna": version("optuna")}, **machine(pipe.device), "dtype": str(pipe.dtype)}
     result = Tuning(
         type(pipe).__name__,
-        settings,
+        tuner.settings,
         tuner.trials,
         front_of(tuner.trials),
         finals,

@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -32,8 +33,12 @@ from diffgraft.methods.files import write_atomic
 from diffgraft.methods.inputs import CallSettings, Pictures, Sample, make_pictures
 
 FINALISTS = 3
+LEAST_ROUNDS = 3
+"""Rounds of the end that are timed however little time is left."""
 
 
+SHORTER = ((3, 1.0, 1.0), (3, 0.0, 1.0), (2, 0.0, 1.0), (2, 0.0, 0.5), (1, 0.0, 0.5), (1, 0.0, 0.25), (1, 0.0, 0.0))
+"""Ends by how long they take: finalists, share of the rounds, share of the pictures; never less than ``LEAST_ROUNDS`` and a picture."""
 CALIBRATION_SAMPLES = 8
 
 
@@ -50,7 +55,14 @@ class Tuner:
     """One run in progress."""
 
     def __init__(
-        self, pipe: Any, plugins: Sequence[Plugin], settings: TuneSettings, folder: Path, judge: Judge | None, on_progress: OnProgress
+        self,
+        pipe: Any,
+        plugins: Sequence[Plugin],
+        settings: TuneSettings,
+        folder: Path,
+        judge: Judge | None,
+        on_progress: OnProgress,
+        started: float | None = None,
     ) -> None:
         self.pipe = pipe
         self.plugins = {plugin.name: plugin for plugin in plugins}
@@ -61,9 +73,11 @@ class Tuner:
         self.space = Space(plugins, settings.ladder)
         self.plain = Candidate(settings.steps)
         self.trials: list[Trial] = []
-        self.started = time.monotonic()
+        self.started = time.monotonic() if started is None else started
         self.earlier = 0.0
         self.calibrating = 0.0
+        self.pace = 0.0
+        """Seconds of the plain pipeline for a step of one picture among several."""
         self.unmade: dict[Path, str] = {}
         self.fetched: dict[tuple[str, str], dict[str, Any]] = {}
         self.made: dict[tuple[int, tuple[Sample, ...]], Pictures] = {}
@@ -74,14 +88,38 @@ class Tuner:
         return self.earlier + time.monotonic() - self.started
 
     def left(self) -> float:
-        """Seconds that the search may still take; the end needs some too: of each side about half a plain call a round and a picture."""
+        """Seconds that the search may still take: what the end needs is kept back, at most half of the budget."""
         budget = self.settings.budget
         if budget is None:
             return math.inf
+        return budget - min(self.end_cost(self.settings, FINALISTS), budget / 2) - self.spent()
+
+    def end_cost(self, settings: TuneSettings, finalists: int) -> float:
+        """Seconds that the end takes, going by what the plain pipeline took so far: stacks count like it with its own steps."""
         plains = [seconds for trial in self.trials for seconds in trial.beside]
-        sides = FINALISTS + 2
-        end = sides * (self.settings.final_rounds + 1 + len(self.settings.held_out)) * 0.5 * statistics.median(plains) if plains else 0.0
-        return budget - min(end, budget / 2) - self.spent()
+        call = statistics.median(plains) if plains else self.pace * settings.steps
+        gap = max(a - b for a, b in pairwise((*settings.ladder, 0)))  # between two rungs the fewest steps are searched by halving
+        steps = (settings.reference_steps or 0) + settings.steps * (1 + (2 + math.log2(max(gap, 2))) / 2 + finalists)
+        return self.pace * len(settings.held_out) * steps + call * (settings.final_rounds + 1) * (finalists + 2)
+
+    def shorten_end(self) -> int:
+        """Makes the end as small as the time that is left asks for: fewer rounds, then fewer finalists, then fewer pictures.
+
+        Returns:
+            how many finalists there may be.
+        """
+        finalists, whole = FINALISTS, self.settings
+        if whole.budget is None:
+            return finalists
+        for finalists, rounds, part in SHORTER:
+            self.settings = replace(
+                whole,
+                final_rounds=max(round(whole.final_rounds * rounds), min(LEAST_ROUNDS, whole.final_rounds)),
+                held_out=whole.held_out[: max(1, round(len(whole.held_out) * part))],
+            )
+            if self.end_cost(self.settings, finalists) <= whole.budget - self.spent():
+                break
+        return finalists
 
     # running a candidate ----------------------------------------------------------------------------------------------------------------
 
@@ -98,6 +136,7 @@ class Tuner:
             return path
         single = {knob: values[0] for knob, values in self.space.tables[plugin.name].items() if len(values) == 1}
         limit, started = CALIBRATION_SHARE * (self.settings.budget or math.inf), time.monotonic()
+        limit = min(limit, self.calibrating + max(self.left(), 0.0))
 
         def watched(phase: str, done: int, total: int) -> None:
             self.on_progress(phase, done, total)
@@ -163,11 +202,14 @@ class Tuner:
         key = candidate.steps, samples
         if not candidate.plugins and key in self.made:
             return self.made[key]
+        started = time.monotonic()
         with self.grafted(candidate) as call:
             parts = [make_pictures(self.pipe, samples[i : i + self.batch], call) for i in range(0, len(samples), self.batch)]
         made: Pictures = np.concatenate(parts)
         if not candidate.plugins:
             self.made[key] = made
+            if candidate.steps >= self.settings.steps:
+                self.pace = (time.monotonic() - started) / (len(samples) * candidate.steps)
         return made
 
     def values(self, candidate: Candidate, samples: tuple[Sample, ...]) -> list[float]:
@@ -196,17 +238,21 @@ class Tuner:
         seconds: list[float] = []
         beside: list[float] = []
         notes: list[str] = []
-        samples = self.settings.samples
+        settings, samples = self.settings, self.settings.samples
         try:
-            values = self.values(candidate, samples)  # warms up as well
-            self.timed(candidate, samples[0])
-            for i in range(self.settings.rounds):
+            took, _ = self.timed(candidate, samples[0])  # warms up, and tells whether there is time for more
+            expected = took * (len(samples) + settings.rounds)
+            if candidate.plugins and expected > (left := self.left()):
+                raise Unsupported(f"its trial takes about {expected:.0f} s, and {max(left, 0):.0f} s of the budget are left for the search")
+            values = self.values(candidate, samples)
+            for i in range(settings.rounds):
                 sample = samples[i % len(samples)]
                 pair = [self.plain, candidate] if i % 2 == 0 else [candidate, self.plain]
-                times = {id(side): self.timed(side, sample) for side in pair}
-                seconds.append(times[id(candidate)][0])
-                beside.append(times[id(self.plain)][0])
-                notes = times[id(candidate)][1]
+                pair = pair[:1] if candidate == self.plain else pair  # it is not timed beside itself
+                times = {side.key: self.timed(side, sample) for side in pair}
+                seconds.append(times[candidate.key][0])
+                beside.append(times[self.plain.key][0])
+                notes = times[candidate.key][1]
         except DiffgraftError as error:
             if not candidate.plugins:
                 raise
@@ -221,7 +267,7 @@ class Tuner:
         self.on_progress("reference", 0, 1)
         self.pictures(Candidate(settings.reference_steps or settings.steps), settings.samples)
         self.on_progress("reference", 1, 1)
-        while (settings.trials is None or len(self.trials) < settings.trials) and (self.left() > 0 or not self.trials):
+        while (settings.trials is None or len(self.trials) < settings.trials) and (not self.trials or self.left() > self.next_trial()):
             asked = study.ask(self.trials)
             if asked is None:
                 return True
@@ -234,13 +280,18 @@ class Tuner:
                 self.on_progress("search", round(min(self.spent(), settings.budget)), round(settings.budget))
         return False
 
+    def next_trial(self) -> float:
+        """Seconds that the next trial takes, if it is like the last ones."""
+        return statistics.median(trial.spent for trial in self.trials[-5:])
+
     # the end ----------------------------------------------------------------------------------------------------------------------------
 
     def finish(self, out: Path, name: str) -> tuple[list[Final], Final | None]:
         """The plain pipeline, fewer steps, and the fastest good stacks, on prompts that were not seen; and the winner."""
+        finalists = self.shorten_end()
         goal = self.settings.goal
         plains = [self.plain, Candidate(self.fewest_steps())]
-        stacks = self.finalists()
+        stacks = self.finalists(finalists)
         sides = [*plains, *(trial.candidate for trial, _ in stacks)]
         near = [*map(self.unseen, plains), *(fidelity for _, fidelity in stacks)]
         rounds = self.rounds(sides)
@@ -267,14 +318,14 @@ class Tuner:
         winners = [final for final in finals if final.reaches and final.faster]
         return finals, min(winners, key=lambda final: final.of_plain.p50, default=None)
 
-    def finalists(self) -> list[tuple[Trial, Mean]]:
+    def finalists(self, most: int) -> list[tuple[Trial, Mean]]:
         """The fastest good stacks of the stacks' own front, and how near they are on pictures that the search has not seen.
 
         One that refuses such a prompt is a refused trial like any other, and the next one moves up.
         """
         near: dict[int, Mean] = {}
         while True:
-            front = [trial for trial in front_of([t for t in self.trials if t.candidate.plugins]) if self.is_good(trial)][:FINALISTS]
+            front = [trial for trial in front_of([t for t in self.trials if t.candidate.plugins]) if self.is_good(trial)][:most]
             trial = next((trial for trial in front if trial.number not in near), None)
             if trial is None:
                 return [(trial, near[trial.number]) for trial in front]
@@ -309,8 +360,13 @@ class Tuner:
     def rounds(self, sides: Sequence[Candidate]) -> list[list[float]]:
         """Seconds by side: a warm-up, then rounds of every side, every other one in reverse."""
         seconds: list[list[float]] = [[] for _ in sides]
-        samples, total, done = self.settings.held_out, len(sides) * (self.settings.final_rounds + 1), 0
+        one_round, samples, total, done = 0.0, self.settings.held_out, len(sides) * (self.settings.final_rounds + 1), 0
+        budget = self.settings.budget or math.inf
         for number in range(-1, self.settings.final_rounds):
+            begun = time.monotonic()
+            if number >= LEAST_ROUNDS and self.spent() + one_round > budget:
+                self.settings = replace(self.settings, final_rounds=number)
+                break
             gc.collect()
             order = range(len(sides)) if number % 2 == 0 else reversed(range(len(sides)))
             for i in order:
@@ -319,6 +375,7 @@ class Tuner:
                     seconds[i].append(took)
                 done += 1
                 self.on_progress("rounds", done, total)
+            one_round = time.monotonic() - begun
         return seconds
 
     def interval(self, values: Sequence[float]) -> Mean:

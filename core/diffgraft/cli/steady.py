@@ -1,0 +1,25 @@
+"""Measuring without others in the way: as many threads as there are cores, and a word when the machine is busy."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import typer
+
+
+@contextmanager
+def steady(number: int | None) -> Iterator[str | None]:
+    """Sets torch's threads for a long piece of work and says how many; gives the warning that the machine is busy, or None."""
+    from diffgraft.lab.machine import busy, threads
+
+    warning = busy()
+    tell(warning)
+    with threads(number) as count:
+        typer.echo(f"{count} torch threads (--threads)", err=True)
+        yield warning
+
+
+def tell(warning: str | None) -> None:
+    if warning is not None:
+        typer.secho(f"warning: {warning}", fg="yellow", err=True)
