@@ -115,7 +115,7 @@ def test_the_keywords_of_diffusers_pass():
 ADDED: list[Any] = ["scale", ("scale", {"strength": 0.5}), Scale, Scale(strength=0.5), ["scale"], [("scale", {})], {"scale": None}]
 
 
-@pytest.mark.parametrize("form", ADDED, ids=str)
+@pytest.mark.parametrize("form", ADDED, ids=[str(number) for number in range(len(ADDED))])
 def test_add_takes_every_form_that_load_pipeline_takes(sd, form, monkeypatch):
     monkeypatch.setattr(registry, "find", {"scale": Scale}.__getitem__)
     stack = load_pipeline(sd[0]).plugins

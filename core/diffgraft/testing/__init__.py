@@ -28,6 +28,7 @@ from diffgraft.kernel import registry
 from diffgraft.kernel.plugin import Plugin
 from diffgraft.testing import basics, repeats, surroundings
 from diffgraft.testing.case import CHECKS, Case, cases_of, claims
+from diffgraft.testing.cover import cover
 from diffgraft.testing.pairs import Pair, pair_cases
 from diffgraft.testing.setting import Setting
 from diffgraft.testing.subject import Subject
@@ -40,6 +41,7 @@ __all__ = [
     "Subject",
     "basics",
     "contract_cases",
+    "cover",
     "pair_cases",
     "repeats",
     "run_contract",
