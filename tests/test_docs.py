@@ -228,11 +228,12 @@ const load = address => new Promise(done => { view.onload = done; view.src = add
 (async () => {
   for (const page of PAGES) {
     await load(page);
-    const root = view.contentDocument.documentElement;
-    const wide = [...root.querySelectorAll("main *, article *")].filter(one => one.getBoundingClientRect().right > WIDTH + 1);
+    const root = view.contentDocument.documentElement, text = root.querySelector(".content");
+    const reach = Math.max(root.scrollWidth, text.getBoundingClientRect().left + text.scrollWidth);
+    const wide = [...text.querySelectorAll("*")].filter(one => one.getBoundingClientRect().right > WIDTH + 1);
     const box = one => /auto|scroll|hidden/.test(getComputedStyle(one).overflowX);
-    const scrolls = one => one && one !== root && (box(one) || scrolls(one.parentElement));
-    told[page] = [root.scrollWidth, wide.filter(one => !scrolls(one.parentElement)).slice(0, 3).map(one => one.outerHTML.slice(0, 120))];
+    const scrolls = one => one && one !== text && (box(one) || scrolls(one.parentElement));
+    told[page] = [reach, wide.filter(one => !scrolls(one.parentElement)).slice(0, 3).map(one => one.outerHTML.slice(0, 120))];
   }
   await load("search.html?q=guidance");
   for (let i = 0; i < 100 && !told.found; i++) {
@@ -242,7 +243,8 @@ const load = address => new Promise(done => { view.onload = done; view.src = add
   document.getElementById("told").textContent = JSON.stringify(told);
 })();
 </script>"""
-"""A page that opens the others in a window of some width, and tells how wide they are and what sticks out."""
+"""A page that opens the others in a window of some width, and tells how far to the right their text goes and what sticks out. (The theme
+lets the whole text scroll sideways where something is too wide, and hides that from the document's own width.)"""
 
 
 @pytest.mark.slow
@@ -262,7 +264,7 @@ def test_the_site_opens_in_a_browser(site: Path, width: int, tmp_path: Path) -> 
     told = json.loads(html.unescape(said))
     assert told.pop("found") > 3
     assert set(told) == set(pages)
-    wide = {page: sticking for page, (reach, sticking) in told.items() if reach > width}
+    wide = {page: (reach, sticking) for page, (reach, sticking) in told.items() if reach > width + 1}
     assert not wide, f"wider than {width} px: {wide}"
     complaints = [line for line in done.stderr.splitlines() if "CONSOLE" in line]
     assert not complaints
