@@ -68,6 +68,9 @@ def compare(
     class_label: ClassLabels = None,
     image: ImagePath = None,
     arg: Extra = None,
+    plugin_steps: Annotated[
+        int | None, typer.Option(min=1, help="Steps of the arms with plugins, for solvers that need fewer (default: as the baseline).")
+    ] = None,
     reference_steps: Annotated[
         int | None,
         typer.Option(min=2, help="Hold pictures against the plain pipeline's with so many steps, not against the baseline's (solvers)."),
@@ -130,6 +133,7 @@ def compare(
         warmup=warmup,
         batch=batch or (BUNDLED_BATCH if bundled else 1),
         reference_steps=reference_steps,
+        plugin_steps=plugin_steps,
     )
     judge = load_judge(bundled) if bundled else None
     with steady(threads) as warning, progress() as on_progress, refusals(pipe):

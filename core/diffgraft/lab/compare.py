@@ -134,9 +134,10 @@ class Bench:
         """All phases: pilot, MACs, rounds, pictures, scores."""
         steps = self.settings.steps
         baseline = self.arm("baseline", "baseline", steps)
-        grafted = [self.arm(name, "plugin", steps, (name,)) for name in self.names]
+        own = self.settings.plugin_steps or steps
+        grafted = [self.arm(name, "plugin", own, (name,)) for name in self.names]
         if len(self.names) > 1:
-            grafted.append(self.arm(" + ".join(self.names), "stack", steps, self.names))
+            grafted.append(self.arm(" + ".join(self.names), "stack", own, self.names))
         self.arms = [baseline, *grafted]
         equal_time = self.equal_time = self.find_equal_time(baseline, grafted[-1])
         fewer = self.arm(f"baseline, {equal_time.steps} steps", "fewer_steps", equal_time.steps)

@@ -46,6 +46,7 @@ class CompareSettings:
 
     samples   the pictures of the fidelity figures; latency rounds take them in turn
     steps     denoising steps of every arm but "fewer steps"
+    plugin_steps  steps of the arms with plugins, for methods that make do with fewer; None: ``steps``
     call      what all calls share (guidance scale, size...)
     repeats   latency rounds
     warmup    calls of every arm before the rounds
@@ -63,12 +64,15 @@ class CompareSettings:
     pilot: int = 3
     batch: int = 1
     reference_steps: int | None = None
+    plugin_steps: int | None = None
 
     def __post_init__(self) -> None:
         limits = {"steps": 1, "repeats": 1, "warmup": 0, "pilot": 1, "batch": 1}
         for name, least in limits.items():
             if getattr(self, name) < least:
                 raise ConfigError(f"{name} = {getattr(self, name)}: must be >= {least}")
+        if self.plugin_steps is not None and self.plugin_steps < 1:
+            raise ConfigError(f"plugin_steps = {self.plugin_steps}: must be >= 1")
         if self.reference_steps is not None and self.reference_steps <= self.steps:
             raise ConfigError(f"reference_steps = {self.reference_steps}: must be more than the {self.steps} steps that are compared")
         if not self.samples:
@@ -256,10 +260,10 @@ class Comparison:
 
     @property
     def product(self) -> Product | None:
-        """The product of the parts of a stack; None for a single plugin."""
+        """The product of the parts of a stack; None for a single plugin, and where every part has the gain of fewer steps in it."""
         parts = [result for result in self.arms if result.arm.kind == "plugin"]
         whole = next((result for result in self.arms if result.arm.kind == "stack"), None)
-        if whole is None:
+        if whole is None or self.settings.plugin_steps is not None:
             return None
         gains = (1.0 if part.is_idle else part.latency.of_medians for part in parts)  # noise is no factor
         speedups = (math.prod(gains), whole.latency.of_medians)

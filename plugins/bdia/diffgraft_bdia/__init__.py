@@ -91,7 +91,7 @@ class BDIA(Plugin):
         if scale not in call.said:
             return call.replace(**{scale: made})  # type: ignore[no-any-return]
         if call[scale] != made:
-            call.note(f"start was made with {scale} = {made:g} and this run has {call[scale]:g}: the walk is not undone, the picture changes")
+            call.note(f"start was made with {scale} = {made:g}, this run has {call[scale]:g}: the walk is not undone, the picture changes")
         return call
 
     def schedule(self, call: ScheduleCall, next: Any) -> Any:
