@@ -84,11 +84,9 @@ def compare_part(folder: Path) -> str:
         f"{len(settings['samples'])} pictures, last line: fewer steps in the time of the stack."
     )
     if raw["advantage"]:
-        more, last = raw["advantage"], raw["arms"][-1]["arm"]["name"]
-        lines.append(
-            f"\nPSNR of {raw['equal_time']['matched_to']} above that of {last}: {more['mean']:+.2f} dB ({more['low']:+.2f} to {more['high']:+.2f}, "
-            "95 % interval)."
-        )
+        more, target, last = raw["advantage"], raw["equal_time"]["matched_to"], raw["arms"][-1]["arm"]["name"]
+        interval = f"{more['low']:+.2f} to {more['high']:+.2f}, 95 % interval"
+        lines.append(f"\nPSNR of {target} above that of {last}: {more['mean']:+.2f} dB ({interval}).")
     notes = dict.fromkeys(note for item in raw["arms"] for note in item["notes"] if "inactive" in note)
     lines += [f"\n{note}" for note in notes]
     return "\n".join(lines) + "\n"

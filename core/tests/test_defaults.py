@@ -6,6 +6,7 @@ import copy
 import inspect
 import pickle
 
+import diffusers
 import pytest
 import torch
 from diffgraft import BrokenPlugin, Bundled, ConfigError, load_pipeline, unload
@@ -13,6 +14,7 @@ from diffgraft.kernel import registry
 from diffgraft.kernel.defaults import filled, give_defaults, own_defaults, plain_class
 from diffgraft.methods.conditioning import sibling
 from diffgraft.methods.inputs import default_steps
+from diffgraft.methods.variants import as_variant, own_size
 from diffusers import FluxPipeline, StableDiffusionImg2ImgPipeline, StableDiffusionPipeline
 from probes import Everything, Probe, tiny
 
@@ -185,3 +187,14 @@ def test_bundled_pipelines_run_as_they_were_trained_with_a_prompt_alone(name, pl
     with pytest.raises(Enough):
         pipe("a red apple on the left on a blue background", callback_on_step_end=callback)
     assert seen == [BUNDLED[name]]
+
+
+@pytest.mark.parametrize(("name", "cls"), [("emoji-sd", "StableDiffusionImg2ImgPipeline"), ("emoji-flux", "FluxImg2ImgPipeline")])
+def test_a_variant_for_pictures_has_what_it_takes_of_them(name, cls):
+    pipe = load_pipeline(name)
+    variant = as_variant(pipe, getattr(diffusers, cls))
+    assert plain_class(type(variant)) is getattr(diffusers, cls)
+    assert dict(own_defaults(variant)).items() <= dict(own_defaults(pipe)).items()
+    assert own_defaults(variant).get("guidance_scale") == own_defaults(pipe).get("guidance_scale")
+    assert own_size(variant) == (64, 64)
+    assert as_variant(pipe, plain_class(type(pipe))) is pipe

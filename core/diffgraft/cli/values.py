@@ -185,7 +185,15 @@ def call_settings(
             picture = Image.open(image).convert("RGB")
         except OSError as error:
             raise ConfigError(f"--image {image}: {first_line(error)}") from None
-    return CallSettings(steps, guidance_scale, negative_prompt, height, width, picture, extra)
+    return CallSettings(
+        steps=steps,
+        guidance_scale=guidance_scale,
+        negative_prompt=negative_prompt,
+        height=height,
+        width=width,
+        image=picture,
+        extra=extra,
+    )
 
 
 def make_fitness(
