@@ -145,7 +145,7 @@ def compare(
             judge=judge,
             attention_backend=backend,
             on_progress=on_progress,
-            on_unfinished=lambda found: keep_unfinished(found, pipeline, out),
+            on_unfinished=lambda found: kept(lambda place: keep_unfinished(found, pipeline, place), out),
         )
     kept(lambda place: write_comparison(result, pipeline, place), out)
     print_comparison(result)
