@@ -54,10 +54,12 @@ def rows(text: str) -> set[str]:
 def compare_part(folder: Path) -> str:
     """The picture and a table of its figures."""
     raw = json.loads((folder / "compare.json").read_text())
+    if raw["unfinished"]:
+        sys.exit(f"{folder}/compare.json is of an unfinished run: {raw['unfinished']}")
     shutil.copyfile(folder / "compare.png", ROOT / "examples" / "compare.png")
     lines = [
         "![The same prompts and seeds, with and without plugins](examples/compare.png)\n",
-        "| | steps | p50 s | speed-up | denoiser MACs | PSNR dB, mean (worst) | as prompted |",
+        "| | steps | p50 s | speed | denoiser MACs | PSNR dB, mean (worst) | as prompted |",
         "|---|---|---|---|---|---|---|",
     ]
     for item in raw["arms"]:
@@ -68,7 +70,7 @@ def compare_part(folder: Path) -> str:
             arm["name"],
             str(arm["steps"]),
             f"{latency['seconds']['p50']:.2f}",
-            f"{latency['of_medians']:.2f}x",
+            item["reading"],
             f"{item['macs']['per_run'] / 1e9:.1f} G",
             "" if arm["kind"] == "baseline" else psnr,
             f"{judged['right']}/{judged['total']}" if judged else "",
@@ -81,6 +83,10 @@ def compare_part(folder: Path) -> str:
         f"{versions['diffusers']}; one picture a call, medians of {settings['repeats']} rounds with the sides in turn, fidelity over "
         f"{len(settings['samples'])} pictures, last line: fewer steps in the time of the stack."
     )
+    if raw["advantage"]:
+        more, target, last = raw["advantage"], raw["equal_time"]["matched_to"], raw["arms"][-1]["arm"]["name"]
+        interval = f"{more['low']:+.2f} to {more['high']:+.2f}, 95 % interval"
+        lines.append(f"\nPSNR of {target} above that of {last}: {more['mean']:+.2f} dB ({interval}).")
     notes = dict.fromkeys(note for item in raw["arms"] for note in item["notes"] if "inactive" in note)
     lines += [f"\n{note}" for note in notes]
     return "\n".join(lines) + "\n"

@@ -318,8 +318,30 @@ def test_compare_a_bundled_pipeline(call, folders, tmp_path, monkeypatch):
     assert "3/3 (44-100 %)" in result.stdout
     raw = json.loads((tmp_path / "work/out/compare.json").read_text())
     assert [arm["arm"]["kind"] for arm in raw["arms"]] == ["baseline", "plugin", "fewer_steps"]  # one plugin is the stack
-    assert (raw["settings"]["steps"], raw["settings"]["call"]["guidance_scale"], raw["settings"]["batch"]) == (3, 4.0, 8)
+    assert (raw["settings"]["steps"], raw["settings"]["call"]["guidance_scale"], raw["settings"]["batch"]) == (3, None, 8)
+    assert raw["environment"]["call_defaults"] == {"num_inference_steps": 3, "guidance_scale": 4.0}
     assert [s["prompt"] for s in raw["settings"]["samples"]] == ["a red apple", "a green pear", "a red apple"]
+
+
+def test_an_interrupted_compare_keeps_what_it_has(call, folders, tmp_path, monkeypatch):
+    from diffgraft.lab.compare import Bench
+
+    def interrupted(self, arms):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Bench, "make_all", interrupted)
+    (tmp_path / "work/out").mkdir()
+    (tmp_path / "work/out/compare.png").write_bytes(b"of an earlier one")
+    given = ["--plugins", "sparse", "--prompt", "a", "--repeats", 1, "--warmup", 0, "--steps", 2, "--out", "out", *SIZE]
+    result = call("compare", folders / "sd", *given)
+    assert result.exit_code != 0
+    assert "unfinished: KeyboardInterrupt" in result.output
+    assert "1 of 1 rounds are whole" in result.output
+    raw = json.loads((tmp_path / "work/out/compare.json").read_text())
+    assert raw["unfinished"]["error"] == "KeyboardInterrupt"
+    assert [arm["arm"]["name"] for arm in raw["arms"]][:2] == ["baseline", "sparse"]
+    assert raw["arms"][1]["latency"]["seconds"]["p50"] > 0
+    assert not (tmp_path / "work/out/compare.png").exists()
 
 
 def test_choice_of_samples():

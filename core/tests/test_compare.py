@@ -12,12 +12,13 @@ import torch
 from cli_plugins import Idle, OnlyTransformers, Rival, Slow, Sparse
 from diffgraft import BrokenPlugin, Bundled, ConfigError, Conflict, Unsupported, load_pipeline
 from diffgraft.lab.compare import compare
-from diffgraft.lab.compare_view import comparison_grid, grid_label
-from diffgraft.lab.figures import fit_steps
+from diffgraft.lab.compare_picture import FASTER, NEITHER, amplification, colour, comparison_picture, label
+from diffgraft.lab.compare_view import speed_text
+from diffgraft.lab.figures import fit_steps, latency_of
 from diffgraft.lab.instruments import MacMode, missing_formulas
 from diffgraft.lab.judging import all_right, load_judge
 from diffgraft.lab.metrics import Mean, Spread, psnr, share, ssim, wilson
-from diffgraft.lab.results import CompareSettings, plain
+from diffgraft.lab.results import CompareSettings, Timing, plain
 from diffgraft.methods.inputs import CallSettings, Sample, call_arguments, make_pictures, make_samples
 from diffgraft_families.tiny import make
 from torch.utils.flop_counter import FlopCounterMode
@@ -92,9 +93,9 @@ def test_macs(result, pipe):
 
 
 def test_product_of_the_parts(result):
-    alone = [result.arm(name).latency.of_medians for name in ("sparse", "idle")]
+    alone = [result.arm("sparse").latency.of_medians]
     found = result.product
-    assert found.speedup_of_parts == pytest.approx(alone[0] * alone[1])
+    assert found.speedup_of_parts == pytest.approx(alone[0]), "idle said that it did nothing: its ratio is noise"
     assert found.speedup == result.arm("sparse + idle").latency.of_medians
     assert (found.macs_limit_of_parts, found.macs_limit) == (2, 2)
     assert result.to_json()["product"]["macs_limit"] == 2
@@ -160,10 +161,10 @@ def test_fidelity_against_many_steps(pipe):
     expected = np.mean(np.subtract(idle.fidelity.psnr, fewer.fidelity.psnr))
     assert result.advantage.mean == pytest.approx(expected)
     assert result.advantage.low <= expected <= result.advantage.high
-    shown = grid_label(baseline, result)
+    shown = label(baseline, result)
     assert any("PSNR" in line for line in shown)
-    assert "PSNR" not in " ".join(grid_label(baseline, replace(result, reference=None)))
-    assert comparison_grid(result, "tiny").height > comparison_grid(replace(result, reference=None), "tiny").height
+    assert "PSNR" not in " ".join(label(baseline, replace(result, reference=None)))
+    assert comparison_picture(result, "tiny").height > comparison_picture(replace(result, reference=None), "tiny").height
     assert result.to_json()["advantage"]["mean"] == result.advantage.mean
     with pytest.raises(ConfigError, match="reference_steps = 4: must be more than the 4 steps"):
         CompareSettings(SAMPLES, STEPS, CALL, reference_steps=4)
@@ -199,6 +200,85 @@ def test_a_plugin_that_changes_nothing_is_told(result):
     assert (idle.fidelity.identical, idle.fidelity.psnr_mean, idle.fidelity.psnr) == (3, None, [math.inf] * 3)
     assert not result.arm("sparse").changed_nothing
     assert not result.arm("baseline").changed_nothing
+
+
+def test_an_inactive_plugin_has_no_gain_to_read(result):
+    idle, stack = result.arm("idle"), result.arm("sparse + idle")
+    assert (idle.inactive, idle.is_idle, idle.reading) == (("idle",), True, "inactive, did nothing")
+    assert speed_text(idle).startswith("inactive (")
+    assert colour(idle) == NEITHER
+    assert label(idle, result)[1] == "inactive, did nothing"
+    assert (stack.inactive, stack.is_idle) == (("idle",), False)
+    assert "idle: inactive" in label(stack, result)
+    assert result.product.speedup_of_parts == result.arm("sparse").latency.of_medians
+    raw = {arm["arm"]["name"]: arm for arm in result.to_json()["arms"]}
+    assert raw["idle"]["inactive"] == ["idle"]
+    assert raw["idle"]["reading"] == "inactive, did nothing"
+
+
+@pytest.mark.parametrize(("seconds", "noise", "reading", "cell"), [
+    ([1.0, 0.9, 1.1], True, "as fast, within noise (1.00x)", "within noise (1.00x)"),
+    ([0.5, 0.4, 0.5], False, "2.00x faster", "2.00x"),
+    ([2.0, 2.0, 2.5], False, "2.00x slower", "0.50x"),
+])  # fmt: skip
+def test_a_ratio_whose_rounds_hold_one_is_noise(result, seconds, noise, reading, cell):
+    base = [Timing(i, i, 1.0, None, None, None) for i in range(3)]
+    latency = latency_of([replace(each, seconds=value) for each, value in zip(base, seconds, strict=True)], base)
+    assert latency.within_noise is noise
+    item = replace(result.arm("sparse"), latency=latency)
+    assert (item.reading, speed_text(item)) == (reading, cell)
+    assert (colour(item) == NEITHER) is noise
+    assert colour(replace(item, latency=latency_of(base, base))) == NEITHER != FASTER
+    assert replace(result, arms=[item, item]).to_json()["arms"][0]["latency"]["within_noise"] is noise
+
+
+def test_differences_are_amplified_by_one_factor_for_all(result):
+    measure = np.zeros((1, 1, 10, 10, 3), np.float32)
+    assert amplification([measure, measure + 0.1], measure) == 8
+    assert amplification([measure], measure) == 64
+    assert amplification([measure + 1], measure) == 1
+    page = comparison_picture(result, "tiny")
+    assert page.width < 3 * page.height
+
+
+class Breaks(Sparse):
+    """Fails in the run of this number."""
+
+    name = "breaks"
+    error: type[BaseException] = KeyboardInterrupt
+    at = 0
+    runs = 0
+
+    def run(self, call, next):
+        Breaks.runs += 1
+        if Breaks.runs == Breaks.at:
+            raise Breaks.error
+        return next(call)
+
+
+@pytest.mark.parametrize(("at", "error", "during", "whole"), [
+    (1, KeyboardInterrupt, "pilot, breaks", 0),
+    (3, ZeroDivisionError, "MACs, breaks", 0),
+    (6, KeyboardInterrupt, "latency, round 3 of 3, breaks", 2),
+    (7, KeyboardInterrupt, "pictures, breaks", 3),
+])  # fmt: skip
+def test_an_interrupted_comparison_hands_over_what_was_measured(pipe, monkeypatch, at, error, during, whole):
+    for name, value in {"at": at, "error": error, "runs": 0}.items():
+        monkeypatch.setattr(Breaks, name, value)
+    kept = []
+    settings = CompareSettings(SAMPLES, 2, CALL, repeats=3, warmup=0, pilot=1, batch=3)
+    with pytest.raises(error):
+        compare(pipe, [Breaks()], settings, on_unfinished=kept.append)
+    [found] = kept
+    assert (found.during, found.error, found.whole_rounds) == (during, error.__name__, whole)
+    assert not hasattr(pipe, "plugins")
+    raw = json.loads(json.dumps(found.to_json(), allow_nan=False))
+    assert raw["unfinished"] == {"during": during, "error": error.__name__, "whole_rounds": whole}
+    assert [arm["arm"]["name"] for arm in raw["arms"]][:2] == ["baseline", "breaks"]
+    assert [arm["latency"] is not None for arm in raw["arms"]] == [whole > 0] * len(raw["arms"])
+    if at == 7:
+        assert raw["arms"][0]["fidelity"]["identical"] == 3
+        assert raw["arms"][1]["fidelity"] is None
 
 
 def test_what_was_skipped(result):

@@ -22,6 +22,7 @@ from diffgraft.cli.options import (
     Width,
 )
 from diffgraft.cli.steady import steady
+from diffgraft.kernel import registry
 from diffgraft.kernel.errors import ConfigError
 
 
@@ -44,7 +45,7 @@ def calibrate(
     threads: Threads = None,
 ) -> None:
     """Measure what a plugin needs to know of a model; an interrupted calibration goes on where it stopped."""
-    from diffgraft.cli.values import bundled_of, call_settings, load_bare, parse_assignments, plugin_specs, read_prompts, refusals
+    from diffgraft.cli.values import call_settings, load_bare, parse_assignments, plugin_specs, read_prompts, refusals
 
     specs = plugin_specs([plugin], option)
     texts = read_prompts(prompt, prompts)
@@ -58,7 +59,7 @@ def calibrate(
     from diffgraft.methods.calibration import calibrate as measure
     from diffgraft.methods.inputs import make_samples
 
-    call = call_settings(bundled_of(pipeline), steps, guidance_scale, negative_prompt, height, width, None, extra)
+    call = call_settings(steps, guidance_scale, negative_prompt, height, width, None, extra)
     pipe, built = load_bare(pipeline, specs, device, dtype)
     samples = make_samples(pipe, [seed + i for i in range(len(texts))], texts)
     with steady(threads), progress() as on_progress, refusals(pipe):
@@ -108,7 +109,6 @@ def evolve(
 ) -> None:
     """Find a plugin's settings for one pipeline and number of steps by evolution; an interrupted search goes on where it stopped."""
     from diffgraft.cli.values import (
-        bundled_of,
         call_settings,
         load_bare,
         make_fitness,
@@ -134,8 +134,8 @@ def evolve(
     from diffgraft.methods.search import search as find_settings
 
     plan = Plan.of(population, epochs=epochs, top=top, mutations=mutations, crossovers=crossovers, seed=seed)
-    judged = make_fitness(fitness, reward, features, reference, reference_steps, bundled_of(pipeline))
-    call = call_settings(bundled_of(pipeline), steps, guidance_scale, negative_prompt, height, width, None, extra)
+    judged = make_fitness(fitness, reward, features, reference, reference_steps, registry.bundled_of(pipeline))
+    call = call_settings(steps, guidance_scale, negative_prompt, height, width, None, extra)
     pipe, built = load_bare(pipeline, specs, device, dtype)
     pipe.set_progress_bar_config(disable=True)
     samples = make_samples(pipe, [seed + i for i in range(len(texts))], texts)
@@ -156,16 +156,19 @@ def invert(
     out: Annotated[Path | None, typer.Option("--out", help="File to write (default: PLUGIN-code.safetensors).")] = None,
     option: KnobValues = None,
     steps: Steps = None,
-    guidance_scale: GuidanceScale = None,
+    guidance_scale: Annotated[
+        float | None, typer.Option(help="Guidance scale of the walk; the code keeps it for the way back (default: 1, no guidance).")
+    ] = None,
     negative_prompt: NegativePrompt = None,
     height: Height = None,
     width: Width = None,
     arg: Extra = None,
     device: Device = None,
     dtype: Dtype = None,
+    check: Annotated[bool, typer.Option("--check", help="Make the picture again and tell how near it comes.")] = False,
 ) -> None:
     """Walk from a picture back to the noise that it comes from; `run` with the code makes it again, or edits it."""
-    from diffgraft.cli.values import bundled_of, call_settings, load_bare, parse_assignments, plugin_specs, refusals
+    from diffgraft.cli.values import call_settings, load_bare, parse_assignments, plugin_specs, refusals
 
     specs = plugin_specs([plugin], option)
     extra = parse_assignments(arg, "-a")
@@ -176,11 +179,18 @@ def invert(
 
     from diffgraft.methods.inputs import make_samples
     from diffgraft.methods.inversion import invert as walk_back
+    from diffgraft.methods.inversion import round_trip
 
-    settings = call_settings(bundled_of(pipeline), steps, guidance_scale, negative_prompt, height, width, image, extra)
+    settings = call_settings(steps, guidance_scale, negative_prompt, height, width, image, extra)
     pipe, built = load_bare(pipeline, specs, device, dtype)
     [sample] = make_samples(pipe, [0], [prompt] if prompt is not None else [])
     with refusals(pipe):
-        code = walk_back(pipe, built[0], settings.image, sample, replace(settings, image=None), path)
-    typer.echo(f"wrote {path}: {code.made_for.pipeline}, {code.made_for.steps} steps, latents {code.made_for.shape}")
+        picture, settings = settings.image, replace(settings, image=None)
+        code = walk_back(pipe, built[0], picture, sample, settings, path)
+        near = round_trip(pipe, built[0], picture, sample, settings, code) if check else None
+    made = code.made_for
+    guidance = "" if (scale := code.facts["guidance_scale"]) is None else f", guidance {scale:g}"
+    typer.echo(f"wrote {path}: {made.pipeline}, {made.steps} steps{guidance}, latents {made.shape}")
+    if near is not None:
+        typer.echo(f"PSNR to the picture: {near[0]:.2f} dB through the autoencoder alone, {near[1]:.2f} dB made again from the code")
     typer.echo(f"make it again, or with another prompt edit it: diffgraft run {pipeline} -p {plugin} -o {plugin}.start={path} ...")

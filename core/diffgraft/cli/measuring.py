@@ -68,6 +68,9 @@ def compare(
     class_label: ClassLabels = None,
     image: ImagePath = None,
     arg: Extra = None,
+    plugin_steps: Annotated[
+        int | None, typer.Option(min=1, help="Steps of the arms with plugins, for solvers that need fewer (default: as the baseline).")
+    ] = None,
     reference_steps: Annotated[
         int | None,
         typer.Option(min=2, help="Hold pictures against the plain pipeline's with so many steps, not against the baseline's (solvers)."),
@@ -84,7 +87,6 @@ def compare(
 ) -> None:
     """Measure plugins against the plain pipeline: each alone, the stack, and fewer steps at equal time."""
     from diffgraft.cli.values import (
-        bundled_of,
         call_settings,
         load_bare,
         parse_assignments,
@@ -105,14 +107,14 @@ def compare(
 
     check_folder(out, "--out")
     from diffgraft.lab.compare import compare as measure
-    from diffgraft.lab.compare_view import print_comparison, write_comparison
+    from diffgraft.lab.compare_view import keep_unfinished, print_comparison, write_comparison
     from diffgraft.lab.judging import load_judge
     from diffgraft.lab.results import CompareSettings
     from diffgraft.lab.terminal import progress
     from diffgraft.methods.inputs import default_steps, make_samples
 
-    bundled = bundled_of(pipeline)
-    call = call_settings(bundled, None, guidance_scale, negative_prompt, height, width, image, extra)
+    bundled = registry.bundled_of(pipeline)
+    call = call_settings(None, guidance_scale, negative_prompt, height, width, image, extra)
     pipe, built = load_bare(pipeline, specs, device, dtype)
     asked: list[Any] = texts or list(class_label or ())
     examples = list(bundled.prompts) if bundled else []
@@ -125,16 +127,26 @@ def compare(
     )
     settings = CompareSettings(
         samples=tuple(samples),
-        steps=steps or (bundled.steps if bundled else default_steps(pipe)),
+        steps=steps or default_steps(pipe),
         call=call,
         repeats=repeats,
         warmup=warmup,
         batch=batch or (BUNDLED_BATCH if bundled else 1),
         reference_steps=reference_steps,
+        plugin_steps=plugin_steps,
     )
     judge = load_judge(bundled) if bundled else None
     with steady(threads) as warning, progress() as on_progress, refusals(pipe):
-        result = measure(pipe, built, settings, always=always or (), judge=judge, on_progress=on_progress, attention_backend=backend)
+        result = measure(
+            pipe,
+            built,
+            settings,
+            always=always or (),
+            judge=judge,
+            attention_backend=backend,
+            on_progress=on_progress,
+            on_unfinished=lambda found: kept(lambda place: keep_unfinished(found, pipeline, place), out),
+        )
     kept(lambda place: write_comparison(result, pipeline, place), out)
     print_comparison(result)
     tell(warning)
@@ -184,7 +196,7 @@ def tune(
     threads: Threads = None,
 ) -> None:
     """Find the fastest stack, settings and number of steps that reach a fidelity; an interrupted run goes on where it stopped."""
-    from diffgraft.cli.values import bundled_of, call_settings, load_bare, parse_assignments, plugin_specs, read_prompts, refusals
+    from diffgraft.cli.values import call_settings, load_bare, parse_assignments, plugin_specs, read_prompts, refusals
     from diffgraft.lab.tune import tune as look
     from diffgraft.lab.tune.goal import Goal, TuneSettings, parse_budget
     from diffgraft.lab.tune.space import find_plugins
@@ -206,8 +218,8 @@ def tune(
     from diffgraft.methods.inputs import default_steps, make_samples
 
     named = [build_plugin(spec) for spec in specs] if plugins else None
-    bundled = bundled_of(pipeline)
-    call = call_settings(bundled, None, guidance_scale, negative_prompt, height, width, image, extra)
+    bundled = registry.bundled_of(pipeline)
+    call = call_settings(None, guidance_scale, negative_prompt, height, width, image, extra)
     pipe, _ = load_bare(pipeline, [], device, dtype)
     found, left_out = (named, {}) if named else find_plugins(pipe, {name: knobs for name, knobs in specs if knobs})
     asked: list[Any] = texts or list(class_label or ()) or (list(bundled.prompts) if bundled else [None])
@@ -222,7 +234,7 @@ def tune(
         goal=goal,
         samples=tuple(samples[:num_prompts]),
         held_out=tuple(samples[num_prompts:]),
-        steps=steps or (bundled.steps if bundled else default_steps(pipe)),
+        steps=steps or default_steps(pipe),
         call=call,
         reference_steps=reference_steps,
         budget=seconds,

@@ -132,17 +132,17 @@ def again(
 def make(recipe: Recipe) -> tuple[Pictures, Record]:
     """The pictures of a recipe, and the record of their making; says how the run went."""
     from diffgraft.cli.pictures import check_controlnet, class_for, fitted, load_controlnet, read_given, strength_for
-    from diffgraft.cli.values import bundled_of, call_settings, load_bare, refusals
+    from diffgraft.cli.values import call_settings, load_bare, refusals
     from diffgraft.kernel import registry
+    from diffgraft.kernel.defaults import own_defaults
     from diffgraft.kernel.loading import load_pipeline, resolve
     from diffgraft.lab.recipes import Record, digest_of, versions_of
     from diffgraft.methods.inputs import default_steps, make_pictures, make_samples, parameters
     from diffgraft.methods.variants import as_variant
 
     given = read_given(recipe.image, recipe.mask, recipe.control_image, recipe.controlnet, recipe.strength)
-    bundled = bundled_of(recipe.pipeline)
+    bundled = registry.bundled_of(recipe.pipeline)
     call = call_settings(
-        bundled,
         recipe.steps,
         recipe.guidance_scale,
         recipe.negative_prompt,
@@ -154,7 +154,7 @@ def make(recipe: Recipe) -> tuple[Pictures, Record]:
     cls = None
     if given:
         cls = class_for(resolve(recipe.pipeline), given, recipe.controlnet)
-        call = replace(call, strength=strength_for(cls, recipe.strength, call.steps))
+        call = replace(call, strength=strength_for(cls, recipe.strength, call.steps or (bundled.steps if bundled else None)))
         if recipe.controlnet is not None:
             check_controlnet(recipe.controlnet)
     pipe, built = load_bare(recipe.pipeline, recipe.plugins, recipe.device, recipe.dtype)
@@ -176,7 +176,7 @@ def make(recipe: Recipe) -> tuple[Pictures, Record]:
     told = {
         "prompt": samples[0].prompt,
         "steps": call.steps or (default_steps(pipe) if "num_inference_steps" in parameters(pipe) else None),
-        "guidance_scale": call.guidance_scale,
+        "guidance_scale": own_defaults(pipe).get("guidance_scale") if call.guidance_scale is None else call.guidance_scale,
         "strength": call.strength,
         "args": dict(call.extra),
         "device": pipe.device.type,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 import traceback
 from collections.abc import Iterator, Mapping
@@ -134,11 +133,6 @@ def is_transformer(folder: Any) -> bool:
     return any(family.kind == "dit" for family in registry.families().values() if name in family.pipelines)
 
 
-def bundled_of(name: str) -> Bundled | None:
-    """The bundled checkpoint of this name; None for a folder or a Hub id."""
-    return None if os.path.isdir(name) or name not in registry.bundled_names() else registry.find_bundled(name)
-
-
 def load_bare(name: str, specs: list[tuple[str, dict[str, Any]]], device: str | None, dtype: str | None) -> tuple[Any, list[Plugin]]:
     """(the pipeline on its device, the plugins built and planned but not attached).
 
@@ -170,7 +164,6 @@ def hide_bars() -> None:
 
 
 def call_settings(
-    bundled: Bundled | None,
     steps: int | None,
     guidance_scale: float | None,
     negative_prompt: str | None,
@@ -179,7 +172,7 @@ def call_settings(
     image: Path | None,
     extra: Mapping[str, Any],
 ) -> CallSettings:
-    """The options of a call; a bundled pipeline brings its own steps, guidance scale and other arguments."""
+    """The options of a call; what is not said is the pipeline's own."""
     from diffgraft.methods.inputs import CallSettings
 
     if (height is None) != (width is None):
@@ -192,16 +185,14 @@ def call_settings(
             picture = Image.open(image).convert("RGB")
         except OSError as error:
             raise ConfigError(f"--image {image}: {first_line(error)}") from None
-    said = {"negative_prompt": negative_prompt, "height": height, "width": width}
-    own = {key: value for key, value in bundled.call.items() if said.get(key) is None} if bundled else {}
     return CallSettings(
-        steps=steps or (bundled.steps if bundled else None),
-        guidance_scale=guidance_scale if guidance_scale is not None else bundled.guidance_scale if bundled else None,
+        steps=steps,
+        guidance_scale=guidance_scale,
         negative_prompt=negative_prompt,
         height=height,
         width=width,
         image=picture,
-        extra={**own, **extra},
+        extra=extra,
     )
 
 

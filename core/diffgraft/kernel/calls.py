@@ -163,9 +163,13 @@ class Call:
 
 
 class RunCall(Call):
-    """One ``pipe(...)`` call. Arguments by name; ``next`` runs the pipeline and returns its output."""
+    """One ``pipe(...)`` call. Arguments by name; ``next`` runs the pipeline and returns its output.
 
-    __slots__ = ()
+    ``said`` the names that the caller gave: the other arguments are a bundled checkpoint's own.
+    """
+
+    __slots__ = ("said",)
+    said: frozenset[str]
 
 
 class ScheduleCall(Call):

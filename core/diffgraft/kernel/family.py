@@ -129,7 +129,8 @@ class Bundled:
     prompts good example prompts
     judge   "module:function" returning an object with ``score(images, prompts) -> dict[str, list[bool | None]]`` (one verdict an image
             for each thing the prompt asks for; a video is a list of images), or None
-    steps, guidance_scale, call  what the CLI calls it with where nobody says otherwise; ``call`` any other argument (``num_frames``)
+    steps, guidance_scale, call  what its calls take where nobody says otherwise (None: the pipeline's own); ``call`` any other argument
+            (``num_frames``)
     """
 
     name: str
@@ -137,6 +138,12 @@ class Bundled:
     prompts: tuple[str, ...] = ()
     judge: str | None = None
     steps: int = 50
-    guidance_scale: float | None = 7.5
+    guidance_scale: float | None = None
     lora: str | None = None
     call: Mapping[str, object] = field(default_factory=dict)
+
+    @property
+    def defaults(self) -> dict[str, object]:
+        """All of them by the name that the pipeline's call has for them."""
+        guidance = {} if self.guidance_scale is None else {"guidance_scale": self.guidance_scale}
+        return {"num_inference_steps": self.steps, **guidance, **self.call}

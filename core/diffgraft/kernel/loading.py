@@ -13,7 +13,8 @@ from huggingface_hub.errors import HFValidationError
 
 from diffgraft.kernel import registry
 from diffgraft.kernel.backends import use_attention_backend
-from diffgraft.kernel.errors import ConfigError, DiffgraftError, PipelineNotFound, Unsupported
+from diffgraft.kernel.defaults import give_defaults
+from diffgraft.kernel.errors import BrokenPlugin, ConfigError, DiffgraftError, PipelineNotFound, Unsupported
 from diffgraft.kernel.planner import Part, plan
 from diffgraft.kernel.specs import Specs, as_specs, build_plugin
 from diffgraft.kernel.stack import attach, stack_of
@@ -34,7 +35,8 @@ def load_pipeline(
     """Load a diffusers pipeline and graft plugins onto it.
 
     Args:
-        pipeline: a bundled name ("emoji-sd"), a folder, a Hub id, or a live pipeline.
+        pipeline: a bundled name ("emoji-sd"), a folder, a Hub id, or a live pipeline. A bundled pipeline brings its own size, steps and
+            guidance: its calls take them for what they do not name, and its signature shows them.
         plugins: names, ``(name, {knob: value})`` pairs, a ``{name: {knob: value}}`` mapping, plugin classes or instances;
             the first is outermost.
         attention_backend: a name of diffusers' attention dispatcher ("native", "xformers", "flash"...); undone by ``unload``.
@@ -72,7 +74,8 @@ def load_pipeline(
 
 
 def unload(pipe: Any) -> Any:
-    """Take everything of diffgraft off a pipeline and give it back as it was. Does nothing to a pipeline that has nothing on it."""
+    """Take all plugins off a pipeline and give it back as it was loaded (a bundled one keeps its own defaults). Does nothing to a pipeline
+    that has nothing on it."""
     stack = stack_of(pipe)
     if stack is not None:
         stack.clear()
@@ -80,10 +83,11 @@ def unload(pipe: Any) -> Any:
 
 
 def read_pipeline(name: str | os.PathLike[str], **from_pretrained: Any) -> Any:
-    """The plain pipeline behind a bundled name, folder or Hub id; a bundled LoRA comes with its scheduler.
+    """The plain pipeline behind a bundled name, folder or Hub id; a bundled one comes with its LoRA, scheduler and defaults.
 
     Raises:
         PipelineNotFound: it cannot be read, with the reason and the way out.
+        BrokenPlugin: a bundled pipeline says arguments that it does not take.
         Unsupported: its weights are pickles, and ``use_safetensors=None`` was not said.
     """
     folder = resolve(name)
@@ -100,12 +104,17 @@ def read_pipeline(name: str | os.PathLike[str], **from_pretrained: Any) -> Any:
             f"{name}: {error} Pickled weights run code of whoever made them. Convert them (`save_pretrained` writes safetensors), or say "
             "use_safetensors=None if you trust that person"
         ) from error
-    text = os.fspath(name)
-    lora = registry.find_bundled(text).lora if text in registry.bundled_names() and not os.path.isdir(name) else None
-    if lora is not None:
-        config = type(pipe.scheduler).load_config(lora, subfolder="scheduler")
+    bundled = registry.bundled_of(name)
+    if bundled is None:
+        return pipe
+    if bundled.lora is not None:
+        config = type(pipe.scheduler).load_config(bundled.lora, subfolder="scheduler")
         pipe.scheduler = getattr(diffusers, config["_class_name"]).from_config(config)
-        pipe.load_lora_weights(lora, use_safetensors=True, adapter_name=text.replace("-", "_"))
+        pipe.load_lora_weights(bundled.lora, use_safetensors=True, adapter_name=os.fspath(name).replace("-", "_"))
+    try:
+        give_defaults(pipe, bundled.defaults)
+    except ConfigError as error:
+        raise BrokenPlugin(f"bundled pipeline {name!r}: {error}") from error
     return pipe
 
 
@@ -152,9 +161,9 @@ def resolve(name: str | os.PathLike[str]) -> str | os.PathLike[str]:
     """The folder or Hub id behind a pipeline name: an existing folder, then a bundled name, then ``owner/name`` on the Hub."""
     if os.path.isdir(name):
         return name
+    if (bundled := registry.bundled_of(name)) is not None:
+        return bundled.path
     text = os.fspath(name)
-    if text in registry.bundled_names():
-        return registry.find_bundled(text).path
     if isinstance(name, str) and text.count("/") == 1 and not text.startswith((".", "/", "~")):
         return text
     return registry.find_bundled(text).path  # raises PipelineNotFound

@@ -261,3 +261,9 @@ def find_bundled(name: str) -> Bundled:
             "Otherwise give a folder that exists or a Hub id 'owner/name'."
         )
     return known[name]
+
+
+def bundled_of(name: str | os.PathLike[str]) -> Bundled | None:
+    """The bundled checkpoint of this name; None for a folder (which goes first) or a Hub id."""
+    text = os.fspath(name)
+    return find_bundled(text) if text in bundled_names() and not os.path.isdir(name) else None

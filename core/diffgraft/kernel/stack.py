@@ -23,6 +23,7 @@ from torch import nn
 
 from diffgraft.kernel.anatomy import blocks_of, denoisers_of
 from diffgraft.kernel.calls import ModulesCall, RunCall
+from diffgraft.kernel.defaults import filled, plain_class
 from diffgraft.kernel.errors import ConfigError, Conflict, DiffgraftError, PluginNotFound, Unsupported, choices
 from diffgraft.kernel.facts import Target
 from diffgraft.kernel.family import Family
@@ -388,7 +389,9 @@ class PluginStack:
             slots = self._wiring.connect(run, entries)
             with running(run):
                 positions = {name: i for i, name in enumerate([*signature.parameters][1:])}
-                call = RunCall(run, lambda *a, **k: function(self.pipe, *a, **k), positions, args, kwargs)
+                whole = filled(self.pipe, args, kwargs)
+                call = RunCall(run, lambda *a, **k: function(self.pipe, *a, **k), positions, args, whole)
+                call.said = frozenset([*positions][: len(args)]) | kwargs.keys()
                 result = compose([entry for entry in entries if "run" in entry.plugin.points()], "run", one_pass)(call)
             run.ensure_fired(result)
             run.report.completed = True
@@ -430,7 +433,7 @@ def _class_with(stack: PluginStack) -> type:
             pipe = copy.deepcopy(pipe)
             pipe.plugins.clear()
         reduced: Any = object.__reduce_ex__(pipe, max(int(protocol), 2))
-        return (object.__new__, (base,), *reduced[2:])
+        return (object.__new__, (plain_class(base),), *reduced[2:])
 
     body = {
         "__call__": wraps_method(base, "__call__", __call__),

@@ -1,4 +1,4 @@
-"""A comparison for people: the picture grid, ``compare.json`` and two tables."""
+"""A comparison for people: ``compare.png``, ``compare.json`` and two tables; of an interrupted one what there is."""
 
 from __future__ import annotations
 
@@ -7,79 +7,43 @@ import json
 import shlex
 import sys
 from pathlib import Path
-from typing import Any
 
 import typer
 from rich.table import Table
 
-from diffgraft.lab.pictures import draw_grid, strip, to_images
-from diffgraft.lab.results import ArmResult, Comparison
+from diffgraft.lab.compare_picture import comparison_picture, is_measure, psnr_text, reference_name, seconds_text
+from diffgraft.lab.results import ArmResult, Comparison, Unfinished
 from diffgraft.lab.terminal import console
 from diffgraft.methods.files import write_atomic
-
-GRID_COLUMNS = 6
-VIDEO_COLUMNS = 2
 
 
 def write_comparison(result: Comparison, pipeline: str, out: Path) -> None:
     """``compare.png`` and ``compare.json``, each whole or not there."""
     buffer = io.BytesIO()
-    comparison_grid(result, pipeline).save(buffer, "PNG")
-    raw = {"pipeline_name": pipeline, "command": shlex.join(["diffgraft", *sys.argv[1:]]), **result.to_json()}
+    comparison_picture(result, pipeline).save(buffer, "PNG")
     write_atomic(out / "compare.png", buffer.getvalue())
+    write_json(result, pipeline, out)
+
+
+def write_json(result: Comparison | Unfinished, pipeline: str, out: Path) -> None:
+    """``compare.json``, with the command that made it."""
+    raw = {"pipeline_name": pipeline, "command": shlex.join(["diffgraft", *sys.argv[1:]]), **result.to_json()}
     write_atomic(out / "compare.json", (json.dumps(raw, indent=1, default=str) + "\n").encode())
 
 
-def comparison_grid(result: Comparison, pipeline: str) -> Any:
-    """The labelled picture grid: a row an arm, a column a prompt; of a video a strip of frames."""
-    video = result.arms[0].pictures.shape[1] > 1
-    samples = result.settings.samples[: VIDEO_COLUMNS if video else GRID_COLUMNS]
-    labelled = [(grid_label(item, result), item.pictures) for item in result.arms]
-    if result.reference is not None:
-        labelled.append(([reference_name(result)], result.reference))
-    rows = [(label, [strip(to_images(frames)) for frames in pictures[: len(samples)]]) for label, pictures in labelled]
-    machine, number = result.environment, len(result.settings.samples)
-    footer = (
-        f"{machine.get('device_name') or machine['processor']}, {machine['dtype'].removeprefix('torch.')}, one picture a call, p50 of "
-        f"{result.settings.repeats} interleaved rounds. PSNR to the {reference_name(result)}: mean (worst) of {number} pictures. "
-        f"Fewer steps at equal time: {result.equal_time}."
-        + (f" In every arm: {', '.join(result.always)}." if result.always else "")
-    )
-    captions = [f"{sample.label} (seed {sample.seed})" for sample in samples]
-    side = 480 if video else 192
-    return draw_grid(f"{pipeline}: plugins against the plain pipeline", footer, captions, rows, side)
-
-
-def reference_name(result: Comparison) -> str:
-    """What the fidelity figures are held against."""
-    steps = result.settings.reference_steps
-    return "baseline" if steps is None else f"baseline with {steps} steps"
-
-
-def is_measure(item: ArmResult, result: Comparison) -> bool:
-    """Whether the arm is itself what fidelity is held against."""
-    return item.arm.kind == "baseline" and result.reference is None
-
-
-def grid_label(item: ArmResult, result: Comparison) -> list[str]:
-    """The lines beside a row of the grid."""
-    seconds = item.latency.seconds.p50
-    lines = [item.arm.name, f"{item.arm.steps} steps, {seconds_text(seconds)}"]
-    if item.arm.kind != "baseline":
-        lines.append(faster_text(item))
-    if not is_measure(item, result):
-        lines.append("changed nothing" if item.changed_nothing else f"PSNR {psnr_text(item)}")
-    if item.verdicts is not None and (everything := item.verdicts.shares.get("all")) is not None:
-        lines.append(f"as prompted {everything.right}/{everything.total}")
-    return lines
-
-
-def faster_text(item: ArmResult) -> str:
-    """``2.61x faster``; nothing of the kind when some rounds say faster and some slower."""
-    ratio, paired = item.latency.of_medians, item.latency.paired
-    if paired.low <= 1 <= paired.high:
-        return f"as fast, within noise ({ratio:.2f}x)"
-    return f"{ratio:.2f}x faster" if ratio > 1 else f"{1 / ratio:.2f}x slower"
+def keep_unfinished(result: Unfinished, pipeline: str, out: Path) -> None:
+    """Write and say what an interrupted comparison has measured; a picture of an earlier one goes, as it is no picture of this."""
+    write_json(result, pipeline, out)
+    (out / "compare.png").unlink(missing_ok=True)
+    rounds = f"{result.whole_rounds} of {result.settings.repeats} rounds are whole"
+    typer.secho(f"unfinished: {result.error} during {result.during}; {rounds}", fg="yellow", err=True)
+    for part in result.arms:
+        if part.latency is not None:
+            facts = [seconds_text(part.latency.seconds.p50)]
+            facts += [] if part.arm.kind == "baseline" else [f"{part.latency.of_medians:.2f}x"]
+            facts += [f"PSNR {part.fidelity.psnr_mean:.1f}"] if part.fidelity and part.fidelity.psnr_mean is not None else []
+            typer.echo(f"{part.arm.name}: {', '.join(facts)}", err=True)
+    typer.secho(f"what was measured is in {out / 'compare.json'}, marked as unfinished", fg="yellow", err=True)
 
 
 def print_comparison(result: Comparison) -> None:
@@ -97,6 +61,9 @@ def print_comparison(result: Comparison) -> None:
         typer.echo(f"PSNR of {result.equal_time.matched_to} above that of {fewer}: {result.advantage} dB (95 % interval).")
     if result.product is not None:
         typer.echo(f"{result.product}.")
+    idle = dict.fromkeys(name for item in result.arms for name in item.inactive)
+    if idle:
+        typer.secho(f"inactive, said to have done nothing here: {', '.join(idle)}. What their rows show is noise.", fg="yellow")
     told: set[str] = set()
     for item in result.arms:
         if item.changed_nothing:
@@ -137,7 +104,7 @@ def speed_table(result: Comparison) -> Table:
             str(item.arm.steps),
             seconds_text(speed.seconds.p50),
             seconds_text(speed.seconds.q75 - speed.seconds.q25),
-            f"{speed.of_medians:.2f}x",
+            speed_text(item),
             f"{speed.paired.p50:.2f}x ({speed.paired.low:.2f}-{speed.paired.high:.2f})",
             "-" if speed.denoise_of_medians is None else f"{speed.denoise_of_medians:.2f}x",
             f"{macs.per_run / 1e9:.3g}",
@@ -145,6 +112,14 @@ def speed_table(result: Comparison) -> Table:
         ]
         table.add_row(*cells, *([f"{(speed.peak_bytes or 0) / 2**20:.0f} MiB"] if has_memory else []))
     return table
+
+
+def speed_text(item: ArmResult) -> str:
+    """The ratio; where it is no gain, the reason comes first."""
+    ratio = f"{item.latency.of_medians:.2f}x"
+    if item.arm.kind == "baseline":
+        return ratio
+    return f"inactive ({ratio})" if item.is_idle else f"within noise ({ratio})" if item.latency.within_noise else ratio
 
 
 def fidelity_table(result: Comparison) -> Table:
@@ -179,16 +154,3 @@ def skipped_text(key: str, value: float, calls: float) -> str:
     if name == "skipped":
         return f"{plugin} {value:g} of {calls:g} calls"
     return f"{plugin} {name} {value:g}"
-
-
-def psnr_text(item: ArmResult) -> str:
-    """``44.1 (39.0)``, with the number of pictures that equal the baseline's."""
-    near = item.fidelity
-    if near.psnr_mean is None or near.psnr_worst is None:
-        return "changed nothing" if item.changed_nothing else "identical"
-    equal = f", {near.identical} identical" if near.identical else ""
-    return f"{near.psnr_mean:.1f} ({near.psnr_worst:.1f}){equal}"
-
-
-def seconds_text(seconds: float) -> str:
-    return f"{seconds:.2f} s" if seconds >= 1 else f"{seconds * 1e3:.0f} ms"

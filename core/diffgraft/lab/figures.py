@@ -30,12 +30,14 @@ def latency_of(timings: Sequence[Timing], baseline: Sequence[Timing]) -> Latency
     base = Spread.of([t.seconds for t in baseline])
     denoise, base_denoise = denoise_spread(timings), denoise_spread(baseline)
     peaks = [t.peak_bytes for t in timings if t.peak_bytes is not None]
+    paired = Spread.of([b.seconds / t.seconds for b, t in zip(baseline, timings, strict=True)])
     return Latency(
         seconds=seconds,
         denoise=denoise,
         of_medians=base.p50 / seconds.p50,
         denoise_of_medians=base_denoise.p50 / denoise.p50 if denoise and base_denoise else None,
-        paired=Spread.of([b.seconds / t.seconds for b, t in zip(baseline, timings, strict=True)]),
+        paired=paired,
+        within_noise=paired.low <= 1 <= paired.high,
         peak_bytes=max(peaks) if peaks else None,
         rounds=list(timings),
     )

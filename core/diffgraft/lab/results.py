@@ -24,7 +24,9 @@ METHOD = {
     "every other round in reverse order, all arms of a round with the same prompt and seed",
     "denoise": "the part of a call between the first denoiser call's start and the last one's end (schedulers' steps in between included)",
     "speedup.of_medians": "median seconds of the baseline / median seconds of the arm",
-    "speedup.paired": "per round: seconds of the baseline / seconds of the arm",
+    "speedup.paired": "per round: seconds of the baseline / seconds of the arm; within_noise: their range holds 1, so no gain is claimed",
+    "inactive": "plugins of the arm that said in every round (in some, where no picture changed) that they did nothing; an arm of "
+    "such alone has no gain to read",
     "macs": "multiply-adds of one run inside the denoiser(s): FLOPs by torch's formulas / 2 (matrix products, convolutions, attention; "
     "element-wise work and custom kernels are not seen)",
     "macs.limit": "MACs of the baseline / MACs of the arm: the speed-up of the denoiser if time went with MACs; limit_whole_call adds the "
@@ -44,6 +46,7 @@ class CompareSettings:
 
     samples   the pictures of the fidelity figures; latency rounds take them in turn
     steps     denoising steps of every arm but "fewer steps"
+    plugin_steps  steps of the arms with plugins, for methods that make do with fewer; None: ``steps``
     call      what all calls share (guidance scale, size...)
     repeats   latency rounds
     warmup    calls of every arm before the rounds
@@ -61,12 +64,15 @@ class CompareSettings:
     pilot: int = 3
     batch: int = 1
     reference_steps: int | None = None
+    plugin_steps: int | None = None
 
     def __post_init__(self) -> None:
         limits = {"steps": 1, "repeats": 1, "warmup": 0, "pilot": 1, "batch": 1}
         for name, least in limits.items():
             if getattr(self, name) < least:
                 raise ConfigError(f"{name} = {getattr(self, name)}: must be >= {least}")
+        if self.plugin_steps is not None and self.plugin_steps < 1:
+            raise ConfigError(f"plugin_steps = {self.plugin_steps}: must be >= 1")
         if self.reference_steps is not None and self.reference_steps <= self.steps:
             raise ConfigError(f"reference_steps = {self.reference_steps}: must be more than the {self.steps} steps that are compared")
         if not self.samples:
@@ -75,13 +81,14 @@ class CompareSettings:
 
 @dataclass(frozen=True)
 class Arm:
-    """One side of the comparison. ``plugins``: knobs in force by name, outermost first; ``neutral``: those that are compared are set to
-    change nothing."""
+    """One side of the comparison. ``plugins``: knobs in force by name, outermost first; ``compared``: those of them that the baseline has
+    not; ``neutral``: these are set to change nothing."""
 
     name: str
     kind: Kind
     steps: int
     plugins: dict[str, dict[str, Any]] = field(default_factory=dict)
+    compared: tuple[str, ...] = ()
     neutral: bool = False
 
 
@@ -99,13 +106,17 @@ class Timing:
 
 @dataclass(frozen=True)
 class Latency:
-    """Seconds of the whole call and of its denoise part, and the ratios to the baseline."""
+    """Seconds of the whole call and of its denoise part, and the ratios to the baseline.
+
+    ``within_noise``: some rounds say faster and some slower, so the ratio is no gain and no loss.
+    """
 
     seconds: Spread
     denoise: Spread | None
     of_medians: float
     denoise_of_medians: float | None
     paired: Spread
+    within_noise: bool
     peak_bytes: int | None
     rounds: list[Timing]
 
@@ -160,7 +171,26 @@ class ArmResult:
     changed_nothing: bool
     notes: list[str]
     """What the plugins said in the first round (the reports of all rounds are in ``latency.rounds``)."""
+    inactive: tuple[str, ...]
+    """Those of the compared plugins that said in every round that they did nothing; in some, where no picture changed."""
     pictures: Pictures
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether nothing that the arm adds to the baseline did anything."""
+        return self.arm.kind in ("plugin", "stack") and len(self.inactive) == len(self.arm.compared)
+
+    @property
+    def reading(self) -> str:
+        """The speed in words: ``2.61x faster``; no gain where there is none to read."""
+        ratio = self.latency.of_medians
+        if self.arm.kind == "baseline":
+            return "the baseline"
+        if self.is_idle:
+            return "inactive, did nothing"
+        if self.latency.within_noise:
+            return f"as fast, within noise ({ratio:.2f}x)"
+        return f"{ratio:.2f}x faster" if ratio > 1 else f"{1 / ratio:.2f}x slower"
 
 
 @dataclass(frozen=True)
@@ -230,12 +260,13 @@ class Comparison:
 
     @property
     def product(self) -> Product | None:
-        """The product of the parts of a stack; None for a single plugin."""
+        """The product of the parts of a stack; None for a single plugin, and where every part has the gain of fewer steps in it."""
         parts = [result for result in self.arms if result.arm.kind == "plugin"]
         whole = next((result for result in self.arms if result.arm.kind == "stack"), None)
-        if whole is None:
+        if whole is None or self.settings.plugin_steps is not None:
             return None
-        speedups = (math.prod(part.latency.of_medians for part in parts), whole.latency.of_medians)
+        gains = (1.0 if part.is_idle else part.latency.of_medians for part in parts)  # noise is no factor
+        speedups = (math.prod(gains), whole.latency.of_medians)
         return Product(*speedups, math.prod(part.macs.limit for part in parts), whole.macs.limit)
 
     @property
@@ -248,8 +279,45 @@ class Comparison:
 
     def to_json(self) -> dict[str, Any]:
         """Plain lists, numbers and texts; an infinite number (PSNR of equal pictures) becomes None."""
-        derived = {"product": plain(self.product), "advantage": plain(self.advantage)}
-        return {"schema": SCHEMA, "method": METHOD, **plain(self), **derived}
+        arms = [{**plain(item), "reading": item.reading} for item in self.arms]
+        derived = {"product": plain(self.product), "advantage": plain(self.advantage), "unfinished": None}
+        return {"schema": SCHEMA, "method": METHOD, **plain(self), "arms": arms, **derived}
+
+
+@dataclass
+class Unfinished:
+    """What was measured of a comparison that an exception or an interrupt ended.
+
+    ``during`` phase and arm; ``error`` what ended it; ``whole_rounds`` rounds that every arm has; ``arms`` what there is of each.
+    """
+
+    pipeline: str
+    settings: CompareSettings
+    always: tuple[str, ...]
+    during: str
+    error: str
+    whole_rounds: int
+    arms: list[PartialArm]
+    equal_time: EqualTime | None
+    environment: dict[str, Any]
+    seconds: float
+
+    def to_json(self) -> dict[str, Any]:
+        """As of a comparison; ``unfinished`` says what is missing."""
+        raw = plain(self)
+        unfinished = {key: raw.pop(key) for key in ("during", "error", "whole_rounds")}
+        return {"schema": SCHEMA, "method": METHOD, "unfinished": unfinished, **raw}
+
+
+@dataclass(frozen=True)
+class PartialArm:
+    """One arm of an unfinished comparison: all timings, their figures over the whole rounds, and its nearness if its pictures were made."""
+
+    arm: Arm
+    timings: list[Timing]
+    latency: Latency | None
+    macs_per_run: int | None
+    fidelity: Fidelity | None
 
 
 def plain(value: Any) -> Any:

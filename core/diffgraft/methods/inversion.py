@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import math
 import os
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from diffgraft.kernel.defaults import own_defaults
 from diffgraft.kernel.errors import Unsupported
 from diffgraft.kernel.family import Family
+from diffgraft.kernel.loading import load_pipeline
 from diffgraft.kernel.plugin import Plugin
 from diffgraft.methods.artefacts import Artefact
-from diffgraft.methods.inputs import CallSettings, Sample, call_arguments, parameters
+from diffgraft.methods.decoding import decode
+from diffgraft.methods.inputs import CallSettings, Sample, call_arguments, parameters, to_float
 from diffgraft.methods.watching import made_for, watching
 
 
@@ -25,7 +30,8 @@ def invert(
         pipe: a diffusers pipeline without plugins, on its device.
         image: a PIL picture, or latents as the pipeline's ``output_type="latent"`` gives them.
         sample: the prompt under which it is inverted (its seed does not matter).
-        settings: steps, guidance scale and size.
+        settings: steps, guidance scale and size. Guidance that is not named is off (1): a walk back under more leads to latents that are
+            no noise that the model knows, from which edits come out torn.
 
     Raises:
         Unsupported: the plugin cannot invert, does not work on this pipeline, or the pipeline has no way from pictures to latents.
@@ -37,9 +43,12 @@ def invert(
     inverter = plugin.inversion(**plugin.own_knobs)
     with watching(pipe, plugin, inverter) as stack:
         latents = image if isinstance(image, Tensor) else encode(pipe, stack.family, image, settings)
-        arguments = call_arguments(pipe, [sample], settings)
+        guidance = stack.family.guidance
+        off = {} if guidance.layout == "none" or guidance.scale not in parameters(pipe) else {guidance.scale: 1.0}
+        arguments = off | call_arguments(pipe, [sample], settings)
         pipe(**{**arguments, "latents": latents, "output_type": "latent"})
-        facts = {"prompt": sample.prompt, "knobs": inverter.config.model_dump(mode="json"), "guidance_scale": settings.guidance_scale}
+        knobs = inverter.config.model_dump(mode="json")
+        facts = {"prompt": sample.prompt, "knobs": knobs, "guidance_scale": arguments.get(guidance.scale)}
         code = Artefact(made_for(plugin, stack), stack.report().plugins[inverter.name].records, facts, kind="inversion")
     if out is not None:
         code.save(out)
@@ -56,7 +65,34 @@ def encode(pipe: Any, family: Family, image: Any, settings: CallSettings) -> Ten
     vae = getattr(pipe, "vae", None)
     if vae is None or not hasattr(vae.config, "scaling_factor") or family.latents not in ("bchw", "packed"):
         raise Unsupported(f"{type(pipe).__name__} has no autoencoder for pictures of which it is known how the latents are laid out")
-    size = {"height": settings.height, "width": settings.width} if settings.height else {}
+    given = {"height": settings.height, "width": settings.width} if settings.height else settings.extra
+    own = own_defaults(pipe)
+    size = {name: value for name in ("height", "width") if (value := given.get(name, own.get(name))) is not None}
     pixels = pipe.image_processor.preprocess(image, **size).to(vae.device, vae.dtype)
     latents = (vae.encode(pixels).latent_dist.mode() - (vae.config.get("shift_factor") or 0)) * vae.config.scaling_factor
     return pipe._pack_latents(latents, *latents.shape) if family.latents == "packed" else latents  # type: ignore[no-any-return]
+
+
+def round_trip(pipe: Any, plugin: Plugin, image: Any, sample: Sample, settings: CallSettings, code: Artefact) -> tuple[float, float]:
+    """(PSNR of what the autoencoder alone leaves of the picture, PSNR of the picture made again from its code), both to the picture, in dB.
+
+    One more run; afterwards the pipeline is as it was.
+    """
+    knob = next(need.knob for need in plugin.needs if need.kind == "inversion")
+    stack = load_pipeline(pipe, [type(plugin)(**{**plugin.own_knobs, knob: code})]).plugins
+    try:
+        latents = encode(pipe, stack.family, image, settings)
+        arguments = call_arguments(pipe, [sample], settings)
+        own = own_defaults(pipe)
+        [alone] = decode(pipe, stack.family, latents, {**own, **arguments})
+        again = pipe(**{**arguments, "output_type": "pil"}).images[0]
+    finally:
+        stack.clear()
+    given = image.resize(again.size)
+    return nearness(alone, given), nearness(again, given)
+
+
+def nearness(picture: Any, other: Any) -> float:
+    """PSNR of two PIL pictures in dB; infinite where they are equal."""
+    error = float(np.square(to_float(picture) - to_float(other)).mean())
+    return math.inf if error == 0 else -10 * math.log10(error)

@@ -55,7 +55,7 @@ def fetch_pipelines(plugin: Plugin, need: Need, value: Any, target: Target) -> A
 def fetch_pipeline(plugin: Plugin, knob: str, value: Any, target: Target) -> Any:
     """A second pipeline on the device and in the dtype of the first, of the same class and latent space."""
     if isinstance(value, (str, os.PathLike)):
-        second = read_pipeline(value, torch_dtype=target.pipe.dtype).to(target.pipe.device)
+        second = read_pipeline(value, dtype=target.pipe.dtype).to(target.pipe.device)
         second.set_progress_bar_config(disable=True)
         _log.info("%s: %s = %s loaded", plugin.name, knob, value)
     elif isinstance(value, DiffusionPipeline):

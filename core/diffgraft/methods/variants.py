@@ -9,6 +9,7 @@ import diffusers
 
 from diffgraft.kernel import registry
 from diffgraft.kernel.anatomy import denoisers_of
+from diffgraft.kernel.defaults import give_defaults, own_defaults, plain_class
 from diffgraft.kernel.errors import Unsupported
 from diffgraft.methods.inputs import parameters_of
 
@@ -46,18 +47,23 @@ def variant_of(name: str, *, image: bool = False, mask: bool = False, control: b
 
 
 def as_variant(pipe: Any, cls: type, controlnet: Any = None) -> Any:
-    """``pipe``'s components in a pipeline of class ``cls``; the weights are shared, none is copied or cast."""
-    if type(pipe) is cls and controlnet is None:
+    """``pipe``'s components in a pipeline of class ``cls``, with its defaults; the weights are shared, none is copied or cast."""
+    if plain_class(type(pipe)) is cls and controlnet is None:
         return pipe
     parts = {} if controlnet is None else {"controlnet": controlnet}
     auto = next(auto for task, auto in AUTO.items() if f"{task}Pipeline" in cls.__name__)
     new = auto.from_pipe(pipe, **parts)  # `cls.from_pipe` would cast everything, also what a text encoder keeps in float32
     new.set_progress_bar_config(**getattr(pipe, "_progress_bar_config", {}))
+    if own := {name: value for name, value in own_defaults(pipe).items() if name in parameters_of(cls)}:
+        give_defaults(new, own)
     return new
 
 
 def own_size(pipe: Any) -> tuple[int, int] | None:
     """(height, width) of the pictures that the pipeline makes where nobody says; None where it does not tell."""
+    own = own_defaults(pipe)
+    if "height" in own and "width" in own:
+        return own["height"], own["width"]
     side = getattr(pipe, "default_sample_size", None)
     if side is None:
         denoiser = next(iter(denoisers_of(pipe, registry.find_family(type(pipe))).values()))

@@ -1,9 +1,10 @@
-"""BDIA in figures: order of the error on a Gaussian mixture, round trips on emoji-sd, an edit by prompt swap.
+"""BDIA in figures: order of the error on a Gaussian mixture, round trips on emoji-sd, edits by prompt swap.
 
     python plugins/bdia/benchmarks/order.py --out edit.png
 
 Error: RMS of the clean sample against 500 steps, on a one-dimensional mixture whose denoiser is exact, from the same 200 noises. Round
 trip: a picture's latents to their code and back, 50 steps, guidance 2, largest difference of the latents; DDIM's inversion beside it.
+Edits: without guidance, the default of an inversion.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import typer
 from diffgraft import load_pipeline, unload
 from diffgraft.methods.inputs import CallSettings, Sample
 from diffgraft.methods.inversion import invert
+from diffgraft.methods.inversion import round_trip as round_trip_of_picture
 from diffgraft_bdia import BDIA, BDIAScheduler
 from diffgraft_checkpoints.emoji import scenes
 from diffgraft_checkpoints.train.evaluate import grid, held_out_labels, renders
@@ -110,13 +112,23 @@ def main(
     console.print(table)
 
     pipe.to(torch.float32)
-    shown: list[Any] = []
+    draw_edits(pipe, pictures, out)
+
+
+def draw_edits(pipe: Any, pictures: int, out: Path) -> None:
+    """Artworks, made again and edited without guidance, as `diffgraft invert` and `run` do it; how near they come made again."""
+    labels = [each for each in held_out_labels() if each.size == "big"][:pictures]
+    table = Table("picture", "autoencoder alone", "made again from the code", title="PSNR to the picture, dB")
+    settings, shown = CallSettings(steps=STEPS), []
     for given, each in zip(renders(labels, 5), labels, strict=True):
         words = [scenes.caption(each), *edits(each)]
-        code = invert(pipe, BDIA(gamma=0.96), given, Sample(0, words[0]), CallSettings(steps=STEPS, guidance_scale=GUIDANCE))
-        load_pipeline(pipe, plugins=[BDIA(gamma=0.96, start=code)])
-        shown += [(given, "given"), *((call(pipe, text, output_type="pil")[0], text) for text in words)]
+        code = invert(pipe, BDIA(), given, Sample(0, words[0]), settings)
+        alone, again = round_trip_of_picture(pipe, BDIA(), given, Sample(0, words[0]), settings, code)
+        table.add_row(words[0], f"{alone:.2f}", f"{again:.2f}")
+        load_pipeline(pipe, plugins=[BDIA(start=code)])
+        shown += [(given, "given"), *((pipe(text, num_inference_steps=STEPS).images[0], text) for text in words)]
         unload(pipe)
+    console.print(table)
     grid([image for image, _ in shown], [text for _, text in shown], columns=4).save(out)
 
 

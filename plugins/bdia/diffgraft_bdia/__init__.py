@@ -79,7 +79,20 @@ class BDIA(Plugin):
                 f"plugin 'bdia': gamma = {self.config.gamma}, but start was made with gamma = {code.facts['knobs']['gamma']}: "
                 "a walk is undone by one of the same gamma"
             )
+        call = self._with_guidance_of(code, call)
         return next(call.replace(latents=code.tensors["noise"].to(call.pipe._execution_device, call.pipe.dtype)))
+
+    @staticmethod
+    def _with_guidance_of(code: Artefact, call: RunCall) -> RunCall:
+        """``call`` under the guidance of the code's walk, unless the caller named one."""
+        scale, made = call.family.guidance.scale, code.facts.get("guidance_scale")
+        if made is None:
+            return call
+        if scale not in call.said:
+            return call.replace(**{scale: made})  # type: ignore[no-any-return]
+        if call[scale] != made:
+            call.note(f"start was made with {scale} = {made:g}, this run has {call[scale]:g}: the walk is not undone, the picture changes")
+        return call
 
     def schedule(self, call: ScheduleCall, next: Any) -> Any:
         schedule = next(call)

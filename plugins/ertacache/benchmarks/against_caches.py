@@ -30,7 +30,7 @@ import diffusers
 import torch
 import typer
 from diffgraft import Paper, Plugin, blocks_of, denoisers_of, load_pipeline, unload
-from diffgraft.cli.values import bundled_of, call_settings, load_bare, parse_assignments, read_prompts
+from diffgraft.cli.values import call_settings, load_bare, parse_assignments, read_prompts
 from diffgraft.kernel import registry
 from diffgraft.lab.instruments import synchronize
 from diffgraft.lab.metrics import psnr
@@ -242,8 +242,8 @@ def main(
         settings = replace(settings, steps=steps or settings.steps, guidance_scale=guidance_scale, extra={**settings.extra, **extra})
         known: Sequence[str] = ("a red apple on the left", "two green dogs")
     else:
-        bundled = bundled_of(pipeline)
-        settings = call_settings(bundled, steps, guidance_scale, None, None, None, None, extra)
+        bundled = registry.bundled_of(pipeline)
+        settings = call_settings(steps, guidance_scale, None, None, None, None, extra)
         pipe, _ = load_bare(pipeline, [], device, dtype)
         settings = replace(settings, steps=settings.steps or default_steps(pipe))
         known = bundled.prompts if bundled else ()

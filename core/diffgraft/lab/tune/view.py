@@ -9,7 +9,7 @@ from typing import Any
 import typer
 from rich.table import Table
 
-from diffgraft.lab.compare_view import seconds_text
+from diffgraft.lab.compare_picture import seconds_text
 from diffgraft.lab.metrics import Mean
 from diffgraft.lab.terminal import console, escaped
 from diffgraft.lab.tune.goal import MOST_DB, Final, Trial, Tuning

@@ -1,0 +1,103 @@
+"""A checkpoint's own arguments: what a bundled pipeline is called with where nobody says otherwise.
+
+diffusers keeps guidance, steps and frames in code, and for some pipelines (Flux, Wan) the size too, so a checkpoint cannot bring its own as
+data. The loaded object therefore gets a class of its own, a subclass of its class with the same name, whose ``__call__`` fills in what
+is missing and whose signature says with what. It belongs to the checkpoint and not to the plugins: it stays when they are taken off. Copies
+keep it; a pickle, a saved folder and ``from_pipe`` give the plain pipeline.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
+
+from diffgraft.kernel.errors import ConfigError, nearest
+from diffgraft.kernel.slots import set_class, wraps_method
+
+_DEFAULTS = "_diffgraft_defaults"
+
+
+def own_defaults(pipe: Any) -> Mapping[str, Any]:
+    """The arguments that this pipeline fills in where a call is silent; empty for a pipeline that is no bundled one."""
+    return getattr(type(pipe), _DEFAULTS, MappingProxyType({}))
+
+
+def give_defaults(pipe: Any, defaults: Mapping[str, Any]) -> None:
+    """Have every call of ``pipe`` take ``defaults`` for what it does not name.
+
+    Raises:
+        ConfigError: the pipeline has no such argument.
+    """
+    base = type(pipe)
+    signature = inspect.signature(base.__call__)
+    known = signature.parameters
+    for name in defaults:
+        if name not in known:
+            raise ConfigError(f"{name} = {defaults[name]!r}: {base.__name__} takes no {name}{nearest(name, known)}")
+    set_class(pipe, _class_with(base, signature, MappingProxyType(dict(defaults))))
+
+
+def plain_class(cls: type) -> type:
+    """The importable class below the one that carries defaults."""
+    return next(each for each in cls.__mro__ if _DEFAULTS not in vars(each))
+
+
+def filled(pipe: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """``kwargs`` with the pipeline's own defaults for what neither ``args`` nor ``kwargs`` name: what a user gives wins, None too."""
+    defaults = own_defaults(pipe)
+    if not defaults:
+        return dict(kwargs)
+    names = [*inspect.signature(type(pipe).__call__).parameters][1:]
+    given = dict(zip(names, args, strict=False)) | dict(kwargs)
+    missing = {name: value for name, value in defaults.items() if name not in given and given.get(f"{name}_embeds") is None}
+    if isinstance(missing.get("negative_prompt"), str) and (rows := rows_of(given)) is not None:
+        missing["negative_prompt"] = [missing["negative_prompt"]] * rows  # some pipelines do not spread one text over a batch
+    return {**missing, **kwargs}
+
+
+def rows_of(given: Mapping[str, Any]) -> int | None:
+    """How many prompts a call names; None for a single text."""
+    prompts = given.get("prompt") if given.get("prompt") is not None else given.get("prompt_embeds")
+    return None if prompts is None or isinstance(prompts, str) else len(prompts)
+
+
+def _class_with(base: type, signature: inspect.Signature, defaults: Mapping[str, Any]) -> type:
+    """A subclass of the pipeline's class that fills ``defaults`` in."""
+
+    def __call__(pipe: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N807
+        return base.__call__(pipe, *args, **filled(pipe, args, kwargs))  # type: ignore[operator]
+
+    def __copy__(pipe: Any) -> Any:  # noqa: N807
+        new: Any = object.__new__(made)
+        new.__dict__.update(pipe.__dict__)
+        return new
+
+    def __deepcopy__(pipe: Any, memo: dict[int, Any]) -> Any:  # noqa: N807
+        new: Any = object.__new__(made)
+        memo[id(pipe)] = new
+        new.__dict__.update(copy.deepcopy(pipe.__dict__, memo))
+        return new
+
+    def __reduce_ex__(pipe: Any, protocol: Any) -> Any:  # noqa: N807
+        # a pickle holds the plain pipeline: its reader may have no diffgraft
+        reduced: Any = object.__reduce_ex__(pipe, max(int(protocol), 2))
+        return (object.__new__, (base,), *reduced[2:])
+
+    call: Any = wraps_method(base, "__call__", __call__)
+    parameters = [p.replace(default=defaults.get(name, p.default)) for name, p in signature.parameters.items()]
+    call.__signature__ = signature.replace(parameters=parameters)
+    body = {
+        "__call__": call,
+        "__copy__": __copy__,
+        "__deepcopy__": __deepcopy__,
+        "__reduce_ex__": __reduce_ex__,
+        "__module__": base.__module__,
+        "__qualname__": base.__qualname__,
+        "__doc__": base.__doc__,
+        _DEFAULTS: defaults,
+    }
+    made = type(base.__name__, (base,), body)
+    return made
