@@ -38,6 +38,7 @@ from .recipe import (
     continued,
     describe,
     load_data,
+    recipe_of,
     start,
     write_recipe,
 )
@@ -115,13 +116,14 @@ def emoji_sd_more(
     figures: Annotated[bool, typer.Option(help="Measure at the end.")] = True,
 ) -> None:
     """Train the U-Net and the text encoder of BASE on, export as OUT/emoji-sd, measure."""
+    before = recipe_of(base)
     accelerator, pools, pipe = start(out, base, scenes, seed, device, upright)
     state = out / "state" / ("upright" if upright else "free")
     more_stage.train_more(pools, pipe, state, steps, decay, seed, accelerator)
     exporting.export(out / "emoji-sd", pipe.to("cpu"), Judge.from_pretrained(base / "judge"))
     recipe = describe("emoji-sd-more", pipe, state, ("unet-more",), {"": steps}, scenes, seed, device)
     recipe["command"] += f" --decay {decay} {'--upright' if upright else '--no-upright'}"
-    write_recipe(out, "emoji-sd", continued(base, recipe))
+    write_recipe(out, "emoji-sd", continued(before, recipe))
     if figures:
         measure(out, "emoji-sd", prompts, 2.0)
 
@@ -140,16 +142,17 @@ def emoji_sd_decoder(
     figures: Annotated[bool, typer.Option(help="Measure at the end.")] = True,
 ) -> None:
     """Train the decoder of BASE on for sharper edges, export as OUT/emoji-sd, measure. The encoder stays as it is."""
+    before = recipe_of(base)
     accelerator, (pool, _), pipe = start(out, base, scenes, seed, device, upright)
     held_out = load_pool(out / "pool", HELD_OUT_SCENES, seed + 1, held_out=True)
     judge = Judge.from_pretrained(base / "judge")
     state = out / "state" / ("upright" if upright else "free")
     decoder_stage.train_decoder(pool, pipe, judge, state, steps, decay, seed, accelerator)
-    exporting.export(out / "emoji-sd", pipe.to("cpu"), Judge.from_pretrained(base / "judge"))
+    exporting.export(out / "emoji-sd", pipe.to("cpu"), judge)
     recipe = describe("emoji-sd-decoder", pipe, state, ("decoder",), {"": steps}, scenes, seed, device)
     recipe["command"] += f" --decay {decay} {'--upright' if upright else '--no-upright'}"
     recipe["vae_psnr_db"] = round(vae_stage.psnr(vae_stage.round_trip(pipe.vae, held_out.pictures), held_out.pictures), 2)
-    write_recipe(out, "emoji-sd", continued(base, recipe))
+    write_recipe(out, "emoji-sd", continued(before, recipe))
     if figures:
         measure(out, "emoji-sd", prompts, 2.0)
 

@@ -73,9 +73,16 @@ def describe(
     }
 
 
-def continued(base: Path, recipe: dict[str, Any]) -> dict[str, Any]:
-    """`recipe` of a stage that went on from `base`, after what was done for `base`."""
-    before = json.loads((base / "evaluation.json").read_text())["recipe"]
+def recipe_of(folder: Path) -> dict[str, Any]:
+    """The recipe of an emoji-sd: measured, or just exported."""
+    measured = folder / "evaluation.json"
+    if measured.exists():
+        return json.loads(measured.read_text())["recipe"]
+    return json.loads((folder.parent / f"recipe-{folder.name}.json").read_text())
+
+
+def continued(before: dict[str, Any], recipe: dict[str, Any]) -> dict[str, Any]:
+    """`recipe` of a stage that went on from a base, after what was done `before`."""
     commands = f"{before['command']}; {recipe['command']} --base BASE"
     return {**before, **recipe, "command": commands, "stages": {**before["stages"], **recipe["stages"]}}
 
