@@ -69,6 +69,8 @@ CENTER_JITTER = {"small": 4.0, "big": 3.0}
 """Largest offset of a centred object on either axis, in pixels."""
 MAX_ROTATION = 25.0
 """Largest rotation either way, in degrees."""
+UPRIGHT_ROTATION = 10.0
+"""Largest rotation of an upright scene, in degrees."""
 
 HELD_OUT_SHARE = 0.1
 SPLIT_SEED = 20_240
@@ -195,6 +197,11 @@ def sample_scene(labels: Labels, rng: np.random.Generator) -> Scene:
         mirrored=bool(rng.random() < 0.5),
         color=(int(color[0]), int(color[1]), int(color[2])),
     )
+
+
+def upright(scene: Scene) -> Scene:
+    """The same scene with its object as the artist drew it: not mirrored, and turned by ``UPRIGHT_ROTATION`` at most."""
+    return replace(scene, rotation=scene.rotation * UPRIGHT_ROTATION / MAX_ROTATION, mirrored=False)
 
 
 Pair = tuple[Labels, Labels]

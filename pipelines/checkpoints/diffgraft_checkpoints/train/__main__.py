@@ -12,18 +12,36 @@ from diffusers import LCMScheduler, StableDiffusionPipeline
 
 from ..emoji.judge import FIELDS, Judge
 from . import cards
+from . import decoder as decoder_stage
 from . import evaluate as measuring
 from . import export as exporting
 from . import flux as flux_stage
 from . import judge as judge_stage
 from . import lcm as lcm_stage
+from . import more as more_stage
 from . import small as small_stage
 from . import unet as unet_stage
 from . import vae as vae_stage
 from . import wan as wan_stage
 from .common import console, keep_freed_memory, make_accelerator
 from .pool import load_pool
-from .recipe import BASE, HELD_OUT_SCENES, Base, Device, Out, Prompts, Scenes, Seed, Steps, describe, load_data, start, write_recipe
+from .recipe import (
+    BASE,
+    HELD_OUT_SCENES,
+    Base,
+    Device,
+    Out,
+    Prompts,
+    Scenes,
+    Seed,
+    Steps,
+    continued,
+    describe,
+    load_data,
+    recipe_of,
+    start,
+    write_recipe,
+)
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__)
 app.command("emoji-flux")(flux_stage.emoji_flux)
@@ -82,6 +100,61 @@ def emoji_sd_small(
     recipe = describe("emoji-sd-small", pipe, out / "state", ("unet-small",), {"": steps}, scenes, seed, device)
     write_recipe(out, "emoji-sd-small", recipe)
     measure(out, "emoji-sd-small", prompts, base=base)
+
+
+@app.command("emoji-sd-more")
+def emoji_sd_more(
+    out: Out,
+    steps: Annotated[int, typer.Option(min=1, help="Steps from BASE on; no more than are made already: export what there is.")] = 20_000,
+    decay: Annotated[int, typer.Option(min=1, help="The last steps, in which the learning rate falls.")] = 1000,
+    base: Base = BASE,
+    scenes: Scenes = 24_000,
+    upright: Annotated[bool, typer.Option(help="Objects as the artist drew them, or mirrored and turned by up to 25 degrees.")] = True,
+    seed: Seed = 0,
+    device: Device = "auto",
+    prompts: Prompts = 160,
+    figures: Annotated[bool, typer.Option(help="Measure at the end.")] = True,
+) -> None:
+    """Train the U-Net and the text encoder of BASE on, export as OUT/emoji-sd, measure."""
+    before = recipe_of(base)
+    accelerator, pools, pipe = start(out, base, scenes, seed, device, upright)
+    state = out / "state" / ("upright" if upright else "free")
+    more_stage.train_more(pools, pipe, state, steps, decay, seed, accelerator)
+    exporting.export(out / "emoji-sd", pipe.to("cpu"), Judge.from_pretrained(base / "judge"))
+    recipe = describe("emoji-sd-more", pipe, state, ("unet-more",), {"": steps}, scenes, seed, device)
+    recipe["command"] += f" --decay {decay} {'--upright' if upright else '--no-upright'}"
+    write_recipe(out, "emoji-sd", continued(before, recipe))
+    if figures:
+        measure(out, "emoji-sd", prompts, 2.0)
+
+
+@app.command("emoji-sd-decoder")
+def emoji_sd_decoder(
+    out: Out,
+    steps: Annotated[int, typer.Option(min=1, help="Steps from BASE on; no more than are made already: export what there is.")] = 4000,
+    decay: Annotated[int, typer.Option(min=1, help="The last steps, in which the learning rate falls.")] = 500,
+    base: Base = BASE,
+    scenes: Scenes = 24_000,
+    upright: Annotated[bool, typer.Option(help="As for emoji-sd-more.")] = True,
+    seed: Seed = 0,
+    device: Device = "auto",
+    prompts: Prompts = 160,
+    figures: Annotated[bool, typer.Option(help="Measure at the end.")] = True,
+) -> None:
+    """Train the decoder of BASE on for sharper edges, export as OUT/emoji-sd, measure. The encoder stays as it is."""
+    before = recipe_of(base)
+    accelerator, (pool, _), pipe = start(out, base, scenes, seed, device, upright)
+    held_out = load_pool(out / "pool", HELD_OUT_SCENES, seed + 1, held_out=True)
+    judge = Judge.from_pretrained(base / "judge")
+    state = out / "state" / ("upright" if upright else "free")
+    decoder_stage.train_decoder(pool, pipe, judge, state, steps, decay, seed, accelerator)
+    exporting.export(out / "emoji-sd", pipe.to("cpu"), judge)
+    recipe = describe("emoji-sd-decoder", pipe, state, ("decoder",), {"": steps}, scenes, seed, device)
+    recipe["command"] += f" --decay {decay} {'--upright' if upright else '--no-upright'}"
+    recipe["vae_psnr_db"] = round(vae_stage.psnr(vae_stage.round_trip(pipe.vae, held_out.pictures), held_out.pictures), 2)
+    write_recipe(out, "emoji-sd", continued(before, recipe))
+    if figures:
+        measure(out, "emoji-sd", prompts, 2.0)
 
 
 @app.command("emoji-sd-lcm")

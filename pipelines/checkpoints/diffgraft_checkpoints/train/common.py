@@ -54,6 +54,11 @@ def cosine(step: int, steps: int, warmup: int = 100) -> float:
     return 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warmup) / max(1, steps - warmup))))
 
 
+def trapezoid(step: int, steps: int, decay: int, warmup: int = 100) -> float:
+    """Learning-rate factor: a linear warm-up, then constant, then falling linearly to 1 % over the last `decay` of `steps`."""
+    return min((step + 1) / warmup, 1.0, max(0.01, (steps - step) / decay))
+
+
 def step_generator(seed: int, step: int) -> torch.Generator:
     """The random numbers of one step: the same after a resume as without one."""
     return torch.Generator().manual_seed(seed * 1_000_003 + step)
@@ -102,6 +107,11 @@ class Stage:
     weight_decay: float = 0.01
     horizon: int = 0
     """Step at which the learning rate's cosine would end; 0: `steps`."""
+    decay: int = 0
+    """Steps at the end over which the learning rate falls, constant before; 0: a cosine over all steps.
+
+    What is learned before the decay does not depend on `steps`, so a stage may be stopped anywhere and ended later, or go on longer.
+    """
 
     def run(self, loss: Callable[[int], Tensor]) -> dict[str, dict[str, Tensor]]:
         """Train with `loss(step)` and return the averaged weights of each module; a finished stage returns at once."""
@@ -139,8 +149,9 @@ class Stage:
             task = progress.add_task(self.name, total=self.steps, completed=step, note="")
             mark = time.perf_counter()
             while step < self.steps:
+                factor = trapezoid(step, self.steps, self.decay) if self.decay else cosine(step, self.horizon or self.steps)
                 for group in optimizer.param_groups:
-                    group["lr"] = self.learning_rate * cosine(step, self.horizon or self.steps)
+                    group["lr"] = self.learning_rate * factor
                 with self.accelerator.autocast():
                     value = loss(step)
                 optimizer.zero_grad(set_to_none=True)
@@ -161,7 +172,7 @@ class Stage:
                     recent = 0.0
                 if step % SAVE_EVERY == 0 or step == self.steps:
                     save()
-        note_seconds(self.folder, self.name, seconds, self.steps)
+        note_seconds(self.folder, self.name, seconds, step)
         return averages.values
 
 

@@ -62,27 +62,32 @@ def decode_labels(row: list[int]) -> scenes.Labels:
     return scenes.Labels(*(names[i] for names, i in zip(CLASSES, row, strict=True)))
 
 
-def render_chunk(job: tuple[int, int, int, bool]) -> tuple[np.ndarray, list[list[int]], list[tuple[float, float]]]:
+Job = tuple[int, int, int, bool, bool]
+"""Seed, first index, last index + 1, from the held-out combinations?, upright?"""
+
+
+def render_chunk(job: Job) -> tuple[np.ndarray, list[list[int]], list[tuple[float, float]]]:
     """Scenes `start` to `stop` - 1 of the pool of `seed`, from the training or the held-out combinations."""
-    seed, start, stop, held_out = job
+    seed, start, stop, held_out, upright = job
     combinations = scenes.split()[1 if held_out else 0]
     pictures, labels, centers = [], [], []
     for index in range(start, stop):
         rng = np.random.default_rng([seed, index])
         scene = scenes.sample_scene(combinations[int(rng.integers(len(combinations)))], rng)
+        scene = scenes.upright(scene) if upright else scene
         pictures.append(np.asarray(scenes.render(scene)))
         labels.append(encode_labels(scene.labels))
         centers.append((scene.x, scene.y))
     return np.stack(pictures), labels, centers
 
 
-def load_pool(folder: Path, count: int, seed: int, held_out: bool = False) -> Pool:
-    """The pool from `folder`, rendered first where it is not there yet."""
-    path = folder / f"{'held-out' if held_out else 'training'}-{count}-{seed}.pt"
+def load_pool(folder: Path, count: int, seed: int, held_out: bool = False, upright: bool = False) -> Pool:
+    """The pool from `folder`, rendered first where it is not there yet; `upright`: with objects as the artist drew them."""
+    path = folder / f"{'held-out' if held_out else 'training'}-{count}-{seed}{'-upright' if upright else ''}.pt"
     if not path.exists():
         scenes.load_artwork()
         console.print(f"rendering {count} scenes")
-        jobs = [(seed, start, min(start + CHUNK, count), held_out) for start in range(0, count, CHUNK)]
+        jobs = [(seed, start, min(start + CHUNK, count), held_out, upright) for start in range(0, count, CHUNK)]
         with ProcessPoolExecutor() as workers:
             parts = list(workers.map(render_chunk, jobs))
         state = {
@@ -94,25 +99,26 @@ def load_pool(folder: Path, count: int, seed: int, held_out: bool = False) -> Po
     return Pool(**torch.load(path, weights_only=True, mmap=True))
 
 
-def render_pairs(job: tuple[int, int, int, bool]) -> tuple[np.ndarray, list[list[list[int]]]]:
+def render_pairs(job: Job) -> tuple[np.ndarray, list[list[list[int]]]]:
     """Pairs `start` to `stop` - 1 of the pairs of `seed`, of training or held-out pairs of objects."""
-    seed, start, stop, held_out = job
+    seed, start, stop, held_out, upright = job
     pictures, labels = [], []
     for index in range(start, stop):
         rng = np.random.default_rng([seed, index, 2])
         both = scenes.sample_pair(scenes.draw_pair(rng, held_out), rng)
+        both = (scenes.upright(both[0]), scenes.upright(both[1])) if upright else both
         pictures.append(np.asarray(scenes.render(*both)))
         labels.append([encode_labels(scene.labels) for scene in both])
     return np.stack(pictures), labels
 
 
-def load_pairs(folder: Path, count: int, seed: int) -> Pairs:
-    """The training pairs from `folder`, rendered first where they are not there yet."""
-    path = folder / f"pairs-{count}-{seed}.pt"
+def load_pairs(folder: Path, count: int, seed: int, upright: bool = False) -> Pairs:
+    """The training pairs from `folder`, rendered first where they are not there yet; `upright`: as in `load_pool`."""
+    path = folder / f"pairs-{count}-{seed}{'-upright' if upright else ''}.pt"
     if not path.exists():
         scenes.load_artwork()
         console.print(f"rendering {count} pairs")
-        jobs = [(seed, start, min(start + CHUNK, count), False) for start in range(0, count, CHUNK)]
+        jobs = [(seed, start, min(start + CHUNK, count), False, upright) for start in range(0, count, CHUNK)]
         with ProcessPoolExecutor() as workers:
             parts = list(workers.map(render_pairs, jobs))
         state = {

@@ -34,20 +34,23 @@ BASE = Path(emoji_sd.path)
 Base = Annotated[Path, typer.Option(help="The emoji-sd to start from: a folder with its judge.")]
 
 
-def load_data(out: Path, scenes: int, seed: int) -> tuple[Pool, Pairs]:
+def load_data(out: Path, scenes: int, seed: int, upright: bool = False) -> tuple[Pool, Pairs]:
     """Training scenes and pairs, rendered where they are not there yet."""
+    folder = out / "pool"
     try:
-        return load_pool(out / "pool", scenes, seed), load_pairs(out / "pool", round(PAIR_SHARE * scenes), seed)
+        return load_pool(folder, scenes, seed, upright=upright), load_pairs(folder, round(PAIR_SHARE * scenes), seed, upright)
     except ArtworkMissing as missing:
         console.print(f"[red]{missing}[/red]")
         raise typer.Exit(2) from missing
 
 
-def start(out: Path, base: Path, scenes: int, seed: int, device: str) -> tuple[Accelerator, tuple[Pool, Pairs], StableDiffusionPipeline]:
+def start(
+    out: Path, base: Path, scenes: int, seed: int, device: str, upright: bool = False
+) -> tuple[Accelerator, tuple[Pool, Pairs], StableDiffusionPipeline]:
     """What a training that begins from emoji-sd needs: the device, the training data, and emoji-sd itself."""
     keep_freed_memory()
     accelerator = make_accelerator(device)
-    return accelerator, load_data(out, scenes, seed), StableDiffusionPipeline.from_pretrained(base, local_files_only=True)
+    return accelerator, load_data(out, scenes, seed, upright), StableDiffusionPipeline.from_pretrained(base, local_files_only=True)
 
 
 PARTS = ("unet", "transformer", "vae", "text_encoder", "text_encoder_2")
@@ -68,6 +71,20 @@ def describe(
         "versions": versions(),
         "parameters": {part: sum(p.numel() for p in getattr(pipe, part).parameters()) for part in PARTS if hasattr(pipe, part)},
     }
+
+
+def recipe_of(folder: Path) -> dict[str, Any]:
+    """The recipe of an emoji-sd: measured, or just exported."""
+    measured = folder / "evaluation.json"
+    if measured.exists():
+        return json.loads(measured.read_text())["recipe"]
+    return json.loads((folder.parent / f"recipe-{folder.name}.json").read_text())
+
+
+def continued(before: dict[str, Any], recipe: dict[str, Any]) -> dict[str, Any]:
+    """`recipe` of a stage that went on from a base, after what was done `before`."""
+    commands = f"{before['command']}; {recipe['command']} --base BASE"
+    return {**before, **recipe, "command": commands, "stages": {**before["stages"], **recipe["stages"]}}
 
 
 def write_recipe(out: Path, name: str, recipe: dict[str, Any]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -169,13 +169,21 @@ class Batches:
     """Draws the batch of a step, always the same for the same step: pictures of `pools` evenly, captions, noise, timesteps."""
 
     def __init__(
-        self, pools: Sequence[Pool | Pairs], vae: AutoencoderKL, tokenizer: CLIPTokenizer, folder: Path, seed: int, device: torch.device
+        self,
+        pools: Sequence[Pool | Pairs],
+        vae: AutoencoderKL,
+        tokenizer: CLIPTokenizer,
+        folder: Path,
+        seed: int,
+        device: torch.device,
+        timesteps: Callable[[int, torch.Generator, float], Tensor] | None = None,
     ) -> None:
         self.pools = [(pool, *encode_pool(pool, vae, folder)) for pool in pools]
         self.tokenizer = tokenizer
         self.alphas = build_scheduler().alphas_cumprod
         self.seed = seed
         self.device = device
+        self.timesteps = timesteps or draw_timesteps
         self.known: dict[str, list[int]] = {}
 
     def draw(self, step: int, progress: float, pools: int | None = None, dropout: float = CAPTION_DROPOUT) -> Batch:
@@ -186,7 +194,7 @@ class Batches:
         tokens = torch.tensor([self.tokenize("" if d else c) for c, d in zip(captions, dropped.tolist(), strict=True)])
         latents += slope_at(progress) * SLOPE
         noise = torch.randn(latents.shape, generator=generator)
-        timesteps = draw_timesteps(len(self.alphas), generator, progress)
+        timesteps = self.timesteps(len(self.alphas), generator, progress)
         alpha = self.alphas[timesteps].view(-1, 1, 1, 1)
         return Batch(*(each.to(self.device) for each in (latents, tokens, noise, timesteps, alpha)))
 
