@@ -81,7 +81,7 @@ def test_every_floor_is_looked_at_and_every_requirement_is_used() -> None:
 @pytest.mark.parametrize(
     ("folder", "part", "extras"),
     [
-        ("pipelines/families", "diffgraft_families", ()),
+        ("pipelines/families", "diffgraft_pipelines", ()),
         ("pipelines/checkpoints", "diffgraft_checkpoints/bundled", ()),
         ("pipelines/checkpoints", "diffgraft_checkpoints/emoji", ("train",)),  # the font is read to draw scenes, in training only
         ("pipelines/checkpoints", "diffgraft_checkpoints/train", ("train",)),

@@ -17,7 +17,7 @@ from diffgraft import load_pipeline
 from diffgraft.cli import app
 from diffgraft.kernel import loading
 from diffgraft.kernel.defaults import give_defaults, own_defaults
-from diffgraft_families.tiny import make
+from diffgraft_pipelines.tiny import make
 from diffusers import DiffusionPipeline, StableDiffusionXLPipeline
 from PIL import Image
 from typer.testing import CliRunner

@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 
 import torch
 from diffgraft import Effects, Paper, Plugin, PluginConfig
-from diffgraft_families.tiny import make
+from diffgraft_pipelines.tiny import make
 
 PAPER = Paper("a probe", "0000.00000", "nothing")
 

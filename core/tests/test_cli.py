@@ -15,7 +15,7 @@ from diffgraft.cli.measuring import choose_samples
 from diffgraft.cli.values import parse_assignments, parse_seeds, parse_value, plugin_specs
 from diffgraft.kernel import registry
 from diffgraft.kernel.errors import ConfigError
-from diffgraft_families.tiny import make
+from diffgraft_pipelines.tiny import make
 from PIL import Image
 from typer.testing import CliRunner
 

@@ -20,7 +20,7 @@ from diffgraft.lab.judging import all_right, load_judge
 from diffgraft.lab.metrics import Mean, Spread, psnr, share, ssim, wilson
 from diffgraft.lab.results import CompareSettings, Timing, plain
 from diffgraft.methods.inputs import CallSettings, Sample, call_arguments, make_pictures, make_samples
-from diffgraft_families.tiny import make
+from diffgraft_pipelines.tiny import make
 from torch.utils.flop_counter import FlopCounterMode
 
 STEPS = 4

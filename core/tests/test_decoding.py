@@ -8,7 +8,7 @@ import torch
 from diffgraft import Unsupported
 from diffgraft.kernel.registry import find_family
 from diffgraft.methods.decoding import decode, ensure_decodes
-from diffgraft_families.tiny import make
+from diffgraft_pipelines.tiny import make
 
 
 def call(made, output_type):

@@ -10,7 +10,7 @@ from diffgraft import Plugin
 from diffgraft.testing import CHECKS, Case, Subject, contract_cases, run_contract
 from diffgraft.testing.cover import cover
 from diffgraft.testing.trace import expect_same_trace, trace
-from diffgraft_families import FAMILIES
+from diffgraft_pipelines.families import FAMILIES
 from mutants import (
     HELD,
     AcceptsAnyFamily,

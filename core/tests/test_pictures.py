@@ -18,7 +18,7 @@ from diffgraft.lab.pictures import encode
 from diffgraft.lab.recipes import Recipe, Record, read_record
 from diffgraft.methods.artefacts import Artefact, MadeFor
 from diffgraft.methods.variants import as_variant, own_size, variant_of
-from diffgraft_families.tiny import make
+from diffgraft_pipelines.tiny import make
 from PIL import Image
 from typer.testing import CliRunner
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from diffgraft import BlockGroup, Family, Tiny
-from diffgraft_families.tiny import make
+from diffgraft_pipelines.tiny import make
 from torch import nn
 
 LAYOUTS = {"bchw": "bchw", "pixels": "bchw", "bcfhw": "bcfhw", "bfchw": "bfchw", "packed": "btc"}

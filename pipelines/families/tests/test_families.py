@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 import torch
 from diffgraft import Family, Tiny
-from diffgraft_families import FAMILIES
-from diffgraft_families.tiny import make
+from diffgraft_pipelines.families import FAMILIES
+from diffgraft_pipelines.tiny import make
 from diffusers import (
     DDIMScheduler,
     DPMSolverMultistepScheduler,
@@ -88,7 +88,7 @@ def test_entry_points_are_the_families() -> None:
 
 
 def test_families_import_no_torch() -> None:
-    code = "import sys, diffgraft_families; print({'torch', 'diffusers', 'numpy'} & set(sys.modules))"
+    code = "import sys, diffgraft_pipelines.families; print({'torch', 'diffusers', 'numpy'} & set(sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "set()\n"
 
 

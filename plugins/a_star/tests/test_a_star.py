@@ -11,7 +11,7 @@ from diffgraft_a_star import AStar
 from diffgraft_a_star.maps import choose, probabilities, side_lengths, token_weights
 from diffgraft_a_star.method import binarised, concept_maps, retention, segregation, sharpened, smoothed, step_size
 from diffgraft_a_star.tokens import nouns
-from diffgraft_families.tiny import make
+from diffgraft_pipelines.tiny import make
 from diffusers import EulerDiscreteScheduler
 
 SD, XL, PIXART = "StableDiffusionPipeline", "StableDiffusionXLPipeline", "PixArtAlphaPipeline"

@@ -21,7 +21,7 @@ from diffgraft_autodiffusion import AutoDiffusion, AutoDiffusionSearcher, method
 from diffgraft_autodiffusion.layers import shortcut, skippable
 from diffgraft_autodiffusion.method import PRESETS, Space
 from diffgraft_autodiffusion.schedule import sigmas_at
-from diffgraft_families.tiny import make
+from diffgraft_pipelines.tiny import make
 from torch import nn
 from typer.testing import CliRunner
 

@@ -11,7 +11,7 @@ from diffgraft.methods.inputs import CallSettings, Sample
 from diffgraft.methods.inversion import encode, invert
 from diffgraft_bdia import BDIA, BDIAScheduler, FlowBDIAScheduler
 from diffgraft_bdia.method import Levels, bdia, clean_and_noise, move
-from diffgraft_families.tiny import make
+from diffgraft_pipelines.tiny import make
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, LCMScheduler, StableDiffusionPipeline
 from PIL import Image
 

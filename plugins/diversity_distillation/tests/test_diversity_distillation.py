@@ -314,7 +314,7 @@ def test_number_of_evaluations(k, w):
 def test_the_guidance_embedding_of_a_consistency_model_is_kept_from_its_base():
     made, base = tiny(), other()
     torch.manual_seed(0)
-    from diffgraft_families.tiny.sd import unet
+    from diffgraft_pipelines.tiny.sd import unet
 
     made.pipe.unet = unet(time_cond=16).eval().requires_grad_(False)
     load_pipeline(made.pipe, plugins=[DiversityDistillation(steps=9, model=base, guidance_scale=4.0)])

@@ -32,7 +32,7 @@ from diffgraft_dpm_solver_v3.method import (
     statistics,
     transition,
 )
-from diffgraft_families.tiny import make
+from diffgraft_pipelines.tiny import make
 from diffusers import (
     DDIMScheduler,
     DPMSolverMultistepScheduler,

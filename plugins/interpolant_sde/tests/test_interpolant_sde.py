@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 from diffgraft import ConfigError, Unsupported, load_pipeline
-from diffgraft_families.tiny import make
 from diffgraft_interpolant_sde import InterpolantSDE
 from diffgraft_interpolant_sde.method import diffusion, kick, log_prob
+from diffgraft_pipelines.tiny import make
 from diffusers import DDIMScheduler, EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler, HeunDiscreteScheduler
 
 NOISES = ("flow_grpo", "const", "sigma")

@@ -10,7 +10,7 @@ import pytest
 import torch
 from diffgraft import ConfigError, Conflict, Effects, Paper, Plugin, RewardError, Unsupported, load_pipeline
 from diffgraft.kernel.planner import Part, plan
-from diffgraft_families.tiny import make
+from diffgraft_pipelines.tiny import make
 from diffgraft_rbf_search import FlowSDEScheduler, RBFSearch, VPFlowScheduler
 from diffgraft_rbf_search.method import VP, Climb, Level, Linear, diffusion, move, quota, score, sde_step, spaced, tweedie, velocity
 from diffgraft_rbf_search.rewards import compressibility

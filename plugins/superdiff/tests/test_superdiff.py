@@ -7,7 +7,7 @@ import itertools
 import pytest
 import torch
 from diffgraft import ConfigError, Unsupported, load_pipeline
-from diffgraft_families.tiny import make
+from diffgraft_pipelines.tiny import make
 from diffgraft_superdiff import SuperDiff
 from diffgraft_superdiff.method import density_change, dot, kappa_and, kappa_or, mixture
 from diffusers import EulerDiscreteScheduler, HeunDiscreteScheduler

@@ -12,8 +12,8 @@ import torch
 from diffgraft import ConfigError, Effects, Paper, Plugin, Unsupported, load_pipeline
 from diffgraft.kernel import registry
 from diffgraft.testing.tiny import EMBED, add_ip_adapter, add_lora
-from diffgraft_families.tiny import _common as common
-from diffgraft_families.tiny import make
+from diffgraft_pipelines.tiny import _common as common
+from diffgraft_pipelines.tiny import make
 from diffgraft_t_stitch.method import ends_by_begin, ends_by_steps, ends_by_time, model_at
 
 SD = registry.families()["sd"]

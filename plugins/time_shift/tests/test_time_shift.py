@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from diffgraft import ConfigError, Effects, Paper, Plugin, Unsupported, load_pipeline
-from diffgraft_families.tiny import make
+from diffgraft_pipelines.tiny import make
 from diffgraft_time_shift import TimeShift, method
 from diffgraft_time_shift.method import Levels
 from diffusers import ConfigMixin, DDIMPipeline, DDIMScheduler, ModelMixin

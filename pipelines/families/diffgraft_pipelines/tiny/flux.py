@@ -6,7 +6,7 @@ import diffusers
 from diffgraft import Tiny
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
 
-from diffgraft_families.tiny import _common as c
+from diffgraft_pipelines.tiny import _common as c
 
 CHANNELS = 4
 PACKED = 4 * CHANNELS  # two by two latent pixels make a token

@@ -19,5 +19,5 @@ family = Family(
     guidance=Guidance("batched"),
     conditioning=("encoder_hidden_states", "encoder_attention_mask"),
     branch_prediction="drop_sigma",
-    tiny="diffgraft_families.tiny.pixart:make",
+    tiny="diffgraft_pipelines.tiny.pixart:make",
 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from diffgraft import Family, Guidance
 
-from diffgraft_families._unet import unet_blocks
+from diffgraft_pipelines.families._unet import unet_blocks
 
 family = Family(
     name="sdxl",
@@ -23,5 +23,5 @@ family = Family(
     sample="sample",
     conditioning=("encoder_hidden_states", "added_cond_kwargs"),
     appended="channels",  # inpainting U-Nets with 9 channels: latents, mask, masked picture
-    tiny="diffgraft_families.tiny.sdxl:make",
+    tiny="diffgraft_pipelines.tiny.sdxl:make",
 )

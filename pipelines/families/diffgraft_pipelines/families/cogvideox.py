@@ -16,5 +16,5 @@ family = Family(
     latents="bfchw",
     appended="channels",  # image to video: the start picture
     common=("image_rotary_emb",),
-    tiny="diffgraft_families.tiny.cogvideox:make",
+    tiny="diffgraft_pipelines.tiny.cogvideox:make",
 )

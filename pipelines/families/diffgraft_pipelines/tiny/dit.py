@@ -5,7 +5,7 @@ from __future__ import annotations
 from diffgraft import Tiny
 from diffusers import DDIMScheduler, DiTPipeline, DiTTransformer2DModel
 
-from diffgraft_families.tiny import _common as c
+from diffgraft_pipelines.tiny import _common as c
 
 
 def _pipeline(_name: str) -> Tiny:

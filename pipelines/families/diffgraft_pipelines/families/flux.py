@@ -25,7 +25,7 @@ family = Family(
     conditioning=("encoder_hidden_states", "pooled_projections", "guidance"),
     prediction="flow",
     latents="packed",
-    tiny="diffgraft_families.tiny.flux:make",
+    tiny="diffgraft_pipelines.tiny.flux:make",
 )
 
 kontext = replace(

@@ -6,7 +6,7 @@ import diffusers
 from diffgraft import Tiny
 from diffusers import DPMSolverMultistepScheduler, PixArtTransformer2DModel
 
-from diffgraft_families.tiny import _common as c
+from diffgraft_pipelines.tiny import _common as c
 
 
 def _pipeline(name: str) -> Tiny:

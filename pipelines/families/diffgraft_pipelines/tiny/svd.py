@@ -10,7 +10,7 @@ from diffusers import (
     UNetSpatioTemporalConditionModel,
 )
 
-from diffgraft_families.tiny import _common as c
+from diffgraft_pipelines.tiny import _common as c
 
 FRAMES = 3
 SIDE = 32

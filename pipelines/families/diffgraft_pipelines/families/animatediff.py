@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from diffgraft import Family, Guidance
 
-from diffgraft_families._unet import unet_blocks
+from diffgraft_pipelines.families._unet import unet_blocks
 
 family = Family(
     name="animatediff",
@@ -15,5 +15,5 @@ family = Family(
     guidance=Guidance("batched", active="do_classifier_free_guidance"),
     sample="sample",
     latents="bcfhw",
-    tiny="diffgraft_families.tiny.animatediff:make",
+    tiny="diffgraft_pipelines.tiny.animatediff:make",
 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from diffgraft import Family, Guidance
 
-from diffgraft_families._unet import unet_blocks
+from diffgraft_pipelines.families._unet import unet_blocks
 
 family = Family(
     name="pixel",
@@ -16,5 +16,5 @@ family = Family(
     sample="sample",
     conditioning=(),
     latents="pixels",
-    tiny="diffgraft_families.tiny.pixel:make",
+    tiny="diffgraft_pipelines.tiny.pixel:make",
 )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from diffgraft_families import (
+from diffgraft_pipelines.families import (
     animatediff,
     cogvideox,
     dit,

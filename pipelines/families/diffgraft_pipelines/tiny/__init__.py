@@ -6,7 +6,7 @@ from importlib import import_module
 
 from diffgraft import Tiny
 
-from diffgraft_families import FAMILIES
+from diffgraft_pipelines.families import FAMILIES
 
 
 def make(class_name: str, seed: int = 0) -> Tiny:

@@ -17,5 +17,5 @@ family = Family(
     prediction="flow",
     latents="bcfhw",
     appended="channels",  # image to video: mask and start picture
-    tiny="diffgraft_families.tiny.wan:make",
+    tiny="diffgraft_pipelines.tiny.wan:make",
 )

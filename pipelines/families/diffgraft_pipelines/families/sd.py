@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from diffgraft import Family, Guidance
 
-from diffgraft_families._unet import unet_blocks
+from diffgraft_pipelines.families._unet import unet_blocks
 
 family = Family(
     name="sd",
@@ -22,7 +22,7 @@ family = Family(
     guidance=Guidance("batched", active="do_classifier_free_guidance"),
     sample="sample",
     appended="channels",  # inpainting U-Nets with 9 channels: latents, mask, masked picture
-    tiny="diffgraft_families.tiny.sd:make",
+    tiny="diffgraft_pipelines.tiny.sd:make",
 )
 
 latent_consistency = Family(
@@ -34,5 +34,5 @@ latent_consistency = Family(
     guidance=Guidance("none"),  # guidance_scale is an input of the U-Net (timestep_cond), there is one branch
     sample="sample",
     conditioning=("encoder_hidden_states", "timestep_cond"),
-    tiny="diffgraft_families.tiny.sd:make",
+    tiny="diffgraft_pipelines.tiny.sd:make",
 )

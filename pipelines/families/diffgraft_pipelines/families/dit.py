@@ -13,5 +13,5 @@ family = Family(
     guidance=Guidance("batched", ("cond", "uncond"), doubled=True),
     conditioning=("class_labels",),
     branch_prediction="drop_sigma",
-    tiny="diffgraft_families.tiny.dit:make",
+    tiny="diffgraft_pipelines.tiny.dit:make",
 )

@@ -21,5 +21,5 @@ family = Family(
     conditioning=("encoder_hidden_states", "pooled_projections"),
     prediction="flow",
     appended="channels",  # inpainting transformers with 33 channels: latents, mask, masked picture
-    tiny="diffgraft_families.tiny.sd3:make",
+    tiny="diffgraft_pipelines.tiny.sd3:make",
 )

@@ -7,7 +7,7 @@ from diffgraft import Tiny
 from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanTransformer3DModel
 from transformers import UMT5Config, UMT5EncoderModel
 
-from diffgraft_families.tiny import _common as c
+from diffgraft_pipelines.tiny import _common as c
 
 SIDE = 32
 CHANNELS = 8

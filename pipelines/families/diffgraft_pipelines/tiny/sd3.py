@@ -6,7 +6,7 @@ import diffusers
 from diffgraft import Tiny
 from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel
 
-from diffgraft_families.tiny import _common as c
+from diffgraft_pipelines.tiny import _common as c
 
 
 def _pipeline(name: str, **kwargs: object) -> Tiny:

@@ -26,7 +26,7 @@ family = Family(
     conditioning=("encoder_hidden_states", "encoder_attention_mask"),
     prediction="flow",
     latents="packed",
-    tiny="diffgraft_families.tiny.ltx:make",
+    tiny="diffgraft_pipelines.tiny.ltx:make",
 )
 
 image = replace(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from diffgraft import Family, Guidance
 
-from diffgraft_families._unet import unet_blocks
+from diffgraft_pipelines.families._unet import unet_blocks
 
 family = Family(
     name="svd",
@@ -17,5 +17,5 @@ family = Family(
     conditioning=("encoder_hidden_states", "added_time_ids"),
     latents="bfchw",
     appended="channels",
-    tiny="diffgraft_families.tiny.svd:make",
+    tiny="diffgraft_pipelines.tiny.svd:make",
 )

@@ -11,7 +11,7 @@ from diffusers import (
     CogVideoXTransformer3DModel,
 )
 
-from diffgraft_families.tiny import _common as c
+from diffgraft_pipelines.tiny import _common as c
 
 CHANNELS = 4
 SIDE = 32

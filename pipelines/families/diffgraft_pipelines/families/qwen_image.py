@@ -29,7 +29,7 @@ family = Family(
     conditioning=("encoder_hidden_states", "encoder_hidden_states_mask"),
     prediction="flow",
     latents="packed",
-    tiny="diffgraft_families.tiny.qwen_image:make",
+    tiny="diffgraft_pipelines.tiny.qwen_image:make",
 )
 
 edit = replace(

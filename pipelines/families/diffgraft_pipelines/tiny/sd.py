@@ -6,7 +6,7 @@ import diffusers
 from diffgraft import Tiny
 from diffusers import ControlNetModel, DDIMScheduler, LCMScheduler, UNet2DConditionModel
 
-from diffgraft_families.tiny import _common as c
+from diffgraft_pipelines.tiny import _common as c
 
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 

@@ -6,8 +6,8 @@ import diffusers
 from diffgraft import Tiny
 from diffusers import ControlNetModel, MotionAdapter
 
-from diffgraft_families.tiny import _common as c
-from diffgraft_families.tiny import sd
+from diffgraft_pipelines.tiny import _common as c
+from diffgraft_pipelines.tiny import sd
 
 FRAMES = 4
 SIDE = 32
