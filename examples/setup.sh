@@ -3,8 +3,7 @@
 #   diffgraft_setup run    what a user needs
 #   diffgraft_setup test   and what the tests need
 diffgraft_setup() {
-  local kind=$1 extra="" stamp sum
-  [ "$kind" = test ] && extra="[test]"
+  local kind=$1 stamp sum
   if [ -z "${VIRTUAL_ENV:-}" ]; then
     [ -x .venv/bin/python ] || python3 -m venv .venv
     # shellcheck disable=SC1091
@@ -20,11 +19,16 @@ diffgraft_setup() {
   python -c "import torch" 2>/dev/null || "${pip[@]}" "torch==2.13.0"
   "${pip[@]}" "flit_core>=3.11,<4" "hatchling>=1.25" "editables>=0.5"
   # the glob is the list: a new folder in plugins/ needs no entry anywhere
-  local packages=()
-  for folder in core pipelines/*/ plugins/*/; do packages+=(-e "./${folder%/}$extra"); done
-  packages+=(-e ".[lab]")  # `compare` is among what the examples show
-  [ "$kind" = test ] && packages+=(-r docs/requirements.txt -r tests/requirements.txt) && diffgraft_debian chromium fonts-noto-color-emoji
+  local packages=(-e .) extras=(-e "./core[lab]")  # `compare` is among what the examples show
+  for folder in core pipelines/*/ plugins/*/; do packages+=(-e "./${folder%/}"); done
+  # first all of them, then what the tests need: pip looks on the index for a package that it knows with an extra only
   "${pip[@]}" --no-build-isolation "${packages[@]}"
+  if [ "$kind" = test ]; then
+    extras=(-r docs/requirements.txt -r tests/requirements.txt)
+    for folder in core pipelines/*/ plugins/*/; do extras+=(-e "./${folder%/}[test]"); done
+    diffgraft_debian chromium fonts-noto-color-emoji
+  fi
+  "${pip[@]}" --no-build-isolation "${extras[@]}"
   echo "$sum $PWD" >"$stamp"
 }
 

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-LONGEST = 425
+LONGEST = 450
 """Lines of a file ("about 400")."""
-KERNEL = 2900
+KERNEL = 3250
 """Lines of the kernel, docstrings included: what can be read in one sitting."""
 
 

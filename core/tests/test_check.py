@@ -3,79 +3,14 @@
 from __future__ import annotations
 
 import json
-import sys
-from itertools import count
 
 import pytest
 from diffgraft import cli
-from diffgraft.community import quality
-from diffgraft.community.badge import badge
 from diffgraft.community.check import RULES, check, open_project
-from diffgraft.community.check.effects import Observed, contract_problems, overdeclared
-from diffgraft.community.new import Answers, write_plugin
-from diffgraft.community.quality import SCALE, Card, Claim, Quality, as_toml, parse
 from diffgraft.kernel import registry
 from diffgraft.kernel.errors import ConfigError, PluginNotFound
-from diffgraft.kernel.plugin import Effects
 from typer.testing import CliRunner
-
-NUMBERS = count()
-FAMILY = "pixart"
-
-
-class Workshop:
-    """Makes plugins whose files differ from the skeleton's by replacements."""
-
-    def __init__(self, home):
-        self.home = home
-
-    def make(self, changes=(), hook="denoise", name=None):
-        """A folder. ``changes``: (file, old, new); the file "py" is the package's, "toml" its quality.toml, "append" adds at the end."""
-        name = name or f"chk{next(NUMBERS)}"
-        folder = write_plugin(Answers(name, hook, "2401.00000", "A title"), self.home / name)
-        short = {"py": f"diffgraft_{name}/__init__.py", "toml": f"diffgraft_{name}/quality.toml"}
-        for file, old, new in changes:
-            path = folder / short.get(file, file)
-            text = path.read_text() if path.exists() else ""
-            if old == "append":
-                text += new
-            else:
-                assert old in text, (file, old)
-                text = text.replace(old, new)
-            path.write_text(text)
-        return folder
-
-    def check(self, changes=(), hook="denoise", behaviour=False, contract=False, **options):
-        return check(open_project(str(self.make(changes, hook, **options))), behaviour, contract, [FAMILY])
-
-
-@pytest.fixture
-def workshop(tmp_path):
-    before = list(sys.path)
-    yield Workshop(tmp_path)
-    sys.path[:] = before
-    for module in [module for module in sys.modules if module.startswith("diffgraft_chk")]:
-        del sys.modules[module]
-
-
-BODY = "        prediction: Tensor = next(call)\n"
-RETURN = "        return prediction if self.config.strength == 0 else placeholder(prediction, self.config.strength)\n"
-
-
-def in_hook(line):
-    """Put a line into ``denoise``."""
-    return [("py", BODY, BODY + f"        {line}\n")]
-
-
-def helper(text, call):
-    """Put a function into the module, and a call of it into ``denoise``."""
-    return [("py", "append", text), *in_hook(call)]
-
-
-def carded(gain, where):
-    """Put figures onto the card."""
-    return [("toml", 'gain = ""', f'gain = "{gain}"'), ("toml", 'gain_where = ""', f'gain_where = "{where}"')]
-
+from workshop import carded, helper, in_hook
 
 STATIC = {
     # rule: breaks it, each with a word of the reason
@@ -177,6 +112,8 @@ STATIC = {
         ([*carded("7.1x", "README.md#Measured here"), ("README.md", "## Limits", "7.1x\n\n## Limits")], "7.1 stands nowhere"),
     ],
 }
+
+
 CASES = [(rule, i) for rule, cases in STATIC.items() for i in range(len(cases))]
 
 
@@ -287,183 +224,6 @@ def test_what_is_no_plugin_is_refused(tmp_path, workshop):
         check(open_project(str(folder)))
 
 
-# behaviour: what is done and not declared, and the other way round ----------------------------------------------------------------
-
-EFFECTS = 'effects = Effects(edits=frozenset({"prediction"}))'
-
-
-def declares(text):
-    return ("py", EFFECTS, f"effects = Effects({text})")
-
-
-def body(*lines):
-    return ("py", BODY + RETURN, "".join(f"        {line}\n" for line in lines))
-
-
-PREDICTION = 'edits=frozenset({"prediction"})'
-BEHAVIOUR = {
-    # what it does: (hook, changes, word of the reason)
-    "clean": ("denoise", [], None),
-    "edits the prediction": ("denoise", [declares("")], "edits prediction"),
-    "edits the latents in denoise": (
-        "denoise",
-        [declares(PREDICTION), body("return next(call.with_latents(call.latents * 1.01))")],
-        "edits latents",
-    ),
-    "edits the latents, said": (
-        "denoise",
-        [
-            declares('edits=frozenset({"latents"})'),
-            body("if not self.config.strength:", "    return next(call)", "return next(call.with_latents(call.latents * 1.01))"),
-        ],
-        None,
-    ),
-    "edits the latents in step": ("step", [("py", 'Effects(edits=frozenset({"latents"}))', "Effects()")], "edits latents"),
-    "edits the timestep": ("denoise", [body("return next(call.replace(timestep=call.timestep * 0 + 1))")], "edits timestep"),
-    "edits the conditioning": (
-        "denoise",
-        [body("return next(call.replace(encoder_hidden_states=call['encoder_hidden_states'] * 0.5))")],
-        "edits conditioning",
-    ),
-    "edits the schedule": ("schedule", [("py", 'Effects(edits=frozenset({"schedule"}))', "Effects()")], "edits schedule"),
-    "edits attention": ("attention", [("py", 'Effects(edits=frozenset({"attention"}))', "Effects()")], "edits attention"),
-    "edits a block": ("block", [declares("")], "edits prediction"),
-    "skips the denoiser": (
-        "denoise",
-        [body("if call.step.index == 2:", "    return call.sample[:, :4].repeat(1, 2, 1, 1)", "return next(call)")],
-        "skips denoiser",
-    ),
-    "skips blocks": ("block", [("py", "out = next(call)\n", 'out = call["hidden_states"]\n')], "skips blocks"),
-    "says it skips and does not": ("denoise", [declares(PREDICTION + ', skips=frozenset({"denoiser"})')], "computes everything"),
-    "draws noise": (
-        "denoise",
-        [
-            ("py", "from torch import Tensor", "import torch\nfrom torch import Tensor"),
-            (
-                "py",
-                RETURN,
-                "        return prediction + 0.1 * torch.randn_like(prediction)\n",
-            ),
-        ],
-        "draws noise",
-    ),
-    "says it draws and does not": ("denoise", [declares(PREDICTION + ", stochastic=True")], "draws none"),
-    "couples the batch": ("denoise", [("py", RETURN, "        return prediction + 0.1 * prediction.mean()\n")], "couples the samples"),
-    "asks twice": ("denoise", [("py", BODY, BODY + "        next(call)\n")], "needs extra_forwards"),
-    "waits for the device": (
-        "denoise",
-        [("py", BODY, BODY + "        if prediction.max() > 1000:\n            pass\n")],
-        "a value is read from a tensor",
-    ),
-    "has a scheduler": ("scheduler", [("py", 'Effects(replaces=frozenset({"scheduler"}))', "Effects()")], "has a scheduler"),
-}
-
-
-@pytest.mark.parametrize("what", BEHAVIOUR)
-def test_effects_are_seen(workshop, what):
-    hook, changes, word = BEHAVIOUR[what]
-    verdict = workshop.check(changes, hook, behaviour=True)
-    reasons = [f"{finding.rule}: {finding.problem.reason}" for finding in verdict.problems]
-    if word is None:
-        assert verdict.ok, str(verdict)
-    else:
-        assert any(word in reason for reason in reasons), reasons
-        assert all(finding.rule in ("effects", "host_sync") for finding in verdict.problems), reasons
-        assert all(finding.problem.line > 0 for finding in verdict.problems), reasons
-
-
-def test_what_is_declared_for_nothing_is_told_unless_it_was_inactive():
-    seen = Observed({}, {}, {}, {}, {}, "", "", [])
-    assert [p.reason for _, p in overdeclared(Effects(stochastic=True), seen, "f", 1)] != []
-    assert list(overdeclared(Effects(), seen, "f", 1)) == []
-
-
-def test_a_broken_contract_is_caught(workshop):
-    project = open_project(str(workshop.make([("py", RETURN, "        return prediction * 1.5\n")])))
-    name, problem = next(contract_problems(project, [FAMILY]))  # the first that fails; the whole suite is run elsewhere
-    assert name == "contract"
-    assert "neutral" in problem.reason
-
-
-# the quality scale ----------------------------------------------------------------------------------------------------------------
-
-
-def claims(*done, **others):
-    return Quality({**dict.fromkeys(done, Claim("done")), **others})
-
-
-BRONZE, SILVER, GOLD = ([c.name for c in SCALE if c.tier == tier] for tier in quality.TIERS)
-
-
-def test_tiers_build_on_each_other():
-    assert claims().tier is None
-    assert claims(*BRONZE[:-1], *SILVER, *GOLD).tier is None
-    assert claims(*BRONZE).tier == "bronze"
-    assert claims(*BRONZE, *SILVER[1:], **{SILVER[0]: Claim("exempt", "U-Nets only")}).tier == "silver"
-    assert claims(*BRONZE, *SILVER, GOLD[0]).tier == "silver"
-    assert claims(*BRONZE, *SILVER, *GOLD).tier == "gold"
-
-
-def test_a_quality_file_survives_writing():
-    rows = {
-        "contract": Claim("done"),
-        "two_families": Claim("exempt", 'a "reason"'),
-        "equation_test": Claim("done", "", ("tests/a.py::test_b",)),
-    }
-    card = Card("editing", "2.0x as \"fast\"", "README.md#Measured")
-    found = parse(as_toml(Quality(rows, card)), "q")
-    assert {name: found.claim(name) for name in rows} == rows
-    assert set(found.claims) == {criterion.name for criterion in SCALE}
-    assert found.card == card
-
-
-@pytest.mark.parametrize(
-    ("text", "word"),
-    [
-        ("[rules]\ncontrakt = 'done'", "did you mean 'contract'"),
-        ("[rules]\ncontract = 'yes'", "'done', 'todo', 'exempt'"),
-        ("[rules]\ncontract = 1", "contract = 1"),
-        ("[rules]\ncontract = { status = 'exempt', reason = 'hard' }", "nobody is exempt"),
-        ("[rules]\ntwo_families = 'exempt'", "without a reason"),
-        ("[rules]\npair_tests = { status = 'done', evidence = 'x' }", "list of texts"),
-        ("rules = 3", "must be a table"),
-        ("[rules", "q:"),
-        ("card = 3", "must be a table [card]"),
-        ("[card]\ngain = '2x'\ngain_where = 'README.md'", "one of faster,"),
-        ("[card]\ngoal = 'fast'", "goal = 'fast'"),
-        ("[card]\ngoal = 'faster'\ngains = ''", "did you mean 'gain'"),
-        ("[card]\ngoal = 'faster'\ngain = 2", "text of one line"),
-        ("[card]\ngoal = 'faster'\ngain = '2x'", "go together"),
-    ],
-)
-def test_bad_quality_files(text, word):
-    with pytest.raises(ConfigError) as error:
-        parse(text, "q")
-    assert word in str(error.value)
-
-
-def test_the_tier_is_read_without_importing(workshop, monkeypatch):
-    done = [("toml", f'{name} = "todo"', f'{name} = "done"') for name in BRONZE]
-    folder = workshop.make([*done, ("py", "from typing import", "raise RuntimeError\nfrom typing import")], name="chk_tier")
-    monkeypatch.syspath_prepend(str(folder))
-    assert quality.tier_of("diffgraft_chk_tier") == "bronze"
-    assert "diffgraft_chk_tier" not in sys.modules
-    (folder / "diffgraft_chk_tier" / "quality.toml").write_text("[rules")
-    assert quality.tier_of("diffgraft_chk_tier") is None
-    assert quality.tier_of("diffgraft_chk_nowhere") is None
-
-
-@pytest.mark.parametrize("tier", [None, "bronze", "silver", "gold"])
-def test_the_badge_is_a_picture_that_needs_no_network(tier):
-    from xml.etree import ElementTree
-
-    text = badge(tier)
-    assert ElementTree.fromstring(text).tag.endswith("svg")
-    assert (tier or "no tier yet") in text
-    assert "href" not in text
-
-
-# --fix and the command ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture

@@ -11,36 +11,20 @@ from typing import Any, ClassVar
 import diffgraft.lab.tune.tuner as tuner_module
 import optuna
 import pytest
-import torch
-from cli_plugins import Idle, OnlyTransformers, Rival, Sparse, install
-from diffgraft import Calibrator, ConfigError, Conflict, Need, PluginConfig, Unsupported, load_pipeline
+from cli_plugins import Idle, OnlyTransformers, Sparse, install
+from diffgraft import ConfigError, Conflict, Unsupported, load_pipeline
 from diffgraft.cli import app
 from diffgraft.lab.metrics import psnr
-from diffgraft.lab.tune import tune
-from diffgraft.lab.tune.goal import Candidate, Goal, Trial, TuneSettings, Tuning, front_of, ladder_of, parse_budget, ready_line
-from diffgraft.lab.tune.space import Space, find_plugins
+from diffgraft.lab.tune.goal import Candidate, Goal, Trial, ready_line
+from diffgraft.lab.tune.space import find_plugins
 from diffgraft.lab.tune.tuner import Tuner
 from diffgraft.lab.tune.view import draw, print_tuning, verdict
-from diffgraft.methods.inputs import CallSettings, Sample, make_pictures
-from probes import PAPER, Probe, tiny, trace
-from pydantic import Field
+from diffgraft.methods.inputs import Sample, make_pictures
+from probes import trace
+from tuning import CALL, PLUGINS, SAMPLES, SETTINGS, Gain, IdleTuned, SparseTuned, Wants, run
 from typer.testing import CliRunner
 
-CALL = CallSettings(height=32, width=32, guidance_scale=5.0)
-SAMPLES = tuple(Sample(i, f"picture {i}") for i in range(4))
-SETTINGS = TuneSettings(Goal("psnr", 20), SAMPLES[:2], SAMPLES[2:], 4, CALL, (4, 3, 2, 1), trials=9, rounds=1, final_rounds=2, batch=2)
-
-
-class SparseTuned(Sparse):
-    tune: ClassVar[dict[str, Any]] = {"every": (2, 3, 4)}
-
-
-class RivalTuned(Rival):
-    tune: ClassVar[dict[str, Any]] = {"every": (2, 3)}
-
-
-class IdleTuned(Idle):
-    tune: ClassVar[dict[str, Any]] = {"off": (False,)}
+pytestmark = pytest.mark.usefixtures("no_collection")
 
 
 class Fussy(IdleTuned):
@@ -54,118 +38,9 @@ class Fussy(IdleTuned):
         return next(call)
 
 
-PLUGINS = [SparseTuned(), RivalTuned(), IdleTuned()]
-
-
-@pytest.fixture(scope="module")
-def pipe():
-    made = tiny("StableDiffusionPipeline")[0]
-    made(prompt="x", num_inference_steps=1, height=32, width=32)  # diffusers notes things on a pipeline in its first call
-    return made
-
-
-@pytest.fixture(autouse=True)
-def _no_collection(monkeypatch):
-    monkeypatch.setattr("diffgraft.lab.tune.tuner.gc.collect", lambda: 0)  # a quarter of a second each with torch in memory
-
-
-@pytest.fixture
-def clock(monkeypatch):
-    """Time that follows from the settings: a step takes a second, ``every`` of them for sparse a second together; idle saves a half."""
-    asked: list[Candidate] = []
-
-    def timed(tuner: Tuner, candidate: Candidate, sample: Sample) -> tuple[float, list[str]]:
-        asked.append(candidate)
-        seconds = float(candidate.steps)
-        for name, knobs in candidate.plugins.items():
-            seconds *= 0.5 if name == "idle" else 1 / knobs.get("every", 1)
-        return seconds, []
-
-    monkeypatch.setattr(Tuner, "timed", timed)
-    return asked
-
-
-def run(pipe: Any, out: Any, plugins: Any = PLUGINS, settings: TuneSettings = SETTINGS, **more: Any) -> Tuning:
-    return tune(pipe, plugins, settings, out, name="here", **more)
-
-
 def same(trial: Trial) -> Any:
     """A trial without the time that it took itself."""
     return replace(trial, spent=0.0)
-
-
-# what is asked for -------------------------------------------------------------------------------------------------------------------
-
-
-def test_targets_and_budgets():
-    assert Goal.parse("psnr=30") == Goal("psnr", 30.0)
-    assert str(Goal.parse("judge=0.9")) == "judge 0.9"
-    assert [parse_budget(text) for text in ("90s", "30m", "1.5h", "1h30m")] == [90, 1800, 5400, 5400]
-    assert ladder_of(50) == (50, 35, 25, 18, 12, 9, 6, 4)
-    assert ladder_of(2) == (2, 1)
-
-
-@pytest.mark.parametrize("text", ["psnr", "psnr=", "psnr=much", "psnr=-1", "psnr=nan", "psnr=inf", "ssim=2", "judge=90", "lpips=0.1", "=3"])
-def test_bad_targets_are_refused(text):
-    with pytest.raises(ConfigError, match=r"target .*psnr=30"):
-        Goal.parse(text)
-
-
-@pytest.mark.parametrize("text", ["", "0s", "30", "m", "-3m", "1.2.3m", "ten minutes"])
-def test_bad_budgets_are_refused(text):
-    with pytest.raises(ConfigError, match="30m or 1h30m"):
-        parse_budget(text)
-
-
-@pytest.mark.parametrize(
-    ("more", "word"),
-    [
-        ({"trials": None}, "--budget 30m, --trials N"),
-        ({"held_out": SAMPLES[1:]}, "other prompts or other seeds"),
-        ({"samples": ()}, "at least one"),
-        ({"steps": 0}, "steps = 0"),
-        ({"ladder": (5,)}, "1 to the pipeline's own 4"),
-        ({"ladder": (0,)}, "1 to the pipeline's own 4"),
-        ({"reference_steps": 3}, "at least the pipeline's own 4"),
-    ],
-)
-def test_bad_settings_are_refused(more, word):
-    with pytest.raises(ConfigError, match=word):
-        replace(SETTINGS, **more)
-
-
-# the space ---------------------------------------------------------------------------------------------------------------------------
-
-
-def test_the_space_is_legal_and_whole():
-    space = Space(PLUGINS, SETTINGS.ladder)
-    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
-    drawn = [space.draw(study.ask()) for _ in range(300)]
-    stacks = {tuple(candidate.plugins) for candidate in drawn}
-    assert stacks == {(), ("sparse",), ("rival",), ("idle",), ("sparse", "idle"), ("rival", "idle")}, "sparse and rival skip the same"
-    assert {candidate.steps for candidate in drawn} == {1, 2, 3, 4}
-    assert {c.plugins["sparse"]["every"] for c in drawn if "sparse" in c.plugins} == {2, 3, 4}
-    first = [space.draw(optuna.trial.FixedTrial(params)) for params in space.first()]
-    assert [str(candidate) for candidate in first] == [
-        *(f"plain, {steps} steps" for steps in (4, 3, 2, 1)),
-        "sparse(every=2), 4 steps",
-        "rival(every=2), 4 steps",
-        "idle(off=False), 4 steps",
-    ]
-
-
-def test_a_knob_that_is_set_is_not_tuned():
-    space = Space([SparseTuned(every=3, mode="x")], (4,))
-    assert space.tables == {"sparse": {}}
-    assert space.draw(optuna.trial.FixedTrial({"steps": 0, "use sparse": 1})).plugins == {"sparse": {"every": 3, "mode": "x"}}
-
-
-def test_the_front():
-    def trial(number: int, seconds: float, value: float) -> Trial:
-        return Trial(number, Candidate(number), [seconds], [1.0], [value])
-
-    trials = [trial(1, 1.0, 9), trial(2, 0.5, 5), trial(3, 0.6, 5), trial(4, 0.7, 4), trial(5, 0.5, 3), Trial(6, Candidate(6), reason="no")]
-    assert [t.number for t in front_of(trials)] == [2, 1]
 
 
 def test_which_plugins_take_part(pipe, monkeypatch, tmp_path):
@@ -180,9 +55,6 @@ def test_which_plugins_take_part(pipe, monkeypatch, tmp_path):
     assert "StableDiffusionPipeline" in left_out["only_transformers"]
     with pytest.raises(Unsupported, match="only_transformers"):
         find_plugins(pipe, {"only_transformers": {"off": True}})
-
-
-# on a pipeline -----------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -383,9 +255,6 @@ def test_a_budget_is_kept(pipe, tmp_path, monkeypatch, budget, pace):
     assert made.exhausted or len(made.trials) == 40 or made.spent >= 0.5 * budget
 
 
-# what it says ------------------------------------------------------------------------------------------------------------------------
-
-
 def test_a_winner_is_faster_in_every_round(pipe, tmp_path, clock, monkeypatch, capsys):
     high = replace(SETTINGS, goal=Goal("psnr", 99))
     made = run(pipe, tmp_path / "a", [IdleTuned()], high)
@@ -422,89 +291,6 @@ def test_other_measures(pipe, tmp_path, clock):
         run(pipe, tmp_path / "b", settings=replace(few, goal=Goal("judge", 0.5), samples=odd), judge=FirstIsRight())
     similar = run(pipe, tmp_path / "c", settings=replace(few, goal=Goal("ssim", 0.5), reference_steps=6))
     assert 0 < similar.trials[0].fidelity < 1
-
-
-# artefacts ---------------------------------------------------------------------------------------------------------------------------
-
-
-class GainConfig(PluginConfig):
-    gain: float = Field(1.0, description="what predictions are multiplied with")
-    artefact: Any = Field(None, description="mean squares of the predictions")
-
-
-class Meter(Calibrator):
-    """Records the mean square of every prediction."""
-
-    name = "gain calibration"
-    paper = PAPER
-    Config = GainConfig
-    asked: ClassVar[list[tuple[int, float]]] = []
-
-    class State:
-        seen: Any = ()
-
-    def denoise(self, call, next):
-        out = next(call)
-        call.shared.seen = (*call.shared.seen, out.square().mean())
-        return out
-
-    def collect(self, call):
-        self.asked.append((len(call.shared.seen), self.config.gain))
-        return {"power": torch.stack(call.shared.seen)}
-
-    def summarise(self, records):
-        return {"power": torch.stack([r["power"] for r in records]).mean(0)}, {}
-
-
-class Gain(Probe):
-    """Needs an artefact for each number of steps."""
-
-    name = "gain"
-    Config = GainConfig
-    needs = (Need("artefact", "artefact"),)
-    calibration = Meter
-    tune: ClassVar[dict[str, Any]] = {"gain": (1.0,)}
-
-    def denoise(self, call, next):
-        assert len(call.given("artefact").tensors["power"]) == call.step.total
-        return next(call) * self.config.gain
-
-
-class Wants(Idle):
-    """Needs a second pipeline."""
-
-    name = "wants"
-    Config = type("WantsConfig", (PluginConfig,), {"__annotations__": {"model": Any}, "model": Field(None, description="a pipeline")})
-    needs = (Need("pipeline", "model"),)
-    tune: ClassVar[dict[str, Any]] = {"model": (None,)}
-
-
-def test_artefacts_are_made_once_and_kept(pipe, tmp_path, monkeypatch):
-    Meter.asked.clear()
-    monkeypatch.setattr(Tuner, "timed", lambda tuner, candidate, sample: (0.5 if candidate.plugins else 1.0, []))
-    made = run(pipe, tmp_path / "out", [Gain()], replace(SETTINGS, goal=Goal("psnr", 99), trials=99))
-    assert all(trial.reason is None for trial in made.trials)
-    assert sorted(Meter.asked) == [(steps, 1.0) for steps in (1, 2, 3, 4) for _ in SETTINGS.samples]
-    knobs = made.best.candidate.plugins["gain"]
-    assert knobs == {"gain": 1.0, "artefact": str(tmp_path / "out" / "gain-4.safetensors")}
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["gain-4.safetensors", "tune.json"]
-    load_pipeline(pipe, [Gain(**knobs)])
-    try:
-        make_pictures(pipe, SAMPLES[:1], replace(CALL, steps=4))
-    finally:
-        pipe.plugins.clear()
-
-
-def test_an_artefact_that_takes_too_much_of_the_budget_is_not_made(pipe, tmp_path, clock, monkeypatch):
-    monkeypatch.setattr("diffgraft.lab.tune.tuner.CALIBRATION_SHARE", 0.0)
-    Meter.asked.clear()
-    made = run(pipe, tmp_path / "out", [Gain()], replace(SETTINGS, trials=99, budget=1e6))
-    assert len(Meter.asked) == 4, "the first sample of each number of steps tells"
-    assert sum("gain: its artefact takes about" in (trial.reason or "") for trial in made.trials) == 4
-    assert not hasattr(pipe, "plugins")
-
-
-# the command -------------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture

@@ -22,7 +22,7 @@ from diffusers import DiffusionPipeline
 from torch import nn
 
 from diffgraft.kernel.anatomy import blocks_of, denoisers_of
-from diffgraft.kernel.calls import ModulesCall, RunCall
+from diffgraft.kernel.calls import RunCall
 from diffgraft.kernel.defaults import filled, plain_class
 from diffgraft.kernel.errors import ConfigError, Conflict, DiffgraftError, PluginNotFound, Unsupported, choices
 from diffgraft.kernel.facts import Target
@@ -35,6 +35,7 @@ from diffgraft.kernel.report import Report
 from diffgraft.kernel.run import Run
 from diffgraft.kernel.slots import Slot, set_class, wraps_method
 from diffgraft.kernel.specs import Specs, as_specs, build_plugin, names_of
+from diffgraft.kernel.surgery import Surgery
 from diffgraft.kernel.wiring import Wiring
 
 _STACK = "_diffgraft_stack"
@@ -110,7 +111,7 @@ class PluginStack:
         self.base_class: type = type(pipe)
         self._entries: tuple[Entry, ...] = ()
         self._wiring = Wiring(pipe, family)
-        self._swaps: dict[Entry, Sequence[Slot]] = {}
+        self._surgery = Surgery()
         self._undo: tuple[Callable[[], None], ...] = ()
         self._busy = threading.Lock()
         self._last = Report()
@@ -296,52 +297,17 @@ class PluginStack:
         if self._busy.locked():
             raise DiffgraftError(f"cannot {what} this pipeline while it is running; do it before or after the call")
 
-    # module surgery: the only thing that stays between runs, because exchanged modules must follow `pipe.to` -----------------------
-
     def _switch(self, entry: Entry, enabled: bool) -> None:
         """Turn an entry on or off; the modules that it exchanges go in and out with it."""
-        if enabled and "modules" in entry.plugin.points() and entry not in self._swaps:
-            self._swaps[entry] = ()
-            try:
-                call = ModulesCall(None, None, {}, (), {})  # type: ignore[arg-type]
-                call.entry, call.denoisers = entry, denoisers_of(self.pipe, self.family)
-                call.swap = lambda parent, name, new: self._swap(entry, parent, name, new)
-                entry.plugin.modules(call, lambda call: None)  # type: ignore[attr-defined]
-            except BaseException:
-                self._unswap(entry)
-                raise
-        if not enabled:
-            self._unswap(entry)
+        if enabled:
+            self._surgery.operate(entry, self.pipe, self.family)
+        else:
+            self._surgery.undo(entry)
         entry.enabled = enabled
-
-    def _swap(self, entry: Entry, parent: nn.Module, name: str, new: nn.Module) -> None:
-        home: Any = parent._modules
-        if name not in home:
-            raise DiffgraftError(f"{entry.name}: {type(parent).__name__} has no submodule {name!r}; it has {', '.join(home)}")
-        slot = Slot(home, name, lambda: home[name])
-        slot.put(new)
-        slot.open()
-        self._swaps[entry] = (*self._swaps[entry], slot)
 
     def exchanged(self) -> Sequence[tuple[nn.Module, nn.Module]]:
         """(module that a plugin put in, the one that was there), in the order in which they were put in."""
-        return [(slot.value, slot.inner) for slots in self._swaps.values() for slot in slots]
-
-    def _unswap(self, entry: Entry) -> None:
-        slots = self._swaps.get(entry, ())
-        for slot in slots:
-            if not slot.is_open:
-                raise Conflict(
-                    f"{entry.name} cannot be taken off: something (LoRA?) was put over the module {slot.key!r} that it had exchanged; "
-                    "unload that first"
-                )
-        for slot in reversed(slots):
-            where = next(slot.value.parameters(), None)
-            original = slot.inner
-            slot.close()
-            if where is not None and isinstance(original, nn.Module):
-                original.to(where.device)  # the pipeline may have moved in the meantime
-        self._swaps.pop(entry, None)
+        return self._surgery.exchanged()
 
     # running ----------------------------------------------------------------------------------------------------------------------
 

@@ -1,0 +1,70 @@
+"""Modules that plugins exchange: the only thing that stays between runs, because exchanged modules must follow ``pipe.to``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+from diffgraft.kernel.anatomy import denoisers_of
+from diffgraft.kernel.calls import ModulesCall
+from diffgraft.kernel.errors import Conflict, DiffgraftError
+from diffgraft.kernel.family import Family
+from diffgraft.kernel.plugin import Entry
+from diffgraft.kernel.slots import Slot
+
+
+class Surgery:
+    """What the plugins of one stack have exchanged, and the way back."""
+
+    def __init__(self) -> None:
+        self._swaps: dict[Entry, Sequence[Slot]] = {}
+
+    def operate(self, entry: Entry, pipe: Any, family: Family) -> None:
+        """Let a plugin exchange its modules, all or none; nothing where it has no such hook or has done it."""
+        if "modules" not in entry.plugin.points() or entry in self._swaps:
+            return
+        self._swaps[entry] = ()
+        try:
+            call = ModulesCall(None, None, {}, (), {})  # type: ignore[arg-type]
+            call.entry, call.denoisers = entry, denoisers_of(pipe, family)
+            call.swap = lambda parent, name, new: self._swap(entry, parent, name, new)
+            entry.plugin.modules(call, lambda call: None)  # type: ignore[attr-defined]
+        except BaseException:
+            self.undo(entry)
+            raise
+
+    def _swap(self, entry: Entry, parent: nn.Module, name: str, new: nn.Module) -> None:
+        home: Any = parent._modules
+        if name not in home:
+            raise DiffgraftError(f"{entry.name}: {type(parent).__name__} has no submodule {name!r}; it has {', '.join(home)}")
+        slot = Slot(home, name, lambda: home[name])
+        slot.put(new)
+        slot.open()
+        self._swaps[entry] = (*self._swaps[entry], slot)
+
+    def exchanged(self) -> Sequence[tuple[nn.Module, nn.Module]]:
+        """(module that a plugin put in, the one that was there), in the order in which they were put in."""
+        return [(slot.value, slot.inner) for slots in self._swaps.values() for slot in slots]
+
+    def undo(self, entry: Entry) -> None:
+        """Put back what a plugin has exchanged.
+
+        Raises:
+            Conflict: something was put over one of its modules; nothing is put back.
+        """
+        slots = self._swaps.get(entry, ())
+        for slot in slots:
+            if not slot.is_open:
+                raise Conflict(
+                    f"{entry.name} cannot be taken off: something (LoRA?) was put over the module {slot.key!r} that it had exchanged; "
+                    "unload that first"
+                )
+        for slot in reversed(slots):
+            where = next(slot.value.parameters(), None)
+            original = slot.inner
+            slot.close()
+            if where is not None and isinstance(original, nn.Module):
+                original.to(where.device)  # the pipeline may have moved in the meantime
+        self._swaps.pop(entry, None)

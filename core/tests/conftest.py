@@ -1,0 +1,56 @@
+"""Fixtures that several files of tests share."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+from diffgraft.lab.tune.goal import Candidate
+from diffgraft.lab.tune.tuner import Tuner
+from diffgraft.methods.inputs import Sample
+from probes import tiny
+from workshop import Workshop
+
+
+@pytest.fixture
+def sd():
+    """(a tiny Stable Diffusion pipeline, arguments of its call)."""
+    return tiny("StableDiffusionPipeline")
+
+
+@pytest.fixture
+def workshop(tmp_path):
+    before = list(sys.path)
+    yield Workshop(tmp_path)
+    sys.path[:] = before
+    for module in [module for module in sys.modules if module.startswith("diffgraft_chk")]:
+        del sys.modules[module]
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    made = tiny("StableDiffusionPipeline")[0]
+    made(prompt="x", num_inference_steps=1, height=32, width=32)  # diffusers notes things on a pipeline in its first call
+    return made
+
+
+@pytest.fixture
+def no_collection(monkeypatch):
+    """For tests that measure often."""
+    monkeypatch.setattr("diffgraft.lab.tune.tuner.gc.collect", lambda: 0)  # a quarter of a second each with torch in memory
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """Time that follows from the settings: a step takes a second, ``every`` of them for sparse a second together; idle saves a half."""
+    asked: list[Candidate] = []
+
+    def timed(tuner: Tuner, candidate: Candidate, sample: Sample) -> tuple[float, list[str]]:
+        asked.append(candidate)
+        seconds = float(candidate.steps)
+        for name, knobs in candidate.plugins.items():
+            seconds *= 0.5 if name == "idle" else 1 / knobs.get("every", 1)
+        return seconds, []
+
+    monkeypatch.setattr(Tuner, "timed", timed)
+    return asked
