@@ -10,7 +10,7 @@ import pytest
 import torch
 from diffgraft_pipelines.emoji import scenes
 from diffgraft_pipelines.emoji.judge import Judge
-from diffgraft_pipelines.train import common, decoder, export, more, unet
+from diffgraft_pipelines.train import common, decoder, export, more, recipe, unet
 from diffgraft_pipelines.train.pool import Pairs, Pool, encode_labels
 from diffgraft_pipelines.train.recipe import BASE
 from diffusers import StableDiffusionPipeline
@@ -128,3 +128,11 @@ def test_an_export_says_what_the_base_said_and_not_where_it_lay(tmp_path: Path) 
         old, new = load_file(path), load_file(tmp_path / "emoji-sd" / path.relative_to(BASE))
         assert old.keys() == new.keys()
         assert same(list(old.values()), [new[name] for name in old])
+
+
+def test_the_recipe_of_a_continuation_keeps_what_was_done_before() -> None:
+    before = {"command": "a", "stages": {"unet": {"steps": 1}}, "scenes": 10, "pairs": 4, "scaling_factor": 0.9}
+    after = recipe.continued(before, {"command": "b", "stages": {"decoder": {"steps": 2}}, "scenes": 5, "pairs": 2})
+    assert after["command"] == "a; b --base BASE"
+    assert list(after["stages"]) == ["unet", "decoder"]
+    assert (after["scenes"], after["pairs"], after["scaling_factor"]) == (10, 4, 0.9)
