@@ -77,8 +77,8 @@ def recipe_of(folder: Path) -> dict[str, Any]:
     """The recipe of an emoji-sd: measured, or just exported."""
     measured = folder / "evaluation.json"
     if measured.exists():
-        return json.loads(measured.read_text())["recipe"]
-    return json.loads((folder.parent / f"recipe-{folder.name}.json").read_text())
+        return dict(json.loads(measured.read_text())["recipe"])
+    return dict(json.loads((folder.parent / f"recipe-{folder.name}.json").read_text()))
 
 
 def continued(before: dict[str, Any], recipe: dict[str, Any]) -> dict[str, Any]:
