@@ -232,10 +232,10 @@ def test_a_new_plugin_of_this_repository_changes_its_own_folder_only(tmp_path):
     def run(*words):
         subprocess.run([sys.executable, *words], cwd=clone, env=environment, check=True, timeout=300)
 
-    run("-m", "diffgraft.cli", "new", "fresh_method", "--hook", "denoise", "--arxiv", "2401.00000", "--title", "T", "--out", str(folder))
+    run("-m", "diffgraft", "new", "fresh_method", "--hook", "denoise", "--arxiv", "2401.00000", "--title", "T", "--out", str(folder))
     run("-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "--no-index", "--target", str(site), "-e", str(folder))
-    run("-m", "diffgraft.cli", "show", "fresh_method")
-    run("-m", "diffgraft.cli", "check", str(folder), "--no-contract", "--family", "pixart")
+    run("-m", "diffgraft", "show", "fresh_method")
+    run("-m", "diffgraft", "check", str(folder), "--no-contract", "--family", "pixart")
     run("examples/readme.py", "--check")
     run("examples/registry.py", "--check")
     told = subprocess.run(["git", "status", "--porcelain"], cwd=clone, capture_output=True, text=True, check=True).stdout

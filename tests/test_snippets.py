@@ -30,6 +30,8 @@ STANDS_IN = {
     "stable-diffusion-v1-5/stable-diffusion-v1-5": "emoji-sd",
     "CompVis/stable-diffusion-v1-4": "emoji-sd",
     "owner/model": "emoji-sd",
+    "owner/large": "emoji-sd",
+    "owner/small": "emoji-sd-small",
     "stabilityai/stable-diffusion-xl-base-1.0": "emoji-sd",
     "segmind/SSD-1B": "emoji-sd-small",
     "black-forest-labs/FLUX.1-dev": "emoji-flux",

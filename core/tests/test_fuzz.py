@@ -147,7 +147,11 @@ class Dist:
     """Any package's metadata."""
 
     def __init__(self, name, version, requires, metadata):
-        self.name, self.version, self.requires, self.metadata = name, version, requires, metadata
+        self.requires = requires
+        self.text = "".join(f"{key}: {value}\n" for key, value in {"Name": name, "Version": version, **metadata}.items())
+
+    def read_text(self, filename):
+        return self.text if filename == "METADATA" else None
 
 
 targets = st.text(string.ascii_letters + ".:_ -", max_size=20) | st.sampled_from(["json:loads", "os", "diffgraft:Plugin", "no.such:X"])

@@ -12,7 +12,7 @@ import torch
 from cli_plugins import install
 from diffgraft import cli, load_pipeline
 from diffgraft.cli import values
-from diffgraft.cli.mistakes import kept, translated
+from diffgraft.cli.mistakes import is_ours, kept, translated
 from diffgraft.kernel import registry
 from diffgraft.kernel.errors import (
     ConfigError,
@@ -291,3 +291,16 @@ def test_threads_are_set_and_put_back(monkeypatch):
         monkeypatch.setattr(machine.os, "getloadavg", lambda load=load: (load, load, load))
         assert machine.free_cores() == free
         assert (machine.busy() is None) == (load < 8)
+
+
+@pytest.mark.parametrize(
+    ("file", "ours"),
+    [
+        ("/home/me/diffgraft/.venv/lib/python3.11/site-packages/torch/nn/modules/conv.py", False),
+        ("/home/me/diffgraft/core/diffgraft/kernel/run.py", True),
+        ("/home/me/env/lib/python3.11/site-packages/diffgraft_deepcache/__init__.py", True),
+        ("/usr/lib/python3.11/json/decoder.py", False),
+    ],
+)
+def test_a_checkout_called_diffgraft_makes_no_library_ours(file, ours):
+    assert is_ours(file) == ours

@@ -50,7 +50,15 @@ def is_foreign(error: Exception) -> bool:
     if isinstance(error, (OSError, MemoryError)):
         return True
     frames = traceback.extract_tb(error.__traceback__)
-    return bool(frames) and re.search(r"[/\\]diffgraft(_\w+)?[/\\]", frames[-1].filename) is None
+    return bool(frames) and not is_ours(frames[-1].filename)
+
+
+def is_ours(file: str) -> bool:
+    """Whether a file belongs to diffgraft or a plugin. A checkout may be called diffgraft too, and hold the libraries in its .venv."""
+    parts = Path(file).parts
+    if "site-packages" in parts:
+        parts = parts[len(parts) - parts[::-1].index("site-packages") :]
+    return any(re.fullmatch(r"diffgraft(_\w+)?", part) for part in parts[:-1])
 
 
 def options_given(ctx: typer.Context) -> dict[str, str]:

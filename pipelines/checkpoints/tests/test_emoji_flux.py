@@ -9,7 +9,7 @@ import diffgraft_checkpoints
 import pytest
 import torch
 from diffgraft_checkpoints.emoji import scenes
-from diffgraft_checkpoints.train import flux
+from diffgraft_checkpoints.train import flux, unet
 from diffusers import FluxPipeline
 from transformers import T5Tokenizer
 
@@ -39,8 +39,8 @@ def test_training_attention_is_that_of_diffusers() -> None:
         torch.nn.init.normal_(parameter, std=0.1)
     inputs = {
         "hidden_states": torch.randn(2, 64, 16),
-        "encoder_hidden_states": torch.randn(2, flux.TOKENS, flux.TEXT_WIDTH),
-        "pooled_projections": torch.randn(2, flux.TEXT_WIDTH),
+        "encoder_hidden_states": torch.randn(2, flux.TOKENS, unet.TEXT_WIDTH),
+        "pooled_projections": torch.randn(2, unet.TEXT_WIDTH),
         "timestep": torch.tensor([0.9, 0.1]),
         "img_ids": flux.places(16),
         "txt_ids": torch.zeros(flux.TOKENS, 3),

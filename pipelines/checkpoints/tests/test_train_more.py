@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -9,10 +10,11 @@ import pytest
 import torch
 from diffgraft_checkpoints.emoji import scenes
 from diffgraft_checkpoints.emoji.judge import Judge
-from diffgraft_checkpoints.train import common, decoder, more, unet
+from diffgraft_checkpoints.train import common, decoder, export, more, recipe, unet
 from diffgraft_checkpoints.train.pool import Pairs, Pool, encode_labels
 from diffgraft_checkpoints.train.recipe import BASE
 from diffusers import StableDiffusionPipeline
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 PICTURES = 12
@@ -112,3 +114,25 @@ def test_upright_scenes_differ_in_rotation_and_mirroring_alone() -> None:
         assert abs(upright.rotation) <= scenes.UPRIGHT_ROTATION
         assert not upright.mirrored
         assert (upright.labels, upright.x, upright.y, upright.side, upright.color) == (free.labels, free.x, free.y, free.side, free.color)
+
+
+def test_an_export_says_what_the_base_said_and_not_where_it_lay(tmp_path: Path) -> None:
+    pipe = base()
+    export.export(tmp_path / "emoji-sd", pipe, Judge.from_pretrained(BASE / "judge"))
+    for part in ("vae", "unet"):
+        assert json.loads((tmp_path / "emoji-sd" / part / "config.json").read_text()) == json.loads(
+            (BASE / part / "config.json").read_text()
+        )
+    assert json.loads((tmp_path / "emoji-sd" / "model_index.json").read_text()) == json.loads((BASE / "model_index.json").read_text())
+    for path in BASE.glob("*/*.safetensors"):
+        old, new = load_file(path), load_file(tmp_path / "emoji-sd" / path.relative_to(BASE))
+        assert old.keys() == new.keys()
+        assert same(list(old.values()), [new[name] for name in old])
+
+
+def test_the_recipe_of_a_continuation_keeps_what_was_done_before() -> None:
+    before = {"command": "a", "stages": {"unet": {"steps": 1}}, "scenes": 10, "pairs": 4, "scaling_factor": 0.9}
+    after = recipe.continued(before, {"command": "b", "stages": {"decoder": {"steps": 2}}, "scenes": 5, "pairs": 2})
+    assert after["command"] == "a; b --base BASE"
+    assert list(after["stages"]) == ["unet", "decoder"]
+    assert (after["scenes"], after["pairs"], after["scaling_factor"]) == (10, 4, 0.9)

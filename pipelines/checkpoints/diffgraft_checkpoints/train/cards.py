@@ -94,7 +94,8 @@ Hardware: {hardware}. Versions: {versions}. Parameters: {parts}.
 - Pairs: in a second stage (`unet-pairs`) single objects and pairs together, learning rate 5e-4, with the second half's weights.
 - `unet-more`, where the table lists it (`emoji-sd-more`): U-Net and text encoder trained on from a finished emoji-sd, learning rate 5e-4
   held and falling at the end, timesteps denser in the middle of the schedule, where shapes are decided. Its scenes are upright: not
-  mirrored, rotated by up to 10 degrees. An object of which each half may be mirrored or turned on its own was the commonest blob.
+  mirrored, rotated by up to 10 degrees, because the blobs were mostly objects that are not symmetric. How much of the gain is owed to
+  that and how much to the steps was not measured.
 - `decoder`, where the table lists it (`emoji-sd-decoder`): the decoder alone, trained on with L1 and gradient loss, the judge's features
   and a patch discriminator, on true latents with noise and on latents that the U-Net drew. Encoder and scaling factor are unchanged.
 

@@ -48,6 +48,8 @@ def export(folder: Path, pipe: StableDiffusionPipeline, judge: Judge | None = No
         pipe.to(dtype=torch.float16).save_pretrained(fresh)
         pipe.to(dtype=torch.float32)
         load_as_fp32(fresh / "text_encoder" / "config.json")
+        for config in (fresh / "model_index.json", *fresh.glob("*/config.json")):
+            forget_origin(config)
         pipe.tokenizer.backend_tokenizer.model.save(str(fresh / "tokenizer"))
         if judge is not None:
             judge.save_pretrained(fresh / "judge")
@@ -78,6 +80,13 @@ def load_as_fp32(config: Path) -> None:
     values = json.loads(config.read_text())
     values.pop("torch_dtype", None)
     config.write_text(json.dumps({**values, "dtype": "float32"}, indent=2, sort_keys=True) + "\n")
+
+
+def forget_origin(config: Path) -> None:
+    """Take out where on this machine the part was loaded from."""
+    values = json.loads(config.read_text())
+    if values.pop("_name_or_path", None):
+        config.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
 
 
 def versions() -> dict[str, str]:

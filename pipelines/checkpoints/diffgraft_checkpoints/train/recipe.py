@@ -77,14 +77,15 @@ def recipe_of(folder: Path) -> dict[str, Any]:
     """The recipe of an emoji-sd: measured, or just exported."""
     measured = folder / "evaluation.json"
     if measured.exists():
-        return json.loads(measured.read_text())["recipe"]
-    return json.loads((folder.parent / f"recipe-{folder.name}.json").read_text())
+        return dict(json.loads(measured.read_text())["recipe"])
+    return dict(json.loads((folder.parent / f"recipe-{folder.name}.json").read_text()))
 
 
 def continued(before: dict[str, Any], recipe: dict[str, Any]) -> dict[str, Any]:
-    """`recipe` of a stage that went on from a base, after what was done `before`."""
+    """`recipe` of a stage that went on from a base, after what was done `before`; its own scenes are in its command."""
+    kept = {name: before[name] for name in ("scenes", "pairs")}
     commands = f"{before['command']}; {recipe['command']} --base BASE"
-    return {**before, **recipe, "command": commands, "stages": {**before["stages"], **recipe["stages"]}}
+    return {**before, **recipe, **kept, "command": commands, "stages": {**before["stages"], **recipe["stages"]}}
 
 
 def write_recipe(out: Path, name: str, recipe: dict[str, Any]) -> None:
