@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from typing import Any
+from pathlib import Path
 
 import pytest
 from diffgraft.testing import Case, Pair
@@ -30,8 +30,7 @@ class Sample:
         self.left_out: dict[str, tuple[int, int]] = {}
 
     def note(self, part: str, kept: int, total: int) -> None:
-        before = self.left_out.get(part, (0, 0))
-        self.left_out[part] = before[0] + kept, before[1] + total
+        self.left_out[part] = kept, total
 
     def contract(self, of_plugin: dict[str, list[Case]]) -> list[Case]:
         """Of a changed plugin the covering table, of the others a part of theirs."""
@@ -56,31 +55,30 @@ class Sample:
         self.note("pairs of plugins", len(kept), len(pairs))
         return kept
 
-    def plugins(self, part: str, names: list[Any]) -> list[Any]:
-        """Folders or names of plugins: the changed ones and some others."""
+    def folders(self, part: str, folders: list[Path]) -> list[Path]:
+        """Folders of plugins: the changed ones and some others, the same wherever the checkout lies."""
         if self.seed is None:
-            return names
-        unchanged = [each for each in names if getattr(each, "name", each) not in self.changed]
-        dropped = set(map(str, shuffled(unchanged, self.seed)[LOOKED_AT:]))
-        kept = [each for each in names if str(each) not in dropped]
-        self.note(part, len(kept), len(names))
+            return folders
+        dropped = set(shuffled((folder.name for folder in folders if folder.name not in self.changed), self.seed)[LOOKED_AT:])
+        kept = [folder for folder in folders if folder.name not in dropped]
+        self.note(part, len(kept), len(folders))
         return kept
 
-    def own_tests(self, items: list[pytest.Item]) -> list[pytest.Item]:
-        """All items but those of unchanged plugins beyond their share."""
+    def beyond(self, items: list[pytest.Item]) -> set[str]:
+        """Ids of the tests of unchanged plugins that are more than their share."""
         if self.seed is None:
-            return items
+            return set()
         of_plugin: dict[str, list[pytest.Item]] = {}
         for item in items:
             if match := OWN.match(item.nodeid):
                 of_plugin.setdefault(match.group(1), []).append(item)
         share = self.share(OWN_TESTS, of_plugin)
-        dropped = set()
+        dropped: set[str] = set()
         for name, own in of_plugin.items():
             if name not in self.changed:
                 dropped |= set(shuffled((item.nodeid for item in own), self.seed)[share:])
         self.note("plugins' own tests", sum(map(len, of_plugin.values())) - len(dropped), sum(map(len, of_plugin.values())))
-        return [item for item in items if item.nodeid not in dropped]
+        return dropped
 
 
 SAMPLE = pytest.StashKey[Sample]()

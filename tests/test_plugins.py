@@ -30,7 +30,7 @@ def test_static_rules(folder: Path) -> None:
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "looked_at" in metafunc.fixturenames:
-        chosen = sample_of(metafunc.config).plugins("plugins whose effects are looked at", FOLDERS)
+        chosen = sample_of(metafunc.config).folders("plugins whose effects are looked at", FOLDERS)
         metafunc.parametrize("looked_at", chosen, ids=lambda folder: folder.name)
 
 

@@ -5,10 +5,14 @@ from __future__ import annotations
 import sys
 
 import pytest
+from cli_plugins import install
+from diffgraft import cli
+from diffgraft.kernel import registry
 from diffgraft.lab.tune.goal import Candidate
 from diffgraft.lab.tune.tuner import Tuner
 from diffgraft.methods.inputs import Sample
 from probes import tiny
+from typer.testing import CliRunner
 from workshop import Workshop
 
 
@@ -54,3 +58,15 @@ def clock(monkeypatch):
 
     monkeypatch.setattr(Tuner, "timed", timed)
     return asked
+
+
+@pytest.fixture
+def call(tmp_path, monkeypatch):
+    """Runs a command in an empty folder with the test plugins installed."""
+    (tmp_path / "site").mkdir()
+    monkeypatch.syspath_prepend(str(install(tmp_path / "site")))
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    monkeypatch.delenv(registry.ALLOW, raising=False)
+    monkeypatch.setenv("COLUMNS", "300")
+    return lambda *words: CliRunner().invoke(cli.app, [str(word) for word in words])

@@ -10,14 +10,13 @@ import types
 import numpy as np
 import pytest
 from cli_plugins import install
-from diffgraft import Bundled, cli
+from diffgraft import Bundled
 from diffgraft.cli.measuring import choose_samples
 from diffgraft.cli.values import parse_assignments, parse_seeds, parse_value, plugin_specs
 from diffgraft.kernel import registry
 from diffgraft.kernel.errors import ConfigError
 from diffgraft_pipelines.tiny import make
 from PIL import Image
-from typer.testing import CliRunner
 
 SIZE = ["--height", "64", "--width", "64"]
 
@@ -30,18 +29,6 @@ def folders(tmp_path_factory):
     for short, name in names.items():
         make(name).pipe.save_pretrained(home / short)
     return home
-
-
-@pytest.fixture
-def call(tmp_path, monkeypatch):
-    """Runs a command in an empty folder with the test plugins installed."""
-    (tmp_path / "site").mkdir()
-    monkeypatch.syspath_prepend(str(install(tmp_path / "site")))
-    (tmp_path / "work").mkdir()
-    monkeypatch.chdir(tmp_path / "work")
-    monkeypatch.delenv(registry.ALLOW, raising=False)
-    monkeypatch.setenv("COLUMNS", "200")
-    return lambda *words: CliRunner().invoke(cli.app, [str(word) for word in words])
 
 
 # list, show, doctor

@@ -9,8 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from cli_plugins import install
-from diffgraft import cli, load_pipeline
+from diffgraft import load_pipeline
 from diffgraft.cli import values
 from diffgraft.cli.mistakes import is_ours, kept, translated
 from diffgraft.kernel import registry
@@ -31,7 +30,6 @@ from diffgraft.lab import machine
 from diffgraft.methods.named import find_callable
 from probes import generate, tiny
 from test_loading import Cache, Scale
-from typer.testing import CliRunner
 
 
 @pytest.fixture
@@ -44,16 +42,6 @@ def folder(tmp_path_factory):
     place = tmp_path_factory.mktemp("saved") / "sd"
     tiny("StableDiffusionPipeline")[0].save_pretrained(place)
     return place
-
-
-@pytest.fixture
-def call(tmp_path, monkeypatch):
-    (tmp_path / "site").mkdir()
-    monkeypatch.syspath_prepend(str(install(tmp_path / "site")))
-    (tmp_path / "work").mkdir()
-    monkeypatch.chdir(tmp_path / "work")
-    monkeypatch.delenv(registry.ALLOW, raising=False)
-    return lambda *words: CliRunner().invoke(cli.app, [str(word) for word in words])
 
 
 # sentences

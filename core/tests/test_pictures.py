@@ -11,16 +11,14 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from cli_plugins import Idle, Slow, Sparse, install
-from diffgraft import cli, load_pipeline
-from diffgraft.kernel import registry
+from cli_plugins import Idle, Slow, Sparse
+from diffgraft import load_pipeline
 from diffgraft.lab.pictures import encode
 from diffgraft.lab.recipes import Recipe, Record, read_record
 from diffgraft.methods.artefacts import Artefact, MadeFor
 from diffgraft.methods.variants import as_variant, own_size, variant_of
 from diffgraft_pipelines.tiny import make
 from PIL import Image
-from typer.testing import CliRunner
 
 SIZE = ["--height", "64", "--width", "64"]
 NAMES = {"sd": "StableDiffusionPipeline", "sdxl": "StableDiffusionXLPipeline", "sd3": "StableDiffusion3Pipeline", "flux": "FluxPipeline"}
@@ -50,17 +48,6 @@ def home(tmp_path_factory):
     Image.new("L", (64, 64)).save(home / "black.png")
     Image.merge("LA", [Image.new("L", (64, 64), 255), Image.fromarray(half)]).save(home / "alpha.png")
     return home
-
-
-@pytest.fixture
-def call(tmp_path, monkeypatch):
-    (tmp_path / "site").mkdir()
-    monkeypatch.syspath_prepend(str(install(tmp_path / "site")))
-    (tmp_path / "work").mkdir()
-    monkeypatch.chdir(tmp_path / "work")
-    monkeypatch.delenv(registry.ALLOW, raising=False)
-    monkeypatch.setenv("COLUMNS", "300")
-    return lambda *words: CliRunner().invoke(cli.app, [str(word) for word in words])
 
 
 def pixels(path):

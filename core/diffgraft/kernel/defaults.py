@@ -15,7 +15,7 @@ from types import MappingProxyType
 from typing import Any
 
 from diffgraft.kernel.errors import ConfigError, nearest
-from diffgraft.kernel.slots import set_class, wraps_method
+from diffgraft.kernel.slots import class_for_one, reduced_as, set_class, wraps_method
 
 _DEFAULTS = "_diffgraft_defaults"
 
@@ -82,9 +82,7 @@ def _class_with(base: type, signature: inspect.Signature, defaults: Mapping[str,
         return new
 
     def __reduce_ex__(pipe: Any, protocol: Any) -> Any:  # noqa: N807
-        # a pickle holds the plain pipeline: its reader may have no diffgraft
-        reduced: Any = object.__reduce_ex__(pipe, max(int(protocol), 2))
-        return (object.__new__, (base,), *reduced[2:])
+        return reduced_as(pipe, base, protocol)
 
     call: Any = wraps_method(base, "__call__", __call__)
     parameters = [p.replace(default=defaults.get(name, p.default)) for name, p in signature.parameters.items()]
@@ -94,10 +92,7 @@ def _class_with(base: type, signature: inspect.Signature, defaults: Mapping[str,
         "__copy__": __copy__,
         "__deepcopy__": __deepcopy__,
         "__reduce_ex__": __reduce_ex__,
-        "__module__": base.__module__,
-        "__qualname__": base.__qualname__,
-        "__doc__": base.__doc__,
         _DEFAULTS: defaults,
     }
-    made = type(base.__name__, (base,), body)
+    made = class_for_one(base, body)
     return made

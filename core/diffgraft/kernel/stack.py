@@ -33,7 +33,7 @@ from diffgraft.kernel.plugin import Entry, Plugin
 from diffgraft.kernel.registry import find_family, find_need
 from diffgraft.kernel.report import Report
 from diffgraft.kernel.run import Run
-from diffgraft.kernel.slots import Slot, set_class, wraps_method
+from diffgraft.kernel.slots import Slot, class_for_one, reduced_as, set_class, wraps_method
 from diffgraft.kernel.specs import Specs, as_specs, build_plugin, names_of
 from diffgraft.kernel.surgery import Surgery
 from diffgraft.kernel.wiring import Wiring
@@ -398,17 +398,13 @@ def _class_with(stack: PluginStack) -> type:
         if stack.exchanged():
             pipe = copy.deepcopy(pipe)
             pipe.plugins.clear()
-        reduced: Any = object.__reduce_ex__(pipe, max(int(protocol), 2))
-        return (object.__new__, (plain_class(base),), *reduced[2:])
+        return reduced_as(pipe, plain_class(base), protocol)
 
     body = {
         "__call__": wraps_method(base, "__call__", __call__),
         "__deepcopy__": __deepcopy__,
         "__reduce_ex__": __reduce_ex__,
-        "__module__": base.__module__,
-        "__qualname__": base.__qualname__,
-        "__doc__": base.__doc__,
         "plugins": property(lambda pipe: stack, doc="The plugins on this pipeline."),
         _STACK: stack,
     }
-    return type(base.__name__, (base,), body)
+    return class_for_one(base, body)
