@@ -220,6 +220,34 @@ def test_a_fault_of_ours_keeps_its_traceback(call, monkeypatch):
     assert isinstance(call("show", "sparse").exception, KeyError)
 
 
+MAKERS = (
+    ("run", "x", "--prompt", "a", "--out"),
+    ("calibrate", "sparse", "--pipeline", "x", "--prompt", "a", "--out"),
+    ("evolve", "sparse", "--pipeline", "x", "--prompt", "a", "--steps", "4", "--out"),
+    ("invert", "sparse", "--pipeline", "x", "--image", "a.png", "--out"),
+    ("compare", "x", "--plugins", "sparse", "--out"),
+    ("tune", "x", "--target", "psnr=30", "--trials", "1", "--out"),
+    ("check", "sparse", "--badge"),
+)
+
+
+@pytest.mark.parametrize("words", MAKERS, ids=[words[0] for words in MAKERS])
+def test_an_output_that_cannot_be_written_is_said_before_anything_is_made(call, words, monkeypatch):
+    """Whatever the command makes: the way to its file is tried first."""
+
+    def touched(*given: Any) -> None:
+        raise AssertionError("a pipeline was loaded")
+
+    monkeypatch.setattr(values, "load_bare", touched)
+    Path("taken").write_text("a file")
+    suffix = {"run": ".png", "evolve": ".json", "check": ".svg"}.get(words[0], ".safetensors")
+    done = call(*words, f"taken/sub/made{suffix}")
+    assert (done.exit_code, f"{words[-1]}: taken is a file, not a folder" in done.stderr) == (2, True), done.output
+    if words[0] not in ("compare", "tune"):
+        done = call(*words, "made.xyz")
+        assert (done.exit_code, f"{words[-1]} made.xyz: the name must end in" in done.stderr) == (2, True), done.output
+
+
 def test_memory_tells_the_way_out():
     texts = "CUDA out of memory", "DefaultCPUAllocator: can't allocate memory"
     for error in (MemoryError(), *map(RuntimeError, texts)):

@@ -227,7 +227,16 @@ def test_refusals_before_anything_is_made(pipe, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_budget_ends_it(pipe, tmp_path, clock):
+def test_a_budget_too_short_for_anything_is_refused(pipe, tmp_path, clock):
+    before = trace(pipe)
+    with pytest.raises(ConfigError, match=r"budget 0\.001 s: .* a picture, .* take about \d+ s: give at least twice that"):
+        run(pipe, tmp_path / "out", settings=replace(SETTINGS, trials=None, budget=1e-3))
+    assert trace(pipe) == before
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_budget_ends_it(pipe, tmp_path, clock, monkeypatch):
+    monkeypatch.setattr(Tuner, "ensure_enough", lambda tuner: None)  # who goes on with an interrupted run comes here with none left
     made = run(pipe, tmp_path / "out", settings=replace(SETTINGS, trials=None, budget=1e-3))
     assert len(made.trials) == 1
     assert [final.kind for final in made.finals] == ["plain", "fewer_steps"]

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from diffgraft.kernel.errors import ConfigError
+from diffgraft.methods.files import check_file, write_atomic
 
 Name = Annotated[str | None, typer.Argument(metavar="NAME", help="The method's short name in snake_case.")]
 Hook = Annotated[str | None, typer.Option("--hook", help="Where the method begins: run, schedule, scheduler, guide, denoise, block...")]
@@ -70,8 +71,8 @@ def check(
     badge: BadgeFile = None,
 ) -> None:
     """Hold a plugin against what every plugin is held to. Imports and runs its code. Exit code 1 when something is found."""
-    if badge is not None and badge.suffix != ".svg":
-        raise ConfigError(f"--badge {badge}: a badge is an .svg file")
+    if badge is not None:
+        check_file(badge, [".svg"], "--badge")
     from diffgraft.community.check import check as examine
     from diffgraft.community.check import open_project
 
@@ -84,8 +85,6 @@ def check(
     verdict = examine(open_project(target), behaviour, contract, family)
     if badge is not None:
         from diffgraft.community.badge import badge as drawn
-        from diffgraft.methods.files import write_atomic
-
         write_atomic(badge, drawn(verdict.tier if verdict.ok else None).encode())
         fixed.append(f"wrote {badge}")
     if as_json:

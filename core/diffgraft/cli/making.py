@@ -24,6 +24,7 @@ from diffgraft.cli.options import (
 from diffgraft.cli.steady import steady
 from diffgraft.kernel import registry
 from diffgraft.kernel.errors import ConfigError
+from diffgraft.methods.files import check_file
 
 
 def calibrate(
@@ -53,8 +54,7 @@ def calibrate(
         raise ConfigError("nothing to calibrate on: give --prompts FILE with one prompt a line, or --prompt TEXT")
     extra = parse_assignments(arg, "-a")
     path = out or Path(f"{plugin}.safetensors")
-    if path.suffix != ".safetensors":
-        raise ConfigError(f"--out {path}: an artefact is a .safetensors file")
+    check_file(path, [".safetensors"])
     from diffgraft.lab.terminal import progress
     from diffgraft.methods.calibration import calibrate as measure
     from diffgraft.methods.inputs import make_samples
@@ -126,8 +126,7 @@ def evolve(
         raise ConfigError("what is found holds for one number of steps: give --steps K")
     knobs, extra = parse_assignments(searcher, "--set"), parse_assignments(arg, "-a")
     path = out or Path(f"{plugin}.json")
-    if path.suffix != ".json":
-        raise ConfigError(f"--out {path}: what a search finds is a .json file")
+    check_file(path, [".json"])
     from diffgraft.lab.terminal import progress
     from diffgraft.methods.inputs import make_samples
     from diffgraft.methods.search import Plan
@@ -173,8 +172,7 @@ def invert(
     specs = plugin_specs([plugin], option)
     extra = parse_assignments(arg, "-a")
     path = out or Path(f"{plugin}-code.safetensors")
-    if path.suffix != ".safetensors":
-        raise ConfigError(f"--out {path}: the code of a picture is a .safetensors file")
+    check_file(path, [".safetensors"])
     from dataclasses import replace
 
     from diffgraft.methods.inputs import make_samples

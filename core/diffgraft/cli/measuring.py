@@ -34,6 +34,7 @@ from diffgraft.cli.steady import steady, tell
 from diffgraft.kernel import registry
 from diffgraft.kernel.errors import ConfigError
 from diffgraft.methods.extras import imported
+from diffgraft.methods.files import check_folder
 
 BUNDLED_SAMPLES = 24
 OTHER_SAMPLES = 6
@@ -103,9 +104,7 @@ def compare(
     extra = parse_assignments(arg, "-a")
     texts = read_prompts(prompt, prompts)
     seed_list = parse_seeds(seeds)
-    from diffgraft.lab.pictures import check_folder
-
-    check_folder(out, "--out")
+    check_folder(out)
     from diffgraft.lab.compare import compare as measure
     from diffgraft.lab.compare_view import keep_unfinished, print_comparison, write_comparison
     from diffgraft.lab.judging import load_judge
@@ -209,9 +208,7 @@ def tune(
     specs = plugin_specs(plugins or list(registry.installed()), option)
     extra = parse_assignments(arg, "-a")
     texts = read_prompts(prompt, prompts)
-    from diffgraft.lab.pictures import check_folder
-
-    check_folder(out, "--out")
+    check_folder(out)
     from diffgraft.kernel.specs import build_plugin
     from diffgraft.lab.judging import load_judge
     from diffgraft.lab.terminal import progress

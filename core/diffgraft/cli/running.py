@@ -25,6 +25,7 @@ from diffgraft.cli.options import (
     Width,
 )
 from diffgraft.kernel.errors import ConfigError
+from diffgraft.methods.files import check_file
 
 if TYPE_CHECKING:
     from diffgraft.lab.recipes import Recipe, Record
@@ -69,10 +70,10 @@ def run(
     from diffgraft.cli.values import parse_assignments, plugin_specs
 
     specs, extra = plugin_specs(plugin, option), parse_assignments(arg, "-a")
-    from diffgraft.lab.pictures import check_picture_path, save_pictures
+    from diffgraft.lab.pictures import STILL, save_pictures
     from diffgraft.lab.recipes import Recipe
 
-    check_picture_path(out)
+    check_file(out, STILL)
     recipe = Recipe(
         pipeline=pipeline,
         prompt=prompt,
@@ -107,13 +108,14 @@ def again(
     device: Device = None,
 ) -> None:
     """Make a picture once more from what its file says, and tell whether it is the same bit for bit."""
-    from diffgraft.lab.pictures import check_picture_path, encode, same_picture, to_images
+    from diffgraft.cli.mistakes import kept
+    from diffgraft.lab.pictures import STILL, encode, same_picture, to_images
     from diffgraft.lab.recipes import digest_of, read_record, versions_of
     from diffgraft.methods.files import write_atomic
 
     record = read_record(file)
     out = out or file.with_name(f"{file.stem}-again{file.suffix}")
-    check_picture_path(out)
+    check_file(out, STILL)
     for path, digest in record.files.items():
         if not Path(path).is_file() or digest_of(path) != digest:
             raise ConfigError(f"{file} was made from {path}, which is not there any more or is another file now")
@@ -122,7 +124,7 @@ def again(
     pictures, made = make(recipe)
     frames = to_images(pictures[record.picture])
     made = made.model_copy(update={"picture": record.picture})
-    write_atomic(out, encode(frames, out.suffix.lower(), made))
+    kept(lambda place: write_atomic(place, encode(frames, out.suffix.lower(), made)), out)
     same = same_picture(file, encode(frames, file.suffix.lower()))
     changed = {name: old for name, old in record.versions.items() if versions_of([name]).get(name) != old}
     why = "".join(f"; made with {name} {old}, here {versions_of([name])[name]}" for name, old in changed.items())

@@ -5,14 +5,12 @@ from __future__ import annotations
 import io
 import itertools
 import math
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageSequence
 
-from diffgraft.kernel.errors import ConfigError
 from diffgraft.lab.recipes import Record, save_options
 from diffgraft.methods.files import write_atomic
 from diffgraft.methods.inputs import Pictures
@@ -21,26 +19,6 @@ STILL = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP", ".gif"
 ANIMATED = {".gif", ".webp"}
 FRAME_MS = 125
 GAP = 10
-
-
-def check_picture_path(path: Path) -> None:
-    """Raises ConfigError for an output file that could not be written later."""
-    if path.suffix.lower() not in STILL:
-        raise ConfigError(f"--out {path}: the name must end in one of {', '.join(STILL)}")
-    check_folder(path.parent, "--out")
-    if path.is_dir():
-        raise ConfigError(f"--out {path}: that is a folder")
-
-
-def check_folder(path: Path, option: str) -> None:
-    """Raises ConfigError when ``path`` can neither be used nor be made as a folder."""
-    there = path
-    while not there.exists():
-        there = there.parent
-    if not there.is_dir():
-        raise ConfigError(f"{option}: {there} is a file, not a folder")
-    if not os.access(there, os.W_OK):
-        raise ConfigError(f"{option}: {there} cannot be written to")
 
 
 def to_images(frames: Pictures) -> list[Image.Image]:

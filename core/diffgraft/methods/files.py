@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,26 @@ def write_atomic(path: Path, data: bytes) -> None:
 def write_json(path: str | os.PathLike[str], value: Any) -> None:
     """The same for plain values as JSON."""
     write_atomic(Path(path), (json.dumps(value, indent=1) + "\n").encode())
+
+
+def check_file(path: Path, suffixes: Collection[str], option: str = "--out") -> None:
+    """Raises ConfigError for an output file that could not be written later, so that nothing is made in vain."""
+    if path.suffix.lower() not in suffixes:
+        raise ConfigError(f"{option} {path}: the name must end in {'one of ' if len(suffixes) > 1 else ''}{', '.join(suffixes)}")
+    check_folder(path.parent, option)
+    if path.is_dir():
+        raise ConfigError(f"{option} {path}: that is a folder")
+
+
+def check_folder(path: Path, option: str = "--out") -> None:
+    """Raises ConfigError when ``path`` can neither be used nor be made as a folder."""
+    there = path
+    while not there.exists():
+        there = there.parent
+    if not there.is_dir():
+        raise ConfigError(f"{option}: {there} is a file, not a folder")
+    if not os.access(there, os.W_OK):
+        raise ConfigError(f"{option}: {there} cannot be written to")
 
 
 def claim(folder: Path, what: str, digest: str) -> None:

@@ -64,8 +64,8 @@ def tune(
 
     Raises:
         Unsupported: Optuna is not installed, or a plugin does not work on this pipeline.
-        ConfigError: no judge, pictures too small for SSIM, a setting that the plain pipeline refuses, or ``OUT.partial`` holds an
-            unfinished run of another command.
+        ConfigError: no judge, pictures too small for SSIM, a setting that the plain pipeline refuses, a budget too short for one stack
+            and the shortest end, or ``OUT.partial`` holds an unfinished run of another command.
         Conflict: there are plugins on the pipeline.
     """
     started = time.monotonic() if started is None else started
@@ -83,7 +83,12 @@ def tune(
     try:
         with quiet(pipe):
             tuner = Tuner(pipe, plugins, settings, folder, judge, on_progress or (lambda phase, done, total: None), started)
-            exhausted = tuner.search(Study(optuna, folder, tuner.space, settings.seed))
+            study = Study(optuna, folder, tuner.space, settings.seed)
+            try:
+                exhausted = tuner.search(study)
+            finally:
+                if not tuner.trials:  # refused before anything was measured: nothing to go on from
+                    shutil.rmtree(folder)
             finals, winner = tuner.finish(Path(out), name)
     finally:
         optuna.logging.set_verbosity(before)

@@ -102,23 +102,41 @@ class Tuner:
         steps = (settings.reference_steps or 0) + settings.steps * (1 + (2 + math.log2(max(gap, 2))) / 2 + finalists)
         return self.pace * len(settings.held_out) * steps + call * (settings.final_rounds + 1) * (finalists + 2)
 
+    def ensure_enough(self) -> None:
+        """Raises ConfigError when the budget is too short for a trial of a stack and the shortest end."""
+        whole = self.settings
+        if whole.budget is None:
+            return
+        trial = self.pace * whole.steps * (len(whole.samples) + 1 + 2 * whole.rounds)
+        least = self.spent() + 2 * trial + self.end_cost(self.shortened(*SHORTER[-1][1:]), SHORTER[-1][0])
+        if least > whole.budget:
+            raise ConfigError(
+                f"budget {whole.budget:.3g} s: the plain pipeline takes about {self.pace * whole.steps:.2g} s a picture; itself, one "
+                f"stack and the shortest end take about {least:.0f} s: give at least twice that, fewer prompts, or --trials N alone"
+            )
+
+    def shortened(self, rounds: float, part: float) -> TuneSettings:
+        """The settings with this share of the rounds and of the pictures of the end."""
+        whole = self.settings
+        return replace(
+            whole,
+            final_rounds=max(round(whole.final_rounds * rounds), min(LEAST_ROUNDS, whole.final_rounds)),
+            held_out=whole.held_out[: max(1, round(len(whole.held_out) * part))],
+        )
+
     def shorten_end(self) -> int:
         """Makes the end as small as the time that is left asks for: fewer rounds, then fewer finalists, then fewer pictures.
 
         Returns:
             how many finalists there may be.
         """
-        finalists, whole = FINALISTS, self.settings
-        if whole.budget is None:
-            return finalists
+        if self.settings.budget is None:
+            return FINALISTS
         for finalists, rounds, part in SHORTER:
-            self.settings = replace(
-                whole,
-                final_rounds=max(round(whole.final_rounds * rounds), min(LEAST_ROUNDS, whole.final_rounds)),
-                held_out=whole.held_out[: max(1, round(len(whole.held_out) * part))],
-            )
-            if self.end_cost(self.settings, finalists) <= whole.budget - self.spent():
+            shorter = self.shortened(rounds, part)
+            if self.end_cost(shorter, finalists) <= self.settings.budget - self.spent():
                 break
+        self.settings = shorter
         return finalists
 
     # running a candidate ----------------------------------------------------------------------------------------------------------------
@@ -267,6 +285,8 @@ class Tuner:
         self.on_progress("reference", 0, 1)
         self.pictures(Candidate(settings.reference_steps or settings.steps), settings.samples)
         self.on_progress("reference", 1, 1)
+        if not self.trials:
+            self.ensure_enough()
         while (settings.trials is None or len(self.trials) < settings.trials) and (not self.trials or self.left() > self.next_trial()):
             asked = study.ask(self.trials)
             if asked is None:
