@@ -134,6 +134,7 @@ def folder(tmp_path_factory):
     return out
 
 
+@pytest.mark.slow
 def test_rows_are_measured(folder):
     rows = {one["label"]: one for one in Store(folder) if one["arm"] == "quality"}
     few = rows["fewer steps"]
@@ -152,6 +153,7 @@ def test_rows_are_measured(folder):
     assert (folder / "pictures" / f"{few['key']}.png").stat().st_size > 1000
 
 
+@pytest.mark.slow
 def test_a_second_call_measures_what_is_missing(folder, tmp_path):
     shutil.copytree(folder, tmp_path / "again")
     store = Store(tmp_path / "again")
@@ -169,6 +171,7 @@ def test_a_second_call_measures_what_is_missing(folder, tmp_path):
     assert after[lost]["psnr"] == before[lost]["psnr"]
 
 
+@pytest.mark.slow
 def test_the_page_shows_every_row(folder):
     page = write_report(Store(folder), folder).read_text()
     for one in Store(folder):

@@ -33,7 +33,17 @@ HOOKS = {point: DOCS / "hooks" / f"{point}.md" for point in (*POINTS, "scheduler
 OF_ITS_OWN = {"first-plugin.md"}  # see test_docs_first_plugin.py
 
 
-@pytest.mark.parametrize("page", [name for name, path in PAGES.items() if name not in OF_ITS_OWN and blocks_of(path)])
+LONG = {"quickstart.md"}
+
+
+@pytest.mark.parametrize(
+    "page",
+    [
+        pytest.param(name, marks=[pytest.mark.slow] * (name in LONG))
+        for name, path in PAGES.items()
+        if name not in OF_ITS_OWN and blocks_of(path)
+    ],
+)
 def test_blocks(page: str, tmp_path: Path) -> None:
     assert run_page(PAGES[page], tmp_path) > 0
 

@@ -84,7 +84,7 @@ def signed(made):
     return made
 
 
-@cases(1500)
+@cases(500)
 @given(changes)
 def test_headers_of_artefacts(tmp_path, change):
     path = tmp_path / "a.safetensors"
@@ -94,7 +94,7 @@ def test_headers_of_artefacts(tmp_path, change):
     refused_or_fine(lambda: Finding.load(path, "p"))
 
 
-@cases(1500)
+@cases(500)
 @given(st.binary(max_size=400) | st.text(max_size=200).map(str.encode), st.sampled_from(["a.safetensors", "a.json", "a.bin", "a"]))
 def test_files_that_are_something_else(tmp_path, content, name):
     path = tmp_path / name
@@ -159,7 +159,7 @@ demands = st.sampled_from(["diffgraft>=0.1,<0.2", "diffgraft>9", "diffgraft ; ex
 requirements = st.lists(st.text(max_size=15) | demands, max_size=2)
 
 
-@cases(1500)
+@cases(500)
 @given(st.lists(st.tuples(words, targets, words, words, requirements, st.dictionaries(words, words, max_size=2)), max_size=3))
 def test_metadata_of_packages(monkeypatch, entries):
     made = []
@@ -188,7 +188,7 @@ arguments = st.lists(
 )
 
 
-@cases(1500)
+@cases(500)
 @given(st.sampled_from(COMMANDS), arguments)
 def test_command_lines(tmp_path, monkeypatch, command, rest):
     if command == "doctor" and not rest:
