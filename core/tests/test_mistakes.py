@@ -28,6 +28,8 @@ from diffgraft.kernel.registry import find_need
 from diffgraft.kernel.report import PluginReport
 from diffgraft.lab import machine
 from diffgraft.methods.named import find_callable
+from diffgraft.testing import runs
+from diffgraft.testing.setting import USUAL
 from probes import generate, tiny
 from test_loading import Cache, Scale
 
@@ -294,6 +296,20 @@ def test_wide_shows_all(call, monkeypatch):
 
 
 # threads
+
+
+def test_runs_of_the_contract_suite_have_one_thread(monkeypatch):
+    """Also those that are made while tests are collected, and compared with later ones bit for bit (Heun differed by 5e-5)."""
+    family, seen = registry.families()["sd"], []
+    before = torch.get_num_threads()
+    pipe = runs.tiny(family, "StableDiffusionPipeline").pipe
+    pipe.unet.register_forward_pre_hook(lambda *given: seen.append(torch.get_num_threads()))
+    torch.set_num_threads(2)
+    try:
+        runs.call(pipe, family, "StableDiffusionPipeline", USUAL)
+        assert (set(seen), torch.get_num_threads()) == ({1}, 2)
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_threads_are_set_and_put_back(monkeypatch):

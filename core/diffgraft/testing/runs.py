@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from diffgraft.kernel.family import Family
 from diffgraft.kernel.plugin import Plugin
 from diffgraft.kernel.stack import stack_of
+from diffgraft.lab.machine import threads
 from diffgraft.methods.artefacts import Artefact
 from diffgraft.methods.calibration import calibrate_call
 from diffgraft.methods.search import search_call
@@ -69,6 +70,7 @@ def cutter(family: Family, last: int) -> Callable[..., dict[str, Any]]:
     return cut
 
 
+@threads(1)  # other numbers of threads round otherwise, and what is kept of a run made at collection is compared with later ones
 def call(pipe: Any, family: Family, class_name: str, setting: Setting, **extra: Any) -> Tensor:
     """One ``pipe(...)`` call; its first output as a tensor."""
     if not hasattr(pipe, "_progress_bar_config"):
