@@ -50,6 +50,13 @@ class Reuse(Plugin):
         return memory.result
 
 
+class PlansInCalls(Reuse):
+    """Plans in ``scheduler.step`` calls, of which Heun and PLMS need more than one a step."""
+
+    def due(self, call) -> bool:
+        return call.step.call % call.config.interval == 0 or self.memory(call).result is None
+
+
 class Scaled(Plugin):
     """Correct: scales each prediction a little. The base of mutants that need no cache."""
 
@@ -342,6 +349,30 @@ class CopiesTheDenoiser(Scaled):
     def denoise(self, call, next):
         x = self.twin(*call.args, **call.kwargs)[0]
         return x if call.config.interval == 1 else x * 1.01
+
+
+class AssumesHalves(Scaled):
+    """Takes every denoiser call for one of both guidance halves."""
+
+    def denoise(self, call, next):
+        uncond, cond = super().denoise(call, next).chunk(2)
+        return torch.cat([uncond, cond])
+
+
+class GoesOn(Scaled):
+    """Asks the denoiser once more after the pipeline has run, whatever the user said."""
+
+    State = Kept
+
+    def denoise(self, call, next):
+        call.shared.result = call
+        return super().denoise(call, next)
+
+    def run(self, call, next):
+        out = next(call)
+        last = call.shared.result
+        last.model(*last.args, **last.kwargs)
+        return out
 
 
 class DropsResiduals(Scaled):

@@ -15,11 +15,13 @@ from mutants import (
     HELD,
     AcceptsAnyFamily,
     AcceptsAnyKnob,
+    AssumesHalves,
     CopiesTheDenoiser,
     CountsCalls,
     CouplesTheBatch,
     DescribesNothing,
     DropsResiduals,
+    GoesOn,
     HoldsTensors,
     HoldsTheScheduler,
     IgnoresProcessors,
@@ -41,6 +43,7 @@ from mutants import (
     OwnRandom,
     PatchesAClass,
     PatchesTheDenoiser,
+    PlansInCalls,
     RemembersBatch,
     RemembersBranches,
     RemembersStart,
@@ -111,6 +114,10 @@ MUTANTS = [
     (DescribesNothing, DIT, "declared"),
     (TunesTheImpossible, DIT, "declared"),
     (AcceptsAnyFamily, DIT, "wrong_family"),
+    (PlansInCalls, SD, "plan_in_steps"),
+    (AssumesHalves, "StableDiffusion3Pipeline", "further_call"),
+    (GoesOn, SD, "stopped"),
+    (PatchesTheDenoiser, SD, "shared_denoiser"),
 ]
 """(mutant, pipeline class, name of the check that must fail)"""
 

@@ -33,7 +33,7 @@ class Log(Everything):
     calls: ClassVar[list] = []
 
     def _log(self, point, call, next, where=""):
-        step = None if point in ("run", "schedule") else (call.step.index, call.step.total)
+        step = None if point in ("run", "schedule") else (call.step.call, call.step.calls)
         self.calls.append((point, step, call.branch, where))
         return next(call)
 

@@ -234,7 +234,7 @@ def test_modules_are_exchanged_and_put_back():
     assert trace(pipe) == seen
 
 
-def test_steps_of_a_second_order_scheduler_are_counted_one_by_one():
+def test_calls_of_a_second_order_scheduler_are_counted_one_by_one():
     pipe, kwargs = tiny("StableDiffusionPipeline")
     pipe.scheduler = HeunDiscreteScheduler.from_config(pipe.scheduler.config)
     Log.calls.clear()

@@ -36,9 +36,14 @@ class RunView(Protocol):
     reached: set[str]
 
     @property
+    def stopped(self) -> bool: ...
+
+    @property
     def step(self) -> Step: ...
 
     def step_at(self, ahead: int) -> Step: ...
+
+    def start_of(self, step: int) -> Step: ...
 
     def state(self, entry: Entry, branch: str | None) -> Any: ...
 
@@ -108,8 +113,15 @@ class Call:
         return self.run.step
 
     def step_at(self, ahead: int) -> Step:
-        """The step ``ahead`` steps after this one (0: this one); one behind the last is the last."""
+        """Where the run is ``ahead`` ``scheduler.step`` calls after this one (0: here).
+
+        Behind the run's last call comes the schedule's next one, where the run stops before the schedule's end; behind that comes itself.
+        """
         return self.run.step_at(ahead)
+
+    def start_of(self, step: int) -> Step:
+        """Where the solver's step number ``step`` of this run begins, as a plan counts steps."""
+        return self.run.start_of(step)
 
     @property
     def family(self) -> Family:
@@ -136,6 +148,11 @@ class Call:
     def others(self) -> list[Plugin]:
         """The other plugins of this run, outermost first."""
         return [entry.plugin for entry in self.run.entries if entry is not self.entry]
+
+    @property
+    def stopped(self) -> bool:
+        """Whether the user has ended this ``pipe(...)`` call. A further pass of the pipeline makes no step then: it only decodes."""
+        return self.run.stopped
 
     @property
     def state(self) -> Any:
@@ -171,6 +188,11 @@ class RunCall(Call):
     __slots__ = ("said",)
     said: frozenset[str]
 
+    @property
+    def extras(self) -> tuple[str, ...]:
+        """The calls beyond guidance's branches that these arguments ask for, by the name that ``DenoiseCall.branch`` will have ("skip")."""
+        return tuple(name for name, argument in self.family.guidance.extra if self.get(argument) is not None)
+
 
 class ScheduleCall(Call):
     """``scheduler.set_timesteps``; ``next`` returns the :class:`Schedule` that the scheduler made."""
@@ -190,7 +212,7 @@ class DenoiseCall(Call):
     """One denoiser forward; ``next`` returns the prediction [rows, ...], a tensor.
 
     ``model`` the denoiser, ``model_name`` its attribute on the pipeline, ``branches`` the guidance branches in this call: the batch holds
-    one equal part of rows for each.
+    one equal part of rows for each. A call for something else (see ``extra``) has its own name there.
     """
 
     __slots__ = ("branches", "model", "model_name")
@@ -211,7 +233,18 @@ class DenoiseCall(Call):
     @property
     def guided(self) -> bool:
         """Whether the pipeline asks for both guidance branches at this step, in this call or in one each."""
-        return len(self.branches) > 1 or (self.family.guidance.layout == "sequential" and self.run.guidance_active())
+        return self.family.guidance.layout != "none" and self.run.guidance_active()
+
+    @property
+    def extra(self) -> bool:
+        """Whether the pipeline asks for something else than its guidance branches: skip-layer guidance, a call that the family does not
+        know. Its rows hold the conditional half's inputs."""
+        return self.branches[0] not in self.family.guidance.order and self.branches[0] != "cond"
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """The branches whose conditioning the call's parts have: an extra call has that of "cond"."""
+        return ("cond",) if self.extra else self.branches
 
     @property
     def latents(self) -> Tensor:

@@ -45,6 +45,8 @@ class Guidance:
     second_scale  the argument that the second denoiser uses (None given: the same)
     doubled  the pipeline steps the scheduler with one copy of the guided prediction a branch, so ``model_output`` and the sample have as
              many rows as the denoiser's batch (DiT)
+    extra    (name, call argument that asks for it) of each further denoiser call that the pipeline may make in a step after that of the
+             branches: of the conditional rows alone, for a prediction of another kind (SD3's skip-layer guidance)
     """
 
     layout: Literal["batched", "sequential", "none"]
@@ -54,6 +56,7 @@ class Guidance:
     requires: tuple[str, ...] = ()
     second_scale: str | None = None
     doubled: bool = False
+    extra: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True)

@@ -128,3 +128,30 @@ def running(run: RunView | None) -> Iterator[None]:
         yield
     finally:
         _thread.run = outer
+
+
+class Outside:
+    """A user's callback in a run: what it calls (this denoiser, another pipeline that shares it) is no part of the run, so no hook fires.
+
+    To ``isinstance`` and attribute access it is the callback itself: pipelines ask for ``PipelineCallback`` and its ``tensor_inputs``.
+    """
+
+    def __init__(self, callback: Callable[..., Any]) -> None:
+        self._callback = callback
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        with running(None):
+            return self._callback(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["_callback"], name)
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:  # type: ignore[override]
+        return type(self.__dict__["_callback"])
+
+
+def outside(call: Call) -> Call:
+    """The ``run`` call with the user's callbacks outside."""
+    given = {name: value for name, value in call.arguments().items() if "callback" in name and callable(value)}
+    return call.replace(**{name: Outside(value) for name, value in given.items()}) if given else call  # type: ignore[no-any-return]

@@ -14,14 +14,14 @@ import torch
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor, nn
 
-from diffgraft.kernel.calls import AttentionCall, BlockCall, ControlCall, DenoiseCall, GuideCall, ScheduleCall, StepCall
+from diffgraft.kernel.calls import AttentionCall, BlockCall, ControlCall, DenoiseCall, GuideCall, RunView, ScheduleCall, StepCall
 from diffgraft.kernel.errors import NeverFired, Unsupported
-from diffgraft.kernel.facts import RunBound, Step
+from diffgraft.kernel.facts import Pace, RunBound, Step, pace_of
 from diffgraft.kernel.family import Family
-from diffgraft.kernel.onion import Chain, Onions, call_inner, step_result
+from diffgraft.kernel.onion import Chain, Onions, active_run, call_inner, step_result
 from diffgraft.kernel.plugin import Entry
 from diffgraft.kernel.report import PluginReport, Report
-from diffgraft.kernel.slots import striding, write_schedule
+from diffgraft.kernel.slots import interrupt, left_behind, striding, write_schedule
 
 
 class Run:
@@ -42,12 +42,23 @@ class Run:
         """Whose gradient pass is in progress: no other plugin's hooks fire in it."""
         self.predictions: dict[str, Tensor] = {}
         self._last_call: Any = None
+        self._rows = 0
+        self._branches_in_step = 1
+        """Rows and guidance branches of the first denoiser call of the step."""
         self.context: str | None = None
         self.carried: Tensor | None = None
         self.unscaled: Tensor | None = None
         self.scale_model_input: Callable[..., Tensor] | None = None
         self.strides: list[int] = []
         """How far each step goes down, where the schedule was edited and the scheduler would not follow by itself."""
+        self._cut_off = 0
+        """Timesteps of the scheduler's own schedule that were cut off at its end."""
+        self.outer: RunView | None = active_run()
+        """The run of this thread in which a plugin began this one: it ends with it."""
+        self._stopped = False
+        self._passes = 0
+        self._in_loop = False
+        """Whether this pass has come to ``set_timesteps``: before that the pipeline says what it was told in its last call."""
         self.bound = [
             (value, need.fits) for entry in entries for need in entry.plugin.needs if isinstance(value := entry.given[need.knob], RunBound)
         ]
@@ -74,10 +85,23 @@ class Run:
     def begin_pass(self, arguments: Mapping[str, Any]) -> None:
         """The pipeline is about to run (again): fresh state for all; a plugin that wraps ``run`` keeps its shared one over its passes."""
         self.arguments = arguments
+        if self._passes:  # the pipeline is about to forget it
+            self._stopped |= is_interrupted(self.pipe)
+        self._passes += 1
+        self._in_loop = False
         for entry, branch in list(self._states):
             if branch is not None or "run" not in entry.plugin.points():
                 del self._states[entry, branch]
         self._begin_schedule()
+
+    def end_pass(self) -> None:
+        """The pipeline has run, to its end or to where the user ended it."""
+        self._stopped |= is_interrupted(self.pipe)
+
+    @property
+    def stopped(self) -> bool:
+        """Whether the user has ended this call (``pipe._interrupt``)."""
+        return self._stopped or (self._in_loop and is_interrupted(self.pipe)) or (self.outer is not None and self.outer.stopped)
 
     def end(self) -> None:
         """Free everything that the run held."""
@@ -89,7 +113,9 @@ class Run:
         self.arguments = {}
 
     def ensure_fired(self, result: Any) -> None:
-        """Raises NeverFired when a point that a plugin implements was never reached."""
+        """Raises NeverFired when a point that a plugin implements was never reached, and the user did not end the call before it."""
+        if self.stopped:
+            return
         for entry in self.entries:
             for point in entry.plugin.points():
                 if point in {"run", "modules"} or point in self.reached:
@@ -115,10 +141,13 @@ class Run:
     # the timestep schedule --------------------------------------------------------------------------------------------------------
 
     def _begin_schedule(self) -> None:
-        self.index = 0
+        self.calls = 0
+        """``scheduler.step`` calls since ``set_timesteps``."""
+        self._pace: Pace | None = None
         self._step: Step | None = None
         self._begin: int | None = None
-        self._calls_in_step = 0
+        self._asked: list[str] = []
+        """Names of the denoiser calls of this step."""
         self.predictions = {}
         self.carried = self.unscaled = None
 
@@ -128,17 +157,42 @@ class Run:
             self._step = self.step_at(0)
         return self._step
 
+    @property
+    def pace(self) -> Pace:
+        """How many ``scheduler.step`` calls the steps of this run take."""
+        if self._pace is None:
+            self._pace = pace_of(self.pipe.scheduler)
+        return self._pace
+
     def step_at(self, ahead: int) -> Step:
-        """The step ``ahead`` steps from now."""
-        scheduler = self.pipe.scheduler
+        """Where the run is ``ahead`` ``scheduler.step`` calls from now."""
+        scheduler, pace = self.pipe.scheduler, self.pace
         timesteps = scheduler.timesteps
-        begin = self._begin or 0
-        total = getattr(self.pipe, "_num_timesteps", None) or len(timesteps) - begin
-        index = self.index if ahead == 0 else min(self.index + ahead, total - 1)
-        position = min(begin + index, len(timesteps) - 1)
+        begin, whole = self._begin or 0, len(timesteps)
+        # before the first denoiser call of a run the pipeline's number is still that of the run before
+        calls = (getattr(self.pipe, "_num_timesteps", None) if self._begin is not None else None) or whole - begin
+        call = self.calls if ahead == 0 else min(self.calls + ahead, max(calls, whole - begin) - 1)
+        position = min(begin + call, whole - 1)
         sigmas = getattr(scheduler, "sigmas", None)
         sigma = sigmas[position] if isinstance(sigmas, Tensor) and position < len(sigmas) else None
-        return Step(index, total, timesteps[position], sigma, begin)
+        index = pace.step_of(call)
+        starts, ends = pace.call_of(index), pace.call_of(index + 1)
+        return Step(
+            index,
+            pace.steps_in(calls),
+            timesteps[position],
+            sigma,
+            pace.steps_in(whole) - pace.steps_in(whole - begin),
+            call,
+            calls,
+            call - starts,
+            min(ends, max(calls, call + 1)) - starts,
+            whole - 1 - position + self._cut_off,
+        )
+
+    def start_of(self, step: int) -> Step:
+        """Where the solver's step number ``step`` of this run begins."""
+        return self.step_at(self.pace.call_of(step) - self.calls)
 
     def _locate(self, timestep: Any) -> None:
         """Where in the schedule this run begins (image-to-image cuts the front off).
@@ -163,10 +217,14 @@ class Run:
         call = ScheduleCall(self, inner, names, args, kwargs)
         call.scheduler = scheduler
         schedule = chain(call)
-        self.strides = []
+        self.strides, self._cut_off = [], 0
         if schedule.timesteps is not scheduler.timesteps or schedule.sigmas is not getattr(scheduler, "sigmas", None):
+            self._cut_off = left_behind(schedule.timesteps, scheduler.timesteps)
             self.strides = write_schedule(scheduler, schedule.timesteps, schedule.sigmas)
         self._begin_schedule()
+        self._in_loop = True
+        if self._stopped:  # in an earlier pass, and the pipeline has forgotten it: no pass behind the stop computes anything
+            interrupt(self.pipe)
 
     def control(self, chain: Chain, inner: Any, names: Mapping[str, int], args: Any, kwargs: Any) -> Any:
         self.reached.add("control")
@@ -183,7 +241,7 @@ class Run:
             self._locate(call.get(self.family.timestep))
         if self.bound:
             self._ready(call, model_name)
-        branch, branches = self._branch_of_call()
+        branch, branches = self._branch_of_call(call.sample.shape[0])
         call.branch, call.branches = branch, branches
         call.model, call.model_name = getattr(self.pipe, model_name), model_name
         self.report.shape = self.report.shape or tuple(call.sample.shape)
@@ -202,16 +260,44 @@ class Run:
             self.predictions.update(zip(branches, prediction.chunk(len(branches)), strict=True))
         return Transformer2DModelOutput(sample=prediction) if return_dict else (prediction,)
 
-    def _branch_of_call(self) -> tuple[str, tuple[str, ...]]:
-        """(branch, branches in the batch) of the denoiser call that begins now."""
-        guidance = self.family.guidance
-        number, self._calls_in_step = self._calls_in_step, self._calls_in_step + 1
-        if guidance.layout == "batched" and self.guidance_active():
-            return "both", guidance.order
+    def _branch_of_call(self, rows: int) -> tuple[str, tuple[str, ...]]:
+        """(branch, branches in the batch) of the denoiser call that begins now, which has so many rows.
+
+        Raises:
+            Unsupported: the rows are not those of the branches, or the family knows no such call.
+        """
+        guidance, asked = self.family.guidance, self._asked
+        number = len(asked)
         if guidance.layout == "sequential":
-            name = self.context or (guidance.order[number] if number < len(guidance.order) else f"call{number}")
-            return name, (name,)
-        return "cond", ("cond",)
+            name = self.context or (guidance.order[number] if number < len(guidance.order) else "")
+            if name and name not in asked:
+                asked.append(name)
+                return name, (name,)
+        else:
+            together = guidance.layout == "batched" and self.guidance_active()
+            branches = guidance.order if together else ("cond",)
+            if number == 0 and rows % len(branches) == 0:
+                self._rows, self._branches_in_step = rows, len(branches)
+                asked.append("both" if together else "cond")
+                return asked[0], branches
+            if 0 < number <= len(guidance.extra) and rows * self._branches_in_step == self._rows:
+                asked.append(name := guidance.extra[number - 1][0])
+                return name, (name,)
+        before = f" after {', '.join(asked)}" if asked else ""
+        raise Unsupported(
+            f"denoiser call {number + 1} of a step came with {rows} rows{before}, and pipelines of family {self.family.name!r} make none "
+            "like that: if something else (a hook, another pipeline) asks this denoiser during the run, let it do so in a step callback, "
+            "which counts as outside"
+        )
+
+    def _ensure_rows(self, rows: int) -> None:
+        """Raises Unsupported when the denoiser's rows were not the branches of a sample of so many rows."""
+        expected = rows if self.family.guidance.doubled else rows * self._branches_in_step
+        if self._rows != expected:
+            raise Unsupported(
+                f"the denoiser was asked for {self._rows} rows where {self._branches_in_step} guidance branch(es) of {rows} sample(s) were "
+                f"expected: this {type(self.pipe).__name__} runs its guidance in another way than family {self.family.name!r} says"
+            )
 
     def _ready(self, call: DenoiseCall, model_name: str) -> None:
         """Before the first denoiser call: scheduler, steps and size are known now, and nothing was computed yet."""
@@ -258,6 +344,9 @@ class Run:
 
     def scheduler_step(self, onions: Onions, inner: Any, names: Mapping[str, int], args: Any, kwargs: Any) -> Any:
         self.reached.add("step")
+        if self.outer is not None and self.outer.stopped:  # a plugin began this run inside one that the user has ended
+            self._stopped = True
+            interrupt(self.pipe)
         scheduler = self.pipe.scheduler
         call = StepCall(self, inner, names, args, kwargs)
         call.scheduler = scheduler
@@ -265,18 +354,20 @@ class Run:
             self._locate(call.get("timestep"))
         if self.carried is not None:
             call = call.replace(sample=_fill_rows(self.carried, call.sample.shape[0]))
+        if self._asked and self.family.guidance.layout != "sequential":
+            self._ensure_rows(call.sample.shape[0])
         if onions.guide is not None and len(self.predictions) > 1:
             call = self._guide(onions.guide, call)
-        position = (self._begin or 0) + self.index
+        position = (self._begin or 0) + self.calls
         with striding(scheduler, self.strides[position] if position < len(self.strides) else None):
             if onions.step is None:
                 result = call_inner(call)
             else:
                 result = step_result(onions.step, call)
-        self.report.steps += 1
-        self.index += 1
+        self.report.steps += self.pace.is_start(self.calls)
+        self.calls += 1
         self._step = None
-        self._calls_in_step = 0
+        self._asked = []
         self.predictions = {}
         self.carried = self.unscaled = None
         return result
@@ -310,6 +401,11 @@ class Run:
                 f"{tuple(combined.shape)} (branch_prediction={how!r}), so guidance plugins cannot work on it"
             )
         return x.to(combined.dtype)  # some pipelines combine in float32
+
+
+def is_interrupted(pipe: Any) -> bool:
+    """Whether somebody has told the pipeline to stop; one that knows no stop (DDPM, DiT) is never told."""
+    return bool(getattr(pipe, "interrupt", False))
 
 
 def _fill_rows(x: Tensor, rows: int) -> Tensor:

@@ -185,6 +185,18 @@ def is_part(timesteps: Any, of: Any) -> bool:
     return bool(same and timesteps.stride() == of.stride() and len(timesteps) <= len(of))
 
 
+def left_behind(timesteps: Any, of: Any) -> int:
+    """How many of the timesteps ``of`` come after ``timesteps``, where that is a part of them; else 0."""
+    if not len(timesteps) or not is_part(timesteps, of):
+        return 0
+    return int(len(of) - len(timesteps) - (timesteps.storage_offset() - of.storage_offset()) // max(of.stride(0), 1))
+
+
+def interrupt(pipe: Any) -> None:
+    """Stop a pipeline as diffusers' users do: its loop makes no further step."""
+    pipe._interrupt = True
+
+
 def set_requires_grad(parameter: Any, value: bool) -> None:
     """Switch a parameter's gradient off for a while, and on again; what it has collected in ``grad`` stays as it is."""
     parameter.requires_grad_(value)

@@ -27,7 +27,7 @@ from diffgraft.kernel.defaults import filled, plain_class
 from diffgraft.kernel.errors import ConfigError, Conflict, DiffgraftError, PluginNotFound, Unsupported, choices
 from diffgraft.kernel.facts import Target
 from diffgraft.kernel.family import Family
-from diffgraft.kernel.onion import call_inner, compose, running
+from diffgraft.kernel.onion import call_inner, compose, outside, running
 from diffgraft.kernel.planner import Part, Plan, plan
 from diffgraft.kernel.plugin import Entry, Plugin
 from diffgraft.kernel.registry import find_family, find_need
@@ -347,7 +347,9 @@ class PluginStack:
             run.begin_pass(bound.arguments)
             for slot in slots:  # an earlier pass may have ended in an offload hook that threw ours away
                 slot.open()
-            return call_inner(call)
+            result = call_inner(outside(call))
+            run.end_pass()
+            return result
 
         try:
             for given in [value for entry in entries for value in entry.given.values()]:

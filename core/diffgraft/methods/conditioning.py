@@ -35,12 +35,12 @@ class Conditioning:
     of_branch: Mapping[str, Mapping[str, Any]]
 
     def put_into(self, call: DenoiseCall, *branches: str) -> DenoiseCall:
-        """``call`` with this conditioning of ``branches`` (default: those of the call) in the place of its own.
+        """``call`` with this conditioning of ``branches`` (default: those that the call has) in the place of its own.
 
         What is missing here (the mask of a prompt that needs none) goes; entries of a dict that are missing here (an IP-Adapter's picture)
         stay.
         """
-        parts = [self.of_branch[branch] for branch in branches or call.branches]
+        parts = [self.of_branch[branch] for branch in branches or call.texts]
         changes: dict[str, Any] = {name: None for name in call.family.conditioning if call.get(name) is not None}
         for name in parts[0]:
             value = join([part[name] for part in parts])

@@ -26,7 +26,7 @@ from collections.abc import Iterable
 
 from diffgraft.kernel import registry
 from diffgraft.kernel.plugin import Plugin
-from diffgraft.testing import basics, repeats, surroundings
+from diffgraft.testing import basics, inside, repeats, surroundings
 from diffgraft.testing.case import CHECKS, Case, cases_of, claims
 from diffgraft.testing.cover import cover
 from diffgraft.testing.pairs import Pair, pair_cases
@@ -42,6 +42,7 @@ __all__ = [
     "basics",
     "contract_cases",
     "cover",
+    "inside",
     "pair_cases",
     "repeats",
     "run_contract",

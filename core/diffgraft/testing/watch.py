@@ -67,6 +67,23 @@ def neighbour(name: str, points: Iterable[str], hook: Callable[[str], Any]) -> P
     return plugin
 
 
+def plan_reader(name: str) -> Any:
+    """A do-nothing plugin whose ``plan`` holds what plugin ``name`` counted for the first ``scheduler.step`` call of each step."""
+    plan: list[dict[str, int]] = []
+    before: dict[str, int] = {}
+
+    def step(self: Plugin, call: Any, next: Any) -> Any:
+        now = {key: sum(branches.values()) for key, branches in call.run.report.plugins[name].counts.items()}
+        if call.step.stage == 0:
+            plan.append({key: n - before.get(key, 0) for key, n in now.items() if n != before.get(key, 0)})
+        before.update(now)
+        return next(call)
+
+    reader: Any = neighbour("plan_reader", ["step"], lambda point: step)
+    reader.plan = plan
+    return reader
+
+
 def _given(call: Any) -> tuple[Any, ...]:
     return (call.args, call.kwargs, getattr(call, "branches", None), getattr(call, "combined", None))
 

@@ -60,18 +60,18 @@ class Cache:
 
 @dataclass
 class Caches:
-    """Of one guidance branch in one run: a cache for the first, second... U-Net call of a step (a plugin further out may ask often)."""
+    """Of one guidance branch in one run: a cache for the first, second... U-Net call of a ``scheduler.step`` (a plugin may ask often)."""
 
-    index: int = -1
+    place: int = -1
     number: int = 0
     of_call: list[Cache] = field(default_factory=list)
 
-    def begin(self, index: int) -> Cache:
-        """The cache of the U-Net call that begins now."""
-        if index < self.index:  # the schedule began again
+    def begin(self, place: int) -> Cache:
+        """The cache of the U-Net call that begins now, for this ``scheduler.step`` call."""
+        if place < self.place:  # the schedule began again
             self.of_call.clear()
-        self.number = self.number + 1 if index == self.index and self.of_call else 0
-        self.index = index
+        self.number = self.number + 1 if place == self.place and self.of_call else 0
+        self.place = place
         if self.number == len(self.of_call):
             self.of_call.append(Cache())
         return self.of_call[self.number]
@@ -118,7 +118,7 @@ class DeepCache(Plugin):
         if self.config.interval == 1:
             return next(call)  # type: ignore[no-any-return]
         step, sample = call.step, call.sample
-        cache: Cache = call.state.begin(step.index)
+        cache: Cache = call.state.begin(step.call)
         cache.in_place = edits_in_place(call)
         cache.thin = not cache.in_place and all(x is None for name, x in call.arguments().items() if "residual" in name)
         seen = (call.model_name, sample.shape, sample.dtype, sample.device, cache.thin)
@@ -136,7 +136,7 @@ class DeepCache(Plugin):
         return out  # type: ignore[no-any-return]
 
     def is_due(self, i: int, last: int, T: int) -> bool:
-        """Whether step ``i`` of ``T`` runs the whole U-Net, which it did last at step ``last``."""
+        """Whether step ``i`` of ``T`` runs the whole U-Net, which it did last at step ``last``: a key step does so once, at its start."""
         N, p, c = self.config.interval, self.config.power, self.config.center
         if self.config.skip_mode == "uniform":
             return i - last >= N  # eq. 6, and no feature grows older than N - 1 steps when a call is left out

@@ -16,7 +16,6 @@ from typing import Any, ClassVar
 
 import torch
 from diffgraft import (
-    Call,
     DenoiseCall,
     Effects,
     GuideCall,
@@ -204,7 +203,7 @@ class DiversityDistillation(Plugin):
     # in the run --------------------------------------------------------------------------------------------------------------------
 
     def denoise(self, call: DenoiseCall, next: Callable[[DenoiseCall], Tensor]) -> Tensor:
-        if call.step.index >= self._reach(call):
+        if call.step.index >= self.config.steps:
             call.count("distilled", len(call.branches))
             return next(call)
         shared, w = call.shared, self.config.guidance_scale
@@ -218,21 +217,21 @@ class DiversityDistillation(Plugin):
         return guided(self._ask(self._heard(call).put_into(call, "uncond"), next), prediction, w)
 
     def guide(self, call: GuideCall, next: Callable[[GuideCall], Tensor]) -> Tensor:
-        if call.step.index >= self._reach(call) or self.config.base_steps is not None:
+        if call.step.index >= self.config.steps or self.config.base_steps is not None:
             return next(call)
-        return guided(call.uncond, call.cond, self.config.guidance_scale)
+        out = guided(call.uncond, call.cond, self.config.guidance_scale)
+        if call.branches.keys() - set(call.family.guidance.order):  # the pipeline's further term (skip-layer guidance) stays as it is
+            out = out + (call.combined - guided(call.uncond, call.cond, call.scale))
+        return out
 
     def step(self, call: StepCall, next: Callable[[StepCall], StepOutput]) -> StepOutput:
-        index, reach, shared = call.step.index, min(self._reach(call), call.step.total), call.shared
-        replaced = self.config.base_steps is not None and index < reach
+        step, shared = call.step, call.shared
+        replaced = self.config.base_steps is not None and step.index < self.config.steps
         if self.config.preview and not replaced:
             shared.estimates.append(estimate(call))
         out = next(call)  # also where its result is thrown away: the scheduler must count this step
-        return StepOutput(shared.handed) if replaced and index == reach - 1 else out
-
-    def _reach(self, call: Call) -> int:
-        """k in ``scheduler.step`` calls: a second-order scheduler makes two of a step."""
-        return self.config.steps * getattr(call.pipe.scheduler, "order", 1)  # type: ignore[no-any-return]
+        hands_over = replaced and step.ends_step and step.index == min(self.config.steps, step.total) - 1
+        return StepOutput(shared.handed) if hands_over else out
 
     def _ask(self, call: DenoiseCall, next: Callable[[DenoiseCall], Tensor]) -> Tensor:
         """The base's prediction for this call [rows, ...]."""
@@ -263,7 +262,7 @@ class DiversityDistillation(Plugin):
     def _hand_over(self, call: DenoiseCall) -> None:
         """Let the base make its part of the run, from the same noise."""
         shared, k = call.shared, self.config.steps
-        part = shared.start(call, call.step_at(k) if k < call.step.total else None)
+        part = shared.start(call, call.start_of(k) if k < call.step.total else None)
         shared.handed, shared.stand_in, shared.estimates = part.latents, part.prediction, part.estimates
         call.count("base", part.forwards)
         call.note(f"the base made {part.steps} of its {part.total} steps, then the distilled model went on at its step {k}")

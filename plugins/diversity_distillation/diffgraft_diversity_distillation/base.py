@@ -40,7 +40,7 @@ class Part:
     prediction: Any = None
     estimates: list[Tensor] = field(default_factory=list)
     steps: int = -1
-    """j: how many steps it makes; -1 until its schedule is known."""
+    """j: how many steps it makes, in ``scheduler.step`` calls until it has made them; -1 until its schedule is known."""
     total: int = 0
     forwards: int = 0
 
@@ -126,7 +126,7 @@ class FirstPart(Plugin):
         part = call.shared
         if part.steps < 0:
             timesteps = call.pipe.scheduler.timesteps
-            part.steps, part.total = handoff(timesteps, self.until), len(timesteps)
+            part.steps, part.total = handoff(timesteps, self.until), call.step.total
             if part.steps == 0:
                 raise ConfigError(
                     f"plugin 'diversity_distillation': base_steps = {part.total}: the base's first timestep, {float(timesteps[0]):g}, is "
@@ -145,7 +145,7 @@ class FirstPart(Plugin):
             part.estimates.append(estimate(call))
         at = call.step_at(1)
         out: StepOutput = next(call)
-        if call.step.index == part.steps - 1:
-            part.latents = out.sample
+        if (call.step.call >= part.steps - 1 and call.step.ends_step) or call.stopped:
+            part.steps, part.total, part.latents = call.step.index + 1, call.step.total, out.sample
             raise Ended(part, at)
         return out

@@ -101,8 +101,8 @@ class ERTACache(Plugin):
         if knobs.threshold == 0:
             return next(call)  # type: ignore[no-any-return]
         errors, state = self.errors(call), call.state
-        stream, i = state.stream, call.step.index
-        if i == state.index:  # asked again in one step (a plugin further out, skip-layer guidance): that was not calibrated
+        stream, step, i = state.stream, call.step, call.step.call
+        if i == state.index or call.extra:  # asked again (by a plugin further out), or for something else: that was not calibrated
             stream.begin(None)
             return next(call)  # type: ignore[no-any-return]
         if i < state.index:  # the schedule began again
@@ -110,7 +110,8 @@ class ERTACache(Plugin):
         state.index, k = i, i - state.last
         x = call.sample
         seen = (call.model_name, x.shape, x.dtype, x.device)
-        reuse = state.seen == seen and may_reuse(errors, i, k, knobs.threshold, knobs.max_reuse, knobs.first, knobs.last)
+        free = knobs.first <= step.index < step.total - knobs.last  # not one of the steps that are always computed
+        reuse = state.seen == seen and free and may_reuse(errors, i, k, knobs.threshold, knobs.max_reuse, 0, 0)
         call.count("skipped" if reuse else "computed")
         if not reuse:
             state.seen, stream.residual = None, None  # a forward that fails half-way leaves nothing to reuse

@@ -47,8 +47,8 @@ class Measure(Calibrator):
 
     def denoise(self, call: DenoiseCall, next: Any) -> Tensor:
         state: Measured = call.state
-        i, W, model = call.step.index, self.config.max_reuse, call.model_name
-        if state.history and state.history[-1][0] == i:  # asked again in one step (skip-layer guidance)
+        i, W, model = call.step.call, self.config.max_reuse, call.model_name
+        if call.extra or (state.history and state.history[-1][0] == i):  # skip-layer guidance; asked again for one step
             state.stream.begin(None)
             return next(call)  # type: ignore[no-any-return]
         tail = last_block(call)
@@ -71,8 +71,8 @@ class Measure(Calibrator):
 
     def measure(self, call: DenoiseCall, k: int, residuals: tuple[Tensor, Tensor], velocities: tuple[Tensor, Tensor, Tensor]) -> None:
         """Note what reusing a residual of age ``k`` does here; rows of several branches are told apart."""
-        i, n = call.step.index, len(call.branches)
-        T, W = call.step.total, self.config.max_reuse
+        i, n = call.step.call, len(call.branches)
+        T, W = call.step.calls, self.config.max_reuse
         records = call.shared.records
         axis = channel_axis(call.family, velocities[0].ndim)
         for branch, cached, true, guess, v, before in zip(call.branches, *(x.chunk(n) for x in (*residuals, *velocities)), strict=True):

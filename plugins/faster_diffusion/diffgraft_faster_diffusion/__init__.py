@@ -97,6 +97,7 @@ class Cache:
 
     seen: Any = None
     next_key: int = 0
+    """The ``scheduler.step`` call with which the next key step begins."""
     encoding: bool = False
     sample: Any = None
     """The U-Net's input at the key step."""
@@ -110,7 +111,7 @@ class Cache:
     freeu: bool = False
     """FreeU scales what enters the decoder in place, so the mid block's output is copied."""
     ready: dict[int, Any] = field(default_factory=dict)
-    """By step: predictions that were made together with an earlier step's."""
+    """By ``scheduler.step`` call: predictions that were made together with an earlier one's."""
     made_with: Any = None
 
 
@@ -121,18 +122,18 @@ class Control:
     residuals: Any = None
     seen: Any = None
     scale: Any = None
-    index: int = -1
+    place: int = -1
     next_key: int = 0
 
 
 @dataclass
 class Shared:
-    """Kept in one run."""
+    """Kept in one run. Places are counts of ``scheduler.step`` calls."""
 
-    index: int = -1
+    place: int = -1
     number: int = 0
     caches: list[Cache] = field(default_factory=list)
-    """For the first, second... U-Net call of a step (a plugin further out may ask often)."""
+    """For the first, second... U-Net call at one place (a plugin further out may ask often)."""
     serial: str = ""
     """Why this run decodes its steps one after the other."""
     control: Control = field(default_factory=Control)
@@ -140,12 +141,12 @@ class Shared:
     initial: Any = None
     """z_T"""
 
-    def begin(self, index: int) -> Cache:
+    def begin(self, place: int) -> Cache:
         """The cache of the U-Net call that begins now."""
-        if index < self.index:  # the schedule began again
+        if place < self.place:  # the schedule began again
             self.caches.clear()
-        self.number = self.number + 1 if index == self.index and self.caches else 0
-        self.index = index
+        self.number = self.number + 1 if place == self.place and self.caches else 0
+        self.place = place
         if self.number == len(self.caches):
             self.caches.append(Cache())
         return self.now
@@ -202,7 +203,7 @@ class FasterDiffusion(Plugin):
         self._alpha(call)  # refuses before anything is computed
         if self.config.keys == 1:
             return next(call)
-        i, sample = call.step.index, call.sample
+        i, sample = call.step.call, call.sample
         cache: Cache = call.shared.begin(i)
         seen = (call.model_name, call.branch, sample.shape, sample.dtype, sample.device)
         if not cache.features or seen != cache.seen or i >= cache.next_key:
@@ -229,12 +230,18 @@ class FasterDiffusion(Plugin):
             out = next(call)
         finally:
             cache.encoding = False
-        cache.seen, cache.next_key = seen, next_key(call.step.index, call.step.total, self.config.keys)
+        cache.seen, cache.next_key = seen, self._next_key(call)
         return out
 
+    def _next_key(self, call: Call) -> int:
+        """The ``scheduler.step`` call with which the key step after this one begins; as many as there are where none is left."""
+        step = call.step
+        key = next_key(step.index, step.total, self.config.keys)
+        return call.start_of(key).call if key < step.total else step.calls
+
     def _decode(self, call: DenoiseCall, next: Callable[[DenoiseCall], Tensor], cache: Cache, m: int) -> Tensor:
-        """The decoder at this non-key step and the m - 1 after it."""
-        i, branches, rows = call.step.index, cache.branches, cache.sample.shape[0]
+        """The decoder at this place and the m - 1 after it."""
+        i, branches, rows = call.step.call, cache.branches, cache.sample.shape[0]
         cache.m = m
         changes = {call.family.sample: cache.sample, **adapters_off(call)}
         if m == 1:
@@ -254,11 +261,11 @@ class FasterDiffusion(Plugin):
         return rows_of_step(out, branches, m, 0)
 
     def _together(self, call: DenoiseCall, cache: Cache) -> int:
-        """How many steps to decode now, this one included."""
-        i, shared, limit = call.step.index, call.shared, self.config.parallel
+        """How many places to decode now, this one included."""
+        i, calls, shared, limit = call.step.call, call.step.calls, call.shared, self.config.parallel
         if limit is None:
-            limit = call.step.total if call.family.latents in {"bchw", "pixels"} else 1
-        m = min(cache.next_key, call.step.total, i + limit) - i
+            limit = calls if call.family.latents in {"bchw", "pixels"} else 1
+        m = min(cache.next_key, calls, i + limit) - i
         if m > 1 and (serial := shared.serial or why_serial(call)):
             shared.serial = serial
             call.note(f"steps were decoded one after the other: {shared.serial}")
@@ -281,18 +288,18 @@ class FasterDiffusion(Plugin):
         if self.config.keys == 1:
             return next(call)
         kept: Control = call.shared.control
-        i, sample, scale = call.step.index, call["sample"], call.get("conditioning_scale")
+        i, sample, scale = call.step.call, call["sample"], call.get("conditioning_scale")
         seen = (call.model, sample.shape, sample.dtype, sample.device)
-        due = seen != kept.seen or not kept.index <= i < kept.next_key
+        due = seen != kept.seen or not kept.place <= i < kept.next_key
         if not due and same(scale, kept.scale):
             call.count("control_skipped")
             return kept.residuals
         call.count("control_computed")
         kept.seen = kept.residuals = None
         kept.residuals = next(call)
-        kept.seen, kept.scale, kept.index = seen, scale, i
+        kept.seen, kept.scale, kept.place = seen, scale, i
         if due:
-            kept.next_key = next_key(i, call.step.total, self.config.keys)
+            kept.next_key = self._next_key(call)
         return kept.residuals
 
     # prior noise ------------------------------------------------------------------------------------------------------------------
@@ -305,14 +312,14 @@ class FasterDiffusion(Plugin):
         alpha = self._alpha(call)
         if not alpha:
             return next(call)
-        if step.index == 0:
+        if step.call == 0:
             shared.initial = call.sample
         tau = config.noise_below * call.scheduler.config.num_train_timesteps
         if shared.initial is None or shared.initial.shape != call.sample.shape:
             call.note("prior noise was left out where the latents have another size than at the first step")
             return next(call)
         if config.noise_into == "step":
-            return next(call if step.index == 0 else call.replace(sample=inject(call.sample, shared.initial, step.t, alpha, tau)))
+            return next(call if step.call == 0 else call.replace(sample=inject(call.sample, shared.initial, step.t, alpha, tau)))
         out = next(call)
         if step.is_last:
             return out

@@ -93,6 +93,11 @@ class SuperDiff(Plugin):
         shared.__init__()  # an outer plugin may run the pipeline several times
         if self.config.prompt is None:
             return next(call)
+        if call.extras:
+            raise Unsupported(
+                f"superdiff: this call asks for a further prediction ({', '.join(call.extras)}), which the mixture of two prompts has no "
+                "place for: leave skip_guidance_layers out"
+            )
         if getattr(call.pipe.scheduler, "order", 1) != 1:
             raise Unsupported(f"superdiff: {type(call.pipe.scheduler).__name__} makes a step in two stages; use DDIM or Euler")
         second = call.given("model") or call.pipe

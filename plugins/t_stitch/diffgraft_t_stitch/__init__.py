@@ -149,30 +149,31 @@ class TStitch(Plugin):
             return next(call)  # type: ignore[no-any-return]
         call.count("small" if len(smalls) == 1 else f"small {number + 1}")
         model = denoiser_of(smalls[number], call.model_name, call.family)
-        call = fitted(call, model, call.shared.of(number, call.branches, call.family))
+        call = fitted(call, model, call.shared.of(number, call.texts, call.family))
+        if call.extra and (layers := call.get("skip_layers")):
+            call.note(f"skip-layer guidance left out layers {layers} of the small model in its steps, counted as the large one's are")
         if model is call.model:  # stitched with itself
             return next(call)  # type: ignore[no-any-return]
         with unhooked():  # blocks that both models share serve the small one here: no hook of the large one may see them
             return model(**call.arguments())[0]  # type: ignore[no-any-return]
 
     def model_now(self, call: Call) -> int:
-        """Number of the model that runs this step; both evaluations of a second-order solver's step go to the same one."""
+        """Number of the model that runs this step; all denoiser calls of a solver's step go to the same one."""
         if not any(self.config.fraction):
             return len(as_list(call.given("model")))
-        order, step, shared = getattr(call.pipe.scheduler, "order", 1), call.step, call.shared
-        if step.index == 0 or shared.total != step.total:
-            shared.total, shared.ends = step.total, self.ends(call, order)
-        return model_at(step.index // order, shared.ends)
+        step, shared = call.step, call.shared
+        if step.call == 0 or shared.total != step.total:
+            shared.total, shared.ends = step.total, self.ends(call)
+        return model_at(step.index, shared.ends)
 
-    def ends(self, call: Call, order: int) -> tuple[int, ...]:
-        """How many solver steps are over when each small model's part ends."""
-        r, step = self.config.fraction, call.step
-        T = -(-step.total // order)
+    def ends(self, call: Call) -> tuple[int, ...]:
+        """How many of the solver's steps are over when each small model's part ends."""
+        r, T = self.config.fraction, call.step.total
         if self.config.rule == "steps":
             return ends_by_steps(r, T)
         if self.config.rule == "begin":
             return ends_by_begin(r, T)
-        t = torch.stack([torch.as_tensor(call.step_at(k * order - step.index).t) for k in range(T)])
+        t = torch.stack([torch.as_tensor(call.start_of(k).t) for k in range(T)])
         times = t.tolist()  # check: allow host_sync because it is read once a run, and by this one rule
         return ends_by_time(r, times, call.pipe.scheduler.config.num_train_timesteps)
 

@@ -133,7 +133,7 @@ class TimeShift(Plugin):
             return next(call)
         shared, copies = call.shared, len(call.branches)
         sample = call.sample[: call.sample.shape[0] // copies]
-        if self.config.mode == "network" and call.step.index > 0 and shared.t_previous is not None and shared.shape is not None:
+        if self.config.mode == "network" and call.step.call > 0 and shared.t_previous is not None and shared.shape is not None:
             if shared.offset is None:
                 # the denoiser's input is x in VP scale under every scheduler: scale_model_input divides by sqrt(1 + sigma^2) where it must
                 shared.offset = self._offset(call, _narrow(sample, shared.shape), call.step.t, gate=shared.t_previous)
@@ -152,7 +152,7 @@ class TimeShift(Plugin):
     def step(self, call: StepCall, next: Callable[[StepCall], StepOutput]) -> StepOutput:
         shared = call.shared
         out = next(call)
-        if self.config.window and self.config.mode == "target" and call.step.index > 0:
+        if self.config.window and self.config.mode == "target" and call.step.call > 0:
             out = StepOutput(self._transfer(call, out), out.x0)
         shared.t_previous, shared.offset = call.step.t, None
         if call.step.is_last:

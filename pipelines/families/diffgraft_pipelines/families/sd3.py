@@ -17,7 +17,7 @@ family = Family(
             ("encoder_hidden_states", "hidden_states"),
         ),
     ),
-    guidance=Guidance("batched", active="do_classifier_free_guidance"),
+    guidance=Guidance("batched", active="do_classifier_free_guidance", extra=(("skip", "skip_guidance_layers"),)),
     conditioning=("encoder_hidden_states", "pooled_projections"),
     prediction="flow",
     appended="channels",  # inpainting transformers with 33 channels: latents, mask, masked picture
