@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import nn
@@ -19,6 +19,13 @@ def denoisers_of(pipe: Any, family: Family) -> dict[str, nn.Module]:
 
 def _root(denoiser: nn.Module) -> nn.Module:
     return getattr(denoiser, "_orig_mod", denoiser)  # under torch.compile
+
+
+def eager_forward(denoiser: nn.Module) -> Callable[..., Any] | None:
+    """The forward of a compiled denoiser, whole or in place, as it was before; None where it is not compiled."""
+    if (root := _root(denoiser)) is denoiser and denoiser.__dict__.get("_compiled_call_impl") is None:
+        return None
+    return root.forward  # type: ignore[no-any-return]
 
 
 def blocks_of(family: Family, denoisers: Mapping[str, nn.Module]) -> tuple[BlockInfo, ...]:

@@ -6,6 +6,7 @@ guards on the identity of what it finds in ``forward``; only where they lead is 
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -34,8 +35,8 @@ class Wiring:
     def __init__(self, pipe: Any, family: Family) -> None:
         self.pipe = pipe
         self.family = family
-        self._kept: dict[tuple[int, str], Slot] = {}  # of the last run
-        self._used: dict[tuple[int, str], Slot] = {}  # of the run that is being connected
+        self._kept: dict[tuple[int, str, int], Slot] = {}  # of the last run
+        self._used: dict[tuple[int, str, int], Slot] = {}  # of the run that is being connected
 
     def connect(self, run: Run, entries: Sequence[Entry]) -> list[Slot]:
         """The slots that a run of ``entries`` needs, led to ``run``; nothing is open yet. A point without a plugin gets none."""
@@ -52,11 +53,11 @@ class Wiring:
         denoisers = denoisers_of(self.pipe, self.family)
         if "block" in points:
             chosen = _select(entries, "block", blocks_of(self.family, denoisers), denoisers)
-            slots += [self._method(info.module, "forward", partial(run.block, chain, info), inside=True) for info, chain in chosen]
+            slots += [self._method(info.module, "forward", partial(run.block, chain, info), True, graph) for info, chain, graph in chosen]
             run.promise("block", bool(chosen))
         if "attention" in points:
             layers = _select(entries, "attention", attention_of(denoisers), denoisers)
-            slots += [self._processor(info, partial(run.attention, chain, info)) for info, chain in layers]
+            slots += [self._processor(info, partial(run.attention, chain, info), graph) for info, chain, graph in layers]
             run.promise("attention", bool(layers))
         self._kept, self._used = self._used, {}  # a scheduler or denoiser that was replaced is not held on to
         return slots
@@ -87,58 +88,104 @@ class Wiring:
                 slots.append(self._method(module, "cache_context", partial(_named_context, run)))
         return slots
 
-    def _method(self, target: Any, name: str, lead: Lead, inside: bool = False) -> Slot:
-        """A slot on a method. ``inside``: fires only within a denoiser call (a ControlNet may share the module)."""
-        slot = self._kept.get((id(target), name))
+    def _method(self, target: Any, name: str, lead: Lead, inside: bool = False, graph: Any = None) -> Slot:
+        """A slot on a method, in a ``graph`` or none. ``inside``: only within a denoiser call (a ControlNet may share the module)."""
+        eager = getattr(target, "_orig_mod", target)  # a compiled module's own forward is (*args, **kwargs)
+        # a module that was compiled in place is called there: a wrapper on its `forward` would be inside its graph
+        place = "_compiled_call_impl" if name == "forward" and target.__dict__.get("_compiled_call_impl") is not None else name
+        slot = self._kept.get((id(target), place, id(graph)))
         if slot is None or slot.home is not target.__dict__:
-            slot = method_slot(target, name)
-            eager = getattr(target, "_orig_mod", target)  # a compiled module's own forward is (*args, **kwargs)
-            slot.put(wraps_method(target, name, self._wrapper(slot, positions(getattr(eager, name)), inside)))
-        self._used[id(target), name] = slot
+            slot = method_slot(target, place)
+            slot.put(wraps_method(eager, name, self._wrapper(slot, positions(getattr(eager, name)), inside, graph)))
+        self._used[id(target), place, id(graph)] = slot
         slot.lead = lead
         return slot
 
-    def _wrapper(self, slot: Slot, names: Names, inside: bool) -> Callable[..., Any]:
-        @torch.compiler.disable(recursive=False)
+    def _wrapper(self, slot: Slot, names: Names, inside: bool, graph: Any = None) -> Callable[..., Any]:
+        again = None if graph is None else compiled_in(graph)
+
         def wrapper(*args: Any, **kwargs: Any) -> Any:
             run = active_run()
+            # a gradient pass takes the eager form: the graphs of a pipeline have no backward
+            inner = slot.inner if again is None or torch.is_grad_enabled() else again(slot.inner)
             if run is None or run.pipe is not self.pipe or slot.lead is None or (inside and run.branch is None):
-                return slot.inner(*args, **kwargs)  # another pipeline that shares this module, or one who kept our wrapper
-            return slot.lead(slot.inner, names, args, kwargs)
+                return inner(*args, **kwargs)  # another pipeline that shares this module, or one who kept our wrapper
+            return slot.lead(inner, names, args, kwargs)
 
-        return wrapper  # type: ignore[no-any-return]
+        # in a graph nothing of ours is to be compiled, and what was there is compiled by itself; elsewhere this costs nothing
+        return torch.compiler.disable(wrapper, recursive=graph is not None)  # type: ignore[no-any-return]
 
-    def _processor(self, info: AttentionInfo, lead: Lead) -> Slot:
+    def _processor(self, info: AttentionInfo, lead: Lead, graph: Any) -> Slot:
         module = info.module
         processor: Any = module.processor
-        slot = self._kept.get((id(module), "processor"))
+        slot = self._kept.get((id(module), "processor", id(graph)))
         if slot is None or slot.home is not module.__dict__ or not slot.value.stands_for(processor):
             slot = Slot(module.__dict__, "processor", lambda: module.processor)
-            slot.put(ProcessorProxy(processor, self._wrapper(slot, positions(processor.__call__), inside=True)))
-        self._used[id(module), "processor"] = slot
+            wrapper = self._wrapper(slot, positions(processor.__call__), True, graph)
+            stand_in = proxy_class(type(processor))  # type: ignore[arg-type]  # a class is hashable
+            slot.put(stand_in(processor, wrapper))
+        self._used[id(module), "processor", id(graph)] = slot
         slot.lead = lead
         return slot
 
 
-def _select(entries: Sequence[Entry], point: str, infos: Sequence[Any], denoisers: Mapping[str, nn.Module]) -> list[tuple[Any, Chain]]:
-    """(info, onion) for each block or layer that at least one plugin selects."""
+def _select(entries: Sequence[Entry], point: str, infos: Sequence[Any], denoisers: Mapping[str, nn.Module]) -> list[tuple[Any, Chain, Any]]:
+    """(info, onion, graph that it breaks up) for each block or layer that at least one plugin selects."""
     wanted: dict[int, list[Entry]] = {}
     for entry in entries:
         if point in entry.plugin.points():
             select = entry.plugin.select_blocks if point == "block" else entry.plugin.select_attention
             for info in select(infos):
                 wanted.setdefault(info.order, []).append(entry)
-                ensure_breakable(denoisers[info.model], entry.name, point)
-    return [(info, compose(wanted[info.order], point, call_inner)) for info in infos if info.order in wanted]
+    chosen = []
+    for info in infos:
+        if its := wanted.get(info.order):
+            graph = graph_around(denoisers[info.model], info.path, its[0].name, point)
+            chosen.append((info, compose(its, point, call_inner), graph))
+    return chosen
 
 
-def ensure_breakable(denoiser: nn.Module, name: str, point: str) -> None:
-    """Raises Unsupported where a hook inside the denoiser would end in an error of dynamo's: a hook is a break in a compiled graph."""
-    if getattr(getattr(denoiser, "dynamo_ctx", None), "fullgraph", False):
+def graph_around(denoiser: nn.Module, path: str, name: str, point: str) -> Any:
+    """The context of torch.compile whose graph a hook at ``path`` breaks up: that of the innermost compiled module around it, or None.
+
+    Raises:
+        Unsupported: a module around it was compiled with fullgraph=True, so that the hook would end in an error of dynamo's.
+    """
+    module = getattr(denoiser, "_orig_mod", denoiser)
+    around = [denoiser, module]
+    parts = path.split(".")
+    for part in parts if point == "attention" else parts[:-1]:  # a processor runs inside its layer, a block is wrapped from outside
+        module = module._modules[part]
+        around.append(module)
+    contexts = [context for module in around if (context := context_of(module)) is not None]
+    if any(getattr(context, "fullgraph", False) for context in contexts):
         raise Unsupported(
-            f"{name} needs its {point} hooks inside the denoiser, but that was compiled by torch.compile(fullgraph=True), which allows no "
-            "break in its graph; compile it without fullgraph"
+            f"{name} needs its {point} hooks inside the denoiser, but {path} was compiled by torch.compile(fullgraph=True), alone or as a "
+            "part, which allows no break in its graph; compile it without fullgraph"
         )
+    return contexts[-1] if contexts else None
+
+
+def context_of(module: nn.Module) -> Any:
+    """The context that compiled a module, as a whole (``torch.compile(module)``) or in place (``module.compile()``), or None."""
+    if (context := module.__dict__.get("dynamo_ctx")) is not None:
+        return context
+    function = module.__dict__.get("_compiled_call_impl")
+    code = getattr(function, "__code__", None)
+    cells = dict(zip(code.co_freevars, function.__closure__ or (), strict=True)) if code is not None else {}
+    return cells["self"].cell_contents if "self" in cells else None  # torch gives no other way to what compiled a function
+
+
+def compiled_in(graph: Any) -> Callable[[Any], Callable[..., Any]]:
+    """Compiles what a wrapper found as the graph around it was compiled; once for each thing found."""
+    known: list[Any] = [None, None]
+
+    def again(inner: Any) -> Callable[..., Any]:
+        if known[0] is not inner:
+            known[:] = inner, graph(inner if inspect.ismethod(inner) else inner.__call__)
+        return known[1]  # type: ignore[no-any-return]
+
+    return again
 
 
 @contextmanager
@@ -158,16 +205,10 @@ class ProcessorProxy:
     def __init__(self, processor: Any, wrapper: Callable[..., Any]) -> None:
         self.__dict__["_processor"] = processor
         self.__dict__["_wrapper"] = wrapper
-        # Attention.forward reads the signature of `processor.__call__` at every call, to decide which arguments it may pass
-        call = self.__dict__["__call__"] = lambda *args, **kwargs: wrapper(*args, **kwargs)
-        call.__signature__ = inspect.signature(processor.__call__)  # type: ignore[attr-defined]
 
     def stands_for(self, processor: Any) -> bool:
         """Whether it was made for this very processor."""
         return self.__dict__["_processor"] is processor
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self._wrapper(*args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.__dict__["_processor"], name)
@@ -175,6 +216,22 @@ class ProcessorProxy:
     @property  # type: ignore[misc]
     def __class__(self) -> type:  # type: ignore[override]
         return type(self.__dict__["_processor"])
+
+
+@functools.cache
+def proxy_class(processor: Any) -> type[ProcessorProxy]:
+    """The stand-ins of one class of processors.
+
+    ``Attention.forward`` reads the signature of ``processor.__call__`` at every call, to decide which arguments it may pass; a compiled
+    one is compiled again for every other function that it finds there, so it belongs to the class.
+    """
+
+    def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N807
+        return self._wrapper(*args, **kwargs)
+
+    __call__.__defaults__ = ()  # dynamo guards on their number, and None has none
+    __call__.__signature__ = inspect.signature(processor.__call__)  # type: ignore[attr-defined]
+    return type("ProcessorProxy", (ProcessorProxy,), {"__call__": __call__})
 
 
 def positions(function: Callable[..., Any]) -> dict[str, int]:

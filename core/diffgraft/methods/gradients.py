@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from diffgraft.kernel.anatomy import eager_forward
 from diffgraft.kernel.calls import DenoiseCall, RunView
 from diffgraft.kernel.errors import Conflict, Unsupported
 from diffgraft.kernel.onion import running
@@ -109,8 +110,7 @@ def latent_gradient(
 
 def predict_alone(call: DenoiseCall) -> Tensor:
     """The denoiser's own prediction for ``call``, past the other plugins, eager also where it is compiled. For :func:`latent_gradient`."""
-    eager: Any = getattr(call.model, "_orig_mod", None)
-    forward = torch.compiler.disable(call.inner if eager is None else eager.forward)
+    forward = torch.compiler.disable(eager_forward(call.model) or call.inner)
     return forward(*call.args, **call.kwargs)[0]  # type: ignore[no-any-return]
 
 

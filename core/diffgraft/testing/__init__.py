@@ -26,7 +26,7 @@ from collections.abc import Iterable
 
 from diffgraft.kernel import registry
 from diffgraft.kernel.plugin import Plugin
-from diffgraft.testing import basics, inside, repeats, surroundings
+from diffgraft.testing import basics, compiling, inside, repeats, surroundings
 from diffgraft.testing.case import CHECKS, Case, cases_of, claims
 from diffgraft.testing.cover import cover
 from diffgraft.testing.pairs import Pair, pair_cases
@@ -40,6 +40,7 @@ __all__ = [
     "Setting",
     "Subject",
     "basics",
+    "compiling",
     "contract_cases",
     "cover",
     "inside",
@@ -68,7 +69,7 @@ def contract_cases(
 
 
 def run_contract(plugin: str | type[Plugin], families: Iterable[str] | None = None) -> list[str]:
-    """Run every case of one plugin; returns the remarks ("3 graph breaks...").
+    """Run every case of one plugin; returns the remarks ("compiled into 3 graphs...").
 
     Raises:
         AssertionError: with every failure, each under its case's name.

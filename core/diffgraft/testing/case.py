@@ -62,7 +62,7 @@ class Case:
 
     @threads(1)  # tiny tensors: more threads would wait for each other
     def run(self) -> list[str]:
-        """Remarks for the record (graph breaks, "refused: ..."); raises AssertionError when the plugin breaks the contract."""
+        """Remarks for the record (graphs, "refused: ..."); raises AssertionError when the plugin breaks the contract."""
         subject = Subject(self.plugin, self.family, self.class_name)
         try:
             if self.check.scope in ("kind", "main", "every"):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import logging
 import pickle
 import tempfile
 from dataclasses import replace
@@ -12,11 +11,10 @@ from typing import Any
 
 import torch
 
-from diffgraft.kernel import registry
 from diffgraft.kernel.errors import Unsupported
 from diffgraft.kernel.loading import unload
 from diffgraft.kernel.stack import stack_of
-from diffgraft.testing.case import check, claims
+from diffgraft.testing.case import check
 from diffgraft.testing.setting import ANOTHER, USUAL, Setting, under
 from diffgraft.testing.subject import Subject, distance
 from diffgraft.testing.tiny import SCHEDULERS, ForeignProcessor, add_lora, attention_layers, denoisers, make_scheduler, quiet
@@ -253,36 +251,3 @@ def can_pickle(pipe: Any) -> bool:
     except (AttributeError, TypeError, pickle.PicklingError):
         return False
     return True
-
-
-COMPILED = ("sd", "dit", "flux")
-"""One family of each kind is compiled: a U-Net, a DiT with batched and one with sequential guidance (tracing takes seconds)."""
-
-
-def is_compiled(s: Subject) -> bool:
-    """Whether this family stands for its kind."""
-    claimed = [f for f in registry.families().values() if f.tiny is not None and claims(s.plugin, f) and f.kind == s.family.kind]
-    return s.family.name in COMPILED or (s.family is claimed[0] and not any(f.name in COMPILED for f in claimed))
-
-
-@check("main", when=is_compiled)
-def compiled(s: Subject) -> None:
-    """``torch.compile(backend="eager")`` of the denoiser: same picture, plugin fires; graph breaks counted (DeepCache #26, tomesd #47)."""
-    from torch._dynamo.utils import counters
-
-    pipe = s.attach(s.make())
-    torch._dynamo.reset()
-    counters.clear()
-    for name in s.family.denoisers:
-        if getattr(pipe, name, None) is not None:
-            setattr(pipe, name, torch.compile(getattr(pipe, name), backend="eager"))
-    tracing = logging.getLogger("torch.__trace")  # under pytest it formats a record for every node
-    try:
-        tracing.disabled = True
-        output = s.run(pipe)
-    finally:
-        tracing.disabled = False
-        torch._dynamo.reset()
-    s.note(f"{sum(counters['graph_break'].values())} graph breaks in {counters['stats']['unique_graphs']} graphs")
-    s.expect_near(output, s.fresh().output, 1e-4, "compiled, against eager")
-    assert s.report(pipe).fired == s.fresh().report.fired, f"compiled it fired {s.report(pipe).fired}, eager {s.fresh().report.fired}"
