@@ -15,6 +15,7 @@ import torch
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor, nn
 
+from diffgraft.kernel.errors import NotPassed
 from diffgraft.kernel.facts import AttentionInfo, BlockInfo, Step
 from diffgraft.kernel.family import Family
 from diffgraft.kernel.plugin import Entry, Plugin
@@ -34,6 +35,9 @@ class RunView(Protocol):
     unscaled: Tensor | None
     scale_model_input: Callable[..., Tensor] | None
     reached: set[str]
+    forms: dict[Any, Any]
+
+    def answered(self, entry: Entry, point: str) -> None: ...
 
     @property
     def stopped(self) -> bool: ...
@@ -88,7 +92,7 @@ class Call:
             return self.kwargs[name]
         position = self.names.get(name)
         if position is None or position >= len(self.args):
-            raise KeyError(f"{name!r} was not passed; passed: {', '.join(self.arguments())}")
+            raise NotPassed(f"{name!r} was not passed to this {type(self).__name__}; passed: {', '.join(self.arguments()) or 'nothing'}")
         return self.args[position]
 
     def arguments(self) -> dict[str, Any]:
@@ -167,6 +171,11 @@ class Call:
     def count(self, key: str, n: int = 1) -> None:
         """Add to a counter of the run's report ("skipped")."""
         self.run.report_of(self.entry).count(key, self.branch or "run", n)
+
+    def acted(self) -> None:
+        """Tell that the plugin did its work in this call, though ``next`` was asked: with the LoRA off, say. A plugin that skips, or
+        replaces the denoiser, and never acts in a run is called inactive in the report; an answer without ``next`` is an act."""
+        self.run.answered(self.entry, "")
 
     def record(self, tensors: Mapping[str, Tensor]) -> None:
         """Keep tensors in the run's report, on the CPU, for whoever reads it after the run (log-probabilities, densities, statistics)."""

@@ -11,6 +11,8 @@
     ├── CatalogueError       the list of published plugins cannot be read, or has nothing of the kind
     ├── RewardError          a reward gave something that is no score
     ├── NeverFired           a hook that the plan promised was never reached in a run
+    ├── NotPassed            an argument that a hook asks its call for, and that nobody passed (a KeyError too)
+    ├── NotFinite            values that are not finite, and who made the first of them (``pipe.plugins.check_finite``)
     ├── OutputError          what was made cannot be written where it was to go; it is kept elsewhere
     └── ForeignError         torch, diffusers or another library refused what the command line gave it
 """
@@ -68,6 +70,16 @@ class NeverFired(DiffgraftError):
     def __init__(self, message: str, result: Any = None) -> None:
         super().__init__(message)
         self.result = result
+
+
+class NotPassed(DiffgraftError, KeyError):
+    """A call has no argument of this name."""
+
+    __str__ = Exception.__str__  # a KeyError shows its text in quotes
+
+
+class NotFinite(DiffgraftError):
+    """Values that are not finite: the text names who made the first of them."""
 
 
 class OutputError(DiffgraftError):

@@ -89,12 +89,9 @@ def pace_of(scheduler: Any) -> Pace:
     Most schedulers name it (``order``). Pseudo linear multistep (PLMS) makes its first step twice, once as a guess; a Runge-Kutta
     beginning (PRK) takes four calls a step.
     """
-    beginning = getattr(scheduler, "prk_timesteps", None)
-    if beginning is None:
+    if not hasattr(scheduler, "prk_timesteps"):
         return Pace(later=max(int(getattr(scheduler, "order", 1)), 1))
-    if scheduler.config.skip_prk_steps:
-        return Pace(first=2, steps=1)
-    return Pace(first=4, steps=len(beginning) // 4)
+    return Pace(first=2, steps=1) if scheduler.config.skip_prk_steps else Pace(first=4, steps=3)
 
 
 @dataclass(frozen=True, eq=False)

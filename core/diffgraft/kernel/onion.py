@@ -13,7 +13,31 @@ from typing import Any
 from diffusers.schedulers.scheduling_utils import SchedulerOutput
 from torch import Tensor
 
-from diffgraft.kernel.calls import Call, DenoiseCall, GuideCall, RunView, Schedule, ScheduleCall, StepCall, StepOutput
+from diffgraft.kernel.boundary import (
+    FORMS,
+    blame,
+    ensure_call,
+    ensure_finite_given,
+    ensure_finite_result,
+    late,
+    misfit,
+    remember,
+    tell_changed,
+    watched,
+)
+from diffgraft.kernel.calls import (
+    AttentionCall,
+    BlockCall,
+    Call,
+    ControlCall,
+    DenoiseCall,
+    GuideCall,
+    RunView,
+    Schedule,
+    ScheduleCall,
+    StepCall,
+    StepOutput,
+)
 from diffgraft.kernel.plugin import Entry
 
 Chain = Callable[[Any], Any]
@@ -26,25 +50,68 @@ def active_run() -> Any:
     return getattr(_thread, "run", None)
 
 
-def compose(entries: Sequence[Entry], point: str, terminal: Chain) -> Chain:
-    """The onion of one hook point: first entry outermost, ``terminal`` in the middle. Without entries it is ``terminal`` itself."""
-    chain = terminal
+def compose(entries: Sequence[Entry], point: str, terminal: Chain, finite: bool = False) -> Chain:
+    """The onion of one hook point: first entry outermost, ``terminal`` in the middle. Without entries it is ``terminal`` itself.
+
+    ``finite``: whether every value that passes is looked at (``pipe.plugins.check_finite``).
+    """
+    chain = watched(terminal, point, inner=True) if finite else terminal
     for entry in reversed(entries):
-        chain = _layer(entry, point, getattr(entry.plugin, point), chain)
-    return chain
+        chain = _layer(entry, point, getattr(entry.plugin, point), chain, finite)
+    return watched(chain, point, inner=False) if finite else chain
 
 
-def _layer(entry: Entry, point: str, method: Callable[[Any, Chain], Any], inner: Chain) -> Chain:
+_UNASKED: Any = object()
+
+
+def _layer(entry: Entry, point: str, method: Callable[[Any, Chain], Any], inner: Chain, finite: bool) -> Chain:
+    form = FORMS[point]
+
     def around(call: Call) -> Any:
-        if call.run.alone not in (None, entry):  # a gradient pass of another plugin
+        run = call.run
+        if run.alone not in (None, entry):  # a gradient pass of another plugin
             return inner(call)
         outer, call.entry = call.entry, entry  # whose ``call.state`` and ``call.config`` it is
-        fired = call.run.report_of(entry).fired
+        fired = run.report_of(entry).fired
         fired[point] = fired.get(point, 0) + 1
+        is_open, came, foreign = True, _UNASKED, None
+
+        def next(given: Any) -> Any:
+            nonlocal came, foreign
+            if not is_open:
+                raise late(entry, point)
+            if given is not call:
+                ensure_call(given, entry, point, call)
+                if finite:
+                    ensure_finite_given(given, entry, point, call)
+            try:
+                out = inner(given)
+            except Exception as error:
+                foreign = error
+                if given is not call:
+                    tell_changed(error, entry, point, call)
+                raise
+            came = out if given is call else None
+            return out
+
         try:
-            return method(call, inner)
+            result = method(call, next)
+        except Exception as error:
+            if error is not foreign:
+                blame(error, entry, point, call)
+            raise
         finally:
+            is_open = False
             call.entry = outer
+        if result is came and came is not None:  # as it came from further in, where it fitted
+            return result
+        if came is _UNASKED:
+            run.answered(entry, point)
+        if wrong := form(call, result):
+            raise misfit(wrong, entry, point, call)
+        if finite:
+            ensure_finite_result(result, entry, point, call)
+        return result
 
     return around
 
@@ -85,7 +152,9 @@ def step_terminal(call: StepCall) -> StepOutput:
         x0 = raw[1] if len(raw) > 1 else None
     else:
         x0 = getattr(raw, "pred_original_sample", None)
-    return StepOutput(_sample_of(raw), x0)
+    sample = _sample_of(raw)
+    call.run.forms["step"] = sample.dtype
+    return StepOutput(sample, x0)
 
 
 def schedule_terminal(call: ScheduleCall) -> Schedule:
@@ -97,7 +166,19 @@ def schedule_terminal(call: ScheduleCall) -> Schedule:
 def denoise_terminal(call: DenoiseCall) -> Tensor:
     """The middle of the ``denoise`` onion: the denoiser itself."""
     call.run.reached.add("denoiser")
-    return call_inner(call)[0]  # type: ignore[no-any-return]
+    out: Tensor = call_inner(call)[0]
+    call.run.forms[call.model_name, call.sample.shape] = out.shape, out.dtype
+    return out
+
+
+def stream_terminal(call: BlockCall | AttentionCall) -> Any:
+    """The middle of the onions of a block and of an attention layer."""
+    return remember(call, call.info, call_inner(call))
+
+
+def control_terminal(call: ControlCall) -> Any:
+    """The middle of the ``control`` onion: the ControlNet itself."""
+    return remember(call, call.model, call_inner(call))
 
 
 def guide_terminal(call: GuideCall) -> Tensor:
@@ -108,15 +189,15 @@ def guide_terminal(call: GuideCall) -> Tensor:
 class Onions:
     """The composed onions of one stack; None where no plugin implements the point, so that its cost is nothing."""
 
-    def __init__(self, entries: Sequence[Entry]) -> None:
+    def __init__(self, entries: Sequence[Entry], finite: bool = False) -> None:
         def at(point: str) -> list[Entry]:
             return [entry for entry in entries if point in entry.plugin.points()]
 
-        self.schedule = compose(at("schedule"), "schedule", schedule_terminal)
-        self.control = compose(at("control"), "control", call_inner)
-        self.denoise = compose(at("denoise"), "denoise", denoise_terminal)
-        self.guide = compose(at("guide"), "guide", guide_terminal) if at("guide") else None
-        self.step = compose(at("step"), "step", step_terminal) if at("step") else None
+        self.schedule = compose(at("schedule"), "schedule", schedule_terminal, finite)
+        self.control = compose(at("control"), "control", control_terminal, finite)
+        self.denoise = compose(at("denoise"), "denoise", denoise_terminal, finite)
+        self.guide = compose(at("guide"), "guide", guide_terminal, finite) if at("guide") else None
+        self.step = compose(at("step"), "step", step_terminal, finite) if at("step") else None
 
 
 @contextmanager

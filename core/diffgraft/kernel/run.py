@@ -15,7 +15,7 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor, nn
 
 from diffgraft.kernel.calls import AttentionCall, BlockCall, ControlCall, DenoiseCall, GuideCall, RunView, ScheduleCall, StepCall
-from diffgraft.kernel.errors import NeverFired, Unsupported
+from diffgraft.kernel.errors import Unsupported
 from diffgraft.kernel.facts import Pace, RunBound, Step, pace_of
 from diffgraft.kernel.family import Family
 from diffgraft.kernel.onion import Chain, Onions, active_run, call_inner, step_result
@@ -27,15 +27,22 @@ from diffgraft.kernel.slots import interrupt, left_behind, striding, write_sched
 class Run:
     """One ``pipe(...)`` call in progress."""
 
-    def __init__(self, pipe: Any, family: Family, entries: Sequence[Entry]) -> None:
+    def __init__(self, pipe: Any, family: Family, entries: Sequence[Entry], check_finite: bool = False) -> None:
         self.pipe = pipe
         self.family = family
         self.entries = entries
+        self.check_finite = check_finite
         self.arguments: Mapping[str, Any] = {}
         self.report = Report(plugins={entry.name: PluginReport() for entry in entries})
         self.reached: set[str] = set()
         """Hook points whose slots were reached, whether or not an outer plugin let the call through."""
-        self._promised: set[str] = set()
+        self.forms: dict[Any, Any] = {}
+        """What the pipeline's own parts gave in this run, by part: type and length, or shape and dtype. Plugins are held to it."""
+        self.acted: set[Entry] = set()
+        """Plugins that left a call out, or did their work in another way."""
+        self.answers: dict[str, Entry] = {}
+        """By hook point: the plugin that answered it without ``next`` first."""
+        self.promised: set[str] = set()
         self._states: dict[tuple[Entry, str | None], Any] = {}
         self.branch: str | None = None
         self.alone: Entry | None = None
@@ -77,10 +84,15 @@ class Run:
     def report_of(self, entry: Entry) -> PluginReport:
         return self.report.plugins[entry.name]
 
+    def answered(self, entry: Entry, point: str) -> None:
+        """A plugin answered a call itself, so that nothing further in was asked."""
+        self.acted.add(entry)
+        self.answers.setdefault(point, entry)
+
     def promise(self, point: str, some: bool) -> None:
         """At least one block, attention layer or ControlNet was found, so the point must be reached."""
         if some:
-            self._promised.add(point)
+            self.promised.add(point)
 
     def begin_pass(self, arguments: Mapping[str, Any]) -> None:
         """The pipeline is about to run (again): fresh state for all; a plugin that wraps ``run`` keeps its shared one over its passes."""
@@ -94,8 +106,9 @@ class Run:
                 del self._states[entry, branch]
         self._begin_schedule()
 
-    def end_pass(self) -> None:
+    def end_pass(self, result: Any) -> None:
         """The pipeline has run, to its end or to where the user ended it."""
+        self.forms["run"] = result.__class__, 0
         self._stopped |= is_interrupted(self.pipe)
 
     @property
@@ -111,32 +124,6 @@ class Run:
         self.predictions.clear()
         self.carried = self.unscaled = self.scale_model_input = self._last_call = None
         self.arguments = {}
-
-    def ensure_fired(self, result: Any) -> None:
-        """Raises NeverFired when a point that a plugin implements was never reached, and the user did not end the call before it."""
-        if self.stopped:
-            return
-        for entry in self.entries:
-            for point in entry.plugin.points():
-                if point in {"run", "modules"} or point in self.reached:
-                    continue
-                if point in {"block", "attention"} and (point not in self._promised or "denoiser" not in self.reached):
-                    continue  # it selected none, or an outer plugin answered every denoiser call
-                if point == "control" and point not in self._promised:
-                    continue  # the pipeline has no ControlNet
-                if point == "guide" and self.report_of(entry).fired:
-                    continue  # guidance was off; the plugin's other points did their part
-                if point == "guide":
-                    self.report_of(entry).notes.append("inactive: guidance was off in this run, there was nothing to guide")
-                    continue
-                raise NeverFired(
-                    f"{entry.name}: its {point!r} hook was never reached in this run, so it did nothing there. The picture is in "
-                    "this error's `result`. Something replaced what diffgraft wraps during the run (a callback? another library?).",
-                    result,
-                )
-            part = self.report_of(entry)
-            if not part.fired and not part.notes and self.reached and entry.plugin.points() != ("modules",):
-                part.notes.append("never called: a plugin further out answered every call")
 
     # the timestep schedule --------------------------------------------------------------------------------------------------------
 

@@ -192,6 +192,15 @@ def left_behind(timesteps: Any, of: Any) -> int:
     return int(len(of) - len(timesteps) - (timesteps.storage_offset() - of.storage_offset()) // max(of.stride(0), 1))
 
 
+def add_note(error: BaseException, text: str) -> None:
+    """``error.add_note`` (Python 3.11): what the traceback shows behind the error's own text."""
+    notes = getattr(error, "__notes__", None)
+    if notes is None:
+        notes = error.__notes__ = []  # type: ignore[attr-defined]
+    if text not in notes:
+        notes.append(text)
+
+
 def interrupt(pipe: Any) -> None:
     """Stop a pipeline as diffusers' users do: its loop makes no further step."""
     pipe._interrupt = True

@@ -12,6 +12,7 @@ import inspect
 import logging
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -36,6 +37,7 @@ from diffgraft.kernel.run import Run
 from diffgraft.kernel.slots import Slot, class_for_one, reduced_as, set_class, wraps_method
 from diffgraft.kernel.specs import Specs, as_specs, build_plugin, names_of
 from diffgraft.kernel.surgery import Surgery
+from diffgraft.kernel.verdict import ensure_fired, idle
 from diffgraft.kernel.wiring import Wiring
 
 _STACK = "_diffgraft_stack"
@@ -115,6 +117,10 @@ class PluginStack:
         self._undo: tuple[Callable[[], None], ...] = ()
         self._busy = threading.Lock()
         self._last = Report()
+        self._warned: set[Entry] = set()
+        self.check_finite = False
+        """Whether runs look at every value that passes a hook, and end in ``NotFinite``, which names who made the first that is not finite.
+        For finding a fault: it waits for the device at every hook."""
 
     # what users call --------------------------------------------------------------------------------------------------------------
 
@@ -338,7 +344,7 @@ class PluginStack:
     def _run(self, function: Callable[..., Any], entries: Sequence[Entry], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         started = time.perf_counter()
         signature = inspect.signature(function)
-        run = Run(self.pipe, self.family, entries)
+        run = Run(self.pipe, self.family, entries, self.check_finite)
         slots: Sequence[Slot] = ()
 
         def one_pass(call: RunCall) -> Any:
@@ -348,7 +354,7 @@ class PluginStack:
             for slot in slots:  # an earlier pass may have ended in an offload hook that threw ours away
                 slot.open()
             result = call_inner(outside(call))
-            run.end_pass()
+            run.end_pass(result)
             return result
 
         try:
@@ -360,8 +366,9 @@ class PluginStack:
                 whole = filled(self.pipe, args, kwargs)
                 call = RunCall(run, lambda *a, **k: function(self.pipe, *a, **k), positions, args, whole)
                 call.said = frozenset([*positions][: len(args)]) | kwargs.keys()
-                result = compose([entry for entry in entries if "run" in entry.plugin.points()], "run", one_pass)(call)
-            run.ensure_fired(result)
+                result = compose([entry for entry in entries if "run" in entry.plugin.points()], "run", one_pass, self.check_finite)(call)
+            ensure_fired(run, result)
+            self._warn_of_idle(run)
             run.report.completed = True
             return result
         finally:
@@ -373,6 +380,16 @@ class PluginStack:
             run.report.disabled = tuple(entry.name for entry in self._entries if entry not in entries)
             self._last = run.report
             run.report.log()
+
+
+    def _warn_of_idle(self, run: Run) -> None:
+        """Warn of each plugin that saved nothing, once; at its neutral settings it was told to."""
+        for entry, note in idle(run):
+            plugin = entry.plugin
+            neutral = all(getattr(plugin.config, knob) == value for knob, value in plugin.neutral.items())
+            if not neutral and entry not in self._warned:
+                self._warned.add(entry)
+                warnings.warn(f"{entry.name}: {note}", UserWarning, stacklevel=4)
 
 
 def _class_with(stack: PluginStack) -> type:

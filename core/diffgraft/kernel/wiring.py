@@ -20,7 +20,7 @@ from diffgraft.kernel.anatomy import attention_of, blocks_of, controls_of, denoi
 from diffgraft.kernel.errors import Unsupported
 from diffgraft.kernel.facts import AttentionInfo
 from diffgraft.kernel.family import Family
-from diffgraft.kernel.onion import Chain, Onions, active_run, call_inner, compose
+from diffgraft.kernel.onion import Chain, Onions, active_run, compose, stream_terminal
 from diffgraft.kernel.plugin import Entry
 from diffgraft.kernel.run import Run
 from diffgraft.kernel.slots import Slot, method_slot, wraps_method
@@ -41,22 +41,24 @@ class Wiring:
     def connect(self, run: Run, entries: Sequence[Entry]) -> list[Slot]:
         """The slots that a run of ``entries`` needs, led to ``run``; nothing is open yet. A point without a plugin gets none."""
         points = {point for entry in entries for point in entry.plugin.points()}
-        onions = Onions(entries)
+        onions = Onions(entries, run.check_finite)
         self._used = {}
         slots = self._scheduler(run, onions, entries)
         if points & {"denoise", "block", "attention", "guide"} or run.bound:  # they are held against the first denoiser call
             slots += self._denoisers(run, onions)
         if "control" in points:
             networks = controls_of(self.pipe)
-            slots += [self._method(network, "forward", partial(run.control, onions.control)) for network in networks]
+            lead = partial(run.control, onions.control)
+            slots += [self._method(network, "forward", lead, takes=CONTROL) for network in networks]
             run.promise("control", bool(networks))
         denoisers = denoisers_of(self.pipe, self.family)
         if "block" in points:
-            chosen = _select(entries, "block", blocks_of(self.family, denoisers), denoisers)
-            slots += [self._method(info.module, "forward", partial(run.block, chain, info), True, graph) for info, chain, graph in chosen]
+            chosen = _select(entries, "block", blocks_of(self.family, denoisers), denoisers, run.check_finite)
+            for info, chain, graph in chosen:
+                slots.append(self._method(info.module, "forward", partial(run.block, chain, info), True, info.takes, graph))
             run.promise("block", bool(chosen))
         if "attention" in points:
-            layers = _select(entries, "attention", attention_of(denoisers), denoisers)
+            layers = _select(entries, "attention", attention_of(denoisers), denoisers, run.check_finite)
             slots += [self._processor(info, partial(run.attention, chain, info), graph) for info, chain, graph in layers]
             run.promise("attention", bool(layers))
         self._kept, self._used = self._used, {}  # a scheduler or denoiser that was replaced is not held on to
@@ -72,8 +74,8 @@ class Wiring:
                 slot.put(scheduler)
                 slots.append(slot)
                 run.report_of(entry).fired["scheduler"] = 1
-        slots.append(self._method(scheduler, "set_timesteps", partial(run.set_timesteps, onions.schedule)))
-        slots.append(self._method(scheduler, "step", partial(run.scheduler_step, onions)))
+        slots.append(self._method(scheduler, "set_timesteps", partial(run.set_timesteps, onions.schedule), takes=SET_TIMESTEPS))
+        slots.append(self._method(scheduler, "step", partial(run.scheduler_step, onions), takes=STEP))
         if any("latents" in entry.plugin.effects.edits for entry in entries) and hasattr(scheduler, "scale_model_input"):
             slots.append(self._method(scheduler, "scale_model_input", run.note_scaling))
         if scheduler is not self.pipe.scheduler:  # made for this run: it goes with it
@@ -82,21 +84,29 @@ class Wiring:
 
     def _denoisers(self, run: Run, onions: Onions) -> list[Slot]:
         slots = []
+        family = self.family
+        takes = (family.sample, family.timestep, "encoder_hidden_states") if family.kind == "unet" else (family.sample,)
         for name, module in denoisers_of(self.pipe, self.family).items():
-            slots.append(self._method(module, "forward", partial(run.denoise, onions, name)))
+            slots.append(self._method(module, "forward", partial(run.denoise, onions, name), takes=takes))
             if self.family.guidance.layout == "sequential" and hasattr(module, "cache_context"):
                 slots.append(self._method(module, "cache_context", partial(_named_context, run)))
         return slots
 
-    def _method(self, target: Any, name: str, lead: Lead, inside: bool = False, graph: Any = None) -> Slot:
-        """A slot on a method, in a ``graph`` or none. ``inside``: only within a denoiser call (a ControlNet may share the module)."""
+    def _method(
+        self, target: Any, name: str, lead: Lead, inside: bool = False, takes: Sequence[str] = (), graph: Any = None
+    ) -> Slot:
+        """A slot on a method.
+
+        ``inside``: fires only within a denoiser call (a ControlNet may share the module); ``takes``: the order of its first arguments
+        where no signature says it; ``graph``: the compiled one that it breaks up.
+        """
         eager = getattr(target, "_orig_mod", target)  # a compiled module's own forward is (*args, **kwargs)
         # a module that was compiled in place is called there: a wrapper on its `forward` would be inside its graph
         place = "_compiled_call_impl" if name == "forward" and target.__dict__.get("_compiled_call_impl") is not None else name
         slot = self._kept.get((id(target), place, id(graph)))
         if slot is None or slot.home is not target.__dict__:
             slot = method_slot(target, place)
-            slot.put(wraps_method(eager, name, self._wrapper(slot, positions(getattr(eager, name)), inside, graph)))
+            slot.put(wraps_method(eager, name, self._wrapper(slot, positions(eager, name, takes), inside, graph)))
         self._used[id(target), place, id(graph)] = slot
         slot.lead = lead
         return slot
@@ -121,7 +131,7 @@ class Wiring:
         slot = self._kept.get((id(module), "processor", id(graph)))
         if slot is None or slot.home is not module.__dict__ or not slot.value.stands_for(processor):
             slot = Slot(module.__dict__, "processor", lambda: module.processor)
-            wrapper = self._wrapper(slot, positions(processor.__call__), True, graph)
+            wrapper = self._wrapper(slot, positions(processor, "__call__", PROCESSOR), True, graph)
             stand_in = proxy_class(type(processor))  # type: ignore[arg-type]  # a class is hashable
             slot.put(stand_in(processor, wrapper))
         self._used[id(module), "processor", id(graph)] = slot
@@ -129,7 +139,9 @@ class Wiring:
         return slot
 
 
-def _select(entries: Sequence[Entry], point: str, infos: Sequence[Any], denoisers: Mapping[str, nn.Module]) -> list[tuple[Any, Chain, Any]]:
+def _select(
+    entries: Sequence[Entry], point: str, infos: Sequence[Any], denoisers: Mapping[str, nn.Module], finite: bool
+) -> list[tuple[Any, Chain, Any]]:
     """(info, onion, graph that it breaks up) for each block or layer that at least one plugin selects."""
     wanted: dict[int, list[Entry]] = {}
     for entry in entries:
@@ -141,7 +153,7 @@ def _select(entries: Sequence[Entry], point: str, infos: Sequence[Any], denoiser
     for info in infos:
         if its := wanted.get(info.order):
             graph = graph_around(denoisers[info.model], info.path, its[0].name, point)
-            chosen.append((info, compose(its, point, call_inner), graph))
+            chosen.append((info, compose(its, point, stream_terminal, finite), graph))
     return chosen
 
 
@@ -234,8 +246,29 @@ def proxy_class(processor: Any) -> type[ProcessorProxy]:
     return type("ProcessorProxy", (ProcessorProxy,), {"__call__": __call__})
 
 
-def positions(function: Callable[..., Any]) -> dict[str, int]:
-    """Parameter name -> position, of the positional parameters of a bound method."""
-    parameters = inspect.signature(function).parameters.values()
-    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    return {p.name: i for i, p in enumerate(p for p in parameters if p.kind in kinds)}
+STEP = ("model_output", "timestep", "sample")
+SET_TIMESTEPS = ("num_inference_steps", "device")
+CONTROL = ("sample", "timestep", "encoder_hidden_states", "controlnet_cond")
+PROCESSOR = ("attn", "hidden_states", "encoder_hidden_states", "attention_mask")
+"""The order in which pipelines and layers pass these, for methods whose signature does not say it."""
+
+
+def positions(target: Any, name: str, takes: Sequence[str] = ()) -> dict[str, int]:
+    """Parameter name -> position, of the positional parameters of ``target.name``.
+
+    Where somebody's wrapper has hidden them behind ``*args`` (a mock, a tracer, a decorator without ``functools.wraps``), they are read
+    from the class, then from its bases, and what none of these says is ``takes``, the convention.
+    """
+    found: list[str] = []
+    defined = [vars(cls)[name] for cls in type(target).__mro__ if name in vars(cls)]
+    for function in (getattr(target, name), *defined):
+        try:
+            parameters = list(inspect.signature(function).parameters.values())
+        except (TypeError, ValueError):  # a callable that tells no signature
+            continue
+        found = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+        if function in defined:
+            found = found[1:]  # self
+        if not any(p.kind is p.VAR_POSITIONAL for p in parameters):
+            return {parameter: i for i, parameter in enumerate(found)}
+    return {parameter: i for i, parameter in enumerate((*found, *takes[len(found) :]))}

@@ -74,7 +74,7 @@ def same_seed(s: Subject) -> None:
 def fires(s: Subject) -> None:
     """Fires where it must: every implemented point, and the picture changes or the report says why not (cache-dit C3, vLLM-Omni #7335)."""
     fresh = s.fresh()
-    inactive = [note for note in fresh.report.notes if "inactive" in note]
+    inactive = s.excuses(fresh.report)
     absent = {"modules"} if "controlnet" in s.facts.components else {"modules", "control"}
     expected = [point for point in s.plugin.points() if point not in absent] + (["scheduler"] if s.plugin.scheduler else [])
     for point in expected:
@@ -88,7 +88,7 @@ def fires(s: Subject) -> None:
 def saves_work(s: Subject) -> None:
     """Who says that it skips computes less, and counts it in the report (WaveSpeed PR #149 never cached and was slower)."""
     fresh = s.fresh()
-    if any("inactive" in note for note in fresh.report.notes):
+    if s.excuses(fresh.report):
         s.notes += fresh.report.notes
         return
     plain = s.work_of_baseline()

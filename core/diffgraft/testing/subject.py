@@ -18,6 +18,7 @@ from diffgraft.kernel.family import Family
 from diffgraft.kernel.loading import load_pipeline
 from diffgraft.kernel.plugin import Plugin
 from diffgraft.kernel.report import PluginReport
+from diffgraft.kernel.verdict import IDLE
 from diffgraft.testing.runs import artefacts, call, counting, has_plugin, partner, plain, works
 from diffgraft.testing.setting import USUAL, Outcome, Setting, under
 from diffgraft.testing.tiny import Facts, denoisers, facts, prepared, tiny
@@ -140,6 +141,11 @@ class Subject:
         with counting(denoisers(pipe, self.family)) as work:
             self.run(pipe)
         return work.size
+
+    @staticmethod
+    def excuses(report: PluginReport) -> list[str]:
+        """The plugin's own notes that say why it was inactive: the core's, that nothing was saved, excuses nothing."""
+        return [note for note in report.notes if "inactive" in note and not note.startswith(IDLE)]
 
     def report(self, pipe: Any) -> PluginReport:
         found: PluginReport = pipe.plugins.report().plugins[self.plugin.name]

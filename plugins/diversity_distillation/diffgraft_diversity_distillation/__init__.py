@@ -239,6 +239,7 @@ class DiversityDistillation(Plugin):
         base = call.given("model")
         model = call.model if base is None else getattr(base, call.model_name, None) or getattr(base, call.family.denoisers[0])
         if model is call.model:  # the same weights without their LoRA; where they have none, B is D
+            call.acted()
             with without_adapters(model) if adapter_layers(model) else nullcontext():
                 return next(call)
         arguments = call.arguments()

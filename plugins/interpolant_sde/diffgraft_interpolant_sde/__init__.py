@@ -98,7 +98,8 @@ class InterpolantSDE(Plugin):
     def is_noisy(self, step: Step) -> bool:
         """Whether this step gets noise."""
         first, end = self.config.noise_window or (0, step.total)
-        return self.config.eta > 0 and first <= step.index < end and not (step.is_last and self.config.last_step_ode)
+        inside = first <= step.index < end and step.stages == 1  # no noise between the two calls of PLMS's first step
+        return self.config.eta > 0 and inside and not (step.is_last and self.config.last_step_ode)
 
     @staticmethod
     def levels(call: StepCall, step: Step) -> SignalNoise:
