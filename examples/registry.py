@@ -1,6 +1,7 @@
-"""Write the catalogue that `diffgraft search` reads: from the plugins' own metadata, and from what the community sent in.
+"""Write the catalogue that `diffgraft search` reads: from the plugins' own metadata, and from what the community sent in; and the names
+that belong to this project's packages, which no other package can take.
 
-    python examples/registry.py             # core/diffgraft/community/plugins.json and plugins.schema.json
+    python examples/registry.py             # plugins.json and plugins.schema.json of diffgraft.community, names.json of diffgraft.kernel
     python examples/registry.py --check     # exit code 1 when they are not what their plugins say; what CI runs on a contribution
     python examples/registry.py --check --all   # or when a plugin of this repository is not in it (a release)
 
@@ -9,17 +10,19 @@ A plugin from another repository comes in as one file, docs/community/<name>.jso
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
 from diffgraft.community.catalogue import FIRST_PARTY, Catalogue, CataloguedPlugin, PaperEntry, dump, schema, shipped
-from diffgraft.community.quality import tier_of
+from diffgraft.community.quality import tier_of, toml
 from diffgraft.community.tables import describe
-from diffgraft.kernel import registry
+from diffgraft.kernel import offers, registry
 from pydantic import ValidationError
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "core" / "diffgraft" / "community"
+NAMES = ROOT / "core" / "diffgraft" / "kernel" / "names.json"
 COMMUNITY = ROOT / "docs" / "community"
 
 
@@ -37,7 +40,7 @@ def first_party() -> list[CataloguedPlugin]:
                 paper=PaperEntry(title=facts["paper"]["title"], arxiv=facts["paper"]["arxiv"]),
                 hook_points=tuple(facts["hook_points"]),
                 families=tuple(facts["families"]),
-                tier=tier_of(info.entry.module) or "none",
+                tier=tier_of(info.module) or "none",
                 homepage=f"https://{FIRST_PARTY}/diffgraft/tree/main/plugins/{folder.name}",
             )
         )
@@ -67,15 +70,33 @@ def community() -> list[CataloguedPlugin]:
     return made
 
 
+def own_names() -> dict[str, dict[str, str]]:
+    """Group -> name -> package, as the pyprojects of this repository say."""
+    found: dict[str, dict[str, str]] = {}
+    for path in (ROOT / "core" / "pyproject.toml", *ROOT.glob("pipelines/*/pyproject.toml"), *ROOT.glob("plugins/*/pyproject.toml")):
+        project = toml(path.read_text(encoding="utf-8"), str(path))["project"]
+        for group, entries in project.get("entry-points", {}).items():
+            found.setdefault(group, {}).update(dict.fromkeys(entries, project["name"]))
+    return {group: dict(sorted(names.items())) for group, names in sorted(found.items())}
+
+
 def main() -> None:
     try:
         catalogue = Catalogue(plugins=(*first_party(), *community()))
     except ValueError as error:
         sys.exit(str(error))
+    names = own_names()
     if "--check" in sys.argv and "--all" not in sys.argv:  # what is new comes in with the next release
         listed = {plugin.name for plugin in shipped().plugins}
         catalogue = Catalogue(plugins=tuple(plugin for plugin in catalogue.plugins if plugin.name in listed))
-    wanted = {PACKAGE / "plugins.json": dump(catalogue), PACKAGE / "plugins.schema.json": schema()}
+        known = offers.own_names()
+        names = {group: {name: dist for name, dist in own.items() if name in known.get(group, {})} for group, own in names.items()}
+        names = {group: own for group, own in names.items() if own}
+    wanted = {
+        PACKAGE / "plugins.json": dump(catalogue),
+        PACKAGE / "plugins.schema.json": schema(),
+        NAMES: json.dumps(names, indent=1) + "\n",
+    }
     for path, text in wanted.items():
         if "--check" not in sys.argv:
             path.write_text(text, encoding="utf-8")

@@ -38,7 +38,7 @@ def search(
         for plugin in found
     ]
     if as_json:
-        typer.echo(json.dumps(rows, indent=2))
+        say(json.dumps(rows, indent=2))
         return
     from rich.padding import Padding
     from rich.table import Table

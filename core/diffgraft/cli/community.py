@@ -32,7 +32,7 @@ def new(name: Name = None, hook: Hook = None, arxiv: Arxiv = None, title: Title 
     if missing or (title is None and is_terminal()):
         name = name or typer.prompt("Short name of the method (snake_case)")
         if hook is None:
-            typer.echo("\n".join(f"  {one.name:<10} {one.what}" for one in HOOKS.values()))
+            say("\n".join(f"  {one.name:<10} {one.what}" for one in HOOKS.values()))
             hook = typer.prompt("Hook point", default="denoise")
         arxiv = arxiv or typer.prompt("arXiv number of the paper (none: no number)")
         title = title or typer.prompt("Title of the paper", default=str(name).replace("_", " ").capitalize())
@@ -41,10 +41,10 @@ def new(name: Name = None, hook: Hook = None, arxiv: Arxiv = None, title: Title 
     )
     check_answers(answers)
     folder = write_plugin(answers, out or Path(answers.dist))
-    typer.echo(f"wrote {folder}: an identity method at the {answers.hook} hook. What next:")
-    typer.echo(f'  pip install -e "{folder}[test]"')
-    typer.echo(f"  pytest {folder}")
-    typer.echo(f"  diffgraft check {folder}")
+    say(f"wrote {folder}: an identity method at the {answers.hook} hook. What next:")
+    say(f'  pip install -e "{folder}[test]"')
+    say(f"  pytest {folder}")
+    say(f"  diffgraft check {folder}")
 
 
 def is_terminal() -> bool:
@@ -88,7 +88,7 @@ def check(
         write_atomic(badge, drawn(verdict.tier if verdict.ok else None).encode())
         fixed.append(f"wrote {badge}")
     if as_json:
-        typer.echo(json.dumps({**verdict.as_dict(), "written": fixed}, indent=2))
+        say(json.dumps({**verdict.as_dict(), "written": fixed}, indent=2))
     else:
         tell(verdict, fixed)
     raise typer.Exit(0 if verdict.ok else 1)
@@ -100,17 +100,17 @@ def tell(verdict: Any, written: Iterable[str]) -> None:
     from diffgraft.community.quality import TIERS
 
     for line in written:
-        typer.echo(line)
+        say(line)
     for finding in verdict.findings:
-        typer.secho(in_words(finding), fg="yellow" if finding.allowed else "red")
+        say((in_words(finding), "yellow" if finding.allowed else "red"))
     for finding in verdict.open:
-        typer.echo(in_words(finding))
+        say(in_words(finding))
     for rule, why in verdict.skipped.items():
-        typer.echo(f"not checked: {rule}: {why}")
+        say(f"not checked: {rule}: {why}")
     if not verdict.ok:
-        typer.secho(f"{verdict.name}: {len(verdict.problems)} to repair", fg="red", err=True)
+        say((f"{verdict.name}: {len(verdict.problems)} to repair", "red"), err=True)
         return
-    typer.secho(f"{verdict.name}: nothing to repair; tier: {verdict.tier or 'none yet'}", fg="green")
+    say((f"{verdict.name}: nothing to repair; tier: {verdict.tier or 'none yet'}", "green"))
     following = TIERS[0] if verdict.tier is None else TIERS[min(TIERS.index(verdict.tier) + 1, len(TIERS) - 1)]
     if verdict.tier != TIERS[-1] and verdict.todo[following]:
-        typer.echo(f"for {following}: " + ", ".join(verdict.todo[following]))
+        say(f"for {following}: " + ", ".join(verdict.todo[following]))

@@ -31,9 +31,9 @@ def list_plugins(
         from diffgraft.community.tables import installed_table
 
         table, faults = installed_table()
-        typer.echo(table, nl=False)
+        say(table, nl=False)
         for fault in faults:
-            typer.secho(fault, fg="red", err=True)
+            say((fault, "red"), err=True)
         return
     rows = [
         {
@@ -49,10 +49,10 @@ def list_plugins(
         for info in registry.installed().values()
     ]
     if as_json:
-        typer.echo(json.dumps(rows, indent=2))
+        say(json.dumps(rows, indent=2))
         return
     if not rows:
-        typer.echo("no plugin is installed; `pip install diffgraft-deepcache` brings one")
+        say("no plugin is installed; `pip install diffgraft-deepcache` brings one")
         return
     from rich.table import Table
 
@@ -78,7 +78,7 @@ def list_plugins(
     screen.print(out)
     for row in rows:
         if row["reason"] is not None:
-            typer.secho(f"{row['name']}: {row['reason']}", fg=colours[str(row["status"])])
+            say((f"{row['name']}: {row['reason']}", colours[str(row["status"])]))
 
 
 def brief(summary: str, room: int) -> str:
@@ -98,7 +98,7 @@ def show(
     cls = registry.find(name)
     facts = describe(cls, registry.installed()[name])
     if as_json:
-        typer.echo(json.dumps(facts, indent=2, default=str))
+        say(json.dumps(facts, indent=2, default=str))
         return
     from rich.padding import Padding
     from rich.table import Table
@@ -154,25 +154,25 @@ def doctor(as_json: AsJson = False) -> None:
 
     found = diagnose()
     if as_json:
-        typer.echo(json.dumps({**asdict(found), "missing": found.missing, "ok": found.ok}, indent=2))
+        say(json.dumps({**asdict(found), "missing": found.missing, "ok": found.ok}, indent=2))
         raise typer.Exit(0 if found.ok else 1)
     machine = found.machine
-    typer.echo("versions    " + ", ".join(f"{name} {number or 'not installed'}" for name, number in found.versions.items()))
-    typer.echo(f"machine     {machine['system']}, {machine['processor']}, {machine['cpus']} CPUs, {machine['threads']} torch threads")
-    typer.echo("devices     " + ", ".join(["cpu", *machine["accelerators"]]))
-    typer.echo("attention   " + ", ".join(found.backends))
+    say("versions    " + ", ".join(f"{name} {number or 'not installed'}" for name, number in found.versions.items()))
+    say(f"machine     {machine['system']}, {machine['processor']}, {machine['cpus']} CPUs, {machine['threads']} torch threads")
+    say("devices     " + ", ".join(["cpu", *machine["accelerators"]]))
+    say("attention   " + ", ".join(found.backends))
     allowed = "all plugins may load" if found.allowed is None else f"only {', '.join(found.allowed) or 'none'}"
-    typer.echo(f"allow-list  {registry.ALLOW}: {allowed}")
+    say(f"allow-list  {registry.ALLOW}: {allowed}")
     for title, checks in (("plugins", found.plugins), ("families", found.families), ("pipelines", found.pipelines)):
         for i, check in enumerate(checks):
             colour = {"ok": "green", "broken": "red"}.get(check.status, "yellow")
-            typer.echo(f"{title if i == 0 else '':<12}" + typer.style(f"{check.status:<12}", fg=colour) + f"{check.name}: {check.detail}")
+            say(f"{title if i == 0 else '':<12}" + typer.style(f"{check.status:<12}", fg=colour) + f"{check.name}: {check.detail}")
         if not checks:
-            typer.echo(f"{title:<12}none" + (f"; {BRINGS[title]}" if title in BRINGS else ""))
+            say(f"{title:<12}none" + (f"; {BRINGS[title]}" if title in BRINGS else ""))
     if found.broken:
-        typer.secho(f"broken: {', '.join(check.name for check in found.broken)}", fg="red", err=True)
+        say((f"broken: {', '.join(check.name for check in found.broken)}", "red"), err=True)
     for text in found.missing:
-        typer.secho(text, fg="red", err=True)
+        say((text, "red"), err=True)
     if not found.ok:
         raise typer.Exit(1)
-    typer.secho("all is well", fg="green")
+    say(("all is well", "green"))

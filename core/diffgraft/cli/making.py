@@ -65,7 +65,7 @@ def calibrate(
     with steady(threads), progress() as on_progress, refusals(pipe):
         artefact = measure(pipe, built[0], samples, call, path, on_progress=on_progress)
     made = artefact.made_for
-    typer.echo(f"wrote {path}: for {made.pipeline}, {made.scheduler}, {made.steps} steps, latents {made.shape}, from {len(texts)} prompts")
+    say(f"wrote {path}: for {made.pipeline}, {made.scheduler}, {made.steps} steps, latents {made.shape}, from {len(texts)} prompts")
 
 
 def evolve(
@@ -143,8 +143,8 @@ def evolve(
             pipe, built[0], samples, call, path, judged, plan=plan, knobs=knobs, beside=built[1:], batch=batch, on_progress=on_progress
         )
     loss = found.facts["fitness"]
-    typer.echo(f"{found.facts['judged']} candidates: {loss['name']} {loss['loss_of_start']:.6g} at the start, {loss['loss']:.6g} now")
-    typer.echo(f"wrote {path}: for {found.made_for.pipeline}, {found.made_for.scheduler}, {found.made_for.steps} steps")
+    say(f"{found.facts['judged']} candidates: {loss['name']} {loss['loss_of_start']:.6g} at the start, {loss['loss']:.6g} now")
+    say(f"wrote {path}: for {found.made_for.pipeline}, {found.made_for.scheduler}, {found.made_for.steps} steps")
 
 
 def invert(
@@ -188,7 +188,7 @@ def invert(
         near = round_trip(pipe, built[0], picture, sample, settings, code) if check else None
     made = code.made_for
     guidance = "" if (scale := code.facts["guidance_scale"]) is None else f", guidance {scale:g}"
-    typer.echo(f"wrote {path}: {made.pipeline}, {made.steps} steps{guidance}, latents {made.shape}")
+    say(f"wrote {path}: {made.pipeline}, {made.steps} steps{guidance}, latents {made.shape}")
     if near is not None:
-        typer.echo(f"PSNR to the picture: {near[0]:.2f} dB through the autoencoder alone, {near[1]:.2f} dB made again from the code")
-    typer.echo(f"make it again, or with another prompt edit it: diffgraft run {pipeline} -p {plugin} -o {plugin}.start={path} ...")
+        say(f"PSNR to the picture: {near[0]:.2f} dB through the autoencoder alone, {near[1]:.2f} dB made again from the code")
+    say(f"make it again, or with another prompt edit it: diffgraft run {pipeline} -p {plugin} -o {plugin}.start={path} ...")

@@ -149,7 +149,7 @@ def compare(
     kept(lambda place: write_comparison(result, pipeline, place), out)
     print_comparison(result)
     tell(warning)
-    typer.echo(f"wrote {out / 'compare.png'} and {out / 'compare.json'}")
+    say(f"wrote {out / 'compare.png'} and {out / 'compare.json'}")
 
 
 def choose_samples(asked: list[Any], given: bool, seeds: list[int] | None, number: int | None, bundled: bool) -> list[tuple[Any, int]]:
@@ -246,4 +246,4 @@ def tune(
     kept(lambda place: write_plot(result, pipeline, place), out)
     print_tuning(result)
     tell(warning)
-    typer.echo(f"wrote {out / 'tune.png'} and {out / 'tune.json'}")
+    say(f"wrote {out / 'tune.png'} and {out / 'tune.json'}")

@@ -71,7 +71,7 @@ def flat(image: Image.Image, path: str) -> Image.Image:
         return image.convert("RGB")
     layered = image.convert("RGBA")
     if see_through(image):
-        typer.echo(f"{path}: its transparent parts are taken as white")
+        say(f"{path}: its transparent parts are taken as white")
     white = Image.new("RGBA", layered.size, "white")
     return Image.alpha_composite(white, layered).convert("RGB")
 
@@ -191,7 +191,7 @@ def fitted(given: Given, names: dict[str, str | None], pipe: Any, call: CallSett
         if picture is not None and height and width and picture.size != (width, height):
             if key != "mask":  # it goes with its picture
                 told = f"{names[key]}: {size(picture)}, scaled and cropped to {width}x{height}"
-                typer.echo(f"{told}; --height and --width choose another size")
+                say(f"{told}; --height and --width choose another size")
             way = Image.Resampling.NEAREST if key == "mask" else Image.Resampling.LANCZOS
             picture = ImageOps.fit(picture, (width, height), way)
         resized[key] = picture

@@ -99,7 +99,7 @@ def run(
     pictures, record = make(recipe)
     records = [record.model_copy(update={"picture": i}) for i in range(num_images)] if metadata else []
     for path in kept(lambda place: save_pictures(pictures, place, records), out):
-        typer.echo(f"wrote {path}")
+        say(f"wrote {path}")
 
 
 def again(
@@ -119,7 +119,7 @@ def again(
     for path, digest in record.files.items():
         if not Path(path).is_file() or digest_of(path) != digest:
             raise ConfigError(f"{file} was made from {path}, which is not there any more or is another file now")
-    typer.echo(record.line())
+    say(record.line())
     recipe = record.recipe if device is None else record.recipe.model_copy(update={"device": device})
     pictures, made = make(recipe)
     frames = to_images(pictures[record.picture])
@@ -128,7 +128,7 @@ def again(
     same = same_picture(file, encode(frames, file.suffix.lower()))
     changed = {name: old for name, old in record.versions.items() if versions_of([name]).get(name) != old}
     why = "".join(f"; made with {name} {old}, here {versions_of([name])[name]}" for name, old in changed.items())
-    typer.echo(f"wrote {out}: " + ("the same, bit for bit" if same else f"not the same{why}"))
+    say(f"wrote {out}: " + ("the same, bit for bit" if same else f"not the same{why}"))
 
 
 def make(recipe: Recipe) -> tuple[Pictures, Record]:
@@ -173,8 +173,8 @@ def make(recipe: Recipe) -> tuple[Pictures, Record]:
         pictures = make_pictures(pipe, samples, call)
         seconds = time.perf_counter() - started
     if recipe.prompt is None and prompts:
-        typer.echo(f"no --prompt was given: {prompts[0]!r}")
-    typer.echo(str(pipe.plugins.report()) if pipe.plugins.list() else f"no plugins, {seconds:.2f} s")
+        say(f"no --prompt was given: {prompts[0]!r}")
+    say(str(pipe.plugins.report()) if pipe.plugins.list() else f"no plugins, {seconds:.2f} s")
     told = {
         "prompt": samples[0].prompt,
         "steps": call.steps or (default_steps(pipe) if "num_inference_steps" in parameters(pipe) else None),

@@ -16,10 +16,10 @@ def steady(number: int | None) -> Iterator[str | None]:
     warning = busy()
     tell(warning)
     with threads(number) as count:
-        typer.echo(f"{count} torch threads (--threads)", err=True)
+        say(f"{count} torch threads (--threads)", err=True)
         yield warning
 
 
 def tell(warning: str | None) -> None:
     if warning is not None:
-        typer.secho(f"warning: {warning}", fg="yellow", err=True)
+        say((f"warning: {warning}", "yellow"), err=True)

@@ -59,7 +59,7 @@ def pipelines_of(cls: type[Plugin]) -> list[str]:
     )
 
 
-def describe(cls: type[Plugin], info: registry.PluginInfo | None = None) -> dict[str, Any]:
+def describe(cls: type[Plugin], info: registry.Offer | None = None) -> dict[str, Any]:
     """All that a plugin declares, as plain data."""
     about = {} if info is None else {"dist": info.dist, "version": info.version, "summary": info.summary, "homepage": info.homepage}
     return {

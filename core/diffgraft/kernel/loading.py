@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import importlib.util
 import os
 from collections.abc import Iterable
 from typing import Any
@@ -90,7 +91,9 @@ def read_pipeline(name: str | os.PathLike[str], **from_pretrained: Any) -> Any:
         BrokenPlugin: a bundled pipeline says arguments that it does not take.
         Unsupported: its weights are pickles, and ``use_safetensors=None`` was not said.
     """
-    folder = resolve(name)
+    folder, bundled = resolve(name), registry.bundled_of(name)
+    if bundled is not None and bundled.lora is not None and importlib.util.find_spec("peft") is None:
+        raise Unsupported(f"{name} is a LoRA, and diffusers loads none without peft, which is not installed: `pip install peft`")
     if os.path.isdir(folder) and not os.path.isfile(os.path.join(folder, "model_index.json")):
         raise PipelineNotFound(
             f"{os.fspath(name)!r} is a folder without model_index.json, so no pipeline: give the folder that `save_pretrained` wrote"
@@ -104,7 +107,6 @@ def read_pipeline(name: str | os.PathLike[str], **from_pretrained: Any) -> Any:
             f"{name}: {error} Pickled weights run code of whoever made them. Convert them (`save_pretrained` writes safetensors), or say "
             "use_safetensors=None if you trust that person"
         ) from error
-    bundled = registry.bundled_of(name)
     if bundled is None:
         return pipe
     if bundled.lora is not None:

@@ -24,13 +24,11 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from diffgraft.kernel.config import PluginConfig, build_config
 from diffgraft.kernel.errors import BrokenPlugin
+from diffgraft.kernel.offers import API
 
 if TYPE_CHECKING:  # plugins are declared without torch
     from diffgraft.kernel.facts import AttentionInfo, BlockInfo, Target
     from diffgraft.kernel.family import Family
-
-API = 1
-"""Number of the plugin contract. It changes when a plugin written for it could break, and only then."""
 
 RUN_FACTS = frozenset({"scheduler", "steps", "shape"})
 """What of a run a file may be made for, beside the model."""

@@ -1,140 +1,41 @@
-"""Finding plugins, families and bundled pipelines by entry point. Listing imports none of them."""
+"""Finding plugins, families, bundled pipelines and kinds of needs by name. Listing imports none of them (`offers.py`); what is named is
+imported, checked, and refused with the package's name when it is not what it should be."""
 
 from __future__ import annotations
 
-import ast
 import importlib.util
 import os
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, fields
-from email.message import Message
-from email.parser import HeaderParser
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, fields
 from functools import cache
-from importlib.metadata import Distribution, EntryPoint, entry_points, version
 from typing import TYPE_CHECKING, Any
 
-from packaging.requirements import InvalidRequirement, Requirement
-
-from diffgraft.kernel.errors import BrokenPlugin, PipelineNotFound, PluginNotFound, Unsupported, choices, nearest
+from diffgraft.kernel.errors import BrokenPlugin, DiffgraftError, PipelineNotFound, PluginNotFound, Unsupported, choices, nearest
 from diffgraft.kernel.family import Bundled, Family
+from diffgraft.kernel.offers import ALLOW, API, FAMILIES, NEEDS, PIPELINES, PLUGINS, Offer, allow_list, blamed, offers
 
 if TYPE_CHECKING:
     from diffgraft.kernel.plugin import Plugin
 
-PLUGINS = "diffgraft.plugins"
-FAMILIES = "diffgraft.families"
-PIPELINES = "diffgraft.pipelines"
-NEEDS = "diffgraft.needs"
-ALLOW = "DIFFGRAFT_PLUGINS"
-"""Environment variable: a comma-separated list that narrows which plugins may load."""
+__all__ = ["ALLOW", "PLUGINS", "Offer", "allow_list", "blamed", "offers"]
 CHECKPOINTS = "diffgraft-checkpoints"
 NO_FAMILY = "no pipeline family is installed, so nothing is known of any pipeline: `pip install diffgraft-families`"
 
 
-@dataclass(frozen=True)
-class PluginInfo:
-    """An installed plugin as its metadata tells it. ``broken`` says why it cannot be used, without importing it."""
-
-    name: str
-    dist: str
-    version: str
-    summary: str
-    homepage: str
-    entry: EntryPoint
-    allowed: bool
-    broken: str | None = None
+def installed() -> dict[str, Offer]:
+    """All installed plugins by name, from entry points and metadata; nothing is imported."""
+    return by_name(PLUGINS)
 
 
-def installed() -> dict[str, PluginInfo]:
-    """All installed plugins by name, from entry points and dist metadata; nothing is imported."""
-    allow = allow_list()
-    found: dict[str, PluginInfo] = {}
-    for entry in sorted(entry_points(group=PLUGINS), key=lambda e: e.name):
-        meta = headers_of(entry.dist)
-        dist = meta.get("Name", "?")
-        broken = metadata_fault(entry, meta.get_all("Requires-Dist") or ())
-        if entry.name in found and found[entry.name].entry != entry:
-            broken = f"two installed packages offer it: {found[entry.name].dist} and {dist}; uninstall one"
-        found[entry.name] = PluginInfo(
-            name=entry.name,
-            dist=dist,
-            version=meta.get("Version", "?"),
-            summary=meta.get("Summary", ""),
-            homepage=homepage_of(meta),
-            entry=entry,
-            allowed=allow is None or entry.name in allow,
-            broken=broken,
-        )
+def by_name(group: str, name: str | None = None) -> dict[str, Offer]:
+    """The offers of a group (or that of one name) by name; where several packages claim one, its owner's, or a broken one if it has none.
+    """
+    found: dict[str, Offer] = {}
+    for offer in offers(group, name):
+        if offer.name not in found or (found[offer.name].broken and not offer.broken):
+            found[offer.name] = offer
     return found
-
-
-def headers_of(dist: Distribution | None) -> Message:
-    """A dist's metadata without its long description. ``dist.metadata``, ``dist.name`` and the like read all of it each time."""
-    text = (dist.read_text("METADATA") or dist.read_text("PKG-INFO") or "") if dist else ""
-    return HeaderParser().parsestr(text.partition("\n\n")[0])
-
-
-def homepage_of(meta: Message) -> str:
-    """The homepage that a dist's metadata names, or ""."""
-    for line in meta.get_all("Project-URL") or ():
-        label, _, url = str(line).partition(",")
-        if label.strip().lower() == "homepage":
-            return url.strip()
-    return str(meta.get("Home-page", ""))
-
-
-def allow_list() -> frozenset[str] | None:
-    """Names in ``DIFFGRAFT_PLUGINS``, or None when it is not set (all may load; an empty value allows none)."""
-    value = os.environ.get(ALLOW)
-    return None if value is None else frozenset(name.strip() for name in value.split(",") if name.strip())
-
-
-def metadata_fault(entry: EntryPoint, requires: Iterable[str]) -> str | None:
-    """What can be seen to be wrong from metadata and source text alone, or None."""
-    for text in requires:
-        try:
-            requirement = Requirement(text)
-        except InvalidRequirement as error:
-            return f"requirement {text!r} in its metadata: {error}"
-        if requirement.name in {"diffgraft", "diffgraft-core"}:
-            here = core_version()  # both are released together
-            if not requirement.specifier.contains(here, prereleases=True):
-                return f"needs {requirement.name} {requirement.specifier}, installed is {here}"
-    module, _, attribute = entry.value.partition(":")
-    top = module.partition(".")[0]
-    try:
-        spec = importlib.util.find_spec(top)
-    except (ImportError, ValueError) as error:
-        return f"module {top!r}: {error}"
-    if spec is None:
-        return f"module {top!r} is not installed (entry point {entry.value!r})"
-    if not attribute:
-        return f"entry point {entry.value!r} names a module; it must be 'module:PluginClass'"
-    if module == top and spec.origin and spec.origin.endswith(".py") and not is_compiled(spec.origin):
-        try:
-            with open(spec.origin, encoding="utf-8") as file:
-                ast.parse(file.read(), spec.origin)
-        except (OSError, SyntaxError) as error:
-            return f"{type(error).__name__}: {error}"
-    return None
-
-
-@cache
-def core_version() -> str:
-    """The version of the core that runs."""
-    return version("diffgraft-core")
-
-
-def is_compiled(source: str) -> bool:
-    """Whether a file has been compiled as it is now: then its text needs no look, which takes a list most of its time."""
-    try:
-        stat = os.stat(source)
-        with open(importlib.util.cache_from_source(source), "rb") as file:
-            head = file.read(16)
-    except (OSError, NotImplementedError):
-        return False
-    stamp = b"".join((number & 0xFFFFFFFF).to_bytes(4, "little") for number in (0, int(stat.st_mtime), stat.st_size))
-    return head == importlib.util.MAGIC_NUMBER + stamp
 
 
 def find(name: str) -> type[Plugin]:
@@ -144,41 +45,31 @@ def find(name: str) -> type[Plugin]:
         PluginNotFound: not installed, or not on the allow-list.
         BrokenPlugin: it cannot be imported, is not a Plugin, or was written for another contract number.
     """
-    known = installed()
-    info = known.get(name)
+    info = by_name(PLUGINS, name).get(name)
     if info is None:
+        known = installed()
         raise PluginNotFound(  # no pip line: the name of a package is never made up from what somebody typed
             f"no plugin {name!r} is installed{choices(name, known, 'Installed')} `diffgraft search` lists those that are published."
         )
-    if not info.allowed:
-        raise PluginNotFound(
-            f"plugin {name!r} is installed ({info.dist}) but {ALLOW}={os.environ[ALLOW]!r} does not allow it; add it there"
-        )
-    if info.broken:
-        raise BrokenPlugin(f"plugin {name!r} of {info.dist} {info.version} cannot be used: {info.broken}")
-    try:
-        loaded = info.entry.load()
-    except Exception as error:  # whatever a foreign package raises on import is its defect, told as such
-        raise BrokenPlugin(
-            f"plugin {name!r} of {info.dist} {info.version} fails to import: {type(error).__name__}: {error}; "
-            f"`pip install --upgrade {info.dist}` or remove it"
-        ) from error
-    check_class(loaded, f"plugin {name!r} of {info.dist} {info.version}")
+    loaded = info.load()
+    check_class(loaded, str(info))
     if loaded.name != name:
-        raise BrokenPlugin(f"plugin {name!r} of {info.dist} calls itself {loaded.name!r}; the two names must agree")
+        raise BrokenPlugin(f"{info} calls itself {loaded.name!r}; the two names must agree")
     return loaded  # type: ignore[no-any-return]
 
 
 def check_class(cls: object, what: str) -> None:
     """Raises BrokenPlugin unless ``cls`` is a complete plugin class for this contract."""
-    from diffgraft.kernel.plugin import API, Plugin  # it brings pydantic, which a list does not need
+    from diffgraft.kernel.plugin import Plugin  # it brings pydantic, which a list does not need
 
     if not (isinstance(cls, type) and issubclass(cls, Plugin)):
-        raise BrokenPlugin(f"{what} is {cls!r}, not a subclass of diffgraft.Plugin")
+        with blamed(f"{what} is not a subclass of diffgraft.Plugin, and"):
+            words = repr(cls)
+        raise BrokenPlugin(f"{what} is {words[:200]}, not a subclass of diffgraft.Plugin")
     if cls.api != API:
+        newer = isinstance(cls.api, int) and cls.api > API
         raise BrokenPlugin(
-            f"{what} was written for contract {cls.api}, this diffgraft speaks {API}; upgrade "
-            + ("diffgraft" if cls.api > API else "the plugin")
+            f"{what} was written for contract {cls.api!r}, this diffgraft speaks {API}; upgrade {'diffgraft' if newer else 'the plugin'}"
         )
     missing = [name for name in ("name", "paper", "families", "neutral") if not hasattr(cls, name)]
     if missing:
@@ -187,18 +78,54 @@ def check_class(cls: object, what: str) -> None:
         raise BrokenPlugin(f"{what} implements no hook point")
 
 
+# families ------------------------------------------------------------------------------------------------------------------------------
+
+
+def load_families(*, ours: bool = False) -> tuple[dict[str, Family], dict[str, str]]:
+    """(families by name, error by offer); only this project's when ``ours``. It imports no torch, and a broken one breaks no other."""
+    return _load_families(ours, tuple(sys.path), os.environ.get(ALLOW))
+
+
 @cache
-def load_families() -> tuple[dict[str, Family], dict[str, str]]:
-    """(families by name, error by entry-point name). Loading them imports no torch, and a broken one breaks no other."""
-    found: dict[str, Family] = {}
+def _load_families(ours: bool, path: tuple[str, ...], allow: str | None) -> tuple[dict[str, Family], dict[str, str]]:
+    known: dict[str, tuple[Offer, Family]] = {}
     faults: dict[str, str] = {}
-    for entry in sorted(entry_points(group=FAMILIES), key=lambda e: e.name):
-        try:
-            family = entry.load()
-            found[family.name] = family
-        except Exception as error:  # whatever a foreign package raises on import; shown by `doctor` and when a pipeline is not known
-            faults[entry.name] = f"{entry.value}: {type(error).__name__}: {error}"
-    return found, faults
+    for offer in offers(FAMILIES):
+        if offer.allowed and (offer.ours or not ours):
+            try:
+                known[offer.name] = offer, checked(offer, offer.load(), Family)
+            except BrokenPlugin as error:
+                faults[str(offer)] = str(error)
+    for pipeline in {name for _, family in known.values() for name in family.pipelines}:
+        claim = [(offer, family) for offer, family in known.values() if pipeline in family.pipelines]
+        for offer, _ in claim:
+            if len(claim) > 1 and not offer.ours:
+                others = " and ".join(str(other) for other, _ in claim if other is not offer)
+                faults[str(offer)] = f"{offer} describes {pipeline}, and so does {others}; uninstall one"
+    return {name: family for name, (offer, family) in known.items() if str(offer) not in faults}, faults
+
+
+def checked(offer: Offer, made: Any, cls: type[Any]) -> Any:
+    """What an offer stands for, if it is a ``cls`` of that name whose facts have the types that the class says.
+
+    Raises:
+        BrokenPlugin: it is not.
+    """
+    if not isinstance(made, cls):
+        raise BrokenPlugin(f"{offer} is a {type(made).__name__}, not a diffgraft.{cls.__name__}")
+    with blamed(f"{offer} is not a complete {cls.__name__}"):
+        facts_of(cls).validate_python(asdict(made))
+    if made.name != offer.name:
+        raise BrokenPlugin(f"{offer} calls itself {made.name!r}; the two names must agree")
+    return made
+
+
+@cache
+def facts_of(cls: type[Any]) -> Any:
+    """What holds values against the types of a dataclass's fields."""
+    from pydantic import TypeAdapter  # nothing of it is needed before something is loaded
+
+    return TypeAdapter(cls)
 
 
 def families() -> dict[str, Family]:
@@ -206,64 +133,114 @@ def families() -> dict[str, Family]:
     return load_families()[0]
 
 
+def family_of(names: list[str]) -> tuple[Family, str] | None:
+    """(the family that describes the first of these pipeline classes that is known, its name). Other packages' are looked into, and so
+    imported, only where this project's own know none."""
+    for ours in (True, False):
+        by_class = {name: family for family in load_families(ours=ours)[0].values() for name in family.pipelines}
+        for name in names:
+            if name in by_class:
+                return by_class[name], name
+    return None
+
+
 def find_family(pipeline_class: type) -> Family:
     """The family of a pipeline class, or of the nearest class it inherits from.
 
     Raises:
-        Unsupported: no family knows it; the text lists what a family must say, or what to install when there is no family at all.
+        Unsupported: a package that such pipelines cannot run without is not installed; or no family knows it, and then the text lists
+            what a family must say, or what to install when there is no family at all.
     """
+    found = family_of([cls.__name__ for cls in pipeline_class.__mro__])
+    if found is not None:
+        if lacking := missing_packages(*found):
+            raise Unsupported(
+                f"{found[1]} cannot make a picture without {', '.join(lacking)}, which is not installed: `pip install {' '.join(lacking)}`"
+            )
+        return found[0]
     known, faults = load_families()
     if not known and not faults:
         raise Unsupported(f"{pipeline_class.__name__}: {NO_FAMILY}")
-    by_class = {name: family for family in known.values() for name in family.pipelines}
-    for cls in pipeline_class.__mro__:
-        if cls.__name__ in by_class:
-            return by_class[cls.__name__]
+    by_class = [name for family in known.values() for name in family.pipelines]
     facts = ", ".join(field.name for field in fields(Family))
-    broken = f" Families that could not be loaded: {faults}." if faults else ""
+    broken = f" Families that could not be loaded: {'; '.join(faults.values())}." if faults else ""
     raise Unsupported(
         f"no family describes {pipeline_class.__name__}{nearest(pipeline_class.__name__, by_class)} A family is data: a "
         f"diffgraft.Family({facts}) registered through the entry-point group {FAMILIES!r}.{broken}"
     )
 
 
+def missing_packages(family: Family, pipeline: str) -> list[str]:
+    """The packages that this pipeline class cannot run without and that are not installed."""
+    return [name for name, needy in family.packages.items() if pipeline in needy and importlib.util.find_spec(name) is None]
+
+
+# bundled pipelines, kinds of needs -------------------------------------------------------------------------------------------------------
+
+
+def find_named(group: str, name: str) -> Any:
+    """What an offer of a group stands for; None where nothing of that name is offered.
+
+    Raises:
+        PluginNotFound, BrokenPlugin: it may not be loaded, or cannot.
+    """
+    offer = by_name(group, name).get(name)
+    return None if offer is None else offer.load()
+
+
 def find_need(kind: str, plugin: str) -> Callable[[Any, Any, Any, Any], Any]:
     """The function (plugin, need, value, target) -> thing that fetches and checks what plugins need of this kind.
 
     Raises:
-        BrokenPlugin: nothing that is installed offers it.
+        BrokenPlugin: nothing that is installed offers it, or what does is broken.
+        PluginNotFound: it is not on the allow-list.
     """
-    offered = {entry.name: entry for entry in entry_points(group=NEEDS)}
-    if kind not in offered:
-        raise BrokenPlugin(f"plugin {plugin!r} needs something of an unknown kind {kind!r}{choices(kind, sorted(offered), 'Known')}")
-    return offered[kind].load()  # type: ignore[no-any-return]
+    found = find_named(NEEDS, kind)
+    if found is None:
+        known = choices(kind, by_name(NEEDS), "Known")
+        raise BrokenPlugin(f"plugin {plugin!r} needs something of an unknown kind {kind!r}{known}")
+    if not callable(found):
+        raise BrokenPlugin(f"{by_name(NEEDS, kind)[kind]} is a {type(found).__name__}, not callable")
+    return found  # type: ignore[no-any-return]
 
 
 def bundled() -> dict[str, Bundled]:
-    """All bundled checkpoints by name."""
-    return {entry.name: entry.load() for entry in sorted(entry_points(group=PIPELINES), key=lambda e: e.name)}
+    """All bundled checkpoints that can be used, by name."""
+    found = {}
+    for name in bundled_names():
+        try:
+            found[name] = find_bundled(name)
+        except DiffgraftError:  # `doctor` says what is wrong with it, and so does naming it
+            continue
+    return found
 
 
 def bundled_names() -> list[str]:
     """Names of the bundled checkpoints, without importing their packages."""
-    return sorted({entry.name for entry in entry_points(group=PIPELINES)})
+    return [name for name, offer in by_name(PIPELINES).items() if offer.allowed and not offer.broken]
 
 
 def find_bundled(name: str) -> Bundled:
-    """Raises PipelineNotFound with the nearest names."""
-    known = bundled()
-    if name not in known:
-        here = importlib.util.find_spec(CHECKPOINTS.replace("-", "_")) is not None
-        brings = "" if here else f"`pip install {CHECKPOINTS}` brings emoji-sd and others that run offline. "
-        raise PipelineNotFound(
-            f"{name!r} is no bundled pipeline{nearest(name, known)} "
-            f"Bundled: {', '.join(known) or 'none'}. {brings}"
-            "Otherwise give a folder that exists or a Hub id 'owner/name'."
-        )
-    return known[name]
+    """One bundled checkpoint.
+
+    Raises:
+        PipelineNotFound: there is none of that name, with the nearest names.
+        PluginNotFound, BrokenPlugin: it may not be loaded, or cannot.
+    """
+    offer = by_name(PIPELINES, name).get(name)
+    if offer is not None:
+        return checked(offer, offer.load(), Bundled)  # type: ignore[no-any-return]
+    known = bundled_names()
+    here = importlib.util.find_spec(CHECKPOINTS.replace("-", "_")) is not None
+    brings = "" if here else f"`pip install {CHECKPOINTS}` brings emoji-sd and others that run offline. "
+    raise PipelineNotFound(
+        f"{name!r} is no bundled pipeline{nearest(name, known)} "
+        f"Bundled: {', '.join(known) or 'none'}. {brings}"
+        "Otherwise give a folder that exists or a Hub id 'owner/name'."
+    )
 
 
 def bundled_of(name: str | os.PathLike[str]) -> Bundled | None:
     """The bundled checkpoint of this name; None for a folder (which goes first) or a Hub id."""
     text = os.fspath(name)
-    return find_bundled(text) if text in bundled_names() and not os.path.isdir(name) else None
+    return find_bundled(text) if by_name(PIPELINES, text) and not os.path.isdir(name) else None

@@ -36,14 +36,14 @@ def keep_unfinished(result: Unfinished, pipeline: str, out: Path) -> None:
     write_json(result, pipeline, out)
     (out / "compare.png").unlink(missing_ok=True)
     rounds = f"{result.whole_rounds} of {result.settings.repeats} rounds are whole"
-    typer.secho(f"unfinished: {result.error} during {result.during}; {rounds}", fg="yellow", err=True)
+    say((f"unfinished: {result.error} during {result.during}; {rounds}", "yellow"), err=True)
     for part in result.arms:
         if part.latency is not None:
             facts = [seconds_text(part.latency.seconds.p50)]
             facts += [] if part.arm.kind == "baseline" else [f"{part.latency.of_medians:.2f}x"]
             facts += [f"PSNR {part.fidelity.psnr_mean:.1f}"] if part.fidelity and part.fidelity.psnr_mean is not None else []
-            typer.echo(f"{part.arm.name}: {', '.join(facts)}", err=True)
-    typer.secho(f"what was measured is in {out / 'compare.json'}, marked as unfinished", fg="yellow", err=True)
+            say(f"{part.arm.name}: {', '.join(facts)}", err=True)
+    say((f"what was measured is in {out / 'compare.json'}, marked as unfinished", "yellow"), err=True)
 
 
 def print_comparison(result: Comparison) -> None:
@@ -53,30 +53,30 @@ def print_comparison(result: Comparison) -> None:
     out.print()
     out.print(fidelity_table(result))
     out.print()
-    typer.echo(f"fewer steps at equal time: {result.equal_time}.")
+    say(f"fewer steps at equal time: {result.equal_time}.")
     if result.always:
-        typer.echo(f"in every arm, the baseline included: {', '.join(result.always)}.")
+        say(f"in every arm, the baseline included: {', '.join(result.always)}.")
     if result.advantage is not None:
         fewer = result.arms[-1].arm.name
-        typer.echo(f"PSNR of {result.equal_time.matched_to} above that of {fewer}: {result.advantage} dB (95 % interval).")
+        say(f"PSNR of {result.equal_time.matched_to} above that of {fewer}: {result.advantage} dB (95 % interval).")
     if result.product is not None:
-        typer.echo(f"{result.product}.")
+        say(f"{result.product}.")
     idle = dict.fromkeys(name for item in result.arms for name in item.inactive)
     if idle:
-        typer.secho(f"inactive, said to have done nothing here: {', '.join(idle)}. What their rows show is noise.", fg="yellow")
+        say((f"inactive, said to have done nothing here: {', '.join(idle)}. What their rows show is noise.", "yellow"))
     told: set[str] = set()
     for item in result.arms:
         if item.changed_nothing:
-            typer.secho(f"{item.arm.name} changed nothing: every picture equals the baseline's bit for bit.", fg="yellow")
+            say((f"{item.arm.name} changed nothing: every picture equals the baseline's bit for bit.", "yellow"))
         for note in item.notes:
             if note not in told:  # the stack's plugins say what they said alone
                 told.add(note)
-                typer.echo(note)
+                say(note)
     for warning in result.warnings:
-        typer.secho(warning, fg="yellow")
+        say((warning, "yellow"))
     load = result.environment["load"]
     if load is not None and result.environment["load_after"][0] > (result.environment["cpus"] or 1) + 0.5:
-        typer.secho("this machine was busy with other work: the ratios were measured in turn and hold better than the seconds", fg="yellow")
+        say(("this machine was busy with other work: the ratios were measured in turn and hold better than the seconds", "yellow"))
 
 
 def speed_table(result: Comparison) -> Table:

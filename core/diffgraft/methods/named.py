@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from importlib import import_module
-from importlib.metadata import entry_points
 from typing import Any
 
+from diffgraft.kernel import registry
 from diffgraft.kernel.errors import ConfigError, choices
+from diffgraft.kernel.foreign import said
 
 
 def find_callable(knob: str, value: Any, group: str, what: str) -> tuple[str, Callable[..., Any]]:
@@ -18,23 +19,23 @@ def find_callable(knob: str, value: Any, group: str, what: str) -> tuple[str, Ca
 
     Raises:
         ConfigError: it is none of them.
+        PluginNotFound, BrokenPlugin: an entry point that may not be loaded, or cannot.
     """
     if callable(value):
         return getattr(value, "__name__", type(value).__name__), value
-    registered = {entry.name: entry for entry in entry_points(group=group)}
     name = str(value)
-    if name in registered:
-        return name, registered[name].load()
-    module, colon, attribute = name.partition(":")
-    if not colon:
-        raise ConfigError(
-            f"{knob} = {value!r} is no {what}{choices(name, sorted(registered), 'Installed')} "
-            "Or give a callable or 'package.module:name'."
-        )
-    try:
-        found = getattr(import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
-        raise ConfigError(f"{knob} = {value!r}: {error}") from error
+    found = registry.find_named(group, name)
+    if found is None:
+        module, colon, attribute = name.partition(":")
+        if not colon:
+            raise ConfigError(
+                f"{knob} = {value!r} is no {what}{choices(name, registry.by_name(group), 'Installed')} "
+                "Or give a callable or 'package.module:name'."
+            )
+        try:
+            found = getattr(import_module(module), attribute)
+        except (Exception, SystemExit) as error:  # a foreign module may raise anything on import
+            raise ConfigError(f"{knob} = {value!r}: {said(error)}") from error
     if not callable(found):
         raise ConfigError(f"{knob} = {value!r}: {type(found).__name__} is not callable")
     return name, found

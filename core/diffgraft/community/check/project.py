@@ -154,17 +154,17 @@ def from_folder(root: Path) -> Project:
     return Project(name, str(value), str(project.get("name", "")), package, root, project, text)
 
 
-def from_installed(info: registry.PluginInfo) -> Project:
+def from_installed(info: registry.Offer) -> Project:
     """An installed plugin: its source folder where the package lies in one, else what the wheel brought."""
-    module = info.entry.module.partition(".")[0]
+    module = info.module.partition(".")[0]
     spec = importlib.util.find_spec(module)
     if info.broken or spec is None or not spec.submodule_search_locations:
         raise BrokenPlugin(f"plugin {info.name!r} of {info.dist} cannot be checked: {info.broken or f'{module} is no package'}")
     package = Path(next(iter(spec.submodule_search_locations))).resolve()
     for root in (package.parent, package.parent.parent):
-        if (root / "pyproject.toml").is_file() and root.joinpath("pyproject.toml").read_text(encoding="utf-8").find(info.entry.value) >= 0:
+        if (root / "pyproject.toml").is_file() and root.joinpath("pyproject.toml").read_text(encoding="utf-8").find(info.value) >= 0:
             return from_folder(root)
-    dist = info.entry.dist
+    dist = info.distribution
     meta: Any = dist.metadata if dist else {}
     requires = [text for text in (dist.requires or []) if "extra ==" not in text] if dist else []
     project = {
@@ -173,4 +173,4 @@ def from_installed(info: registry.PluginInfo) -> Project:
         "license": meta.get("License-Expression") or meta.get("License") or "",
         "requires-python": meta.get("Requires-Python"),
     }
-    return Project(info.name, info.entry.value, info.dist, package, None, project, str(meta.get_payload() if dist else ""))
+    return Project(info.name, info.value, info.dist, package, None, project, str(meta.get_payload() if dist else ""))

@@ -106,17 +106,17 @@ def print_tuning(result: Tuning) -> None:
     out.print(finals_table(result))
     out.print()
     stop = ", the whole space" if result.exhausted else ""
-    typer.echo(f"{len(result.trials)} candidates in {result.spent:.0f} s{stop}; {len(result.front)} on the front, {len(refused)} refused")
+    say(f"{len(result.trials)} candidates in {result.spent:.0f} s{stop}; {len(result.front)} on the front, {len(refused)} refused")
     for reason, candidate in {trial.reason: trial.candidate for trial in reversed(refused)}.items():  # the first of each reason
-        typer.echo(f"refused: {candidate}: {reason}")
+        say(f"refused: {candidate}: {reason}")
     for name, why in result.left_out.items():
-        typer.echo(f"not tried: {name}: {why}")
+        say(f"not tried: {name}: {why}")
     if not any(final.kind == "stack" for final in result.finals):
-        typer.echo(f"no stack reached {result.settings.goal} in the search")
-    typer.secho(verdict(result), fg="green" if result.winner else "yellow")
+        say(f"no stack reached {result.settings.goal} in the search")
+    say((verdict(result), "green" if result.winner else "yellow"))
     if not result.best.surely:
-        typer.echo(f"the interval contains the target: with other prompts {result.settings.goal} may be missed")
-    typer.echo(result.best.ready)
+        say(f"the interval contains the target: with other prompts {result.settings.goal} may be missed")
+    say(result.best.ready)
 
 
 def finals_table(result: Tuning) -> Table:

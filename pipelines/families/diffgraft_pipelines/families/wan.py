@@ -17,5 +17,6 @@ family = Family(
     prediction="flow",
     latents="bcfhw",
     appended="channels",  # image to video: mask and start picture
+    packages={"ftfy": ("WanImageToVideoPipeline", "WanVideoToVideoPipeline")},  # text to video does without
     tiny="diffgraft_pipelines.tiny.wan:make",
 )
