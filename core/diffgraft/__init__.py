@@ -51,7 +51,8 @@ if TYPE_CHECKING:
     from diffgraft.kernel.facts import AttentionInfo, BlockInfo, Step, Target
     from diffgraft.kernel.family import BlockGroup, Bundled, Family, Guidance, Tiny
     from diffgraft.kernel.loading import load_pipeline, unload
-    from diffgraft.kernel.plugin import API, Effects, Need, Paper, Plugin
+    from diffgraft.kernel.offers import API
+    from diffgraft.kernel.plugin import Effects, Need, Paper, Plugin
     from diffgraft.methods.watching import Calibrator, Inverter, Watcher
 
 logging.getLogger("diffgraft").addHandler(logging.NullHandler())  # silent until its user turns it on
@@ -60,7 +61,8 @@ _LAZY = {
     **dict.fromkeys(("ArtefactMismatch", "BrokenPlugin", "CatalogueError", "ConfigError", "Conflict", "DiffgraftError"), "kernel.errors"),
     **dict.fromkeys(("NeverFired", "PipelineNotFound", "PluginNotFound", "RewardError", "Unsupported", "nearest"), "kernel.errors"),
     **dict.fromkeys(("BlockGroup", "Bundled", "Family", "Guidance", "Tiny"), "kernel.family"),
-    **dict.fromkeys(("API", "Effects", "Need", "Paper", "Plugin"), "kernel.plugin"),
+    "API": "kernel.offers",
+    **dict.fromkeys(("Effects", "Need", "Paper", "Plugin"), "kernel.plugin"),
     "PluginConfig": "kernel.config",
     **dict.fromkeys(("load_pipeline", "unload"), "kernel.loading"),
     **dict.fromkeys(("Step", "BlockInfo", "AttentionInfo", "Target"), "kernel.facts"),

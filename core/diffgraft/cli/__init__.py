@@ -17,10 +17,13 @@ from diffgraft.cli.community import check, new
 from diffgraft.cli.listing import doctor, list_plugins, show
 from diffgraft.cli.making import calibrate, evolve, invert
 from diffgraft.cli.measuring import compare, tune
-from diffgraft.cli.mistakes import Command
+from diffgraft.cli.mistakes import Command, Group
 from diffgraft.cli.running import again, run
+from diffgraft.kernel.foreign import plain
+from diffgraft.lab.terminal import console, say
 
 app = typer.Typer(
+    cls=Group,
     no_args_is_help=True,
     pretty_exceptions_show_locals=False,
     help="Graft paper methods onto standard diffusers pipelines: one plugin per paper, stacked.",
@@ -29,8 +32,15 @@ app = typer.Typer(
 
 def show_version(wanted: bool) -> None:
     if wanted:
-        typer.echo(f"diffgraft {__version__}")
+        say(f"diffgraft {__version__}")
         raise typer.Exit
+
+
+class Plain(logging.Formatter):
+    """Messages hold what others wrote."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return plain(super().format(record), lines=True)
 
 
 class Once(logging.Filter):
@@ -48,10 +58,10 @@ class Once(logging.Filter):
 
 def listen(ctx: typer.Context, verbose: int) -> None:
     """Show what the core's logger says while this command runs: warnings, with -v what it does, with -vv everything."""
-    from rich.console import Console
     from rich.logging import RichHandler
 
-    handler = RichHandler(console=Console(stderr=True), show_path=False, show_time=False)
+    handler = RichHandler(console=console(err=True), show_path=False, show_time=False)
+    handler.setFormatter(Plain("%(message)s"))
     handler.addFilter(Once())
     logger, before = logging.getLogger("diffgraft"), logging.getLogger("diffgraft").level
     logger.addHandler(handler)

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from diffgraft.kernel.errors import ConfigError
+from diffgraft.lab.terminal import say
 from diffgraft.methods.files import check_file, write_atomic
 
 Name = Annotated[str | None, typer.Argument(metavar="NAME", help="The method's short name in snake_case.")]

@@ -6,13 +6,15 @@ import json
 import re
 import textwrap
 from dataclasses import asdict
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from diffgraft.cli.options import AsJson, Wide, plugin_names
 from diffgraft.community.quality import tier_of
 from diffgraft.kernel import registry
+from diffgraft.kernel.offers import PLUGINS, offers
+from diffgraft.lab.terminal import ROOMY, SPACIOUS, coloured, console, say
 
 BRINGS = {
     "plugins": "`diffgraft search` shows which there are, `pip install diffgraft-deepcache` brings one",
@@ -26,28 +28,38 @@ def list_plugins(
     markdown: Annotated[bool, typer.Option(help="Print a Markdown table (imports the plugins).")] = False,
     wide: Wide = False,
 ) -> None:
-    """List the installed plugins, without importing any."""
+    """List the installed plugins, without importing any.
+
+    "ok" is one against which neither its metadata nor the last `diffgraft doctor`, which imports them, speaks.
+    """
     if markdown:
         from diffgraft.community.tables import installed_table
 
         table, faults = installed_table()
-        say(table, nl=False)
+        say(table.rstrip("\n"))
         for fault in faults:
             say((fault, "red"), err=True)
         return
-    rows = [
-        {
-            "name": info.name,
-            "summary": info.summary,
-            "version": info.version,
-            "dist": info.dist,
-            "tier": tier_of(info.entry.module),
-            "allowed": info.allowed,
-            "status": "broken" if info.broken else "ok" if info.allowed else "not allowed",
-            "reason": info.broken or (None if info.allowed else f"not in {registry.ALLOW}"),
-        }
-        for info in registry.installed().values()
-    ]
+    from diffgraft.lab.checkup import recall
+
+    found = offers(PLUGINS)
+    tried = recall(found)
+    rows = []
+    for info in found:
+        fault = info.broken or tried.get(str(info))
+        rows.append(
+            {
+                "name": info.name,
+                "summary": info.summary,
+                "version": info.version,
+                "dist": info.dist,
+                "tier": tier_of(info.module),
+                "allowed": info.allowed,
+                "status": "broken" if fault else "ok" if info.allowed else "not allowed",
+                "reason": fault or (None if info.allowed else f"not in {registry.ALLOW}"),
+                "tried": str(info) in tried,
+            }
+        )
     if as_json:
         say(json.dumps(rows, indent=2))
         return
@@ -55,8 +67,6 @@ def list_plugins(
         say("no plugin is installed; `pip install diffgraft-deepcache` brings one")
         return
     from rich.table import Table
-
-    from diffgraft.lab.terminal import ROOMY, console, escaped
 
     screen = console(wide)
     columns = ["name"]
@@ -73,8 +83,8 @@ def list_plugins(
     out.add_column("what it does")
     colours = {"ok": "green", "broken": "red", "not allowed": "yellow"}
     for row in rows:
-        cells = [f"[{colours[str(row[c])]}]{row[c]}[/]" if c == "status" else escaped(row[c] or "") for c in columns]
-        out.add_row(*cells, escaped(row["summary"] if wide else brief(str(row["summary"]), room)))
+        cells = [coloured((str(row[c]), colours[str(row[c])])) if c == "status" else str(row[c] or "") for c in columns]
+        out.add_row(*cells, str(row["summary"]) if wide else brief(str(row["summary"]), room))
     screen.print(out)
     for row in rows:
         if row["reason"] is not None:
@@ -96,19 +106,48 @@ def show(
     from diffgraft.community.tables import describe, knobs
 
     cls = registry.find(name)
-    facts = describe(cls, registry.installed()[name])
+    info = registry.installed()[name]
+    with registry.blamed(f"{info} does not say what it is"):  # what it declares is read here, and may be anything
+        facts, rows = describe(cls, info), knobs(cls)
+        lines, written = lines_of(facts), json.dumps(facts, indent=2, default=str)
     if as_json:
-        say(json.dumps(facts, indent=2, default=str))
+        say(written)
         return
     from rich.padding import Padding
     from rich.table import Table
 
-    from diffgraft.lab.terminal import SPACIOUS, console, escaped
+    title = f"{name} - {facts['summary']}"
+    about = Table(box=None, show_header=False, pad_edge=False, title=title, title_justify="left", title_style="bold")
+    about.add_column(style="cyan", no_wrap=True)
+    about.add_column(overflow="fold")
+    for key, text in lines.items():
+        if text:
+            about.add_row(key, text)
+    screen = console(wide)
+    screen.print(about)
+    screen.print()
+    if not rows:
+        screen.print("it has no knobs")
+        return
+    if screen.width < SPACIOUS:
+        for knob in rows:
+            screen.print(coloured((knob.name, "bold"), f": {knob.allowed} (default: {knob.default})"))
+            screen.print(Padding(knob.description, (0, 0, 0, 4)))
+        return
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in ("knob", "allowed", "default", "what it is"):
+        table.add_column(column, no_wrap=column == "knob", overflow="fold")
+    for knob in rows:
+        table.add_row(knob.name, knob.allowed, str(knob.default), knob.description)
+    screen.print(table)
 
+
+def lines_of(facts: dict[str, Any]) -> dict[str, str]:
+    """What a plugin declares, for people: title of a line -> its text."""
     paper = facts["paper"]
-    lines = {
+    return {
         "package": f"{facts['dist']} {facts['version']}",
-        "tier": facts["tier"],
+        "tier": facts["tier"] or "",
         "paper": f"{paper['title']}, arXiv:{paper['arxiv']}" if paper["arxiv"] else paper["title"],
         "implemented": paper["implemented"],
         "omitted": paper["omitted"],
@@ -119,30 +158,6 @@ def show(
         "pipelines": ", ".join(facts["pipelines"]),
         "changes nothing at": ", ".join(f"{k}={json.dumps(v, default=str)}" for k, v in facts["neutral"].items()) or "no setting",
     }
-    title = f"{name} - {facts['summary']}"
-    about = Table(box=None, show_header=False, pad_edge=False, title=title, title_justify="left", title_style="bold")
-    about.add_column(style="cyan", no_wrap=True)
-    about.add_column(overflow="fold")
-    for key, text in lines.items():
-        if text:
-            about.add_row(key, escaped(text))
-    screen = console(wide)
-    screen.print(about)
-    screen.print()
-    if not knobs(cls):
-        screen.print("it has no knobs")
-        return
-    if screen.width < SPACIOUS:
-        for knob in knobs(cls):
-            screen.print(f"[bold]{knob.name}[/]: {escaped(knob.allowed)} (default: {escaped(str(knob.default))})")
-            screen.print(Padding(escaped(knob.description), (0, 0, 0, 4)))
-        return
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in ("knob", "allowed", "default", "what it is"):
-        table.add_column(column, no_wrap=column == "knob", overflow="fold")
-    for knob in knobs(cls):
-        table.add_row(knob.name, escaped(knob.allowed), escaped(str(knob.default)), escaped(knob.description))
-    screen.print(table)
 
 
 def doctor(as_json: AsJson = False) -> None:
@@ -166,13 +181,15 @@ def doctor(as_json: AsJson = False) -> None:
     for title, checks in (("plugins", found.plugins), ("families", found.families), ("pipelines", found.pipelines)):
         for i, check in enumerate(checks):
             colour = {"ok": "green", "broken": "red"}.get(check.status, "yellow")
-            say(f"{title if i == 0 else '':<12}" + typer.style(f"{check.status:<12}", fg=colour) + f"{check.name}: {check.detail}")
+            say(f"{title if i == 0 else '':<12}", (f"{check.status:<12}", colour), f"{check.name}: {check.detail}")
         if not checks:
             say(f"{title:<12}none" + (f"; {BRINGS[title]}" if title in BRINGS else ""))
+    if found.not_kept is not None:
+        say((f"`diffgraft list` will not know of this: {found.not_kept}", "yellow"), err=True)
     if found.broken:
         say((f"broken: {', '.join(check.name for check in found.broken)}", "red"), err=True)
     for text in found.missing:
         say((text, "red"), err=True)
     if not found.ok:
         raise typer.Exit(1)
-    say(("all is well", "green"))
+    say(("all is well", "green"), "".join(f"; incomplete: {check.name}" for check in found.families if check.status == "incomplete"))

@@ -24,6 +24,7 @@ from diffgraft.cli.options import (
 from diffgraft.cli.steady import steady
 from diffgraft.kernel import registry
 from diffgraft.kernel.errors import ConfigError
+from diffgraft.lab.terminal import say
 from diffgraft.methods.files import check_file
 
 
@@ -46,7 +47,7 @@ def calibrate(
     threads: Threads = None,
 ) -> None:
     """Measure what a plugin needs to know of a model; an interrupted calibration goes on where it stopped."""
-    from diffgraft.cli.values import call_settings, load_bare, parse_assignments, plugin_specs, read_prompts, refusals
+    from diffgraft.cli.values import call_settings, load_bare, parse_assignments, plugin_specs, read_prompts
 
     specs = plugin_specs([plugin], option)
     texts = read_prompts(prompt, prompts)
@@ -62,7 +63,7 @@ def calibrate(
     call = call_settings(steps, guidance_scale, negative_prompt, height, width, None, extra)
     pipe, built = load_bare(pipeline, specs, device, dtype)
     samples = make_samples(pipe, [seed + i for i in range(len(texts))], texts)
-    with steady(threads), progress() as on_progress, refusals(pipe):
+    with steady(threads), progress() as on_progress:
         artefact = measure(pipe, built[0], samples, call, path, on_progress=on_progress)
     made = artefact.made_for
     say(f"wrote {path}: for {made.pipeline}, {made.scheduler}, {made.steps} steps, latents {made.shape}, from {len(texts)} prompts")
@@ -115,7 +116,6 @@ def evolve(
         parse_assignments,
         plugin_specs,
         read_prompts,
-        refusals,
     )
 
     specs = plugin_specs([plugin, *(beside or [])], option)
@@ -138,7 +138,7 @@ def evolve(
     pipe, built = load_bare(pipeline, specs, device, dtype)
     pipe.set_progress_bar_config(disable=True)
     samples = make_samples(pipe, [seed + i for i in range(len(texts))], texts)
-    with steady(threads), progress() as on_progress, refusals(pipe):
+    with steady(threads), progress() as on_progress:
         found = find_settings(
             pipe, built[0], samples, call, path, judged, plan=plan, knobs=knobs, beside=built[1:], batch=batch, on_progress=on_progress
         )
@@ -167,7 +167,7 @@ def invert(
     check: Annotated[bool, typer.Option("--check", help="Make the picture again and tell how near it comes.")] = False,
 ) -> None:
     """Walk from a picture back to the noise that it comes from; `run` with the code makes it again, or edits it."""
-    from diffgraft.cli.values import call_settings, load_bare, parse_assignments, plugin_specs, refusals
+    from diffgraft.cli.values import call_settings, load_bare, parse_assignments, plugin_specs
 
     specs = plugin_specs([plugin], option)
     extra = parse_assignments(arg, "-a")
@@ -182,10 +182,9 @@ def invert(
     settings = call_settings(steps, guidance_scale, negative_prompt, height, width, image, extra)
     pipe, built = load_bare(pipeline, specs, device, dtype)
     [sample] = make_samples(pipe, [0], [prompt] if prompt is not None else [])
-    with refusals(pipe):
-        picture, settings = settings.image, replace(settings, image=None)
-        code = walk_back(pipe, built[0], picture, sample, settings, path)
-        near = round_trip(pipe, built[0], picture, sample, settings, code) if check else None
+    picture, settings = settings.image, replace(settings, image=None)
+    code = walk_back(pipe, built[0], picture, sample, settings, path)
+    near = round_trip(pipe, built[0], picture, sample, settings, code) if check else None
     made = code.made_for
     guidance = "" if (scale := code.facts["guidance_scale"]) is None else f", guidance {scale:g}"
     say(f"wrote {path}: {made.pipeline}, {made.steps} steps{guidance}, latents {made.shape}")

@@ -33,6 +33,7 @@ from diffgraft.cli.options import (
 from diffgraft.cli.steady import steady, tell
 from diffgraft.kernel import registry
 from diffgraft.kernel.errors import ConfigError
+from diffgraft.lab.terminal import say
 from diffgraft.methods.extras import imported
 from diffgraft.methods.files import check_folder
 
@@ -94,7 +95,6 @@ def compare(
         parse_seeds,
         plugin_specs,
         read_prompts,
-        refusals,
     )
 
     imported("torchmetrics", "`diffgraft compare`")  # said before anything is loaded
@@ -135,7 +135,7 @@ def compare(
         plugin_steps=plugin_steps,
     )
     judge = load_judge(bundled) if bundled else None
-    with steady(threads) as warning, progress() as on_progress, refusals(pipe):
+    with steady(threads) as warning, progress() as on_progress:
         result = measure(
             pipe,
             built,
@@ -195,7 +195,7 @@ def tune(
     threads: Threads = None,
 ) -> None:
     """Find the fastest stack, settings and number of steps that reach a fidelity; an interrupted run goes on where it stopped."""
-    from diffgraft.cli.values import call_settings, load_bare, parse_assignments, plugin_specs, read_prompts, refusals
+    from diffgraft.cli.values import call_settings, load_bare, parse_assignments, plugin_specs, read_prompts
     from diffgraft.lab.tune import tune as look
     from diffgraft.lab.tune.goal import Goal, TuneSettings, parse_budget
     from diffgraft.lab.tune.space import find_plugins
@@ -241,7 +241,7 @@ def tune(
     )
     judge = load_judge(bundled) if bundled and goal.measure == "judge" else None
     more: dict[str, Any] = {"judge": judge, "left_out": left_out, "command": shlex.join(["diffgraft", *sys.argv[1:]]), "started": started}
-    with steady(threads) as warning, progress() as on_progress, refusals(pipe):
+    with steady(threads) as warning, progress() as on_progress:
         result = look(pipe, found, settings, out, name=pipeline, on_progress=on_progress, **more)
     kept(lambda place: write_plot(result, pipeline, place), out)
     print_tuning(result)

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import typer
 from PIL import Image, ImageOps
 
 from diffgraft.kernel.errors import ConfigError, PipelineNotFound
+from diffgraft.lab.terminal import say
 
 if TYPE_CHECKING:
     from diffgraft.methods.inputs import CallSettings

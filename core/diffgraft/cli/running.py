@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import time
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -24,12 +24,14 @@ from diffgraft.cli.options import (
     Steps,
     Width,
 )
-from diffgraft.kernel.errors import ConfigError
+from diffgraft.kernel.errors import ConfigError, DiffgraftError, NeverFired, OutputError
+from diffgraft.kernel.foreign import said
+from diffgraft.lab.terminal import say
 from diffgraft.methods.files import check_file
 
 if TYPE_CHECKING:
     from diffgraft.lab.recipes import Recipe, Record
-    from diffgraft.methods.inputs import Pictures
+    from diffgraft.methods.inputs import CallSettings, Pictures
 
 
 def run(
@@ -44,7 +46,7 @@ def run(
     steps: Steps = None,
     guidance_scale: GuidanceScale = None,
     seed: Annotated[int, typer.Option(help="Seed of the noise; picture i of several has seed + i.")] = 0,
-    num_images: Annotated[int, typer.Option(min=1, help="How many pictures (or videos).")] = 1,
+    num_images: Annotated[int, typer.Option(min=1, max=1000, help="How many pictures (or videos).")] = 1,
     height: Height = None,
     width: Width = None,
     class_label: ClassLabels = None,
@@ -96,10 +98,11 @@ def run(
         dtype=dtype,
         backend=backend,
     )
-    pictures, record = make(recipe)
-    records = [record.model_copy(update={"picture": i}) for i in range(num_images)] if metadata else []
-    for path in kept(lambda place: save_pictures(pictures, place, records), out):
-        say(f"wrote {path}")
+    made = make(recipe)
+    records = [made.record.model_copy(update={"picture": i}) for i in range(num_images)] if metadata and made.record else []
+    for path in kept(lambda place: save_pictures(made.pictures, place, records), out, ".png"):
+        made.lines.append(f"wrote {path}")
+    made.tell()
 
 
 def again(
@@ -121,25 +124,46 @@ def again(
             raise ConfigError(f"{file} was made from {path}, which is not there any more or is another file now")
     say(record.line())
     recipe = record.recipe if device is None else record.recipe.model_copy(update={"device": device})
-    pictures, made = make(recipe)
-    frames = to_images(pictures[record.picture])
-    made = made.model_copy(update={"picture": record.picture})
-    kept(lambda place: write_atomic(place, encode(frames, out.suffix.lower(), made)), out)
+    made = make(recipe)
+    frames = to_images(made.pictures[record.picture])
+    anew = made.record.model_copy(update={"picture": record.picture}) if made.record else None
+    kept(lambda place: write_atomic(place, encode(frames, place.suffix.lower(), anew)), out, ".png")
+    made.tell()
     same = same_picture(file, encode(frames, file.suffix.lower()))
     changed = {name: old for name, old in record.versions.items() if versions_of([name]).get(name) != old}
     why = "".join(f"; made with {name} {old}, here {versions_of([name])[name]}" for name, old in changed.items())
     say(f"wrote {out}: " + ("the same, bit for bit" if same else f"not the same{why}"))
 
 
-def make(recipe: Recipe) -> tuple[Pictures, Record]:
-    """The pictures of a recipe, and the record of their making; says how the run went."""
+@dataclass
+class Made:
+    """What came of a recipe. Nothing is printed and nothing is raised before the pictures are in their files.
+
+    record  of their making, where it could be had
+    lines   how the run went
+    fault   what went wrong once the pictures were there
+    """
+
+    pictures: Pictures
+    record: Record | None = None
+    lines: list[str] = field(default_factory=list)
+    fault: DiffgraftError | None = None
+
+    def tell(self) -> None:
+        """Say how it went; raises ``fault``."""
+        for line in self.lines:
+            say(line)
+        if self.fault is not None:
+            raise self.fault
+
+
+def make(recipe: Recipe) -> Made:
+    """The pictures of a recipe, and the record of their making."""
     from diffgraft.cli.pictures import check_controlnet, class_for, fitted, load_controlnet, read_given, strength_for
-    from diffgraft.cli.values import call_settings, load_bare, refusals
+    from diffgraft.cli.values import call_settings, load_bare
     from diffgraft.kernel import registry
-    from diffgraft.kernel.defaults import own_defaults
     from diffgraft.kernel.loading import load_pipeline, resolve
-    from diffgraft.lab.recipes import Record, digest_of, versions_of
-    from diffgraft.methods.inputs import default_steps, make_pictures, make_samples, parameters
+    from diffgraft.methods.inputs import as_array, make_pictures, make_samples
     from diffgraft.methods.variants import as_variant
 
     given = read_given(recipe.image, recipe.mask, recipe.control_image, recipe.controlnet, recipe.strength)
@@ -168,15 +192,33 @@ def make(recipe: Recipe) -> tuple[Pictures, Record]:
     prompts = [recipe.prompt] if recipe.prompt is not None else list(bundled.prompts[:1]) if bundled else []
     samples = make_samples(pipe, [recipe.seed + i for i in range(recipe.num_images)], prompts, recipe.class_label)
 
-    with refusals(pipe):
-        started = time.perf_counter()
-        pictures = make_pictures(pipe, samples, call)
-        seconds = time.perf_counter() - started
-    if recipe.prompt is None and prompts:
-        say(f"no --prompt was given: {prompts[0]!r}")
-    say(str(pipe.plugins.report()) if pipe.plugins.list() else f"no plugins, {seconds:.2f} s")
+    started = time.perf_counter()
+    try:
+        made = Made(make_pictures(pipe, samples, call))
+    except NeverFired as error:
+        if error.result is None:
+            raise
+        made = Made(as_array(error.result, len(samples)), fault=error)
+    seconds = time.perf_counter() - started
+    try:
+        if recipe.prompt is None and prompts:
+            made.lines.append(f"no --prompt was given: {prompts[0]!r}")
+        made.lines.append(str(pipe.plugins.report()) if pipe.plugins.list() else f"no plugins, {seconds:.2f} s")
+        made.record = record_of(pipe, recipe, call, samples[0].prompt, (made.pictures.shape[-2], made.pictures.shape[-3]))
+    except Exception as error:  # whatever it is, the pictures are written first
+        made.fault = made.fault or OutputError(f"the picture is there, but says nothing of its making: {said(error)}")
+    return made
+
+
+def record_of(pipe: Any, recipe: Recipe, call: CallSettings, prompt: str | None, size: tuple[int, int]) -> Record:
+    """What the pictures' files will say of the run that is just over."""
+    from diffgraft.kernel import registry
+    from diffgraft.kernel.defaults import own_defaults
+    from diffgraft.lab.recipes import Record, digest_of, versions_of
+    from diffgraft.methods.inputs import default_steps, parameters
+
     told = {
-        "prompt": samples[0].prompt,
+        "prompt": prompt,
         "steps": call.steps or (default_steps(pipe) if "num_inference_steps" in parameters(pipe) else None),
         "guidance_scale": own_defaults(pipe).get("guidance_scale") if call.guidance_scale is None else call.guidance_scale,
         "strength": call.strength,
@@ -184,13 +226,11 @@ def make(recipe: Recipe) -> tuple[Pictures, Record]:
         "device": pipe.device.type,
         "dtype": str(pipe.dtype).removeprefix("torch."),
     }
-    scheduler = pipe.plugins.run_scheduler()
-    record = Record(
+    return Record(
         recipe=recipe.model_copy(update=told),
         kind=type(pipe).__name__,
-        scheduler=type(scheduler).__name__,
-        size=(pictures.shape[-2], pictures.shape[-3]),
+        scheduler=type(pipe.plugins.run_scheduler()).__name__,
+        size=size,
         files={path: digest_of(path) for path in (recipe.image, recipe.mask, recipe.control_image) if path is not None},
         versions=versions_of([registry.installed()[name].dist for name in pipe.plugins]),
     )
-    return pictures, record

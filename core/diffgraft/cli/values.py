@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
-import traceback
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diffgraft.kernel import registry
 from diffgraft.kernel.errors import ConfigError, choices, nearest
+from diffgraft.kernel.foreign import brief
 
 if TYPE_CHECKING:
     from diffgraft.kernel.family import Bundled
@@ -21,11 +21,32 @@ if TYPE_CHECKING:
 
 
 def parse_value(text: str) -> Any:
-    """A value as JSON reads it (5, 0.3, true, null, [1, 2], "text"), else the text itself."""
+    """A value as JSON reads it (5, 0.3, true, null, [1, 2], "text"), else the text itself.
+
+    Raises:
+        ConfigError: a number that nothing here can take (NaN, infinite, over 20 digits), or brackets too deep to be read.
+    """
     try:
-        return json.loads(text)
+        return json.loads(text, parse_constant=finite, parse_float=finite, parse_int=whole)
     except json.JSONDecodeError:
         return text
+    except RecursionError:
+        raise ConfigError("nested too deep") from None
+
+
+def finite(text: str) -> float:
+    """A number of a command line."""
+    number = float(text)
+    if not math.isfinite(number):
+        raise ConfigError(f"{text} is no finite number")
+    return number
+
+
+def whole(text: str) -> int:
+    """A whole number of a command line."""
+    if len(text) > 20:
+        raise ConfigError(f"a whole number of {len(text)} digits; seeds, the largest there are, have 20")
+    return int(text)
 
 
 def parse_assignments(items: list[str] | None, option: str) -> dict[str, Any]:
@@ -34,8 +55,11 @@ def parse_assignments(items: list[str] | None, option: str) -> dict[str, Any]:
     for item in items or []:
         name, equals, value = item.partition("=")
         if not equals or not name:
-            raise ConfigError(f"{option} {item!r}: write {option} name=value")
-        found[name] = parse_value(value)
+            raise ConfigError(f"{option} {brief(item)}: write {option} name=value")
+        try:
+            found[name] = parse_value(value)
+        except ConfigError as error:
+            raise ConfigError(f"{option} {name}={brief(value)}: {error}") from None
     return found
 
 
@@ -175,6 +199,8 @@ def call_settings(
     """The options of a call; what is not said is the pipeline's own."""
     from diffgraft.methods.inputs import CallSettings
 
+    if guidance_scale is not None and not math.isfinite(guidance_scale):
+        raise ConfigError(f"--guidance-scale {guidance_scale}: it must be a finite number")
     if (height is None) != (width is None):
         raise ConfigError("--height and --width go together: some pipelines silently ignore one without the other")
     picture = None
@@ -215,17 +241,6 @@ def make_fitness(
             raise ConfigError("--fitness frechet: give --features package.module:name, a callable (images) -> features [n, d]")
         return FrechetFitness(used, None if reference is None else read_pictures(reference), reference_steps)
     raise ConfigError(f"--fitness {name!r}: trajectory, reward or frechet{nearest(name, ('trajectory', 'reward', 'frechet'))}")
-
-
-@contextmanager
-def refusals(pipe: Any) -> Iterator[None]:
-    """A pipeline's own check of its arguments raises ValueError (a height that is no multiple of 8); shown as one line."""
-    try:
-        yield
-    except ValueError as error:
-        if "check_inputs" not in [frame.name for frame in traceback.extract_tb(error.__traceback__)]:
-            raise
-        raise ConfigError(f"{type(pipe).__name__} refused the call: {first_line(error)}") from error
 
 
 def first_line(error: Exception) -> str:

@@ -179,7 +179,7 @@ def toml(text: str, where: str) -> dict[str, Any]:
     """TOML as plain data; raises ConfigError that names ``where``."""
     try:
         data: dict[str, Any] = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"{where}: {error}") from None
     return data
 
@@ -202,7 +202,7 @@ def tier_of(package: str) -> Tier | None:
     """The tier that an installed package claims, for lists: None where it claims none or its file cannot be read."""
     try:
         quality = read(package)
-    except (ConfigError, ImportError, ValueError, OSError):  # a list names what can be named; `check` says what is wrong
+    except Exception:  # a list names what can be named; `check` says what is wrong
         return None
     return quality.tier if quality else None
 

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
+from urllib.parse import quote
 
 from diffgraft.community.quality import GOALS, TIERS, Card, read, tier_of
 from diffgraft.kernel import registry
 from diffgraft.kernel.config import allowed
 from diffgraft.kernel.errors import BrokenPlugin
+from diffgraft.kernel.foreign import plain
+from diffgraft.kernel.offers import blamed
 from diffgraft.kernel.plugin import Plugin
 
 
@@ -40,8 +44,21 @@ def knob_table(cls: type[Plugin]) -> str:
     """A Markdown table of a plugin's knobs, for its README."""
     if not knobs(cls):
         return "It has no knobs.\n"
-    rows = [table_row(f"`{k.name}`", f"`{k.default}`", k.allowed, k.description) for k in knobs(cls)]
+    rows = [table_row(code(k.name), code(k.default), as_markdown(k.allowed), as_markdown(k.description)) for k in knobs(cls)]
     return "\n".join(["| knob | default | allowed | what it is |", "|---|---|---|---|", *rows]) + "\n"
+
+
+def as_markdown(text: object) -> str:
+    """Somebody's text as Markdown: no raw HTML, no link and no picture of its own."""
+    safe = re.sub(r"&(?=#?\w+;)", "&amp;", plain(text).replace("\\|", "&#92;|"))
+    return re.sub(r"<(?=[A-Za-z/!?])", "&lt;", safe).replace("](", "\\](").replace("][", "\\][")
+
+
+def code(text: object) -> str:
+    """Somebody's text between backticks, which it cannot leave."""
+    shown = plain(text)
+    longest = max(map(len, re.findall("`+", shown)), default=0)
+    return f"{'`' * (longest + 1)} {shown} {'`' * (longest + 1)}" if longest else f"`{shown}`"
 
 
 def table_row(*cells: str) -> str:
@@ -81,10 +98,11 @@ def plugin_table(classes: Iterable[type[Plugin]]) -> str:
     """A Markdown table of plugins: name, paper, what it does, where it works, knobs with their defaults."""
     lines = ["| plugin | tier | paper | what it does | works on | effects | knobs (default) |", "|---|---|---|---|---|---|---|"]
     for cls in classes:
-        knob_text = ", ".join(f"`{k.name}` ({k.default})" for k in knobs(cls)) or "none"
-        where = "all families" if "*" in cls.families else ", ".join(cls.families)
+        knob_text = ", ".join(f"{code(k.name)} ({as_markdown(k.default)})" for k in knobs(cls)) or "none"
+        where = "all families" if "*" in cls.families else as_markdown(", ".join(cls.families))
         tier = tier_of(cls.__module__) or ""
-        lines.append(table_row(f"`{cls.name}`", tier, paper_link(cls), cls.paper.implemented, where, cls.effects.words(), knob_text))
+        what = as_markdown(cls.paper.implemented)
+        lines.append(table_row(code(cls.name), tier, paper_link(cls), what, where, as_markdown(cls.effects.words()), knob_text))
     return "\n".join(lines) + "\n"
 
 
@@ -128,7 +146,7 @@ def goal_tables(
             continue
         lines += [f"**{words}**", "", "| plugin | families | takes | measured |", "|---|---|---|---|"]
         for cls, card in sorted(here, key=lambda pair: (-tier_number(pair[0]), pair[0].name))[:most]:
-            figures = card.gain or "nothing yet"
+            figures = as_markdown(card.gain) or "nothing yet"
             if card.gain and place(cls.name, card) != page(cls.name):
                 figures = f"[{figures}]({place(cls.name, card)})"
             takes = ", ".join(TAKES.get(need.kind, need.kind) for need in cls.needs)
@@ -147,7 +165,8 @@ def tier_number(cls: type[Plugin]) -> int:
 
 def paper_link(cls: type[Plugin]) -> str:
     """The paper's title, linked to arXiv where it has an id."""
-    return f"[{cls.paper.title}](https://arxiv.org/abs/{cls.paper.arxiv})" if cls.paper.arxiv else cls.paper.title
+    title = as_markdown(cls.paper.title)
+    return f"[{title}](https://arxiv.org/abs/{quote(str(cls.paper.arxiv))})" if cls.paper.arxiv else title
 
 
 def installed_table() -> tuple[str, list[str]]:
@@ -157,7 +176,10 @@ def installed_table() -> tuple[str, list[str]]:
         if not info.allowed:
             continue
         try:
-            classes.append(registry.find(name))
+            cls = registry.find(name)
+            with blamed(f"{info} does not say what it is"):
+                plugin_table([cls])  # what it declares is read here, and may be anything
+            classes.append(cls)
         except BrokenPlugin as error:
             faults.append(str(error))
     return plugin_table(classes), faults

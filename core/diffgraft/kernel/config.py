@@ -8,6 +8,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from diffgraft.kernel.errors import ConfigError, choices
+from diffgraft.kernel.foreign import brief
 
 
 class PluginConfig(BaseModel):
@@ -16,7 +17,7 @@ class PluginConfig(BaseModel):
     Each field's ``description`` names the paper's symbol and the unit or range; the CLI and the docs are generated from it.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, arbitrary_types_allowed=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, arbitrary_types_allowed=True, allow_inf_nan=False)
 
 
 def build_config(plugin: str, model: type[PluginConfig], values: Mapping[str, Any]) -> PluginConfig:
@@ -34,7 +35,7 @@ def build_config(plugin: str, model: type[PluginConfig], values: Mapping[str, An
             if item["type"] == "extra_forbidden":
                 lines.append(f"unknown knob {key!r}{choices(key, model.model_fields, 'Knobs')}")
             else:
-                lines.append(f"{key} = {item['input']!r}: {item['msg']}")
+                lines.append(f"{key} = {brief(item['input'])}: {item['msg']}")
         raise ConfigError(f"plugin {plugin!r}: " + " ".join(line if line.endswith(".") else f"{line}." for line in lines)) from None
 
 

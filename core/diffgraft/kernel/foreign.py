@@ -30,6 +30,15 @@ def shown(sign: str) -> str:
     return sign.encode("unicode_escape").decode("ascii")
 
 
+def brief(value: object, most: int = 80) -> str:
+    """``repr`` of a value for an error, cut; a value that has none (a number of 5,000 digits) by its type."""
+    try:
+        text = plain(repr(value))
+    except (Exception, SystemExit):
+        return f"a {type(value).__name__}"
+    return text if len(text) <= most else f"{text[:most]}... ({type(value).__name__})"
+
+
 def said(error: BaseException) -> str:
     """``Type: text`` of somebody else's exception in one line, whatever its ``__str__`` does."""
     try:

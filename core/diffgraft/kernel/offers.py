@@ -184,7 +184,7 @@ def read_text(dist: Distribution, name: str) -> tuple[str, bytes | None]:
 def of_dist(
     dist: Distribution, fault: str | None, group: str, only: str | None, versions: dict[str, str | None]
 ) -> Iterator[Offer]:
-    """The offers of one package, or that of one name. Of a package whose entry points cannot be read there is one line, in the group of plugins."""
+    """The offers of one package, or that of one name. Entry points that cannot be read are one line, in the group of plugins."""
     text, content = read_text(dist, "entry_points.txt")
     if content is not None:
         name = folder_name(dist) or "?"

@@ -6,7 +6,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import asdict, fields
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -121,7 +121,7 @@ def checked(offer: Offer, made: Any, cls: type[Any]) -> Any:
 
 
 @cache
-def facts_of(cls: type[Any]) -> Any:
+def facts_of(cls: Hashable) -> Any:
     """What holds values against the types of a dataclass's fields."""
     from pydantic import TypeAdapter  # nothing of it is needed before something is loaded
 

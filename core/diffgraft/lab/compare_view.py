@@ -8,12 +8,11 @@ import shlex
 import sys
 from pathlib import Path
 
-import typer
 from rich.table import Table
 
 from diffgraft.lab.compare_picture import comparison_picture, is_measure, psnr_text, reference_name, seconds_text
 from diffgraft.lab.results import ArmResult, Comparison, Unfinished
-from diffgraft.lab.terminal import console
+from diffgraft.lab.terminal import console, say
 from diffgraft.methods.files import write_atomic
 
 

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
 from diffgraft.kernel import registry
-from diffgraft.kernel.errors import BrokenPlugin
+from diffgraft.kernel.errors import BrokenPlugin, DiffgraftError
+from diffgraft.kernel.family import Bundled
+from diffgraft.kernel.offers import FAMILIES, PIPELINES, PLUGINS, Offer, offers
+from diffgraft.lab.checkup import remember
 from diffgraft.lab.machine import machine, versions
 
 
 @dataclass(frozen=True)
 class Check:
-    """One thing that was tried. ``status``: "ok", "broken" or "not allowed"."""
+    """One thing that was tried. ``status``: "ok", "broken", "not allowed", or "incomplete" (a package that part of it needs is missing)."""
 
     name: str
     status: str
@@ -31,6 +33,8 @@ class Diagnosis:
     families: list[Check] = field(default_factory=list)
     pipelines: list[Check] = field(default_factory=list)
     backends: list[str] = field(default_factory=list)
+    not_kept: str | None = None
+    """Why `diffgraft list` will not know what was found of the plugins; None: it will."""
     allowed: list[str] | None = None
     """Names on the allow-list ``DIFFGRAFT_PLUGINS``; None: it is not set, all may load."""
 
@@ -51,10 +55,12 @@ class Diagnosis:
 def diagnose() -> Diagnosis:
     """Try everything; raises nothing for what is broken."""
     allow = registry.allow_list()
+    plugins, faults = check_plugins()
     return Diagnosis(
         versions=versions(),
         machine=machine(),
-        plugins=check_plugins(),
+        plugins=plugins,
+        not_kept=remember(faults),
         families=check_families(),
         pipelines=check_pipelines(),
         backends=attention_backends(),
@@ -62,27 +68,34 @@ def diagnose() -> Diagnosis:
     )
 
 
-def check_plugins() -> list[Check]:
-    """Load every allowed plugin on its own."""
-    checks = []
-    for name, info in registry.installed().items():
-        if not info.allowed:
-            checks.append(Check(name, "not allowed", f"not in {registry.ALLOW}"))
+def check_plugins() -> tuple[list[Check], list[tuple[Offer, str | None]]]:
+    """Load every allowed plugin on its own: what to say of each, and what is wrong with those that were tried."""
+    checks, tried = [], []
+    for offer in offers(PLUGINS):
+        if not offer.allowed:
+            checks.append(Check(offer.name, "not allowed", f"not in {registry.ALLOW}"))
             continue
+        fault = None
         try:
-            registry.find(name)
-            checks.append(Check(name, "ok", f"{info.dist} {info.version}"))
-        except BrokenPlugin as error:
-            checks.append(Check(name, "broken", str(error)))
-        except (Exception, SystemExit) as error:  # a foreign module may do anything on import
-            checks.append(Check(name, "broken", f"{info.dist} {info.version}: {type(error).__name__}: {error}"))
-    return checks
+            if offer.broken:
+                offer.load()  # raises
+            registry.find(offer.name)
+        except DiffgraftError as error:
+            fault = str(error)
+        tried.append((offer, fault))
+        checks.append(Check(offer.name, "broken" if fault else "ok", fault or f"{offer.dist} {offer.version}"))
+    return checks, tried
 
 
 def check_families() -> list[Check]:
-    """Every family, and why the broken ones are."""
+    """Every family, and why the broken ones are; a package that some of its pipelines cannot do without."""
     known, faults = registry.load_families()
-    checks = [Check(name, "ok", ", ".join(family.pipelines)) for name, family in sorted(known.items())]
+    checks = []
+    for name, family in sorted(known.items()):
+        lacking = {package: [p for p in family.pipelines if package in registry.missing_packages(family, p)] for package in family.packages}
+        needs = [f"{', '.join(needy)} cannot run without {package}: `pip install {package}`" for package, needy in lacking.items() if needy]
+        checks.append(Check(name, "incomplete" if needs else "ok", "; ".join([", ".join(family.pipelines), *needs])))
+    checks += [Check(offer.name, "not allowed", f"not in {registry.ALLOW}") for offer in offers(FAMILIES) if not offer.allowed]
     return checks + [Check(name, "broken", fault) for name, fault in sorted(faults.items())]
 
 
@@ -91,16 +104,18 @@ def check_pipelines() -> list[Check]:
     from diffgraft.lab.judging import load_judge  # it brings torch, which `doctor` may find missing
 
     checks = []
-    for entry in sorted(entry_points(group=registry.PIPELINES), key=lambda e: e.name):
+    for offer in offers(PIPELINES):
+        if not offer.allowed:
+            checks.append(Check(offer.name, "not allowed", f"not in {registry.ALLOW}"))
+            continue
         try:
-            bundled = entry.load()
+            bundled = registry.checked(offer, offer.load(), Bundled)
             if not (Path(bundled.path) / "model_index.json").is_file():
-                checks.append(Check(entry.name, "broken", "its checkpoint is not there (no model_index.json); install the package again"))
-                continue
+                raise BrokenPlugin("its checkpoint is not there (no model_index.json); install the package again")
             judge = load_judge(bundled)
-            checks.append(Check(entry.name, "ok", "with a judge" if judge is not None else "without a judge"))
-        except Exception as error:  # a foreign package may raise anything on import
-            checks.append(Check(entry.name, "broken", f"{entry.value}: {type(error).__name__}: {error}"))
+            checks.append(Check(offer.name, "ok", "with a judge" if judge is not None else "without a judge"))
+        except DiffgraftError as error:
+            checks.append(Check(offer.name, "broken", str(error)))
     return checks
 
 

@@ -6,8 +6,8 @@ import importlib
 from collections.abc import Sequence
 from typing import Any, Protocol
 
-from diffgraft.kernel.errors import BrokenPlugin
 from diffgraft.kernel.family import Bundled
+from diffgraft.kernel.offers import blamed
 from diffgraft.lab.metrics import share
 from diffgraft.lab.pictures import to_images
 from diffgraft.lab.results import Verdicts
@@ -64,8 +64,6 @@ def load_judge(bundled: Bundled) -> Judge | None:
     if bundled.judge is None:
         return None
     module, _, function = bundled.judge.partition(":")
-    try:
+    with blamed(f"the judge of {bundled.name!r} ({bundled.judge}) cannot be loaded"):
         judge: Judge = getattr(importlib.import_module(module), function)()
-    except (ImportError, AttributeError, OSError) as error:
-        raise BrokenPlugin(f"the judge of {bundled.name!r} ({bundled.judge}) cannot be loaded: {type(error).__name__}: {error}") from error
     return judge

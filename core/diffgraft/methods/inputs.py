@@ -19,6 +19,13 @@ from diffgraft.kernel.errors import ConfigError, Unsupported, choices
 Pictures = NDArray[np.float32]
 """Float arrays [n, frames, height, width, channels] in 0..1; a still picture has one frame."""
 
+LEAST_SEED, LARGEST_SEED = -(2**63), 2**64 - 1
+"""What a torch generator takes."""
+MADE_HERE = {"prompt": "--prompt", "generator": "--seed", "class_labels": "--class-label", "num_images_per_prompt": "--num-images"}
+"""Arguments of a call that follow from the samples -> the option that says them."""
+ARRAYS = ("np", "pil", "pt")
+"""Values of ``output_type`` that are pictures."""
+
 
 @dataclass(frozen=True)
 class Sample:
@@ -27,6 +34,10 @@ class Sample:
     seed: int
     prompt: str | None = None
     class_label: int | None = None
+
+    def __post_init__(self) -> None:
+        if not LEAST_SEED <= self.seed <= LARGEST_SEED:
+            raise ConfigError(f"seed = {self.seed}: a seed is a whole number from {LEAST_SEED} to {LARGEST_SEED} (64 bits)")
 
     @property
     def label(self) -> str:
@@ -106,6 +117,11 @@ def call_arguments(pipe: Any, samples: Sequence[Sample], settings: CallSettings)
     name = type(pipe).__name__
     one = len(samples) == 1
     arguments: dict[str, Any] = {}
+    for key, value in settings.extra.items():
+        if key in MADE_HERE and key in known:
+            raise ConfigError(f"{key} = {value!r}: that is what {MADE_HERE[key]} says")
+        if (key == "output_type" and value not in ARRAYS) or (key == "return_dict" and value is not True):
+            raise ConfigError(f"{key} = {value!r}: pictures are asked for ({', '.join(ARRAYS)}); call the pipeline for anything else")
     given = {
         "num_inference_steps": settings.steps,
         "guidance_scale": settings.guidance_scale,

@@ -6,12 +6,11 @@ import io
 from pathlib import Path
 from typing import Any
 
-import typer
 from rich.table import Table
 
 from diffgraft.lab.compare_picture import seconds_text
 from diffgraft.lab.metrics import Mean
-from diffgraft.lab.terminal import console, escaped
+from diffgraft.lab.terminal import console, say
 from diffgraft.lab.tune.goal import MOST_DB, Final, Trial, Tuning
 from diffgraft.methods.extras import imported
 from diffgraft.methods.files import write_atomic
@@ -132,7 +131,7 @@ def finals_table(result: Tuning) -> Table:
     for final in result.finals:
         title = f"plain, {final.candidate.steps} steps: fewest that reach it" if final.kind == "fewer_steps" else str(final.candidate)
         table.add_row(
-            escaped(title),
+            title,
             seconds_text(final.seconds.p50),
             f"{1 / final.of_plain.p50:.2f}x",
             fidelity_text(final.fidelity, goal.measure),
