@@ -69,4 +69,5 @@ def call(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path / "work")
     monkeypatch.delenv(registry.ALLOW, raising=False)
     monkeypatch.setenv("COLUMNS", "300")
+    monkeypatch.setattr("diffgraft.lab.checkup.place", lambda: tmp_path / "doctor.json")
     return lambda *words: CliRunner().invoke(cli.app, [str(word) for word in words])

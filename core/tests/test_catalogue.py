@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import http.client
 import json
+import time
 import urllib.request
 
 import pytest
 from diffgraft.cli import app
 from diffgraft.community import catalogue
-from diffgraft.community.catalogue import Catalogue, CataloguedPlugin, dump, parse, read, schema, score, shipped
+from diffgraft.community.catalogue import Catalogue, CataloguedPlugin, dump, is_known, normal, parse, read, schema, score, shipped
 from diffgraft.kernel.errors import CatalogueError
 from probes import ENTRY
 from typer.testing import CliRunner
@@ -63,14 +65,71 @@ def test_other_files_are_no_catalogue(text):
         ("https://github.com/Somebody/good", "github.com/somebody"),
         ("https://example.org/a/b", "example.org"),
         ("https://github.com.example.org/diffgraft/x", "github.com.example.org"),
-        ("https://github.com@example.org/diffgraft", "github.com@example.org"),
+        ("https://GitHub.com:443//Somebody/./good", "github.com/somebody"),
+        ("https://github.com/diffgraft/../somebody/x", "github.com/somebody"),
+        ("https://github.com/diffgraft/%2E%2e/somebody/x", "github.com/somebody"),
+        ("https://github.com./diffgraft", "github.com/diffgraft"),
     ],
 )
-def test_the_publisher_is_read_from_the_homepage(homepage, publisher):
+def test_the_publisher_is_read_from_the_homepage_as_it_is_followed(homepage, publisher):
     one = plugin(homepage=homepage)
     assert one.publisher == publisher
-    assert not Catalogue().is_known(one)
-    assert Catalogue().is_known(plugin(homepage="https://github.com/diffgraft/x"))
+    assert not is_known(one)
+
+
+@pytest.mark.parametrize(
+    "homepage",
+    [
+        "https://github.com@example.org/diffgraft",
+        "https://github.com:8443/diffgraft",
+        "https://github.com\\\\@example.org/diffgraft",
+        "https://g\u0456thub.com/diffgraft",
+        "https:///diffgraft",
+        "https://[/",
+    ],
+)
+def test_an_address_that_programs_read_in_different_ways_is_refused(homepage):
+    with pytest.raises(CatalogueError, match=r"plugins\.0\.homepage"):
+        parse(written({**ENTRY, "homepage": homepage}), "here")
+
+
+def test_who_is_known_says_the_list_that_came_along(tmp_path):
+    ours = shipped().plugins[0]
+    assert is_known(ours)
+    assert normal(ours.homepage) == ours.homepage
+    path = tmp_path / "plugins.json"
+    path.write_text(written(plugin(homepage="https://evil.example/x"), known=["evil.example"]))
+    assert not is_known(read(path).plugins[0])
+    assert not is_known(plugin(homepage=ours.homepage)), "anybody may name our homepage"
+    assert not is_known(ours.model_copy(update={"dist": "evil"}))
+    assert not is_known(ours.model_copy(update={"name": "evil"}))
+
+
+def test_large_catalogues_take_linear_time_and_have_an_end(monkeypatch):
+    rows = [{**ENTRY, "name": f"p{i}", "dist": f"d{i}"} for i in range(20_000)]
+    started = time.process_time()
+    parse(written(*rows), "here")
+    assert time.process_time() - started < 5  # quadratic, it took half a minute
+    monkeypatch.setattr(catalogue, "LARGEST", 10)
+    with pytest.raises(CatalogueError, match="more than 10 bytes"):
+        read("/dev/zero")
+    with pytest.raises(CatalogueError, match="at most"):
+        parse(json.dumps({"known": ["a"] * 2000}), "here")
+
+
+@pytest.mark.parametrize("error", [http.client.IncompleteRead(b""), ValueError("bad"), UnicodeError("label"), OSError("gone"), TimeoutError("late")])
+def test_whatever_the_network_does_is_one_error(monkeypatch, error):
+    def fail(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr(catalogue, "urlopen", fail)
+    with pytest.raises(CatalogueError, match=r"https://e\.org/x cannot be read: "):
+        read("https://e.org/x")
+
+
+def test_no_redirect_leaves_https():
+    with pytest.raises(CatalogueError, match="https:// only"):
+        catalogue.OnlyHttps().redirect_request(urllib.request.Request("https://e.org"), None, 302, "", {}, "http://e.org/\x1b[2J")
 
 
 def test_every_word_must_be_found_and_names_count_most():
@@ -122,7 +181,7 @@ def test_the_command(tmp_path, monkeypatch):
     path.write_text(written(plugin(), plugin(name="deepcache", dist="fake-deepcache", homepage="https://github.com/diffgraft/x")))
     rows = json.loads(CliRunner().invoke(app, ["search", "--catalogue", str(path), "--json"]).output)
     assert [(row["name"], row["known_publisher"], row["installed"]) for row in rows] == [
-        ("deepcache", True, False),  # another package of that name is installed
+        ("deepcache", False, False),  # another package of that name is installed, and ours is another one too
         ("good_method", False, False),
     ]
     shown = CliRunner().invoke(app, ["search", "good", "--catalogue", str(path)], env={"COLUMNS": "200"})

@@ -38,7 +38,7 @@ def test_list(call, monkeypatch):
     rows = {row["name"]: row for row in json.loads(call("list", "--json").stdout)}
     assert rows["sparse"] == {
         "name": "sparse", "summary": "Made for a test", "version": "1.2", "dist": "diffgraft-cli-test", "tier": None,
-        "allowed": True, "status": "ok", "reason": None,
+        "allowed": True, "status": "ok", "reason": None, "tried": False,
     }  # fmt: skip
     assert rows["nowhere"]["status"] == "broken"
     assert "cli_nowhere" in rows["nowhere"]["reason"]
@@ -99,8 +99,8 @@ def test_doctor_tells_what_is_broken(call, monkeypatch):
 
 
 def test_doctor_without_a_family_does_not_say_that_all_is_well(call, monkeypatch):
-    monkeypatch.setattr(registry, "load_families", lambda: ({}, {}))
-    monkeypatch.setattr(registry, "installed", dict)
+    monkeypatch.setattr(registry, "load_families", lambda **_: ({}, {}))
+    monkeypatch.setattr("diffgraft.lab.doctor.offers", lambda group: [])
     result = call("doctor")
     assert result.exit_code == 1
     assert "`pip install diffgraft-families`" in result.stderr

@@ -9,7 +9,7 @@ import sys
 import textwrap
 
 import pytest
-from diffgraft.kernel import registry
+from diffgraft.kernel import offers, registry
 from diffgraft.kernel.errors import BrokenPlugin, PipelineNotFound, PluginNotFound, Unsupported
 from diffgraft.methods.extras import imported
 
@@ -132,13 +132,13 @@ def test_a_users_subclass_belongs_to_the_family_of_its_base():
 
 
 def test_without_any_family_it_says_what_to_install(monkeypatch):
-    monkeypatch.setattr(registry, "load_families", lambda: ({}, {}))
+    monkeypatch.setattr(registry, "load_families", lambda **_: ({}, {}))
     with pytest.raises(Unsupported, match=r"StableDiffusionPipeline: no pipeline family is installed.*`pip install diffgraft-families`"):
         registry.find_family(type("StableDiffusionPipeline", (), {}))
 
 
 def test_without_the_checkpoints_it_says_what_to_install(monkeypatch):
-    monkeypatch.setattr(registry, "bundled", dict)
+    monkeypatch.setattr(registry, "offers", lambda group, name=None: [])
     there = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "diffgraft_checkpoints" else there(name))
     with pytest.raises(PipelineNotFound, match=r"'emoji-sd' is no bundled pipeline\. Bundled: none\. `pip install diffgraft-checkpoints`"):
@@ -166,12 +166,12 @@ def test_the_homepage_is_what_the_metadata_names(install, more, url):
 def test_what_was_compiled_as_it_is_needs_no_look(tmp_path):
     source = tmp_path / "some.py"
     source.write_text("x = 1\n")
-    assert not registry.is_compiled(str(source))
+    assert not offers.is_compiled(str(source))
     py_compile.compile(str(source))
-    assert registry.is_compiled(str(source))
+    assert offers.is_compiled(str(source))
     source.write_text("def broken(:\n")
-    assert not registry.is_compiled(str(source))
-    assert not registry.is_compiled(str(tmp_path / "gone.py"))
+    assert not offers.is_compiled(str(source))
+    assert not offers.is_compiled(str(tmp_path / "gone.py"))
 
 
 def test_what_an_extra_brings_is_said_by_one_helper(monkeypatch):

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from typing_extensions import Self, TypedDict
 
 from diffgraft.kernel.errors import ArtefactMismatch, ConfigError
+from diffgraft.kernel.foreign import brief, plain, said
 from diffgraft.kernel.plugin import RUN_FACTS
 from diffgraft.methods.files import write_atomic
 
@@ -34,6 +35,8 @@ FORMAT = 1
 """Number of the file layout."""
 PROBES = 32
 """Weights that a fingerprint remembers."""
+LARGEST = 8 * 2**30
+"""Bytes that a file may have; a sparse one has them on no disk, but takes them in memory."""
 TOLERANCE = 0.02
 """Relative difference of a remembered weight that another dtype explains (bfloat16 keeps 8 bits)."""
 
@@ -156,14 +159,16 @@ class Artefact:
             ArtefactMismatch: it is no artefact, is damaged, or was made for another plugin.
         """
         path = find_file(source, plugin, kind)
+        check_size(path, plugin, kind)
         try:
             with safe_open(path, framework="pt") as file:
                 written = (file.metadata() or {}).get("diffgraft")
+                if written is None:
+                    raise ArtefactMismatch(f"{source} is a safetensors file, but no diffgraft artefact; {make_again(plugin, kind)}")
+                cls.header(written, source, plugin, kind)  # what can be refused by the header is refused before any tensor is read
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a dict
-        except (SafetensorError, OSError) as error:
-            raise ArtefactMismatch(f"{source} cannot be read ({error}); {make_again(plugin, kind)}") from error
-        if written is None:
-            raise ArtefactMismatch(f"{source} is a safetensors file, but no diffgraft artefact; {make_again(plugin, kind)}")
+        except (SafetensorError, OSError, MemoryError) as error:
+            raise ArtefactMismatch(f"{source} cannot be read ({said(error)}); {make_again(plugin, kind)}") from error
         return cls.checked(written, tensors, source, plugin, kind)
 
     @classmethod
@@ -173,26 +178,35 @@ class Artefact:
         Raises:
             ArtefactMismatch: no JSON, another layout, a wrong checksum, or made for another plugin.
         """
-        try:
-            header = json.loads(written)
-        except (ValueError, RecursionError) as error:
-            raise ArtefactMismatch(f"{source} cannot be read as JSON ({error}); {make_again(plugin, kind)}") from error
-        if not isinstance(header, dict) or header.get("format") != FORMAT:
-            found = header.get("format") if isinstance(header, dict) else header
-            raise ArtefactMismatch(f"{source} has layout {found!r}, this diffgraft reads {FORMAT}; {make_again(plugin, kind)}")
+        header, read = cls.header(written, source, plugin, kind)
         expected = header.pop("checksum", None)
         tensors.pop("none", None)
         if checksum(header, tensors) != expected:
             raise ArtefactMismatch(f"{source} is damaged: its checksum is wrong; {make_again(plugin, kind)}")
-        try:
-            read = HEADER.validate_python(header)
-        except ValidationError as error:
-            raise ArtefactMismatch(f"{source} is not what diffgraft writes: {error}; {make_again(plugin, kind)}") from error
-        made_for = read["made_for"]
-        if made_for.plugin != plugin:
-            raise ArtefactMismatch(f"{source} was made for the plugin {made_for.plugin!r}, not for {plugin!r}; {make_again(plugin, kind)}")
         _log.info("%s: %s from %s", plugin, kind, source)
-        return cls(made_for, tensors, read["facts"], os.fspath(source), kind)
+        return cls(read["made_for"], tensors, read["facts"], os.fspath(source), kind)
+
+    @classmethod
+    def header(cls, written: str, source: Any, plugin: str, kind: str) -> tuple[dict[str, Any], Header]:
+        """(the JSON of a header, the same read).
+
+        Raises:
+            ArtefactMismatch: no JSON, another layout, or made for another plugin.
+        """
+        try:
+            header = json.loads(written)
+        except (ValueError, RecursionError) as error:
+            raise ArtefactMismatch(f"{source} cannot be read as JSON ({said(error)}); {make_again(plugin, kind)}") from error
+        if not isinstance(header, dict) or header.get("format") != FORMAT:
+            found = header.get("format") if isinstance(header, dict) else header
+            raise ArtefactMismatch(f"{source} has layout {brief(found)}, this diffgraft reads {FORMAT}; {make_again(plugin, kind)}")
+        try:
+            read: Header = HEADER.validate_python({key: value for key, value in header.items() if key != "checksum"})
+        except (ValidationError, RecursionError) as error:
+            raise ArtefactMismatch(f"{source} is not what diffgraft writes: {said(error)}; {make_again(plugin, kind)}") from error
+        if (maker := read["made_for"].plugin) != plugin:
+            raise ArtefactMismatch(f"{source} was made for the plugin {plain(maker)!r}, not for {plugin!r}; {make_again(plugin, kind)}")
+        return header, read
 
     def ensure_model(self, pipe: Any, denoisers: Mapping[str, nn.Module]) -> None:
         """Raises ArtefactMismatch when it was made for another model; all that can be said before a run."""
@@ -244,7 +258,7 @@ def checksum(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
     for name in sorted(tensors):
         value = tensors[name].contiguous()
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-        digest.update(value.reshape(-1).view(torch.uint8).numpy().tobytes())
+        digest.update(value.reshape(-1).view(torch.uint8).numpy())  # the tensor's own memory, no copy
     return digest.hexdigest()
 
 
@@ -255,6 +269,12 @@ def make_again(plugin: str, kind: str = "artefact") -> str:
     if kind == "search":
         return f"make one with `diffgraft evolve {plugin} --pipeline NAME --prompts FILE --steps K`"
     return f"make one with `diffgraft calibrate {plugin} --pipeline NAME --prompts FILE`"
+
+
+def check_size(path: Path, plugin: str, kind: str) -> None:
+    """Raises ArtefactMismatch for a file too large to be one, before anything of it is read."""
+    if (size := path.stat().st_size) > LARGEST:
+        raise ArtefactMismatch(f"{path} has {size:,} bytes, more than any {kind} ({LARGEST:,}); {make_again(plugin, kind)}")
 
 
 def find_file(source: str | os.PathLike[str], plugin: str, kind: str) -> Path:

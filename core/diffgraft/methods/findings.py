@@ -10,7 +10,7 @@ from typing import Any
 from typing_extensions import Self
 
 from diffgraft.kernel.errors import ArtefactMismatch
-from diffgraft.methods.artefacts import FORMAT, Artefact, checksum, find_file, make_again
+from diffgraft.methods.artefacts import FORMAT, Artefact, check_size, checksum, find_file, make_again
 from diffgraft.methods.files import write_json
 
 
@@ -44,6 +44,7 @@ class Finding(Artefact):
             ArtefactMismatch: it is none, is damaged, or was made for another plugin.
         """
         path = find_file(source, plugin, kind)
+        check_size(path, plugin, kind)
         try:
             written = path.read_text(encoding="utf-8")
         except (OSError, ValueError) as error:
