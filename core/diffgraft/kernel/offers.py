@@ -36,6 +36,7 @@ PLUGINS = "diffgraft.plugins"
 FAMILIES = "diffgraft.families"
 PIPELINES = "diffgraft.pipelines"
 NEEDS = "diffgraft.needs"
+IN_WORDS = {PLUGINS: "plugin", FAMILIES: "family", PIPELINES: "bundled pipeline", NEEDS: "kind of need", "diffgraft.rewards": "reward"}
 ALLOW = "DIFFGRAFT_PLUGINS"
 """Environment variable: a comma-separated list that narrows what may load, in every group. What this project's own packages bring
 beside plugins (families, checkpoints, kinds of needs) always may."""
@@ -75,7 +76,7 @@ class Offer:
         return self.group != PLUGINS and self.dist in own_dists()
 
     def __str__(self) -> str:
-        return f"{self.group.removeprefix('diffgraft.').removesuffix('s')} {plain(self.name)!r} of {self.dist} {self.version}"
+        return f"{IN_WORDS.get(self.group, self.group)} {plain(self.name)!r} of {self.dist} {self.version}"
 
     def load(self) -> Any:
         """What it stands for, imported.
@@ -161,8 +162,11 @@ def installed_dists() -> Iterator[tuple[Distribution, str | None]]:
     for name, dists in found.items():
         first = str(getattr(dists[0], "_path", ""))
         beside = {str(getattr(dist, "_path", "")) for dist in dists} - {first}
-        twice = any(os.path.dirname(other) == os.path.dirname(first) for other in beside)
-        yield dists[0], f"there are two folders of metadata of {name} beside each other; install it again" if twice else None
+        if any(os.path.dirname(other) == os.path.dirname(first) for other in beside):
+            fault = f"there are two folders of metadata of {name} beside each other; install it again"
+            yield from ((dist, fault) for dist in dists)
+        else:
+            yield dists[0], None
 
 
 def folder_name(dist: Distribution) -> str | None:
@@ -331,7 +335,7 @@ def source_fault(module: str, attribute: str) -> str | None:
             return None
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            tree = ast.parse(source, spec.origin)
+            tree = ast.parse(importlib.util.decode_source(source), spec.origin)
     except Exception as error:  # unreadable, no Python, nested too deep for the parser
         return said(error)
     number = contract_of(tree, attribute) if said_so else None
