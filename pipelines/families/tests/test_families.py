@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import functools
 import inspect
 import subprocess
@@ -9,6 +10,7 @@ import sys
 from importlib.metadata import entry_points
 from typing import Any
 
+import diffusers
 import numpy as np
 import pytest
 import torch
@@ -348,3 +350,36 @@ def test_save_and_reload(name: str, tmp_path: Any) -> None:
     again.set_progress_bar_config(disable=True)
     # Loaded weights are not aligned in memory, so the last bit may differ.
     np.testing.assert_allclose(run(tiny), run(Tiny(again, tiny.kwargs)), atol=1e-5)
+
+
+def needed(cls: type) -> set[str]:
+    """Packages that a pipeline's module imports only where they are installed, and uses without asking again."""
+    tree = ast.parse(inspect.getsource(sys.modules[cls.__module__]))
+    guarded: dict[str, str] = {}
+    for node in tree.body:
+        if isinstance(node, ast.If) and "_available()" in ast.unparse(node.test):
+            for line in node.body:
+                if isinstance(line, (ast.Import, ast.ImportFrom)) and not getattr(line, "level", 0):
+                    module = (getattr(line, "module", None) or line.names[0].name).partition(".")[0]
+                    guarded |= {(alias.asname or alias.name).partition(".")[0]: module for alias in line.names}
+
+    guarded = {name: module for name, module in guarded.items() if module != "diffusers"}  # its watermarker: only who asks gets it
+
+    def used(node: ast.AST) -> set[str]:
+        if isinstance(node, ast.If) and "available" in ast.unparse(node.test).lower():
+            return set().union(*map(used, node.orelse))
+        if isinstance(node, ast.FunctionDef) and node.name == "_clean_caption":  # its caller asks
+            return set()
+        here = {guarded[node.id]} if isinstance(node, ast.Name) and node.id in guarded else set()
+        return here.union(*map(used, ast.iter_child_nodes(node)))
+
+    return set().union(*map(used, tree.body))
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+def test_packages_are_what_diffusers_cannot_do_without(family: Family) -> None:
+    found: dict[str, list[str]] = {}
+    for name in family.pipelines:
+        for package in needed(getattr(diffusers, name)):
+            found.setdefault(package, []).append(name)
+    assert {package: sorted(needy) for package, needy in family.packages.items()} == {p: sorted(names) for p, names in found.items()}

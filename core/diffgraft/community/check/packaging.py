@@ -17,6 +17,8 @@ from diffgraft.community.check.project import Project
 from diffgraft.community.check.rule import Problem, rule
 
 PYPROJECT = "pyproject.toml"
+LONGEST = 60
+"""Letters of a plugin's name."""
 RANGE = "diffgraft>=0.1,<0.2"
 """What a plugin of this contract depends on."""
 BROUGHT = frozenset(
@@ -51,6 +53,8 @@ def fault_of_name(name: str) -> str | None:
     """Why ``name`` cannot be a plugin's name, or None."""
     if not re.fullmatch(r"[a-z][a-z0-9]*(_[a-z0-9]+)*", name):
         return "it must be snake_case: small letters and digits, words joined by one underscore, a letter first"
+    if len(name) > LONGEST:
+        return f"it has {len(name)} letters, and folders, packages and tables have room for {LONGEST}"
     if keyword.iskeyword(name) or keyword.issoftkeyword(name):
         return "it is a keyword of Python"
     if name.startswith("diffgraft"):
