@@ -46,7 +46,7 @@ def list_plugins(
     tried = recall(found)
     rows = []
     for info in found:
-        fault = info.broken or tried.get(str(info))
+        wrong = info.broken or tried.get(str(info))
         rows.append(
             {
                 "name": info.name,
@@ -55,8 +55,8 @@ def list_plugins(
                 "dist": info.dist,
                 "tier": tier_of(info.module),
                 "allowed": info.allowed,
-                "status": "broken" if fault else "ok" if info.allowed else "not allowed",
-                "reason": fault or (None if info.allowed else f"not in {registry.ALLOW}"),
+                "status": "broken" if wrong else "ok" if info.allowed else "not allowed",
+                "reason": wrong or (None if info.allowed else f"not in {registry.ALLOW}"),
                 "tried": str(info) in tried,
             }
         )

@@ -13,7 +13,7 @@ from diffgraft.kernel import registry
 def plugin_names(incomplete: str) -> list[str]:
     """For the shell's completion: the installed plugins, after what stands before the last comma."""
     before, comma, word = incomplete.rpartition(",")
-    return [f"{before}{comma}{name}" for name in registry.installed() if name.startswith(word)]
+    return [f"{before}{comma}{name}" for name, offer in registry.installed().items() if name.startswith(word) and not offer.broken]
 
 
 def pipeline_names(incomplete: str) -> list[str]:

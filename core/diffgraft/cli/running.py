@@ -159,6 +159,8 @@ class Made:
 
 def make(recipe: Recipe) -> Made:
     """The pictures of a recipe, and the record of their making."""
+    import numpy as np
+
     from diffgraft.cli.pictures import check_controlnet, class_for, fitted, load_controlnet, read_given, strength_for
     from diffgraft.cli.values import call_settings, load_bare
     from diffgraft.kernel import registry
@@ -200,6 +202,10 @@ def make(recipe: Recipe) -> Made:
             raise
         made = Made(as_array(error.result, len(samples)), fault=error)
     seconds = time.perf_counter() - started
+    if empty := sum(not np.isfinite(picture).all() for picture in made.pictures):
+        made.fault = made.fault or OutputError(
+            f"{empty} of {len(samples)} pictures hold no numbers (NaN): lower --guidance-scale, or take --dtype float32"
+        )
     try:
         if recipe.prompt is None and prompts:
             made.lines.append(f"no --prompt was given: {prompts[0]!r}")

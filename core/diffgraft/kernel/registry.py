@@ -6,7 +6,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import sys
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 from dataclasses import asdict, fields
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -114,14 +114,14 @@ def checked(offer: Offer, made: Any, cls: type[Any]) -> Any:
     if not isinstance(made, cls):
         raise BrokenPlugin(f"{offer} is a {type(made).__name__}, not a diffgraft.{cls.__name__}")
     with blamed(f"{offer} is not a complete {cls.__name__}"):
-        facts_of(cls).validate_python(asdict(made))
+        facts_of(cls).validate_python(asdict(made))  # type: ignore[arg-type]  # mypy takes a class for unhashable
     if made.name != offer.name:
         raise BrokenPlugin(f"{offer} calls itself {made.name!r}; the two names must agree")
     return made
 
 
 @cache
-def facts_of(cls: Hashable) -> Any:
+def facts_of(cls: Any) -> Any:
     """What holds values against the types of a dataclass's fields."""
     from pydantic import TypeAdapter  # nothing of it is needed before something is loaded
 

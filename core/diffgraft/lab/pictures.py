@@ -23,7 +23,7 @@ GAP = 10
 
 def to_images(frames: Pictures) -> list[Image.Image]:
     """[frames, height, width, 3] as PIL pictures."""
-    return [Image.fromarray(frame) for frame in (frames.clip(0, 1) * 255).round().astype(np.uint8)]
+    return [Image.fromarray(frame) for frame in (np.nan_to_num(frames).clip(0, 1) * 255).round().astype(np.uint8)]
 
 
 def save_pictures(pictures: Pictures, path: Path, records: Sequence[Record] = ()) -> list[Path]:

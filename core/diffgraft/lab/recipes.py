@@ -5,12 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
 
 from PIL import Image, PngImagePlugin
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from typing_extensions import Self
 
 from diffgraft.kernel.errors import ConfigError
 
@@ -19,6 +20,8 @@ _log = logging.getLogger(__name__)
 KEY = "diffgraft"
 DESCRIPTION, USER_COMMENT, EXIF_IFD = 0x010E, 0x9286, 0x8769
 UNICODE = b"UNICODE\0"
+MOST = 1000
+"""Pictures of one call, on a command line and in a file."""
 EXIF_LIMIT = 65_000
 """Bytes that the EXIF block of a JPEG may have, a little less than its 16-bit length allows."""
 
@@ -35,7 +38,7 @@ class Recipe(Strict):
     negative_prompt: str | None = None
     plugins: list[tuple[str, dict[str, Any]]] = []
     seed: int = 0
-    num_images: int = 1
+    num_images: int = Field(1, ge=1, le=MOST)
     steps: int | None = None
     guidance_scale: float | None = None
     height: int | None = None
@@ -57,12 +60,18 @@ class Record(Strict):
 
     format: Literal[1] = 1
     recipe: Recipe
-    picture: int = 0
+    picture: int = Field(0, ge=0)
     kind: str
     scheduler: str
     size: tuple[int, int]
     files: dict[str, str] = {}
     versions: dict[str, str]
+
+    @model_validator(mode="after")
+    def _one_of_them(self) -> Self:
+        if self.picture >= self.recipe.num_images:
+            raise ValueError(f"picture {self.picture} of {self.recipe.num_images}: they are counted from 0")
+        return self
 
     def line(self) -> str:
         """The text under the key "parameters", as other programs write and read it."""
@@ -82,7 +91,7 @@ class Record(Strict):
             "Denoising strength": asked.strength,
             "ControlNet": asked.controlnet,
             "Plugins": stack or None,
-            "Version": f"diffgraft {self.versions['diffgraft-core']}",
+            "Version": f"diffgraft {self.versions.get('diffgraft-core', '?')}",
         }
         lines.append(", ".join(f"{key}: {value}" for key, value in facts.items() if value is not None))
         return "\n".join(lines)
@@ -90,7 +99,15 @@ class Record(Strict):
 
 def versions_of(dists: list[str]) -> dict[str, str]:
     """The versions of the packages that a picture depends on."""
-    return {name: version(name) for name in dict.fromkeys(["diffgraft-core", "torch", "diffusers", "transformers", *dists])}
+    return {name: version_here(name) for name in dict.fromkeys(["diffgraft-core", "torch", "diffusers", "transformers", *dists])}
+
+
+def version_here(name: str) -> str:
+    """The version of a package, whose name may come from a file."""
+    try:
+        return version(name)
+    except (PackageNotFoundError, ValueError):
+        return "not installed"
 
 
 def digest_of(path: str) -> str:

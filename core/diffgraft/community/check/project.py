@@ -102,12 +102,10 @@ class Project:
         home = str(self.package.parent)
         if home not in sys.path:
             sys.path.insert(0, home)
-        try:
+        with registry.blamed(f"{self.value} cannot be imported"):
             importlib.invalidate_caches()
             module = importlib.import_module(self.value.partition(":")[0])
             cls = getattr(module, self.class_name)
-        except Exception as error:  # whatever a foreign package raises on import is its defect, told as such
-            raise BrokenPlugin(f"{self.value} cannot be imported: {type(error).__name__}: {error}") from error
         origin = Path(getattr(sys.modules[self.module], "__file__", None) or "").resolve()
         if not origin.is_relative_to(self.package.resolve()):
             raise BrokenPlugin(

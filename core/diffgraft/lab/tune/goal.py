@@ -75,7 +75,7 @@ def parse_budget(text: str) -> float:
         seconds = sum(float(part) * unit for part, unit in zip(parts.groups(), (3600, 60, 1), strict=True) if part) if parts else 0.0
     except ValueError:
         seconds = 0.0
-    if seconds <= 0:
+    if not 0 < seconds < math.inf:
         raise ConfigError(f"budget {text!r}: write a time like 90s, 30m or 1h30m")
     return seconds
 
