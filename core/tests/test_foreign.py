@@ -8,6 +8,7 @@ import re
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from diffgraft.cli import mistakes, running, values
@@ -15,9 +16,11 @@ from diffgraft.community import tables
 from diffgraft.kernel.config import PluginConfig, build_config
 from diffgraft.kernel.errors import ConfigError, NeverFired, OutputError
 from diffgraft.kernel.foreign import brief, plain, said
+from diffgraft.lab.recipes import Record, versions_of
 from diffgraft.lab.terminal import coloured, console, say
 from diffgraft.methods.inputs import CallSettings, Sample, call_arguments
 from probes import tiny
+from pydantic import ValidationError
 
 STEERING = "\x1b]0;owned\x07\x1b[2J\u202e\n\u2028"
 
@@ -191,3 +194,29 @@ def test_an_ascii_terminal_shows_what_it_can(monkeypatch):
     mistakes.Group(name="x").main()
     stream.flush()
     assert stream.buffer.getvalue() == b"Gr\\xf6\\xdfe\n"
+
+
+RECORD = {"recipe": {"pipeline": "p"}, "kind": "K", "scheduler": "S", "size": [8, 8], "versions": {}}
+
+
+@pytest.mark.parametrize("change", [{"picture": 1}, {"picture": -1}, {"recipe": {"pipeline": "p", "num_images": 10**9}}, {"more": 1}])
+def test_crafted_records_are_refused_before_anything_is_made(change):
+    Record.model_validate(RECORD)
+    with pytest.raises(ValidationError):
+        Record.model_validate({**RECORD, **change})
+
+
+def test_a_record_names_packages_that_may_not_be_here():
+    made = Record.model_validate({**RECORD, "versions": {"nobody's\x1b[2J": "1"}})
+    assert "diffgraft ?" in made.line()
+    assert versions_of(["nobody's\x1b[2J", ""])["nobody's\x1b[2J"] == "not installed"
+
+
+def test_pictures_without_numbers_are_told(call, tmp_path, monkeypatch):
+    folder = tmp_path / "sd"
+    tiny("StableDiffusionPipeline")[0].save_pretrained(folder)
+    monkeypatch.setattr("diffgraft.methods.inputs.make_pictures", lambda *_: np.full((1, 1, 8, 8, 3), np.nan, np.float32))
+    done = call("run", folder, "--prompt", "a", "--steps", 1, "--no-metadata", "--out", "a.png", "-p", "idle")
+    assert done.exit_code == 2, done.output
+    assert "1 of 1 pictures hold no numbers (NaN)" in done.stderr
+    assert Path("a.png").exists()
