@@ -243,4 +243,4 @@ def find_bundled(name: str) -> Bundled:
 def bundled_of(name: str | os.PathLike[str]) -> Bundled | None:
     """The bundled checkpoint of this name; None for a folder (which goes first) or a Hub id."""
     text = os.fspath(name)
-    return find_bundled(text) if by_name(PIPELINES, text) and not os.path.isdir(name) else None
+    return find_bundled(text) if text in bundled_names() and not os.path.isdir(name) else None

@@ -38,7 +38,7 @@ class Recipe(Strict):
     negative_prompt: str | None = None
     plugins: list[tuple[str, dict[str, Any]]] = []
     seed: int = 0
-    num_images: int = Field(1, ge=1, le=MOST)
+    num_images: int = Field(default=1, ge=1, le=MOST)
     steps: int | None = None
     guidance_scale: float | None = None
     height: int | None = None
@@ -60,7 +60,7 @@ class Record(Strict):
 
     format: Literal[1] = 1
     recipe: Recipe
-    picture: int = Field(0, ge=0)
+    picture: int = Field(default=0, ge=0)
     kind: str
     scheduler: str
     size: tuple[int, int]
