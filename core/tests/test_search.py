@@ -379,7 +379,7 @@ def test_the_command_refuses_what_it_cannot_do(tmp_path):
     for more, why in [
         ([], "--prompts FILE"),
         (["--prompt", "x"], "--steps K"),
-        (["--prompt", "x", "--steps", "2", "--out", "a.safetensors"], ".json file"),
+        (["--prompt", "x", "--steps", "2", "--out", "a.safetensors"], "end in .json"),
         (["--prompt", "x", "--steps", "2", "--fitness", "trajectry"], "did you mean 'trajectory'"),
         (["--prompt", "x", "--steps", "2", "--fitness", "reward"], "--reward NAME"),
         (["--prompt", "x", "--steps", "2", "--mutations", "60"], "mutations = 60"),
