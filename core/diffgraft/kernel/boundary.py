@@ -89,8 +89,8 @@ def prediction_form(call: Any, result: Any) -> str:
     known = call.run.forms.get((call.model_name, sample.shape))
     if not isinstance(result, Tensor):
         return f"{words(result)}, not a prediction of {sample.shape[0]} rows"
-    if known is None and call.family.appended == "none" and call.family.branch_prediction == "same":
-        known = sample.shape, result.dtype
+    if known is None and (shape := usual_shape(call)) is not None:
+        known = shape, result.dtype
     if known is None:
         fits = result.ndim == sample.ndim and result.shape[0] == sample.shape[0] and result.is_floating_point()
         return "" if fits else f"{words(result)} for {words(sample)}: rows, axes or kind of number differ"
@@ -98,6 +98,17 @@ def prediction_form(call: Any, result: Any) -> str:
     if result.shape == shape and result.dtype == dtype and result.is_floating_point() and result.device == sample.device:
         return ""
     return f"{words(result)} on {result.device}, and the denoiser's predictions here are {dtype} tensors {list(shape)} on {sample.device}"
+
+
+def usual_shape(call: Any) -> torch.Size | None:
+    """The shape of a prediction for this call while the denoiser has given none: that of the sample without what was appended to it."""
+    family = call.family
+    if family.branch_prediction != "same" or family.appended == "tokens":
+        return None
+    sizes = list(call.sample.shape)
+    if family.appended == "channels":
+        sizes[family.channel_axis] = min(sizes[family.channel_axis], call.model.config.get("out_channels") or sizes[family.channel_axis])
+    return torch.Size(sizes)
 
 
 def guided_form(call: Any, result: Any) -> str:
