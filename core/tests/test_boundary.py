@@ -364,6 +364,8 @@ def test_names_come_from_the_signature_the_class_its_bases_or_the_convention():
     with mock.patch.object(diffusers.DDIMScheduler, "step", new=nameless):
         assert positions(diffusers.DDIMScheduler(), "step", STEP) == own  # nobody does
     assert positions(Strange(), "step", STEP) == {"one": 0, "timestep": 1, "sample": 2}
+    block = tiny(SD)[0].unet.down_blocks[0].resnets[0]  # (input_tensor, temb, *args, **kwargs): what it says counts
+    assert positions(block, "forward") == {"input_tensor": 0, "temb": 1}
     assert positions(SimpleNamespace(step=mock.MagicMock()), "step", STEP) == own
     assert positions(SimpleNamespace(step=functools.partial(lambda a, b: a, b=1)), "step", STEP) == {"a": 0}
 

@@ -259,7 +259,6 @@ def positions(target: Any, name: str, takes: Sequence[str] = ()) -> dict[str, in
     Where somebody's wrapper has hidden them behind ``*args`` (a mock, a tracer, a decorator without ``functools.wraps``), they are read
     from the class, then from its bases, and what none of these says is ``takes``, the convention.
     """
-    found: list[str] = []
     defined = [vars(cls)[name] for cls in type(target).__mro__ if name in vars(cls)]
     for function in (getattr(target, name), *defined):
         try:
@@ -269,6 +268,7 @@ def positions(target: Any, name: str, takes: Sequence[str] = ()) -> dict[str, in
         found = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
         if function in defined:
             found = found[1:]  # self
-        if not any(p.kind is p.VAR_POSITIONAL for p in parameters):
-            return {parameter: i for i, parameter in enumerate(found)}
-    return {parameter: i for i, parameter in enumerate((*found, *takes[len(found) :]))}
+        hidden = any(p.kind is p.VAR_POSITIONAL for p in parameters)
+        if found or not hidden:
+            return {parameter: i for i, parameter in enumerate((*found, *(takes[len(found) :] if hidden else ())))}
+    return {parameter: i for i, parameter in enumerate(takes)}
