@@ -58,6 +58,8 @@ class Run:
         self.scale_model_input: Callable[..., Tensor] | None = None
         self.strides: list[int] = []
         """How far each step goes down, where the schedule was edited and the scheduler would not follow by itself."""
+        self._scheduler: Any = None
+        """The one that made the schedule."""
         self._cut_off = 0
         """Timesteps of the scheduler's own schedule that were cut off at its end."""
         self.outer: RunView | None = active_run()
@@ -204,7 +206,7 @@ class Run:
         call = ScheduleCall(self, inner, names, args, kwargs)
         call.scheduler = scheduler
         schedule = chain(call)
-        self.strides, self._cut_off = [], 0
+        self.strides, self._cut_off, self._scheduler = [], 0, scheduler
         if schedule.timesteps is not scheduler.timesteps or schedule.sigmas is not getattr(scheduler, "sigmas", None):
             self._cut_off = left_behind(schedule.timesteps, scheduler.timesteps)
             self.strides = write_schedule(scheduler, schedule.timesteps, schedule.sigmas)
@@ -270,6 +272,9 @@ class Run:
             if 0 < number <= len(guidance.extra) and rows * self._branches_in_step == self._rows:
                 asked.append(name := guidance.extra[number - 1][0])
                 return name, (name,)
+        if asked and self.pipe.scheduler is not self._scheduler:
+            asked.clear()  # it was exchanged in mid-run, so no step arrives here any more: the end of the run tells
+            return self._branch_of_call(rows)
         before = f" after {', '.join(asked)}" if asked else ""
         raise Unsupported(
             f"denoiser call {number + 1} of a step came with {rows} rows{before}, and pipelines of family {self.family.name!r} make none "
