@@ -315,9 +315,30 @@ def test_two_pipelines_that_share_the_denoiser_run_in_two_threads(sd):
 
 def test_pickled_weights_are_refused_unless_asked_for(sd, tmp_path):
     sd[0].save_pretrained(tmp_path / "pickled", safe_serialization=False)
-    with pytest.raises(Unsupported, match=r"no file named.*safetensors.*use_safetensors=None if you trust"):
+    with pytest.raises(Unsupported, match=r"are pickles \(.*/.*\.bin\).*use_safetensors=None if you trust"):
         load_pipeline(tmp_path / "pickled")
     assert type(load_pipeline(tmp_path / "pickled", use_safetensors=None)).__name__ == "StableDiffusionPipeline"
+
+
+UNET, TEXT = "unet/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors"
+DAMAGE = {
+    "cut": lambda file: file.write_bytes(file.read_bytes()[: file.stat().st_size // 2]),
+    "empty": lambda file: file.write_bytes(b""),
+    "a pickle under another name": lambda file: torch.save({"a": torch.ones(1)}, file),
+    "not there": lambda file: file.unlink(),
+}
+
+
+@pytest.mark.parametrize("how", DAMAGE)
+@pytest.mark.parametrize("file", [UNET, TEXT])
+def test_damaged_weights_are_called_damaged_and_no_protection_is_advised_away(sd, tmp_path, file, how):
+    sd[0].save_pretrained(tmp_path)
+    DAMAGE[how](tmp_path / file)
+    if file == UNET:  # pickles beside what is damaged change nothing
+        (tmp_path / "text_encoder" / "pytorch_model.bin").write_bytes(b"x")
+    with pytest.raises(PipelineNotFound, match="no file named" if how == "not there" else "damaged, or not what its name says") as caught:
+        load_pipeline(tmp_path)
+    assert "use_safetensors" not in str(caught.value)
 
 
 def test_the_object_stays_a_standard_pipeline(sd, tmp_path):

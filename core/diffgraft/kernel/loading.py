@@ -5,12 +5,15 @@ from __future__ import annotations
 import difflib
 import importlib.util
 import os
+import re
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import diffusers
 from diffusers import DiffusionPipeline
 from huggingface_hub.errors import HFValidationError
+from safetensors import SafetensorError
 
 from diffgraft.kernel import registry
 from diffgraft.kernel.backends import use_attention_backend
@@ -100,12 +103,12 @@ def read_pipeline(name: str | os.PathLike[str], **from_pretrained: Any) -> Any:
         )
     try:
         pipe = DiffusionPipeline.from_pretrained(folder, **{"use_safetensors": True, **from_pretrained})
-    except (OSError, HFValidationError) as error:
-        if "safetensors" not in str(error) or not isinstance(error, OSError):
+    except (OSError, HFValidationError, SafetensorError) as error:
+        if not (pickles := pickles_instead(folder, error)):
             raise PipelineNotFound(f"{os.fspath(name)!r} cannot be loaded: {why_not_loaded(error)}") from error
         raise Unsupported(
-            f"{name}: {error} Pickled weights run code of whoever made them. Convert them (`save_pretrained` writes safetensors), or say "
-            "use_safetensors=None if you trust that person"
+            f"{name}: its weights are pickles ({', '.join(pickles)}), which run code of whoever made them. Convert them (`save_pretrained` "
+            "writes safetensors), or say use_safetensors=None if you trust that person"
         ) from error
     if bundled is None:
         return pipe
@@ -120,13 +123,41 @@ def read_pipeline(name: str | os.PathLike[str], **from_pretrained: Any) -> Any:
     return pipe
 
 
-def why_not_loaded(error: BaseException | None) -> str:
-    """What kept diffusers from reading a pipeline, and the way out."""
-    first, chain = str(error).strip().partition("\n")[0], []
-    while error is not None:  # diffusers tells of a cache miss; what happened on the way there stands behind it
-        chain.append(error)
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+
+
+def pickles_instead(folder: str | os.PathLike[str], error: BaseException) -> list[str]:
+    """The pickled weights that are all there is where safetensors were looked for; none where the fault is another one.
+
+    Of the part of a folder that the error names this is seen; of a Hub id diffusers lists the files that it found.
+    """
+    if "SafetensorError" in kinds_of(error):
+        return []  # a file was there, and is damaged
+    if not os.path.isdir(folder):
+        listed = str(error).partition("safetensors` weights in")[2]
+        return sorted(word for word in re.findall(r"'([^']+)'", listed) if word.endswith(PICKLES))
+    found = []
+    for part in Path(folder).iterdir():
+        names = [path.name for path in part.iterdir()] if part.is_dir() and f"{part}." in str(error) else []
+        if not any(name.endswith(".safetensors") for name in names):
+            found += [f"{part.name}/{name}" for name in sorted(names) if name.endswith(PICKLES)]
+    return found
+
+
+def kinds_of(error: BaseException | None) -> set[str]:
+    """Class names of an error and of those behind it: diffusers tells of a cache miss, and not of what happened on the way there."""
+    kinds: set[str] = set()
+    while error is not None:
+        kinds |= {cls.__name__ for cls in type(error).__mro__}
         error = error.__cause__ or error.__context__
-    kinds = {cls.__name__ for one in chain for cls in type(one).__mro__}
+    return kinds
+
+
+def why_not_loaded(error: BaseException) -> str:
+    """What kept diffusers from reading a pipeline, and the way out."""
+    first, kinds = str(error).strip().partition("\n")[0], kinds_of(error)
+    if "SafetensorError" in kinds:
+        return f"a file of weights is damaged, or not what its name says ({first}): fetch or save it again"
     if "GatedRepoError" in kinds:
         return "it is gated: accept its licence on its page on the Hub, then `hf auth login`"
     if "RepositoryNotFoundError" in kinds:
@@ -143,7 +174,7 @@ def why_not_loaded(error: BaseException | None) -> str:
         return "it is not in the local cache, and the Hub cannot be reached: go online once, or give a folder"
     if "LocalEntryNotFoundError" in kinds:
         return "it is not in the local cache, and local_files_only=True forbids to fetch it"
-    return first or type(chain[0]).__name__
+    return first or type(error).__name__
 
 
 def refuse_near_misses(keywords: Iterable[str]) -> None:

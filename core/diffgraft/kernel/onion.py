@@ -50,6 +50,12 @@ def active_run() -> Any:
     return getattr(_thread, "run", None)
 
 
+def leave(run: RunView) -> None:
+    """Take back :func:`running` where an interrupt has kept it from doing so itself."""
+    if active_run() is run:
+        _thread.run = None
+
+
 def compose(entries: Sequence[Entry], point: str, terminal: Chain, finite: bool = False) -> Chain:
     """The onion of one hook point: first entry outermost, ``terminal`` in the middle. Without entries it is ``terminal`` itself.
 

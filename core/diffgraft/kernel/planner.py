@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import combinations
+from itertools import combinations, product
 
 from diffgraft.kernel.errors import Conflict
 from diffgraft.kernel.plugin import Effects
@@ -16,6 +16,8 @@ class Part:
 
     name: str
     effects: Effects
+    unknown: bool = False
+    """Whether it does something that is not known here."""
 
 
 @dataclass(frozen=True)
@@ -33,8 +35,12 @@ class Plan:
         return self
 
 
-def plan(parts: Sequence[Part]) -> Plan:
-    """Order a stack (the user's order: first = outermost) and judge every pair of it by what the two do."""
+def plan(parts: Sequence[Part], foreign: Sequence[Part] = ()) -> Plan:
+    """Order a stack (the user's order: first = outermost) and judge every pair of it by what the two do.
+
+    Args:
+        foreign: what others have put on the denoiser (diffusers' own caches): inside of all plugins, and judged with each of them.
+    """
     conflicts = [
         f"{part.name} is in the list {count} times; keep one and set its knobs with plugins={{{part.name!r}: {{...}}}}"
         for part, count in {p.name: (p, sum(q.name == p.name for q in parts)) for p in parts}.values()
@@ -46,7 +52,29 @@ def plan(parts: Sequence[Part]) -> Plan:
             clashes, surprises = judge(outer, inner)
             conflicts += clashes
             warnings += surprises
+    for part, other in product(parts, foreign):
+        clashes, surprises = judge_foreign(part, other)
+        conflicts += clashes
+        warnings += surprises
     return Plan(tuple(part.name for part in parts), tuple(conflicts), tuple(warnings))
+
+
+def judge_foreign(part: Part, other: Part) -> tuple[list[str], list[str]]:
+    """(conflicts, warnings) of a plugin and something foreign inside it, which cannot be told when the plugin does something unusual."""
+    mine = part.effects
+    skips = other.effects.skips
+    if other.unknown:
+        return [], [f"{part.name} runs beside {other.name}, and what that does is not known here"] if mine != Effects() else []
+    if skips and "plain_gradients" in mine.needs:
+        return [f"{part.name} needs gradients through the denoiser itself, and {other.name} would answer with an old step's features"], []
+    if skips and "resolution" in mine.edits:
+        return [f"{part.name} changes the resolution in mid-run, and {other.name} would reuse features of the other size"], []
+    conflicts, warnings = judge(part, other)
+    if skips and not conflicts and ({"denoiser"} & (mine.skips | mine.replaces) or "extra_forwards" in mine.needs):
+        warnings.append(f"{other.name} counts the denoiser's calls and takes each for a step, but with {part.name} they are others")
+    if "attention" in other.effects.edits and "conditioning" in mine.edits:
+        warnings.append(f"{part.name} edits the conditioning, of which {other.name} may keep what it was")
+    return conflicts, warnings
 
 
 def judge(outer: Part, inner: Part) -> tuple[list[str], list[str]]:

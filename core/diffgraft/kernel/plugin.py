@@ -104,11 +104,16 @@ class Need:
            "reward": how good a picture is, any callable or registered name; "search": what `search` found, a file or a ``Finding``
     knob   the knob that names it; where the knob is None the plugin does without
     fits   what of a run a file is held against beside the model; of what was found by a search also "guidance"
+    holds  what an artefact, an inversion or a finding holds (``diffgraft.methods.schema.Holds``): checked before anything is touched
+    crosses  how large the error is that such a file makes on a model whose weights are kept in another way than those it was made for
+           (quantised, or in 8 bits), in words; None: not known, and refused
     """
 
     kind: str
     knob: str
     fits: frozenset[str] = RUN_FACTS
+    holds: Any = None
+    crosses: str | None = None
 
 
 @dataclass
@@ -192,6 +197,8 @@ class Entry:
     plugin: Plugin
     enabled: bool = True
     given: dict[str, Any] = field(default_factory=dict)
+    seen: tuple[Any, ...] = ()
+    """What its checks rest on (``Seen``), of each pipeline that they looked at."""
     name: str = field(init=False)
 
     def __post_init__(self) -> None:

@@ -3,12 +3,18 @@
 A :class:`Slot` puts one wrapper into one instance's ``__dict__`` (or a module's ``_modules``) and takes it out again. It remembers whether
 the key was there, so that closing deletes what opening made. Slots on one key stack, and close in any order: closing one below another
 hands its predecessor up. Nothing is ever written to a class.
+
+Opening and closing are one write each, made under one lock, and do nothing where they are done already: whoever was interrupted may do
+them again. What is copied or pickled while a slot is open is what lies under it.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping, MutableMapping
+import operator
+import os
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from fractions import Fraction
 from itertools import pairwise
@@ -17,6 +23,9 @@ from typing import Any
 from diffgraft.kernel.errors import Unsupported
 
 _ABSENT: Any = object()
+"""Found by an open slot: nothing was there."""
+_CLOSED: Any = object()
+"""Found by a closed one."""
 
 
 class Slot:
@@ -25,13 +34,16 @@ class Slot:
     ``inner`` is what the attribute gave before (a bound method, a processor, a module); a wrapper calls it.
     """
 
+    gate = threading.RLock()
+    """Held while any slot opens or closes: pipelines in several threads may share a module."""
+
     def __init__(self, home: MutableMapping[str, Any], key: str, inner: Callable[[], Any]) -> None:
         self.home = home
         self.key = key
         self.read_inner = inner
         self.value: Any = _ABSENT
         self.inner: Any = None
-        self.found: Any = _ABSENT
+        self.found: Any = _CLOSED
         self.lead: Callable[..., Any] | None = None
         """Where a wrapper leads while its run is in progress."""
 
@@ -43,30 +55,86 @@ class Slot:
     @property
     def is_open(self) -> bool:
         """Whether the value is really there now: others may have put theirs over it, or thrown it away."""
-        return self.home.get(self.key, _ABSENT) is self.value
+        return self.found is not _CLOSED and self.home.get(self.key, _ABSENT) is self.value
 
     def open(self) -> None:
-        if self.is_open:
-            return
-        self.inner = self.read_inner()
-        self.found = self.home.get(self.key, _ABSENT)
-        self.home[self.key] = self.value
+        """Show the value, over what others show there; nothing where it is shown already, also under another slot."""
+        with Slot.gate:
+            if self.is_open or self._over() is not None:
+                return
+            self.inner = self.read_inner()
+            self.found = self.home.get(self.key, _ABSENT)
+            self.home[self.key] = self.value
 
     def close(self) -> None:
-        if self.is_open:
-            if self.found is _ABSENT:
-                del self.home[self.key]
-            else:
-                self.home[self.key] = self.found
-        else:
-            above = self.home.get(self.key)
-            while (slot := _slot_of(above)) is not None:
-                if slot.found is self.value:  # ours is under another slot: hand it what we found
-                    slot.found, slot.inner = self.found, self.inner
-                    break
-                above = slot.found
+        """Take the value out, wherever it lies; nothing where it is out already."""
+        with Slot.gate:
+            if self.is_open:
+                if self.found is _ABSENT:
+                    del self.home[self.key]
+                else:
+                    self.home[self.key] = self.found
+            elif (over := self._over()) is not None:
+                over.inner, over.found = self.inner, self.found
             # otherwise a foreign hand (offload hooks, set_attn_processor) has replaced it: what is there now is theirs
-        self.found = _ABSENT  # `inner` stays: whoever still holds our wrapper gets through it
+            self.found = _CLOSED  # `inner` stays: whoever still holds our wrapper gets through it
+
+    def _over(self) -> Slot | None:
+        """The open slot that lies directly over this one."""
+        if self.found is _CLOSED:
+            return None
+        above = _slot_of(self.home.get(self.key))
+        while above is not None and above.found is not self.value:
+            above = _slot_of(above.found)
+        return above
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        return type(None), ()  # a copy of something that a slot shows is in no slot
+
+
+def close_all(slots: Sequence[Slot]) -> None:
+    """Close slots, the last one first. An interrupt in the middle is raised when all are closed."""
+
+    def close() -> None:
+        for slot in reversed(slots):
+            slot.close()
+            slot.lead = None
+
+    surely(close)
+
+
+def surely(undo: Callable[[], Any]) -> None:
+    """Call ``undo``, which may be called again: once more where an interrupt came into it, which is then raised."""
+    try:
+        undo()
+    except BaseException:
+        undo()
+        raise
+
+
+@contextmanager
+def opened(slots: Sequence[Slot]) -> Iterator[None]:
+    """Slots that are open inside."""
+    try:
+        for slot in slots:
+            slot.open()
+        yield
+    finally:
+        close_all(slots)
+
+
+def free_the_gate() -> None:
+    """Let go of the gate where an interrupt kept this thread from it; only for a thread that opens and closes nothing now."""
+    while Slot.gate._is_owned():  # type: ignore[attr-defined]
+        Slot.gate.release()
+
+
+def _new_gate() -> None:
+    Slot.gate = threading.RLock()
+
+
+if hasattr(os, "register_at_fork"):  # in a forked child the thread that held it is not there
+    os.register_at_fork(after_in_child=_new_gate)
 
 
 _TAG = "_diffgraft_slot"
@@ -80,9 +148,61 @@ def _slot_of(value: Any) -> Slot | None:
     return getattr(value, "__dict__", {}).get(_TAG)
 
 
+class Method(functools.partial):
+    """A wrapper in the place of ``target.name``. A copy or a pickle of it is what it stands for: that method of the copy."""
+
+    target: Any
+    name: str
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        below = underneath(self)
+        return (getattr, (self.target, self.name)) if below is _ABSENT or below is self else instead(below)
+
+
+class MethodSlot(Slot):
+    """A slot on a method of one instance."""
+
+    def __init__(self, target: Any, name: str) -> None:
+        super().__init__(target.__dict__, name, lambda: getattr(target, name))
+        self.target = target
+
+    def put(self, value: Callable[..., Any]) -> None:
+        method = Method(value)
+        functools.update_wrapper(method, value)
+        method.target, method.name = self.target, self.key
+        super().put(method)
+
+
 def method_slot(target: Any, name: str) -> Slot:
     """A slot on the method ``name`` of one instance."""
-    return Slot(target.__dict__, name, lambda: getattr(target, name))
+    return MethodSlot(target, name)
+
+
+def instead(value: Any) -> tuple[Any, ...]:
+    """For ``__reduce_ex__`` of what stands in for ``value``: a copy or a pickle holds that."""
+    return operator.getitem, ((value,), 0)
+
+
+def underneath(value: Any) -> Any:
+    """What is there without slots, where ``value`` is seen; ``_ABSENT`` where that is nothing."""
+    while (slot := _slot_of(value)) is not None and slot.found is not _CLOSED:
+        value = slot.found
+    return value
+
+
+def plain_state(home: Mapping[str, Any]) -> dict[str, Any]:
+    """An object's ``__dict__`` as it is without slots."""
+    state = {key: underneath(value) for key, value in list(home.items())}
+    return {key: value for key, value in state.items() if value is not _ABSENT}
+
+
+def uncover(originals: Iterable[Any], memo: Mapping[int, Any]) -> None:
+    """After a deep copy: take out of the copies what only slots have put into their originals."""
+    for original in originals:
+        twin = memo.get(id(original))
+        for key, value in list(vars(original).items()) if twin is not None else ():
+            if underneath(value) is _ABSENT:
+                vars(twin).pop(key, None)
 
 
 def wraps_method(target: Any, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -99,7 +219,7 @@ def class_for_one(base: type, body: Mapping[str, Any]) -> type:
 def reduced_as(pipe: Any, cls: type, protocol: Any) -> tuple[Any, ...]:
     """What a pickle of ``pipe`` holds when it is to be read as a plain ``cls``: its reader may have no diffgraft."""
     reduced: Any = object.__reduce_ex__(pipe, max(int(protocol), 2))
-    return (object.__new__, (cls,), *reduced[2:])
+    return (object.__new__, (cls,), plain_state(reduced[2]), *reduced[3:])
 
 
 def set_class(pipe: Any, cls: type) -> None:
@@ -171,7 +291,7 @@ def striding(scheduler: Any, stride: int | None) -> Iterator[None]:
     if stride is None:
         yield
         return
-    before = scheduler.num_inference_steps
+    before = scheduler.num_inference_steps  # an interrupt on the way back does no harm: `set_timesteps` sets it anew in the next run
     scheduler.num_inference_steps = Fraction(scheduler.config.num_train_timesteps, stride)
     try:
         yield
@@ -206,9 +326,10 @@ def interrupt(pipe: Any) -> None:
     pipe._interrupt = True
 
 
-def set_requires_grad(parameter: Any, value: bool) -> None:
-    """Switch a parameter's gradient off for a while, and on again; what it has collected in ``grad`` stays as it is."""
-    parameter.requires_grad_(value)
+def set_requires_grad(parameters: Iterable[Any], value: bool) -> None:
+    """Switch the gradient of parameters off for a while, and on again; what they have collected in ``grad`` stays as it is."""
+    for parameter in parameters:
+        parameter.requires_grad_(value)
 
 
 def write_global(owner: Any, name: str, value: Any) -> Any:

@@ -7,10 +7,8 @@ user's. That is why offloading before or after, a new scheduler, LoRA, ``from_pi
 
 from __future__ import annotations
 
-import copy
 import inspect
 import logging
-import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,35 +16,36 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
-import torch
-from diffusers import DiffusionPipeline
 from torch import nn
 
 from diffgraft.kernel.anatomy import blocks_of, denoisers_of
+from diffgraft.kernel.beside import foreign_parts
 from diffgraft.kernel.calls import RunCall
-from diffgraft.kernel.defaults import filled, plain_class
+from diffgraft.kernel.claim import Claim, clean_in_children
+from diffgraft.kernel.defaults import filled
 from diffgraft.kernel.errors import ConfigError, Conflict, DiffgraftError, PluginNotFound, Unsupported, choices
-from diffgraft.kernel.facts import Target
+from diffgraft.kernel.facts import RunBound, Target
 from diffgraft.kernel.family import Family
-from diffgraft.kernel.onion import call_inner, compose, outside, running
+from diffgraft.kernel.grafted import STACK, class_with
+from diffgraft.kernel.onion import call_inner, compose, leave, outside, running
 from diffgraft.kernel.planner import Part, Plan, plan
 from diffgraft.kernel.plugin import Entry, Plugin
 from diffgraft.kernel.registry import find_family, find_need
 from diffgraft.kernel.report import Report
 from diffgraft.kernel.run import Run
-from diffgraft.kernel.slots import Slot, class_for_one, reduced_as, set_class, wraps_method
+from diffgraft.kernel.seen import Seen, follow_device, follow_dtype, seconds_in
+from diffgraft.kernel.slots import Slot, close_all, free_the_gate, set_class, surely
 from diffgraft.kernel.specs import Specs, as_specs, build_plugin, names_of
 from diffgraft.kernel.surgery import Surgery
 from diffgraft.kernel.verdict import ensure_fired, idle
 from diffgraft.kernel.wiring import Wiring
 
-_STACK = "_diffgraft_stack"
 _log = logging.getLogger(__name__)
 
 
 def stack_of(pipe: Any) -> PluginStack | None:
     """The plugin stack of a pipeline, or None when nothing was ever attached (or all was taken off)."""
-    return getattr(type(pipe), _STACK, None)
+    return getattr(type(pipe), STACK, None)
 
 
 def ensure_bare(pipe: Any, why: str) -> None:
@@ -68,8 +67,12 @@ def attach(pipe: Any, plugins: Sequence[Plugin]) -> PluginStack:
         stack.add(plugins)
         return stack
     stack = PluginStack(pipe, find_family(type(pipe)))
-    stack.add(plugins)
-    set_class(pipe, _class_with(stack))
+    set_class(pipe, class_with(stack))  # first: whatever interrupts what follows, `unload` finds what there is to take off
+    try:
+        stack.add(plugins)
+    except BaseException:
+        surely(stack.clear)
+        raise
     return stack
 
 
@@ -96,14 +99,6 @@ def fetch(plugin: Plugin, target: Target, known: Mapping[str, Any]) -> dict[str,
     return given
 
 
-def follow(given: Any, device: torch.device) -> None:
-    """Move the pipelines among what a plugin was given to the device on which the first one runs now."""
-    for second in given if isinstance(given, list) else [given]:
-        offloaded = bool(getattr(second, "_all_hooks", None))  # then accelerate moves its parts
-        if isinstance(second, DiffusionPipeline) and second.device != device and not offloaded:
-            second.to(device)
-
-
 class PluginStack:
     """``pipe.plugins``."""
 
@@ -115,12 +110,15 @@ class PluginStack:
         self._wiring = Wiring(pipe, family)
         self._surgery = Surgery()
         self._undo: tuple[Callable[[], None], ...] = ()
-        self._busy = threading.Lock()
+        self._busy = Claim()
+        self._open: tuple[Run, Sequence[Slot]] | None = None
+        """The run in progress and its slots; of an interrupted one until they are closed."""
         self._last = Report()
         self._warned: set[Entry] = set()
         self.check_finite = False
         """Whether runs look at every value that passes a hook, and end in ``NotFinite``, which names who made the first that is not finite.
         For finding a fault: it waits for the device at every hook."""
+        clean_in_children(self)
 
     # what users call --------------------------------------------------------------------------------------------------------------
 
@@ -151,7 +149,8 @@ class PluginStack:
     @property
     def plan(self) -> Plan:
         """The planner's verdict on the enabled plugins; its warnings are worth reading."""
-        return plan([Part(entry.name, entry.plugin.effects) for entry in self._enabled()])
+        parts = [Part(entry.name, entry.plugin.effects) for entry in self._enabled()]
+        return plan(parts, foreign_parts(denoisers_of(self.pipe, self.family)))
 
     def run_scheduler(self) -> Any:
         """The scheduler that a run has: the pipeline's own, or what an enabled plugin replaces it with."""
@@ -198,6 +197,7 @@ class PluginStack:
         entry.plugin, entry.given = new, given
         try:
             self._switch(entry, enabled)
+            self._see(entry)
         except BaseException:
             entry.plugin, entry.given = old
             self._switch(entry, enabled)
@@ -213,11 +213,11 @@ class PluginStack:
     def clear(self) -> None:
         """Take all plugins off and give the pristine pipeline back: nothing of diffgraft stays on it, ``pipe.plugins`` included."""
         self.remove(*self)
+        while self._undo:
+            self._undo[-1]()
+            self._undo = self._undo[:-1]
         if stack_of(self.pipe) is self:
-            set_class(self.pipe, self.base_class)
-        undo, self._undo = self._undo, ()
-        for function in reversed(undo):
-            function()
+            set_class(self.pipe, self.base_class)  # last: until then `unload` can be called again
 
     # attaching --------------------------------------------------------------------------------------------------------------------
 
@@ -238,8 +238,8 @@ class PluginStack:
                     f"pipe.plugins.remove({plugin.name!r}) takes it off"
                 )
         everything = [entry.plugin for entry in self._entries] + [*plugins]
-        plan([Part(p.name, p.effects) for p in everything]).ensure()
         target = describe(self.pipe, self.family)
+        plan([Part(p.name, p.effects) for p in everything], foreign_parts(target.denoisers)).ensure()
         given = []
         for plugin in plugins:
             self.refuse_family(plugin)
@@ -250,6 +250,7 @@ class PluginStack:
                 entry = Entry(plugin, given=things)
                 self._entries = (*self._entries, entry)
                 self._switch(entry, True)
+                self._see(entry)
         except BaseException:
             for entry in self._entries[len(before) :]:
                 self._switch(entry, False)
@@ -266,6 +267,38 @@ class PluginStack:
         given = fetch(plugin, target, known)
         plugin.check(replace(target, given=given))
         return given
+
+    def copy_to(self, pipe: Any) -> None:
+        """Put the same plugins on a copy of this stack's pipeline, switched on and off as here."""
+        copied = attach(pipe, [type(entry.plugin)(**entry.plugin.own_knobs) for entry in self._entries])
+        for entry in self._entries:
+            copied._switch(copied._entry(entry.name), entry.enabled)
+
+    def _see(self, entry: Entry) -> None:
+        """Let the second pipelines follow the first one's dtype, and note what the checks of a plugin rest on now."""
+        seconds = seconds_in(entry.given)
+        for second in seconds:
+            follow_dtype(second, self.pipe)
+        bound = any(isinstance(value, RunBound) for value in entry.given.values())
+        models = {**dict.fromkeys(self.family.denoisers, bound), "vae": bool(seconds)}
+        entry.seen = tuple(Seen(pipe, models) for pipe in (self.pipe, *seconds))
+
+    def _verify(self, entries: Sequence[Entry]) -> None:
+        """At every run: make the checks of attaching again where what they rest on has changed since.
+
+        Raises:
+            ArtefactMismatch, Conflict, Unsupported: as when the plugins were put on.
+        """
+        for entry in entries:
+            for second in seconds_in(entry.given):
+                follow_device(second, self.pipe._execution_device)
+            if not all(seen.holds() for seen in entry.seen):
+                for second in seconds_in(entry.given):
+                    follow_dtype(second, self.pipe)
+                entry.given = self._fetch(entry.plugin, describe(self.pipe, self.family), entry.given)
+                self._see(entry)
+        parts = [Part(entry.name, entry.plugin.effects) for entry in entries]
+        plan(parts, foreign_parts(denoisers_of(self.pipe, self.family))).ensure()
 
     def on_clear(self, undo: Callable[[], None]) -> None:
         """Have ``undo`` called by :meth:`clear`."""
@@ -302,6 +335,22 @@ class PluginStack:
     def _refuse_in_run(self, what: str) -> None:
         if self._busy.locked():
             raise DiffgraftError(f"cannot {what} this pipeline while it is running; do it before or after the call")
+        self.settle()
+
+    def settle(self) -> None:
+        """At every entry, and in a forked child: finish what an interrupt, or the fork, has kept a call from finishing."""
+        if not self._busy.locked():
+            free_the_gate()
+            self._finish()
+
+    def _finish(self) -> None:
+        """Close what a run has opened and free what it held; nothing where that is done."""
+        if self._open is not None:
+            run, slots = self._open
+            close_all(slots)
+            run.end()
+            leave(run)
+            self._open = None
 
     def _switch(self, entry: Entry, enabled: bool) -> None:
         """Turn an entry on or off; the modules that it exchanges go in and out with it."""
@@ -320,6 +369,7 @@ class PluginStack:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """One ``pipe(...)`` call."""
         function = self.base_class.__call__
+        self.settle()
         entries = self._enabled()
         if not entries:
             self._last = report = Report(disabled=self.list())
@@ -331,7 +381,7 @@ class PluginStack:
                 return result
             finally:
                 report.seconds = time.perf_counter() - started
-        if not self._busy.acquire(blocking=False):
+        if not self._busy.take():
             raise DiffgraftError(
                 "this pipeline is running already (another thread, or a call from inside its own run), and it has one scheduler: "
                 "make a second one with copy.deepcopy(pipe)"
@@ -345,7 +395,6 @@ class PluginStack:
         started = time.perf_counter()
         signature = inspect.signature(function)
         run = Run(self.pipe, self.family, entries, self.check_finite)
-        slots: Sequence[Slot] = ()
 
         def one_pass(call: RunCall) -> Any:
             bound = signature.bind_partial(self.pipe, *call.args, **call.kwargs)
@@ -358,9 +407,9 @@ class PluginStack:
             return result
 
         try:
-            for given in [value for entry in entries for value in entry.given.values()]:
-                follow(given, self.pipe._execution_device)
+            self._verify(entries)
             slots = self._wiring.connect(run, entries)
+            self._open = run, slots  # before any is open
             with running(run):
                 positions = {name: i for i, name in enumerate([*signature.parameters][1:])}
                 whole = filled(self.pipe, args, kwargs)
@@ -372,15 +421,11 @@ class PluginStack:
             run.report.completed = True
             return result
         finally:
-            for slot in reversed(slots):
-                slot.close()
-                slot.lead = None
-            run.end()
+            surely(self._finish)
             run.report.seconds = time.perf_counter() - started
             run.report.disabled = tuple(entry.name for entry in self._entries if entry not in entries)
             self._last = run.report
             run.report.log()
-
 
     def _warn_of_idle(self, run: Run) -> None:
         """Warn of each plugin that saved nothing, once; at its neutral settings it was told to."""
@@ -390,40 +435,3 @@ class PluginStack:
             if not neutral and entry not in self._warned:
                 self._warned.add(entry)
                 warnings.warn(f"{entry.name}: {note}", UserWarning, stacklevel=4)
-
-
-def _class_with(stack: PluginStack) -> type:
-    """A subclass of the pipeline's class, for this one object, that runs its calls through ``stack``."""
-    base = stack.base_class
-
-    def __call__(pipe: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N807
-        return stack(*args, **kwargs)
-
-    def __deepcopy__(pipe: Any, memo: dict[int, Any]) -> Any:  # noqa: N807
-        new: Any = object.__new__(base)
-        memo[id(pipe)] = new
-        for exchanged, original in stack.exchanged():  # the copy's plugins exchange its own modules themselves
-            memo[id(exchanged)] = twin = copy.deepcopy(original, memo)
-            if (where := next(exchanged.parameters(), None)) is not None:
-                twin.to(where.device)
-        new.__dict__.update(copy.deepcopy(pipe.__dict__, memo))
-        copied = attach(new, [type(entry.plugin)(**entry.plugin.own_knobs) for entry in stack._entries])
-        for entry in stack._entries:
-            copied._switch(copied._entry(entry.name), entry.enabled)
-        return new
-
-    def __reduce_ex__(pipe: Any, protocol: Any) -> Any:  # noqa: N807
-        # a pickle holds the plain pipeline: which plugins its reader has installed is not ours to say
-        if stack.exchanged():
-            pipe = copy.deepcopy(pipe)
-            pipe.plugins.clear()
-        return reduced_as(pipe, plain_class(base), protocol)
-
-    body = {
-        "__call__": wraps_method(base, "__call__", __call__),
-        "__deepcopy__": __deepcopy__,
-        "__reduce_ex__": __reduce_ex__,
-        "plugins": property(lambda pipe: stack, doc="The plugins on this pipeline."),
-        _STACK: stack,
-    }
-    return class_for_one(base, body)

@@ -41,8 +41,8 @@ class Surgery:
             raise DiffgraftError(f"{entry.name}: {type(parent).__name__} has no submodule {name!r}; it has {', '.join(home)}")
         slot = Slot(home, name, lambda: home[name])
         slot.put(new)
+        self._swaps[entry] = (*self._swaps[entry], slot)  # first: what is not known here is never put back
         slot.open()
-        self._swaps[entry] = (*self._swaps[entry], slot)
 
     def exchanged(self) -> Sequence[tuple[nn.Module, nn.Module]]:
         """(module that a plugin put in, the one that was there), in the order in which they were put in."""
@@ -56,7 +56,7 @@ class Surgery:
         """
         slots = self._swaps.get(entry, ())
         for slot in slots:
-            if not slot.is_open:
+            if not slot.is_open and slot.home.get(slot.key) is not slot.inner and slot.inner is not None:
                 raise Conflict(
                     f"{entry.name} cannot be taken off: something (LoRA?) was put over the module {slot.key!r} that it had exchanged; "
                     "unload that first"

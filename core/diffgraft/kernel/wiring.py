@@ -23,7 +23,7 @@ from diffgraft.kernel.family import Family
 from diffgraft.kernel.onion import Chain, Onions, active_run, compose, stream_terminal
 from diffgraft.kernel.plugin import Entry
 from diffgraft.kernel.run import Run
-from diffgraft.kernel.slots import Slot, method_slot, wraps_method
+from diffgraft.kernel.slots import Slot, instead, method_slot, wraps_method
 
 Names = Mapping[str, int]
 Lead = Callable[[Callable[..., Any], Names, tuple[Any, ...], dict[str, Any]], Any]
@@ -224,6 +224,9 @@ class ProcessorProxy:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.__dict__["_processor"], name)
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        return instead(self.__dict__["_processor"])
 
     @property  # type: ignore[misc]
     def __class__(self) -> type:  # type: ignore[override]

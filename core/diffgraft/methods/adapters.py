@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from diffgraft.kernel.errors import Unsupported
-from diffgraft.kernel.slots import Slot
+from diffgraft.kernel.slots import Slot, opened
 
 
 def adapter_layers(model: nn.Module) -> list[Any]:
@@ -35,14 +35,8 @@ def without_adapters(model: nn.Module) -> Iterator[None]:
         Unsupported: there is no LoRA, or it is fused into the weights.
     """
     ensure_removable(model)
-    slots = [switch(layer) for layer in adapter_layers(model) if not layer.disable_adapters]
-    for slot in slots:
-        slot.open()
-    try:
+    with opened([switch(layer) for layer in adapter_layers(model) if not layer.disable_adapters]):
         yield
-    finally:
-        for slot in reversed(slots):
-            slot.close()
 
 
 def switch(layer: Any) -> Slot:

@@ -27,7 +27,9 @@ from typing_extensions import Self, TypedDict
 from diffgraft.kernel.errors import ArtefactMismatch, ConfigError
 from diffgraft.kernel.foreign import brief, plain, said
 from diffgraft.kernel.plugin import RUN_FACTS
+from diffgraft.kernel.weights import kept_by, middle_value, root_of, shape_of
 from diffgraft.methods.files import write_atomic
+from diffgraft.methods.schema import Holds
 
 _log = logging.getLogger(__name__)
 
@@ -37,45 +39,59 @@ PROBES = 32
 """Weights that a fingerprint remembers."""
 LARGEST = 8 * 2**30
 """Bytes that a file may have; a sparse one has them on no disk, but takes them in memory."""
-TOLERANCE = 0.02
-"""Relative difference of a remembered weight that another dtype explains (bfloat16 keeps 8 bits)."""
+TOLERANCE = 0.005
+"""Relative difference of a remembered weight that another dtype explains (bfloat16 keeps 8 bits, and may have been rounded to twice)."""
+CROSSING = 0.3
+"""How far weights that are kept in another way (quantised, in 8 bits) may be from the remembered ones, all together."""
 
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """What tells one model from another: its class, a hash of all parameter names and shapes, and a few weights.
+    """What tells one model from another: its class, a hash of all parameter names and shapes, a few weights, and how weights are kept.
 
     Two checkpoints of one architecture differ in the weights; one checkpoint in another dtype or on another device does not.
+    Quantised weights are remembered dequantised; of a class that does not say what it holds there is NaN, and names and shapes decide.
     """
 
     kind: str
     layout: str
     weights: tuple[float, ...]
+    kept: str = ""
+    """"" for plain weights of 16 bits and more, else a dtype of 8 bits or the class of a quantiser ("float8_e4m3fn", "Params4bit")."""
 
     @classmethod
     def of(cls, model: nn.Module) -> Fingerprint:
         """The fingerprint of a model; LoRA layers on it are not part of it."""
-        model = getattr(model, "_orig_mod", model)  # under torch.compile
+        model = root_of(model)
         named = sorted((name.replace(".base_layer", ""), name) for name, _ in model.named_parameters() if ".lora_" not in name)
-        lines = (f"{clean} {tuple(model.get_parameter(name).shape)}" for clean, name in named)
+        lines = (f"{clean} {shape_of(model.get_parameter(name))}" for clean, name in named)
         layout = hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
-        values = [middle(model, named[i * len(named) // PROBES][1]) for i in range(min(PROBES, len(named)))]
-        weights = torch.stack(values).tolist() if values else []
-        return cls(type(model).__name__, layout, tuple(weights))
+        probes = min(PROBES, len(named))
+        weights = tuple(middle(model, named[i * len(named) // probes][1]) for i in range(probes))
+        return cls(type(model).__name__, layout, weights, kept_by(model))
 
-    def difference(self, other: Fingerprint) -> str | None:
-        """Why ``other`` is another model, or None when it is this one."""
+    def difference(self, other: Fingerprint, crosses: bool = False) -> str | None:
+        """Why ``other`` is another model, or None when it is this one.
+
+        Args:
+            crosses: whether the same model with weights that are kept in another way counts as this one.
+        """
         if self.kind != other.kind:
             return f"{other.kind} instead of {self.kind}"
         if self.layout != other.layout:
             return f"{self.kind} with other layers or sizes"
-        pairs = zip(self.weights, other.weights, strict=False)
-        close = all(math.isclose(a, b, rel_tol=TOLERANCE, abs_tol=1e-6) for a, b in pairs)
+        if self.kept != other.kept and not crosses:
+            return f"{self.kind} with weights kept as {other.kept or 'plain numbers'} instead of {self.kept or 'plain numbers'}"
+        pairs = [(a, b) for a, b in zip(self.weights, other.weights, strict=False) if not (other.kept + self.kept and math.isnan(a + b))]
+        if self.kept == other.kept:
+            close = all(math.isclose(a, b, rel_tol=TOLERANCE, abs_tol=1e-6) for a, b in pairs)
+        else:
+            close = sum(abs(a - b) for a, b in pairs) <= CROSSING * sum(abs(a) for a, _ in pairs)
         return None if close and len(self.weights) == len(other.weights) else f"{self.kind} with other weights"
 
 
-def middle(model: nn.Module, name: str) -> Tensor:
-    """The middle value of a parameter (0-dim, fp32, CPU); sequential offload leaves an empty one in its place and keeps the values."""
+def middle(model: nn.Module, name: str) -> float:
+    """The middle value of a parameter; sequential offload leaves an empty one in its place and keeps the values."""
     module, _, own_name = name.rpartition(".")
     owner = model.get_submodule(module)
     with contextlib.ExitStack() as held:
@@ -83,8 +99,7 @@ def middle(model: nn.Module, name: str) -> Tensor:
             from accelerate.utils import align_module_device
 
             held.enter_context(align_module_device(owner, "cpu"))
-        parameter = getattr(owner, own_name).detach()
-        return parameter.reshape(-1)[parameter.numel() // 2].float().cpu()
+        return middle_value(getattr(owner, own_name))
 
 
 @dataclass(frozen=True)
@@ -208,17 +223,26 @@ class Artefact:
             raise ArtefactMismatch(f"{source} was made for the plugin {plain(maker)!r}, not for {plugin!r}; {make_again(plugin, kind)}")
         return header, read
 
-    def ensure_model(self, pipe: Any, denoisers: Mapping[str, nn.Module]) -> None:
-        """Raises ArtefactMismatch when it was made for another model; all that can be said before a run."""
+    def ensure_model(self, pipe: Any, denoisers: Mapping[str, nn.Module], crosses: str | None = None) -> None:
+        """Raises ArtefactMismatch when it was made for another model; all that can be said before a run. ``crosses`` as in ``Need``."""
         differing = []
         if self.made_for.pipeline != type(pipe).__name__:
             differing.append(f"pipeline: made for {self.made_for.pipeline}, found {type(pipe).__name__}")
         for name, expected in self.made_for.denoisers.items():
             if name not in denoisers:
                 differing.append(f"{name}: this pipeline has none")
-            elif why := expected.difference(Fingerprint.of(denoisers[name])):
+            elif why := expected.difference(found := Fingerprint.of(denoisers[name]), crosses is not None):
                 differing.append(f"{name}: found {why}")
+            elif found.kept != expected.kept:
+                kept, made = found.kept or "plain numbers", expected.kept or "plain numbers"
+                _log.warning("%s: made for weights kept as %s, used with %s: %s", self.made_for.plugin, made, kept, crosses)
         self._refuse(differing)
+
+    def ensure_holds(self, holds: Holds) -> None:
+        """Raises ArtefactMismatch when its content is not what ``holds`` says."""
+        if why := holds.fault(self.tensors, self.facts):
+            plugin = self.made_for.plugin
+            raise ArtefactMismatch(f"{plugin}: the {self.kind} {self.path or '(in memory)'}: {why}; {make_again(plugin, self.kind)}")
 
     def ensure_run(
         self,

@@ -30,7 +30,8 @@ from diffgraft.kernel.anatomy import eager_forward
 from diffgraft.kernel.calls import DenoiseCall, RunView
 from diffgraft.kernel.errors import Conflict, Unsupported
 from diffgraft.kernel.onion import running
-from diffgraft.kernel.slots import Slot, set_requires_grad
+from diffgraft.kernel.slots import Slot, opened, set_requires_grad, surely
+from diffgraft.kernel.weights import kept_by
 
 MOVES_WEIGHTS = ("group_offloading", "lazy_prefetch_group_offloading", "layerwise_casting")
 """diffusers' hooks under which a layer's weights are somewhere else, or something else, by the time that its backward runs."""
@@ -98,11 +99,13 @@ def latent_gradient(
         stack.enter_context(checkpointed(model, call.run) if checkpointing else nullcontext())
         stack.enter_context(torch.enable_grad())
         z = call.latents.detach().clone().requires_grad_()
-        found = losses(z).float()
+        with explained(call, model):
+            found = losses(z).float()
         if not found.requires_grad:
             raise Unsupported(f"{call.entry.name}: its loss does not depend on the latents, so there is no gradient to follow")
         total = found.sum() if scale is None else found.sum() * scale.on(z.device)
-        (gradient,) = torch.autograd.grad(total, z)
+        with explained(call, model):
+            (gradient,) = torch.autograd.grad(total, z)
     if scale is not None:
         gradient = scale.undone(gradient)
     return LatentGradient(found.detach(), gradient.to(z.dtype))
@@ -138,6 +141,20 @@ def ensure_differentiable(call: DenoiseCall, model: nn.Module) -> None:
 
 
 @contextmanager
+def explained(call: DenoiseCall, model: nn.Module) -> Iterator[None]:
+    """Raises Unsupported where a quantiser's tensor class cannot do what autograd asks of it."""
+    try:
+        yield
+    except (RuntimeError, NotImplementedError, TypeError, AttributeError) as error:
+        if not (kept := kept_by(model)) or isinstance(error, torch.OutOfMemoryError):
+            raise
+        raise Unsupported(
+            f"{call.entry.name} needs gradients, and the weights of this {type(model).__name__} are kept as {kept}, which gives none here "
+            f"({error}): load it with plain weights"
+        ) from error
+
+
+@contextmanager
 def alone(call: DenoiseCall) -> Iterator[None]:
     """Until the end of this block only the hooks of the plugin that ``call`` belongs to fire."""
     run = call.run
@@ -154,12 +171,10 @@ def frozen(model: nn.Module) -> Iterator[None]:
     """Parameters without ``requires_grad``, so that nothing is kept for gradients of theirs; afterwards each is as it was."""
     changed = [parameter for parameter in model.parameters() if parameter.requires_grad]
     try:
-        for parameter in changed:
-            set_requires_grad(parameter, False)
+        set_requires_grad(changed, False)
         yield
     finally:
-        for parameter in changed:
-            set_requires_grad(parameter, True)
+        surely(lambda: set_requires_grad(changed, True))
 
 
 @contextmanager
@@ -182,13 +197,8 @@ def checkpointed(model: nn.Module, run: RunView) -> Iterator[None]:
             slot = Slot(module.__dict__, name, lambda: None)
             slot.value = value
             slots.append(slot)
-    try:
-        for slot in slots:
-            slot.open()
+    with opened(slots):
         yield
-    finally:
-        for slot in reversed(slots):
-            slot.close()
 
 
 def in_run(run: RunView, branch: str | None, module: nn.Module, *args: Any) -> Any:

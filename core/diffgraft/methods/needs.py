@@ -26,17 +26,19 @@ _log = logging.getLogger(__name__)
 
 def fetch_artefact(plugin: Plugin, need: Need, value: Any, target: Target) -> Artefact:
     """An artefact or an inversion that was made for this model (what else it must fit is checked when a run begins)."""
-    return fitting(value if isinstance(value, Artefact) else Artefact.load(value, plugin.name, need.kind), target)
+    return fitting(value if isinstance(value, Artefact) else Artefact.load(value, plugin.name, need.kind), need, target)
 
 
 def fetch_finding(plugin: Plugin, need: Need, value: Any, target: Target) -> Artefact:
     """What a search found for this model."""
-    return fitting(value if isinstance(value, Artefact) else Finding.load(value, plugin.name, need.kind), target)
+    return fitting(value if isinstance(value, Artefact) else Finding.load(value, plugin.name, need.kind), need, target)
 
 
-def fitting(artefact: Artefact, target: Target) -> Artefact:
-    """The artefact, if it was made for this model."""
-    artefact.ensure_model(target.pipe, target.denoisers)
+def fitting(artefact: Artefact, need: Need, target: Target) -> Artefact:
+    """The artefact, if it was made for this model and holds what the plugin says."""
+    artefact.ensure_model(target.pipe, target.denoisers, need.crosses)
+    if need.holds is not None:
+        artefact.ensure_holds(need.holds)
     return artefact
 
 

@@ -26,7 +26,7 @@ from collections.abc import Iterable
 
 from diffgraft.kernel import registry
 from diffgraft.kernel.plugin import Plugin
-from diffgraft.testing import basics, compiling, inside, repeats, surroundings
+from diffgraft.testing import basics, compiling, crafted, inside, repeats, surroundings
 from diffgraft.testing.case import CHECKS, Case, cases_of, claims
 from diffgraft.testing.cover import cover
 from diffgraft.testing.pairs import Pair, pair_cases
@@ -43,6 +43,7 @@ __all__ = [
     "compiling",
     "contract_cases",
     "cover",
+    "crafted",
     "inside",
     "pair_cases",
     "repeats",

@@ -37,7 +37,7 @@ from typing_extensions import Self
 from diffgraft_autodiffusion.layers import skippable, skipped
 from diffgraft_autodiffusion.method import PRESETS, falls
 from diffgraft_autodiffusion.schedule import ensure_in_range, ensure_supported, scheduled
-from diffgraft_autodiffusion.searcher import AutoDiffusionSearcher
+from diffgraft_autodiffusion.searcher import HOLDS, AutoDiffusionSearcher
 
 __all__ = ["AutoDiffusion", "AutoDiffusionConfig", "AutoDiffusionSearcher"]
 __version__ = "0.1.0"
@@ -123,7 +123,7 @@ class AutoDiffusion(Plugin):
     neutral: ClassVar[dict[str, Any]] = {"parts": "none"}
     active: ClassVar[dict[str, Any]] = {"parts": "all"}
     effects = Effects(skips=frozenset({"blocks"}), edits=frozenset({"schedule"}), needs=frozenset({"calibrated_run"}))
-    needs = (Need("search", "artefact", fits=frozenset({"scheduler", "guidance"})),)
+    needs = (Need("search", "artefact", fits=frozenset({"scheduler", "guidance"}), holds=HOLDS),)
     search = AutoDiffusionSearcher
     config: AutoDiffusionConfig
     named: frozenset[int | str] = frozenset()

@@ -3,16 +3,49 @@
 from __future__ import annotations
 
 import random
-from typing import Any
+from collections.abc import Mapping
+from typing import Annotated, Any
 
 from diffgraft import ConfigError, PluginConfig
+from diffgraft.methods.schema import Holds
 from diffgraft.methods.search import Probe, Searcher
 from pydantic import Field
+from typing_extensions import NotRequired, TypedDict
 
 from diffgraft_autodiffusion import method
 from diffgraft_autodiffusion.layers import skippable
 from diffgraft_autodiffusion.method import Candidate, Space
 from diffgraft_autodiffusion.schedule import ensure_supported, points
+
+Number = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+class Genome(TypedDict):
+    """As a file holds it; see :mod:`.method`."""
+
+    timesteps: Annotated[list[Number], Field(min_length=1)]
+    end: Number | None
+    skips: list[list[str]]
+
+
+class Facts(TypedDict):
+    """Of what a search found."""
+
+    genome: Genome
+    guidance_scale: NotRequired[float | None]
+
+
+def misshapen(tensors: Mapping[str, Any], facts: Mapping[str, Any]) -> str | None:
+    """What is wrong with a genome, or None."""
+    genome: Candidate = facts["genome"]
+    if len(genome["skips"]) != len(genome["timesteps"]):
+        return f"its genome has {len(genome['skips'])} lists of skipped layers for {len(genome['timesteps'])} time steps"
+    if not method.falls(method.points_of(genome)):
+        return f"its genome's time steps do not fall: {method.points_of(genome)}"
+    return None
+
+
+HOLDS = Holds(facts=Facts, also=misshapen)
 
 
 class AutoDiffusionSearch(PluginConfig):

@@ -8,12 +8,14 @@ equation that can be solved for either end. A run is its own inverse: `diffgraft
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from diffgraft import ConfigError, Effects, Family, Inverter, Need, Paper, Plugin, PluginConfig, RunCall, ScheduleCall
 from diffgraft.methods.artefacts import Artefact
+from diffgraft.methods.schema import Holds, Values
 from diffgraft.methods.solvers import ode_settings
 from pydantic import Field
+from typing_extensions import NotRequired, TypedDict
 
 from diffgraft_bdia.schedulers import BDIAScheduler, FlowBDIAScheduler
 
@@ -35,6 +37,22 @@ class BDIAConfig(PluginConfig):
     start: str | Path | Artefact | None = Field(
         None, description="a picture's code, made by `diffgraft invert bdia`: the run makes that picture again, or edits it"
     )
+
+
+class Walk(TypedDict):
+    """Of a code's knobs: those that must be the same on the way back."""
+
+    gamma: Annotated[float, Field(gt=0, le=1)]
+
+
+class Facts(TypedDict):
+    """Of a code."""
+
+    knobs: Walk
+    guidance_scale: NotRequired[Annotated[float, Field(allow_inf_nan=False)] | None]
+
+
+HOLDS = Holds({"noise": Values((...,)), "neighbour": Values((...,))}, Facts)
 
 
 def scheduler_for(old: Any, family: Family, **options: Any) -> Any:
@@ -62,7 +80,7 @@ class BDIA(Plugin):
     active: ClassVar[dict[str, Any]] = {"gamma": 0.5}
     scheduler = BDIAScheduler
     effects = Effects(replaces=frozenset({"scheduler"}), needs=frozenset({"determinism"}))
-    needs = (Need("inversion", "start", fits=frozenset({"steps", "shape"})),)
+    needs = (Need("inversion", "start", fits=frozenset({"steps", "shape"}), holds=HOLDS),)
     config: BDIAConfig
 
     def make_scheduler(self, old: Any, family: Family) -> Any | None:

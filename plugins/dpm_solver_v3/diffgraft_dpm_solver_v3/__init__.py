@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 from diffgraft import ArtefactMismatch, ConfigError, Effects, Family, Need, Plugin, Schedule, ScheduleCall, StepCall, StepOutput
 from diffgraft.methods.artefacts import make_again
 
-from diffgraft_dpm_solver_v3.calibration import DPMSolverV3Calibrator
+from diffgraft_dpm_solver_v3.calibration import HOLDS, DPMSolverV3Calibrator
 from diffgraft_dpm_solver_v3.knobs import PAPER, DPMSolverV3Config, options, settings_of
 from diffgraft_dpm_solver_v3.schedulers import DPMSolverV3Scheduler
 
@@ -29,7 +29,8 @@ class DPMSolverV3(Plugin):
     active: ClassVar[dict[str, Any]] = {"order": 2, "intervals": 12, "draws": 2}
     scheduler = DPMSolverV3Scheduler
     effects = Effects(replaces=frozenset({"scheduler"}), needs=frozenset({"determinism"}))
-    needs = (Need("artefact", "artefact", fits=frozenset()),)  # l, s, b are functions of lambda: any scheduler, any number of steps
+    # l, s, b are functions of lambda: any scheduler, any number of steps
+    needs = (Need("artefact", "artefact", fits=frozenset(), holds=HOLDS),)
     calibration = DPMSolverV3Calibrator
     tune: ClassVar[dict[str, Any]] = {
         "order": (2, 3),

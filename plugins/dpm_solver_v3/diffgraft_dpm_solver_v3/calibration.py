@@ -14,20 +14,41 @@ The noise and v of a draw are the same at all grid points: l' is a difference of
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any
 
 import numpy as np
 import torch
 from diffgraft import Calibrator, Effects, Family, RunCall, Schedule, ScheduleCall, Unsupported
+from diffgraft.methods.schema import Holds, Values
 from diffusers.utils.torch_utils import randn_tensor
+from pydantic import Field
 from torch import Tensor
+from typing_extensions import TypedDict
 
 from diffgraft_dpm_solver_v3.knobs import PAPER, DPMSolverV3Config, options, settings_of
 from diffgraft_dpm_solver_v3.method import Array, Moments, clean, moments, pooled, statistics
 from diffgraft_dpm_solver_v3.schedulers import DPMSolverV3Output, DPMSolverV3Scheduler, at_least_float32
 
 QUESTIONS = 4
+
+
+class Facts(TypedDict):
+    """Of an artefact: the ends of the lambda grid, from most to least noise, and the guidance scale it was measured at."""
+
+    ends: Annotated[list[float], Field(min_length=2, max_length=2)]
+    guidance_scale: float | None
+
+
+def backwards(tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> str | None:
+    """What is wrong with the grid, or None."""
+    first, last = facts["ends"]
+    if len(tensors["l"]) < 2:
+        return "l, s, b have one point, a grid has two ends"
+    return None if -math.inf < first < last < math.inf else f"its fact ends = {[first, last]}: lambda rises from the first to the last"
+
+
+HOLDS = Holds({name: Values(("N + 1", ...)) for name in "lsb"}, Facts, backwards)
 
 
 class MeasuringScheduler(DPMSolverV3Scheduler):

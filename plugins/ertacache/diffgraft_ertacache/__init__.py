@@ -12,12 +12,24 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
-from diffgraft import BlockCall, ConfigError, DenoiseCall, Effects, Need, Plugin, Schedule, ScheduleCall, Target, Unsupported
+from diffgraft import (
+    ArtefactMismatch,
+    BlockCall,
+    ConfigError,
+    DenoiseCall,
+    Effects,
+    Need,
+    Plugin,
+    Schedule,
+    ScheduleCall,
+    Target,
+    Unsupported,
+)
 from diffgraft.methods.artefacts import Artefact, make_again
 from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
-from diffgraft_ertacache.calibration import LEADING, Measure, channel_axis
+from diffgraft_ertacache.calibration import HOLDS, LEADING, Measure, channel_axis
 from diffgraft_ertacache.knobs import PAPER, ERTACacheConfig
 from diffgraft_ertacache.method import adjusted_sigmas, may_reuse, policy, rectification
 from diffgraft_ertacache.stream import STREAM, Stream, last_block
@@ -48,7 +60,7 @@ class ERTACache(Plugin):
     neutral: ClassVar[dict[str, Any]] = {"threshold": 0}
     active: ClassVar[dict[str, Any]] = {"threshold": 10.0}
     effects = Effects(skips=frozenset({"blocks"}), edits=frozenset({"schedule", "prediction"}), needs=frozenset({"calibrated_run"}))
-    needs = (Need("artefact", "artefact"),)
+    needs = (Need("artefact", "artefact", holds=HOLDS),)
     calibration = Measure
     tune: ClassVar[dict[str, Any]] = {"threshold": (0.05, 0.1, 0.2, 0.4), "phi": ("off", "velocity")}
     config: ERTACacheConfig
@@ -135,8 +147,13 @@ class ERTACache(Plugin):
         if found is None:
             tensors = calibrated(call).tensors
             K, B = (torch.stack([of_branch(tensors, name, b) for b in call.branches], dim=2) for name in "KB")
-            shape = [1] * v.ndim
-            shape[channel_axis(call.family, v.ndim)] = K.shape[-1]
+            shape, axis = [1] * v.ndim, channel_axis(call.family, v.ndim)
+            if K.shape[-1] != v.shape[axis]:
+                raise ArtefactMismatch(
+                    f"ertacache: the artefact's K and B are for {K.shape[-1]} channels, this denoiser gives {v.shape[axis]}; "
+                    f"{make_again('ertacache')}"
+                )
+            shape[axis] = K.shape[-1]
             found = tuple(x.to(v.device).reshape(*K.shape[:3], *shape) for x in rectification(K, B))  # type: ignore[assignment]
             call.shared.linear[key] = found
         return found  # type: ignore[return-value]

@@ -6,13 +6,15 @@ place, for each of the last W residuals: that gives v~ exactly, at the price of 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from diffgraft import BlockCall, Calibrator, DenoiseCall, Family, RunCall
+from diffgraft.methods.schema import Holds, Values
 from torch import Tensor
+from typing_extensions import TypedDict
 
 from diffgraft_ertacache.knobs import PAPER, ERTACacheConfig
 from diffgraft_ertacache.method import correction_coefficient, linear_model, moments, relative_error
@@ -30,6 +32,37 @@ class Measured:
     history: list[tuple[int, str, Tensor]] = field(default_factory=list)
     velocity: Tensor | None = None
     records: dict[str, Tensor] = field(default_factory=dict)
+
+
+class Facts(TypedDict):
+    """Of an artefact: the branches that were calibrated, none where a run had one step."""
+
+    branches: list[str]
+
+
+MOST = 1e6
+"""Largest |K| and |B| that is taken for a measurement."""
+
+
+def incomplete(tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> str | None:
+    """What an artefact of several steps lacks, or None."""
+    if len(tensors["error"]) == 1:
+        return None
+    needed = ["phi.velocity", "phi.difference", *(f"{name}.{branch}" for name in "KB" for branch in {LEADING, *facts["branches"]})]
+    return next((f"the tensor {name!r} is missing" for name in needed if name not in tensors), None)
+
+
+HOLDS = Holds(
+    tensors={
+        "error": Values(("T", "W"), low=0, infinite=True),
+        "phi.velocity": Values(("T", "W"), low=0, high=1, optional=True),
+        "phi.difference": Values(("T", "W"), low=0, high=1, optional=True),
+        "K.*": Values(("T", "W", "C"), low=-MOST, high=MOST),
+        "B.*": Values(("T", "W", "C"), low=-MOST, high=MOST),
+    },
+    facts=Facts,
+    also=incomplete,
+)
 
 
 class Measure(Calibrator):

@@ -1,0 +1,90 @@
+"""The class of one pipeline that has plugins: its calls go through the stack, its copies are of the plain objects.
+
+A run shows things in places that are the user's (a plugin's scheduler, wrappers on methods). Whoever copies, pickles or saves the pipeline
+in the middle of one, or makes another of its components, gets what lies under them.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, Protocol
+
+from torch import nn
+
+from diffgraft.kernel.defaults import plain_class
+from diffgraft.kernel.slots import class_for_one, plain_state, reduced_as, uncover, underneath, wraps_method
+
+STACK = "_diffgraft_stack"
+
+
+class GraftedStack(Protocol):
+    """What the class asks of its stack."""
+
+    base_class: type
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
+
+    def exchanged(self) -> Sequence[tuple[nn.Module, nn.Module]]: ...
+
+    def copy_to(self, pipe: Any) -> None: ...
+
+
+def class_with(stack: GraftedStack) -> type:
+    """A subclass of the pipeline's class, for this one object, that runs its calls through ``stack``."""
+    base = stack.base_class
+
+    def __call__(pipe: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N807
+        return stack(*args, **kwargs)
+
+    def __deepcopy__(pipe: Any, memo: dict[int, Any]) -> Any:  # noqa: N807
+        new: Any = object.__new__(base)
+        memo[id(pipe)] = new
+        for exchanged, original in stack.exchanged():  # the copy's plugins exchange its own modules themselves
+            memo[id(exchanged)] = twin = copy.deepcopy(original, memo)
+            if (where := next(exchanged.parameters(), None)) is not None:
+                twin.to(where.device)
+        state = plain_state(pipe.__dict__)
+        new.__dict__.update(copy.deepcopy(state, memo))
+        uncover(_parts(state.values()), memo)
+        stack.copy_to(new)
+        return new
+
+    def __copy__(pipe: Any) -> Any:  # noqa: N807
+        new: Any = object.__new__(base)
+        new.__dict__.update(plain_state(pipe.__dict__))
+        return new
+
+    def components(pipe: Any) -> dict[str, Any]:  # `from_pipe` in a run takes the user's own, not what a plugin shows in its place
+        return {name: underneath(value) for name, value in base.components.__get__(pipe).items()}  # type: ignore[attr-defined]
+
+    def save_pretrained(pipe: Any, *args: Any, **kwargs: Any) -> Any:
+        return base.save_pretrained(copy.copy(pipe), *args, **kwargs)  # type: ignore[attr-defined]
+
+    def __reduce_ex__(pipe: Any, protocol: Any) -> Any:  # noqa: N807
+        # a pickle holds the plain pipeline: which plugins its reader has installed is not ours to say
+        if stack.exchanged():
+            pipe = copy.deepcopy(pipe)
+            pipe.plugins.clear()
+        return reduced_as(pipe, plain_class(base), protocol)
+
+    body = {
+        "__call__": wraps_method(base, "__call__", __call__),
+        "__copy__": __copy__,
+        "__deepcopy__": __deepcopy__,
+        "__reduce_ex__": __reduce_ex__,
+        "components": property(components, doc=base.components.__doc__),  # type: ignore[attr-defined]
+        "save_pretrained": wraps_method(base, "save_pretrained", save_pretrained),
+        "plugins": property(lambda pipe: stack, doc="The plugins on this pipeline."),
+        STACK: stack,
+    }
+    return class_for_one(base, body)
+
+
+def _parts(values: Iterable[Any]) -> Iterator[Any]:
+    """The objects that a run may have slots on."""
+    for value in values:
+        if isinstance(value, nn.Module):
+            yield from value.modules()
+        elif hasattr(value, "__dict__"):
+            yield value

@@ -1,0 +1,116 @@
+"""Files with a right checksum and wrong content: an artefact, an inversion, a finding that somebody made by hand."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any, get_type_hints
+
+import torch
+from torch import Tensor
+from typing_extensions import is_typeddict
+
+from diffgraft.kernel.errors import DiffgraftError
+from diffgraft.kernel.loading import unload
+from diffgraft.kernel.plugin import Need
+from diffgraft.methods.artefacts import Artefact
+from diffgraft.methods.inputs import CallSettings, Sample
+from diffgraft.methods.inversion import invert
+from diffgraft.testing.case import check
+from diffgraft.testing.runs import artefacts, call
+from diffgraft.testing.setting import PROMPTS, STEPS, USUAL
+from diffgraft.testing.subject import Subject
+
+FILES = ("artefact", "inversion", "search")
+WRONG: tuple[Any, ...] = (None, "x", [], {}, -1, 1e300, float("nan"))
+"""What a fact is set to."""
+
+
+def file_needs(s: Subject) -> list[Need]:
+    """What the plugin reads from files."""
+    return [need for need in s.plugin.needs if need.kind in FILES]
+
+
+@check("kind", when=lambda s: bool(file_needs(s)))
+def crafted_files(s: Subject) -> None:
+    """A file with a right checksum and wrong content is refused before anything runs, or does no harm (75 of 217 ended in raw errors)."""
+    pipe = s.make()
+    for need in file_needs(s):
+        assert need.holds is not None, f"Need({need.kind!r}, {need.knob!r}) says no holds=: what is in the file must be declared"
+        made = inversion(s) if need.kind == "inversion" else artefacts(s.plugin, s.family, s.class_name, USUAL)[need.knob]
+        assert (why := need.holds.fault(made.tensors, made.facts)) is None, f"what the plugin itself makes is refused: {why}"
+        for what, artefact in bent_tensors(made):
+            with_it = outcome(s, pipe, need.knob, artefact)
+            assert with_it is not None, f"{what}: accepted"
+        for what, artefact in bent_facts(made, need.holds.facts):
+            with_it = outcome(s, pipe, need.knob, artefact, runs=True)
+            assert with_it is None or isinstance(with_it, DiffgraftError), f"{what}: {type(with_it).__name__}: {with_it}"
+
+
+def outcome(s: Subject, pipe: Any, knob: str, artefact: Artefact, runs: bool = False) -> BaseException | None:
+    """The error that comes when the plugin is put on with this file (and run), or None."""
+    try:
+        s.attach(pipe, **{knob: artefact})
+        if runs:
+            call(pipe, s.family, s.class_name, USUAL)
+    except DiffgraftError as error:
+        return error
+    except Exception as error:
+        if runs:
+            return error
+        raise AssertionError(f"{type(error).__name__}: {error}") from error
+    finally:
+        unload(pipe)
+    return None
+
+
+def inversion(s: Subject) -> Artefact:
+    """The code of a tiny picture."""
+    own = ("prompt", "negative_prompt", "num_inference_steps", "guidance_scale", "output_type", s.family.guidance.scale)
+    extra = {name: value for name, value in s.facts.kwargs.items() if name not in own}
+    settings = CallSettings(steps=STEPS, guidance_scale=None, extra=extra)
+    return invert(s.make(), s.plugin(**s.plugin.active), s.baseline(), Sample(seed=0, prompt=PROMPTS[0]), settings)
+
+
+def bent_tensors(made: Artefact) -> Iterator[tuple[str, Artefact]]:
+    """(what was done, artefact) for every tensor: missing, of another name, dtype, shape, or with values that are no numbers."""
+
+    def having(name: str, value: Tensor | None) -> Artefact:
+        others = {key: tensor for key, tensor in made.tensors.items() if key != name}
+        return replace(made, tensors=others if value is None else {**others, name: value})
+
+    yield "a tensor that has no place in it", having("no_such_tensor", torch.zeros(1))
+    for name, value in made.tensors.items():
+        yield f"{name} of integers", having(name, torch.zeros(value.shape, dtype=torch.int32))
+        yield f"{name} of complex numbers", having(name, value.to(torch.complex64))
+        yield f"{name} with NaN", having(name, torch.full_like(value, float("nan")))
+        yield f"{name} with minus infinity", having(name, torch.full_like(value, -torch.inf))
+        yield f"{name} with no values", having(name, value[:0])
+        yield f"{name} of one number", having(name, value.reshape(-1)[0])
+        if len(made.tensors) > 1:
+            yield f"without {name}", having(name, None)
+            yield f"{name} with one row more", having(name, torch.cat([value, value[:1]]))
+            yield f"{name} with an axis more", having(name, value.unsqueeze(-1).repeat(*[1] * value.ndim, 2))
+
+
+def bent_facts(made: Artefact, declared: Any) -> Iterator[tuple[str, Artefact]]:
+    """(what was done, artefact): every fact that is ``declared`` (a TypedDict) missing, or something else; all others missing."""
+
+    def having(facts: dict[str, Any]) -> Artefact:
+        return replace(made, facts=facts)
+
+    known = declared_in(declared)
+    yield "without what is not declared", having({name: fact for name, fact in made.facts.items() if name in known})
+    for key in sorted(known.keys() & made.facts.keys()):
+        value = made.facts[key]
+        yield f"without {key}", having({name: fact for name, fact in made.facts.items() if name != key})
+        for wrong in WRONG:
+            yield f"{key} = {wrong!r}", having({**made.facts, key: wrong})
+        for inner in sorted(declared_in(known[key])):
+            for wrong in WRONG:
+                yield f"{key}.{inner} = {wrong!r}", having({**made.facts, key: {**value, inner: wrong}})
+
+
+def declared_in(declared: Any) -> dict[str, Any]:
+    """The keys of a TypedDict and their types; nothing of another type."""
+    return get_type_hints(declared) if is_typeddict(declared) else {}
