@@ -18,7 +18,7 @@ from torch import Tensor
 Noise = Literal["flow_grpo", "const", "sigma"]
 
 
-NEAR_THE_END = 0.2
+NEAR_THE_END = 1 / 3
 """sigma counts as 1 where what it lacks of 1 is less than this share of what the next step's sigma lacks."""
 
 

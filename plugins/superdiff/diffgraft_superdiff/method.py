@@ -52,11 +52,11 @@ def transition(sigma: Tensor, after: Tensor) -> Move:
 def sde(sigma: Tensor, after: Tensor) -> Move:
     """The paper's step where it can be taken, else the transition.
 
-    On data of unit variance the explicit step misses the variance 1 + sigma'^2 by a share of up to 3 (d sigma)^2 / (1 + sigma'^2): it is
-    taken where d sigma^2 is at most a quarter of 1 + sigma'^2. What lies beyond is the first interval of a flow model, where sigma falls
-    from infinity, and the first ones of very few steps.
+    On data of variance V the explicit step misses the variance V + sigma'^2 by a share of at most 3 (d sigma)^2 / (V + sigma'^2). It is
+    taken where that is below 3/4 for V = 1/4 and more. What lies beyond is the first interval of a flow model, where sigma falls from
+    infinity, and the first and last ones of few steps.
     """
-    fine = (sigma - after) ** 2 <= 0.25 * (1 + after**2)
+    fine = (sigma - after) ** 2 <= 0.25 * (0.25 + after**2)
     explicit, exact = euler_maruyama(sigma, after), transition(sigma, after)
     return Move(*(torch.where(fine, one, other) for one, other in zip(explicit, exact, strict=True)))
 
