@@ -151,11 +151,11 @@ class PromptWatch:
     def see(self, call: DenoiseCall) -> None:
         """Look at a denoiser call's conditioning."""
         seen = [(x, None if x.is_inference() else x._version) for x in tensors_in([call.get(name) for name in call.family.conditioning])]
-        last = self._last.get(call.branches)
-        if last is not None and len(last) == len(seen):
-            if all(a is b and m is not None and m == n for (a, m), (b, n) in zip(last, seen, strict=True)):
-                return
+        last = self._last.get(call.branches, [])
         self._last[call.branches] = seen
+        same = (a is b and m is not None and m == n for (a, m), (b, n) in zip(last, seen, strict=False))
+        if last and len(last) == len(seen) and all(same):
+            return
         for branch in call.branches:
             part = call.only(branch)
             now = tensors_in([part.get(name) for name in call.family.conditioning])

@@ -92,7 +92,8 @@ class InterpolantSDE(Plugin):
         x, output, kind = call.sample.float(), call.model_output.float(), prediction_kind(call.family, call.scheduler)
         eps, mean = noise_estimate(x, output, here, kind), out.sample.float()
         if own:
-            call.note(f"{type(call.scheduler).__name__} goes back to samples from before the noise, so the steps after it are first-order ones")
+            name = type(call.scheduler).__name__
+            call.note(f"{name} goes back to samples from before the noise, so the steps after it are first-order ones")
             mean = there.a * clean_estimate(x, output, here, kind) + there.s * eps
         if not noisy:
             return StepOutput(mean.to(out.sample.dtype), out.x0)

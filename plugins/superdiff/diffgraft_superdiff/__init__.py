@@ -83,7 +83,7 @@ class SuperDiff(Plugin):
     paper = Paper(
         title="The Superposition of Diffusion Models Using the Itô Density Estimator",
         arxiv="2412.17762",
-        implemented="OR, AND and average of two prompts or two models with the Ito density estimator, as an SDE in sigma space or as its ODE",
+        implemented="OR, AND and average of two prompts or two models with the Ito density estimator, as an SDE in sigma or as its ODE",
         omitted="more than two prompts",
         licence="official code MIT; written from the paper's equations",
     )
@@ -105,11 +105,6 @@ class SuperDiff(Plugin):
         shared.__init__()  # an outer plugin may run the pipeline several times
         if self.config.prompt is None:
             return next(call)
-        if call.extras:
-            raise Unsupported(
-                f"superdiff: this call asks for a further prediction ({', '.join(call.extras)}), which the mixture of two prompts has no "
-                "place for: leave skip_guidance_layers out"
-            )
         if getattr(call.pipe.scheduler, "order", 1) != 1:
             raise Unsupported(f"superdiff: {type(call.pipe.scheduler).__name__} makes a step in two stages; use DDIM or Euler")
         second = call.given("model") or call.pipe

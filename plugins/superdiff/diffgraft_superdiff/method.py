@@ -99,7 +99,14 @@ def kappa_or(log_qa: Tensor, log_qb: Tensor, temperature: float, bias: float) ->
 
 
 def kappa_and(
-    va: Tensor, vb: Tensor, ga: Tensor, gb: Tensor, noise: Tensor, move: Move, gain: float = 0.0, divergences: tuple[Float, Float] = (0.0, 0.0)
+    va: Tensor,
+    vb: Tensor,
+    ga: Tensor,
+    gb: Tensor,
+    noise: Tensor,
+    move: Move,
+    gain: float = 0.0,
+    divergences: tuple[Float, Float] = (0.0, 0.0),
 ) -> Tensor:
     """Weight of a at which log q_a changes in this step by ``gain`` more than log q_b [batch].
 

@@ -224,7 +224,9 @@ def records_of(made, **changes):
 
 
 @pytest.mark.parametrize("operation", ["and", "and_ode"])
-@pytest.mark.parametrize(("name", "steps"), [("StableDiffusionPipeline", 10), ("StableDiffusionPipeline", 40), ("StableDiffusion3Pipeline", 10)])
+@pytest.mark.parametrize(("name", "steps"), [
+    ("StableDiffusionPipeline", 10), ("StableDiffusionPipeline", 40), ("StableDiffusion3Pipeline", 10),
+])  # fmt: skip
 def test_a_whole_run_lifts_a_by_lift(name, steps, operation):
     for lift in (0.7, -0.7):
         made = make(name)
@@ -237,7 +239,8 @@ def test_a_whole_run_lifts_a_by_lift(name, steps, operation):
 def test_the_lift_is_that_of_any_schedule(scheduler):
     """PLMS asks once more than it has steps; a run that ends early (``denoising_end``) has one step of the SDE more."""
     made = make("StableDiffusionPipeline")
-    made.pipe.scheduler = scheduler.from_config(made.pipe.scheduler.config, **({"skip_prk_steps": True} if scheduler is PNDMScheduler else {}))
+    options = {"skip_prk_steps": True} if scheduler is PNDMScheduler else {}
+    made.pipe.scheduler = scheduler.from_config(made.pipe.scheduler.config, **options)
     load_pipeline(made.pipe, plugins=[SuperDiff(prompt="two green dogs", lift=0.7)])
     records = records_of(made, num_inference_steps=10)
     assert abs(float(records["log_qa"] - records["log_qb"]) - 0.7) < 1e-3
