@@ -18,8 +18,8 @@ from torch import Tensor
 Noise = Literal["flow_grpo", "const", "sigma"]
 
 
-NEAR_THE_END = 1 / 3
-"""sigma counts as 1 where what it lacks of 1 is less than this share of what the next step's sigma lacks."""
+NEAR_THE_END = 0.05
+"""sigma may count as 1 where it lacks less than this of it, and does where that is less than a third of what the next step's lacks."""
 
 
 def diffusion(sigma: Tensor, after: Tensor, noise: Noise, eta: float) -> Tensor:
@@ -34,7 +34,8 @@ def diffusion(sigma: Tensor, after: Tensor, noise: Noise, eta: float) -> Tensor:
     if noise == "sigma":
         return eta**2 * sigma
     lacks, then = 1 - sigma, 1 - after
-    return eta**2 * sigma / torch.where(lacks < NEAR_THE_END * then, then, lacks)
+    near = (lacks < NEAR_THE_END) & (3 * lacks < then)
+    return eta**2 * sigma / torch.where(near, then, lacks)
 
 
 def kick(eps: Tensor, sigma: Tensor, two_epsilon: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:

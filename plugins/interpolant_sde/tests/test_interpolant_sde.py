@@ -229,7 +229,7 @@ def test_the_noise_is_in_proportion_under_what_pipelines_ship_with(name, schedul
     load_pipeline(made.pipe, plugins=[InterpolantSDE(noise=noise)])
     out = call(made, num_inference_steps=steps)
     assert torch.isfinite(out).all()
-    most = 1.5 if steps == 10 or "use_karras_sigmas" not in options else 2.5  # four of Karras' steps are coarse for any formula
+    most = 1.5 if steps == 10 else 2.5  # four steps are coarse, and the formula is only right for small ones
     assert 1 / 1.5 < min(seen) <= max(seen) < most, seen
 
 
@@ -253,7 +253,7 @@ def test_the_noise_of_a_step_stays(scheduler):
 
 def test_the_coefficient_is_that_of_the_end_only_near_it():
     sigma = torch.tensor([1 - 1e-6, 0.99, 0.98, 0.9], dtype=torch.float64)
-    after = torch.tensor([0.97, 0.9, 0.97, 0.75], dtype=torch.float64)
+    after = torch.tensor([0.97, 0.9, 0.97, 0.1], dtype=torch.float64)
     denominators = torch.tensor([0.03, 0.1, 0.02, 0.1], dtype=torch.float64)
     torch.testing.assert_close(diffusion(sigma, after, "flow_grpo", 0.7), 0.49 * sigma / denominators)
 
