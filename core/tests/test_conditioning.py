@@ -5,7 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 from diffgraft import Unsupported, load_pipeline
-from diffgraft.methods.conditioning import PromptWatch, is_of_the_prompt, number_of_prompts, own_conditioning, same_text_encoders, sibling, with_prompt
+from diffgraft.methods.conditioning import (
+    PromptWatch,
+    is_of_the_prompt,
+    number_of_prompts,
+    own_conditioning,
+    same_text_encoders,
+    sibling,
+    with_prompt,
+)
 from probes import Probe, generate, tiny, trace
 
 NAMES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline", "FluxPipeline", "WanPipeline", "PixArtAlphaPipeline")
