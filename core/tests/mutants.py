@@ -326,16 +326,6 @@ class NeedsIntegerTimesteps(Scaled):
         return 1.0 + 0.01 * float(call.pipe.scheduler.alphas_cumprod[call.step.t])
 
 
-class OvershootsTheStep(Scaled):
-    """Adds noise in every step and takes nothing away for it."""
-
-    effects = Effects(edits=frozenset({"latents"}), stochastic=True)
-
-    def step(self, call, next):
-        out = next(call)
-        return StepOutput(out.sample + 2 * call.noise(), out.x0) if call.config.interval > 1 else out
-
-
 class HoldsTheScheduler(Scaled):
     """Reads the scheduler that was there when it was attached."""
 
