@@ -5,7 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 from diffgraft import Unsupported, load_pipeline
-from diffgraft.methods.conditioning import own_conditioning, same_text_encoders, sibling
+from diffgraft.methods.conditioning import (
+    PromptWatch,
+    is_of_the_prompt,
+    number_of_prompts,
+    own_conditioning,
+    same_text_encoders,
+    sibling,
+    with_prompt,
+)
 from probes import Probe, generate, tiny, trace
 
 NAMES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline", "FluxPipeline", "WanPipeline", "PixArtAlphaPipeline")
@@ -98,3 +106,68 @@ def test_a_sibling_shares_everything_but_the_scheduler(name):
     assert twin.scheduler is not pipe.scheduler
     assert twin.scheduler.config == pipe.scheduler.config
     assert torch.equal(generate(twin, kwargs), generate(pipe, kwargs))
+
+
+def test_another_prompt_takes_the_place_of_every_form_of_the_first():
+    said = {
+        "prompt": None, "prompt_2": "a", "prompt_embeds": torch.zeros(3, 2), "pooled_prompt_embeds": 1, "negative_prompt": "b",
+        "negative_prompt_embeds": 1, "negative_pooled_prompt_embeds": 1, "prompt_attention_mask": 1, "prompt_embeds_mask": 1,
+        "negative_prompt_2": "b", "prompt_embeds_qwen": 1,
+    }  # fmt: skip
+    kept = {"num_images_per_prompt": 2, "prompt_template": "x", "height": 64, "clip_skip": 1}
+    assert with_prompt({**said, **kept}, "c") == {**kept, "prompt": "c"}
+    assert all(map(is_of_the_prompt, said))
+    assert number_of_prompts(said) == 3
+    assert number_of_prompts({"prompt": "a"}) == 1
+    assert number_of_prompts({"prompt": ["a", "b"]}) == 2
+
+
+class Watching(Probe):
+    """Notes whether the prompt was changed in mid-run."""
+
+    name = "watching"
+    State = PromptWatch
+
+    def run(self, call, next):
+        out = next(call)
+        if call.shared.changed:
+            call.note("changed")
+        return out
+
+    def denoise(self, call, next):
+        call.shared.see(call)
+        return next(call)
+
+
+def exchanged(tensors):
+    return {name: value.flip(0) + 1 for name, value in tensors.items()}
+
+
+def in_place(tensors):
+    tensors["prompt_embeds"] += 1
+    return tensors
+
+
+def copied(tensors):
+    return {name: value.clone() for name, value in tensors.items()}
+
+
+def without_guidance(tensors):
+    return {name: value.chunk(2)[-1] for name, value in tensors.items()}
+
+
+@pytest.mark.parametrize(("change", "noted"), [(exchanged, True), (in_place, True), (copied, False), (without_guidance, False)])
+def test_a_prompt_that_a_callback_changes_is_seen(change, noted):
+    """By value: a copy is the same prompt, and a tensor that was written into is another one."""
+    pipe, kwargs = tiny("StableDiffusionPipeline")
+    load_pipeline(pipe, plugins=[Watching])
+
+    def at_step(pipe, step, timestep, tensors):
+        if step != 0:
+            return {}
+        if change is without_guidance:
+            pipe._guidance_scale = 0.0
+        return change(tensors)
+
+    generate(pipe, {**kwargs, "callback_on_step_end": at_step, "callback_on_step_end_tensor_inputs": ["prompt_embeds"]})
+    assert (pipe.plugins.report().plugins["watching"].notes == ["changed"]) == noted

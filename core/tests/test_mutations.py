@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any, ClassVar
 
 import pytest
-from diffgraft import Plugin
+from diffgraft import Effects, Plugin, StepOutput
 from diffgraft.testing import CHECKS, Case, Subject, contract_cases, run_contract
 from diffgraft.testing.cover import cover
 from diffgraft.testing.trace import expect_same_trace, trace
@@ -65,6 +65,16 @@ SD, IMAGE, CONTROL = "StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline"
 FLUX, DIT, PIXART = "FluxPipeline", "DiTPipeline", "PixArtAlphaPipeline"
 
 
+class OvershootsTheStep(Scaled):
+    """Adds noise in every step and takes nothing away for it."""
+
+    effects = Effects(edits=frozenset({"latents"}), stochastic=True)
+
+    def step(self, call, next):
+        out = next(call)
+        return StepOutput(out.sample + 2 * call.noise(), out.x0) if call.config.interval > 1 else out
+
+
 MUTANTS = [
     (KeepsOnItself, PIXART, "same_seed"),
     (ResetsAtTheEnd, PIXART, "interrupt"),
@@ -103,6 +113,8 @@ MUTANTS = [
     (NeverSkips, DIT, "saves_work"),
     (LooksUpTimesteps, SD, "repeated_timesteps"),
     (NeedsIntegerTimesteps, PIXART, "scheduler_Euler"),
+    (OvershootsTheStep, SD, "levels"),
+    (OvershootsTheStep, FLUX, "levels"),
     (HoldsTheScheduler, PIXART, "scheduler_replaced"),
     (CopiesTheDenoiser, FLUX, "lora_after"),
     (DropsResiduals, CONTROL, "controlnet"),

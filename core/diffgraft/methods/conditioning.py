@@ -106,6 +106,82 @@ def own_conditioning(second: Any, arguments: Mapping[str, Any]) -> Conditioning:
     return Conditioning(heard)
 
 
+def is_of_the_prompt(name: str) -> bool:
+    """Whether a call argument says the prompt or what a guidance is to avoid: as text for one encoder, as embeddings, pooled, masked.
+
+    Not ``num_images_per_prompt`` and switches like ``prompt_template``, which say what to do with any prompt.
+    """
+    name = name.removeprefix("negative_").removeprefix("pooled_")
+    return name == "prompt" or (name.startswith("prompt_") and name.split("_")[1] in OF_A_PROMPT)
+
+
+OF_A_PROMPT = {"2", "3", "4", "embeds", "attention", "mask", "cu"}
+"""What comes after "prompt_" in the names of such arguments (``prompt_2``, ``prompt_embeds_qwen``, ``prompt_attention_mask``)."""
+
+
+def with_prompt(arguments: Mapping[str, Any], prompt: str | list[str]) -> dict[str, Any]:
+    """The arguments of a call with another prompt, for :func:`own_conditioning`: every encoder is given ``prompt``.
+
+    Whatever said the first prompt goes, in all its forms, because pipelines take one form only and an embedding belongs to its text. So
+    does what the first one is guided away from: of the second prompt's conditioning only "cond" is meant.
+    """
+    return {**{name: value for name, value in arguments.items() if not is_of_the_prompt(name)}, "prompt": prompt}
+
+
+def number_of_prompts(arguments: Mapping[str, Any]) -> int:
+    """How many prompts a call has, given as text or as embeddings."""
+    prompt, embeddings = arguments.get("prompt"), arguments.get("prompt_embeds")
+    if prompt is None and embeddings is not None:
+        return len(embeddings)
+    return len(prompt) if isinstance(prompt, (list, tuple)) else 1
+
+
+class PromptWatch:
+    """Whether a callback gave the pipeline another prompt in mid-run, for a plugin whose second model was told of the first one only.
+
+    Conditioning that is the same unchanged object as at the first call costs nothing; other is compared on its device, without waiting
+    for it. Keep one a run (in the plugin's ``State``).
+    """
+
+    def __init__(self) -> None:
+        self._first: dict[str, list[Tensor]] = {}
+        self._last: dict[tuple[str, ...], list[tuple[Tensor, int | None]]] = {}
+        self._changed: Tensor | bool = False
+
+    def see(self, call: DenoiseCall) -> None:
+        """Look at a denoiser call's conditioning."""
+        seen = [(x, None if x.is_inference() else x._version) for x in tensors_in([call.get(name) for name in call.family.conditioning])]
+        last = self._last.get(call.branches, [])
+        self._last[call.branches] = seen
+        same = (a is b and m is not None and m == n for (a, m), (b, n) in zip(last, seen, strict=False))
+        if last and len(last) == len(seen) and all(same):
+            return
+        for branch in call.branches:
+            part = call.only(branch)
+            now = tensors_in([part.get(name) for name in call.family.conditioning])
+            first = self._first.get(branch)
+            if first is None:  # copies: a callback may write into the tensor
+                self._first[branch] = [x.clone() for x in now]
+            elif [x.shape for x in first] != [x.shape for x in now]:
+                self._changed = True
+            else:
+                for old, new in zip(first, now, strict=True):
+                    self._changed = self._changed | (old != new).any()
+
+    @property
+    def changed(self) -> bool:
+        """Whether any call's conditioning was another than the first one's of its branch; waits for the device."""
+        return bool(self._changed)
+
+
+def tensors_in(value: Any) -> list[Tensor]:
+    """All tensors of nested lists and dicts, in their order."""
+    if isinstance(value, Tensor):
+        return [value]
+    items = value.values() if isinstance(value, Mapping) else value if isinstance(value, (list, tuple)) else ()
+    return [x for item in items for x in tensors_in(item)]
+
+
 class Heard(Exception):  # the listener's way out, not an error
     def __init__(self, of_branch: dict[str, dict[str, Any]]) -> None:
         self.of_branch = of_branch

@@ -19,6 +19,7 @@ from torch import Tensor
 from diffgraft.kernel.errors import Unsupported
 
 if TYPE_CHECKING:
+    from diffgraft.kernel.calls import DenoiseCall, StepCall
     from diffgraft.kernel.family import Family
 
 KINDS = ("epsilon", "v_prediction", "sample", "flow")
@@ -86,6 +87,27 @@ def levels_at(family: Family, scheduler: Any, t: Tensor, sigma: Tensor | None, d
         raise Unsupported(f"{type(scheduler).__name__} has neither sigmas nor alphas_cumprod, so the noise level of a step is not known")
     level = abar.to(device, torch.float32).take(t.to(device, torch.long, non_blocking=True))
     return SignalNoise(level.sqrt(), (1 - level).sqrt())
+
+
+def levels_of(call: DenoiseCall | StepCall) -> SignalNoise:
+    """The levels of the pipeline's latents at the step of a denoiser's or scheduler's call, before it."""
+    step = call.step
+    return levels_at(call.family, call.pipe.scheduler, step.t, step.sigma, call.sample.device)
+
+
+def levels_after(call: StepCall) -> SignalNoise:
+    """The levels of what ``scheduler.step`` makes of them.
+
+    Behind the last step they are those of the schedule's own end (``sigmas[-1]``, ``final_alpha_cumprod``), which need not be noise-free,
+    and where a run stops before that (``denoising_end``) those of the schedule's next step.
+    """
+    scheduler, step, after = call.pipe.scheduler, call.step, call.step_at(1)
+    if after.call != step.call:
+        return levels_at(call.family, scheduler, after.t, after.sigma, call.sample.device)
+    if step.sigma is not None:
+        return levels_at(call.family, scheduler, step.t, scheduler.sigmas[-1], call.sample.device)
+    abar = torch.as_tensor(getattr(scheduler, "final_alpha_cumprod", 1.0), dtype=torch.float32, device=call.sample.device)
+    return SignalNoise(abar.sqrt(), (1 - abar).sqrt())
 
 
 def is_exploding(scheduler: Any) -> bool:

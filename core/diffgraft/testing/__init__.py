@@ -26,7 +26,7 @@ from collections.abc import Iterable
 
 from diffgraft.kernel import registry
 from diffgraft.kernel.plugin import Plugin
-from diffgraft.testing import basics, compiling, crafted, inside, repeats, surroundings
+from diffgraft.testing import basics, compiling, crafted, inside, levels, repeats, surroundings
 from diffgraft.testing.case import CHECKS, Case, cases_of, claims
 from diffgraft.testing.cover import cover
 from diffgraft.testing.pairs import Pair, pair_cases
@@ -45,6 +45,7 @@ __all__ = [
     "cover",
     "crafted",
     "inside",
+    "levels",
     "pair_cases",
     "repeats",
     "run_contract",

@@ -31,7 +31,7 @@ from diffgraft import (
     denoisers_of,
 )
 from diffgraft.methods.adapters import adapter_layers, ensure_removable, without_adapters
-from diffgraft.methods.conditioning import Conditioning, same_text_encoders
+from diffgraft.methods.conditioning import Conditioning, PromptWatch, same_text_encoders
 from diffgraft.methods.inputs import parameters
 from diffusers import DiffusionPipeline
 from pydantic import Field
@@ -90,6 +90,7 @@ class Held:
     stand_in: Tensor | None = None
     """What the steps that the base took the place of are given for a prediction [batch, ...]; their result is thrown away."""
     estimates: list[Tensor] = field(default_factory=list)
+    watch: PromptWatch = field(default_factory=PromptWatch)
 
 
 class DiversityDistillation(Plugin):
@@ -154,6 +155,8 @@ class DiversityDistillation(Plugin):
         if config.steps:
             self._prepare(call)
         result = next(call)
+        if shared.watch.changed:
+            call.note("a callback changed the prompt in mid-run: the base, which was told the prompt by itself, kept that of the call")
         if config.preview:
             call.record({"x0": torch.stack(shared.estimates)})
         return result
@@ -207,6 +210,8 @@ class DiversityDistillation(Plugin):
             call.count("distilled", len(call.branches))
             return next(call)
         shared, w = call.shared, self.config.guidance_scale
+        if shared.own_text or self.config.base_steps is not None:
+            shared.watch.see(call)
         if self.config.base_steps is not None:
             if shared.stand_in is None:
                 self._hand_over(call)

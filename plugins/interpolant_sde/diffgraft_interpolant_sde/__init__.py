@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 
 import torch
 from diffgraft import Effects, Paper, Plugin, PluginConfig, RunCall, Step, StepCall, StepOutput, Unsupported
-from diffgraft.methods.predictions import SignalNoise, levels_at, noise_estimate, prediction_kind
+from diffgraft.methods.predictions import clean_estimate, levels_after, levels_of, noise_estimate, prediction_kind
 from pydantic import Field
 from torch import Tensor
 
@@ -29,15 +29,21 @@ class InterpolantSDEConfig(PluginConfig):
     eta: float = Field(0.7, ge=0, description="strength of the noise; 0 is the ODE, bit for bit")
     noise: Noise = Field("flow_grpo", description="2 epsilon(sigma): eta^2 sigma / (1 - sigma), eta^2 (const), or eta^2 sigma (sigma)")
     noise_window: tuple[int, int] | None = Field(None, description="steps i0 <= i < i1 that get noise; the others are the ODE's")
-    last_step_ode: bool = Field(True, description="no noise in the last step: it would stay in the picture")
+    last_step_ode: bool = Field(True, description="no noise in the schedule's last step: it would stay in the picture")
     record: bool = Field(False, description="keep log-probabilities, means and standard deviations of the steps in the report")
+
+
+RECORDED = ("log_prob", "log_prob_mean", "mean", "std", "sample")
 
 
 @dataclass
 class Path:
     """Kept in one run where asked for: what the noisy steps did."""
 
+    noisy: bool = False
+    """Whether noise has come in."""
     log_prob: list[Tensor] = field(default_factory=list)
+    log_prob_mean: list[Tensor] = field(default_factory=list)
     mean: list[Tensor] = field(default_factory=list)
     std: list[Tensor] = field(default_factory=list)
     sample: list[Tensor] = field(default_factory=list)
@@ -71,37 +77,47 @@ class InterpolantSDE(Plugin):
         result = next(call)
         kept: Path = call.shared
         if kept.steps:
-            tensors = {name: torch.stack(getattr(kept, name)) for name in ("log_prob", "mean", "std", "sample")}
+            tensors = {name: torch.stack(getattr(kept, name)) for name in RECORDED}
             call.record({"steps": torch.tensor(kept.steps), **tensors})
         return result
 
     def step(self, call: StepCall, next: Any) -> StepOutput:
         out: StepOutput = next(call)
-        if not self.is_noisy(call.step):
+        kept: Path = call.shared
+        noisy = self.is_noisy(call.step)
+        own = kept.noisy and goes_back(call.scheduler)
+        if not noisy and not own:
             return out
-        here, there = self.levels(call, call.step), self.levels(call, call.step_at(1))
-        sigma, after = here.s / (here.a + here.s), there.s / (there.a + there.s)
-        x = call.sample.float()
-        eps = noise_estimate(x, call.model_output.float(), here, prediction_kind(call.family, call.scheduler))
-        shift, std = kick(eps, sigma, diffusion(sigma, after, self.config.noise, self.config.eta), sigma - after)
+        here, there = levels_of(call), levels_after(call)
+        x, output, kind = call.sample.float(), call.model_output.float(), prediction_kind(call.family, call.scheduler)
+        eps, mean = noise_estimate(x, output, here, kind), out.sample.float()
+        if own:
+            name = type(call.scheduler).__name__
+            call.note(f"{name} goes back to samples from before the noise, so the steps after it are first-order ones")
+            mean = there.a * clean_estimate(x, output, here, kind) + there.s * eps
+        if not noisy:
+            return StepOutput(mean.to(out.sample.dtype), out.x0)
         scale = there.a + there.s
-        mean, std = out.sample.float() + scale * shift, scale * std
+        sigma, after = here.s / (here.a + here.s), there.s / scale
+        shift, std = kick(eps, sigma, diffusion(sigma, after, self.config.noise, self.config.eta), sigma - after)
+        mean, std = mean + scale * shift, scale * std
         sample = mean + std * call.noise()
+        kept.noisy = True
         call.count("noisy")
         if self.config.record:
-            kept: Path = call.shared
             kept.steps.append(call.step.index)
-            for name, value in (("log_prob", log_prob(sample, mean, std)), ("mean", mean), ("std", std), ("sample", sample)):
+            odds = log_prob(sample, mean, std), log_prob(sample, mean, std, over="mean")
+            for name, value in zip(RECORDED, (*odds, mean, std, sample), strict=True):
                 getattr(kept, name).append(value)
         return StepOutput(sample.to(out.sample.dtype), out.x0)
 
     def is_noisy(self, step: Step) -> bool:
-        """Whether this step gets noise."""
+        """Whether this step gets noise. Not one that its scheduler makes twice (PLMS its first), for the second try starts over."""
         first, end = self.config.noise_window or (0, step.total)
-        inside = first <= step.index < end and step.stages == 1  # no noise between the two calls of PLMS's first step
-        return self.config.eta > 0 and inside and not (step.is_last and self.config.last_step_ode)
+        inside = first <= step.index < end and step.stages == 1
+        return self.config.eta > 0 and inside and not (step.ends_schedule and self.config.last_step_ode)
 
-    @staticmethod
-    def levels(call: StepCall, step: Step) -> SignalNoise:
-        """Signal and noise of the pipeline's latents at a step."""
-        return levels_at(call.family, call.scheduler, step.t, step.sigma, call.sample.device)
+
+def goes_back(scheduler: Any) -> bool:
+    """Whether a step may start over from the sample before the last one: a corrector, which would take the noise out again (UniPC)."""
+    return hasattr(scheduler, "last_sample")

@@ -8,7 +8,17 @@ from diffgraft import ConfigError, Unsupported, load_pipeline
 from diffgraft_interpolant_sde import InterpolantSDE
 from diffgraft_interpolant_sde.method import diffusion, kick, log_prob
 from diffgraft_pipelines.tiny import make
-from diffusers import DDIMScheduler, EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler, HeunDiscreteScheduler
+from diffusers import (
+    DDIMScheduler,
+    DEISMultistepScheduler,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    HeunDiscreteScheduler,
+    LMSDiscreteScheduler,
+    PNDMScheduler,
+    UniPCMultistepScheduler,
+)
 
 NOISES = ("flow_grpo", "const", "sigma")
 VARIANCE = 0.25
@@ -159,6 +169,142 @@ def test_one_rule_serves_schedulers_of_other_scales():
         call(made, num_inference_steps=10, latents=x * scale[0] / made.pipe.scheduler.init_noise_sigma)
         samples.append(made.pipe.plugins.report().plugins["interpolant_sde"].records["sample"][0] / scale[1])
     torch.testing.assert_close(samples[1], samples[0], rtol=1e-3, atol=1e-3)
+
+
+def sigma_of(model_kind, t, scheduler):
+    """(a, s) of what a denoiser is given at its timestep."""
+    if model_kind == "flow":
+        return 1 - t / 1000, t / 1000
+    abar = float(scheduler.alphas_cumprod[round(t)])
+    return abar**0.5, (1 - abar) ** 0.5
+
+
+def exact(made, kind):
+    """Put the exact denoiser of N(0, 1/4) on; what it is given: factors by which it is larger than at the time that it is told."""
+    model = made.pipe.transformer if kind == "flow" else made.pipe.unet
+    names, seen = ("hidden_states" if kind == "flow" else "sample"), []
+
+    def forward(*args, **kwargs):
+        x = kwargs.get(names, args[0] if args else None)
+        t = float(torch.as_tensor(kwargs.get("timestep", args[1] if len(args) > 1 else None)).flatten()[0])
+        a, s = sigma_of(kind, t, made.pipe.scheduler)
+        variance = a * a * VARIANCE + s * s
+        x0, eps = a * VARIANCE / variance * x, s / variance * x
+        seen.append(float(x.float().std()) / variance**0.5)
+        v = made.pipe.scheduler.config.get("prediction_type") == "v_prediction"
+        return (eps - x0 if kind == "flow" else a * eps - s * x0 if v else eps,)
+
+    model.forward = forward
+    return seen
+
+
+ZERO_SNR = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing", "prediction_type": "v_prediction"}
+FLOW_UNIPC = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0}
+SHIPPED = [
+    ("StableDiffusionPipeline", DDIMScheduler, {}),
+    ("StableDiffusionPipeline", DDIMScheduler, ZERO_SNR),
+    ("StableDiffusionPipeline", PNDMScheduler, {"skip_prk_steps": True}),
+    ("StableDiffusionPipeline", LMSDiscreteScheduler, {}),
+    ("StableDiffusionPipeline", DPMSolverMultistepScheduler, {"use_karras_sigmas": True}),
+    ("StableDiffusionPipeline", DEISMultistepScheduler, {}),
+    ("StableDiffusionPipeline", UniPCMultistepScheduler, {}),
+    ("StableDiffusionXLPipeline", EulerDiscreteScheduler, {}),
+    ("StableDiffusionXLPipeline", EulerDiscreteScheduler, ZERO_SNR),
+    ("StableDiffusion3Pipeline", FlowMatchEulerDiscreteScheduler, {"shift": 3.0}),
+    ("StableDiffusion3Pipeline", UniPCMultistepScheduler, FLOW_UNIPC),
+    ("WanPipeline", UniPCMultistepScheduler, FLOW_UNIPC),
+    ("WanPipeline", DPMSolverMultistepScheduler, {**FLOW_UNIPC, "flow_shift": 5.0}),
+    ("WanPipeline", FlowMatchEulerDiscreteScheduler, {"shift": 5.0}),
+]
+
+
+@pytest.mark.parametrize(("name", "scheduler", "options"), SHIPPED)
+@pytest.mark.parametrize("noise", ["flow_grpo", "sigma"])
+@pytest.mark.parametrize("steps", [4, 10])
+def test_the_noise_is_in_proportion_under_what_pipelines_ship_with(name, scheduler, options, noise, steps):
+    """sigma just below 1 counts as 1 (Wan's UniPC begins at 1 - 1e-6, Euler with zero terminal SNR at 4096 / 4097)."""
+    made = make(name)
+    made.pipe.scheduler = scheduler.from_config(made.pipe.scheduler.config, **options)
+    seen = exact(made, "flow" if "Stable" not in name or "3" in name else "scheduler")
+    load_pipeline(made.pipe, plugins=[InterpolantSDE(noise=noise)])
+    out = call(made, num_inference_steps=steps)
+    assert torch.isfinite(out).all()
+    most = 1.5 if steps == 10 else 2.5  # four steps are coarse, and the formula is only right for small ones
+    assert 1 / 1.5 < min(seen) <= max(seen) < most, seen
+
+
+@pytest.mark.parametrize("scheduler", [FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler])
+def test_the_noise_of_a_step_stays(scheduler):
+    """One noisy step of seven: two generators, whose first latents are the same, must still differ in the picture (UniPC's corrector
+    goes back to the sample before the noise)."""
+    outputs = []
+    for seed in (0, 1):
+        made = make("WanPipeline")
+        options = FLOW_UNIPC if scheduler is UniPCMultistepScheduler else {"shift": 3.0}
+        made.pipe.scheduler = scheduler.from_config(made.pipe.scheduler.config, **options)
+        exact(made, "flow")
+        latents = torch.randn(call(made, num_inference_steps=1).shape, generator=torch.Generator().manual_seed(5))
+        load_pipeline(made.pipe, plugins=[InterpolantSDE(noise_window=(3, 4), noise="const")])
+        outputs.append(call(made, seed=seed, latents=latents, num_inference_steps=7))
+        notes = made.pipe.plugins.report().plugins["interpolant_sde"].notes
+    assert float((outputs[0] - outputs[1]).std()) > 0.1
+    assert bool(notes) == (scheduler is UniPCMultistepScheduler)
+
+
+def test_the_coefficient_is_that_of_the_end_only_near_it():
+    sigma = torch.tensor([1 - 1e-6, 0.99, 0.98, 0.9], dtype=torch.float64)
+    after = torch.tensor([0.97, 0.9, 0.97, 0.1], dtype=torch.float64)
+    denominators = torch.tensor([0.03, 0.1, 0.02, 0.1], dtype=torch.float64)
+    torch.testing.assert_close(diffusion(sigma, after, "flow_grpo", 0.7), 0.49 * sigma / denominators)
+
+
+def test_a_step_of_no_length_adds_nothing():
+    eps, zero = torch.ones(1, 4), torch.zeros(())
+    shift, std = kick(eps, zero, diffusion(zero, zero, "const", 0.7), zero)
+    assert not shift.any()
+    assert std == 0
+    assert log_prob(eps, eps, std) == 0
+
+
+@pytest.mark.parametrize(("name", "scheduler"), [
+    ("FluxPipeline", None), ("StableDiffusion3Pipeline", None), ("StableDiffusionPipeline", DDIMScheduler),
+    ("StableDiffusionPipeline", PNDMScheduler), ("StableDiffusionXLPipeline", EulerDiscreteScheduler),
+])  # fmt: skip
+@pytest.mark.parametrize("noise", NOISES)
+def test_noise_in_the_last_step_where_it_is_asked_for(name, scheduler, noise):
+    """The last step ends at the schedule's own end, so it has a length, and its noise a density."""
+    made = make(name)
+    if scheduler is not None:
+        made.pipe.scheduler = scheduler.from_config(made.pipe.scheduler.config)
+    load_pipeline(made.pipe, plugins=[InterpolantSDE(noise=noise, record=True, last_step_ode=False)])
+    call(made)
+    records = made.pipe.plugins.report().plugins["interpolant_sde"].records
+    assert records["steps"][-1] == 5
+    assert float(records["std"][-1]) > 0
+    for values in records.values():
+        assert torch.isfinite(values.float()).all()
+    n = records["sample"][0][0].numel()
+    torch.testing.assert_close(records["log_prob_mean"], records["log_prob"] / n)
+
+
+def test_a_run_that_ends_early_has_noise_in_its_last_step():
+    """SDXL's ``denoising_end``: what is handed over is at the level that a refiner expects, and of the SDE."""
+    made = make("StableDiffusionXLPipeline")
+    abar = made.pipe.scheduler.alphas_cumprod
+    made.pipe.unet.forward = lambda sample, timestep, *a, **k: (sample / (1 - abar[int(timestep)]).sqrt(),)
+    early = {"num_inference_steps": 20, "denoising_end": 0.6}
+    plain = call(made, **early)
+    load_pipeline(made.pipe, plugins=[InterpolantSDE(record=True)])
+    assert 0.75 < float(call(made, **early).std() / plain.std()) < 1.33
+    assert made.pipe.plugins.report().plugins["interpolant_sde"].records["steps"].tolist() == list(range(made.pipe._num_timesteps))
+
+
+@pytest.mark.parametrize("steps", [2, 3, 4])
+def test_wan_in_half_precision_stays_finite(steps):
+    made = make("WanPipeline")
+    made.pipe.to(torch.float16)
+    load_pipeline(made.pipe, plugins=[InterpolantSDE])
+    assert torch.isfinite(call(made, num_inference_steps=steps)).all()
 
 
 def test_noise_comes_from_the_calls_generator():

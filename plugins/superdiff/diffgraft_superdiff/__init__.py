@@ -3,11 +3,12 @@ arXiv 2412.17762).
 
 Along the run the log-density of the sample under either prompt is followed at no cost. "or" leans to the prompt under which the sample is
 more likely, "and" keeps both alike. Steps are those of an SDE in variance-exploding form: divide a sample x = a x0 + s eps by a, and it is
-x0 + sigma eps with sigma = s / a.
+x0 + sigma eps with sigma = s / a. The ODE form ("and_ode", "avg_ode") takes the divergences by a gradient.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -23,21 +24,25 @@ from diffgraft import (
     Plugin,
     PluginConfig,
     RunCall,
-    Step,
     StepCall,
     StepOutput,
     Unsupported,
 )
-from diffgraft.methods.conditioning import Conditioning, own_conditioning
-from diffgraft.methods.predictions import SignalNoise, levels_at, noise_estimate, prediction_kind
+from diffgraft.methods.conditioning import Conditioning, number_of_prompts, own_conditioning, with_prompt
+from diffgraft.methods.gradients import LossScale, latent_gradient, predict_alone
+from diffgraft.methods.predictions import SignalNoise, levels_after, levels_of, noise_estimate, prediction_kind
+from diffgraft.methods.second import unhooked
 from diffusers import DiffusionPipeline
+from diffusers.utils.torch_utils import randn_tensor
 from pydantic import Field
 from torch import Tensor
 
-from diffgraft_superdiff.method import density_change, kappa_and, kappa_or, mixture
+from diffgraft_superdiff.method import Move, density_change, guided, kappa_and, kappa_or, mixture, ode, sde, transition
 
 __all__ = ["SuperDiff"]
 __version__ = "0.1.0"
+
+Next = Callable[[DenoiseCall], Tensor]
 
 
 class SuperDiffConfig(PluginConfig):
@@ -49,10 +54,12 @@ class SuperDiffConfig(PluginConfig):
     model: str | Path | DiffusionPipeline | None = Field(
         None, description="the model of b: a bundled name, folder, Hub id or live pipeline; none: the pipeline's own"
     )
-    operation: Literal["or", "and", "average"] = Field("and", description="what the picture shows: either prompt, both, or their mean")
+    operation: Literal["or", "and", "average", "and_ode", "avg_ode"] = Field(
+        "and", description="what the picture shows: either prompt, both, or their mean; and_ode, avg_ode: without noise, along the ODE"
+    )
     temperature: float = Field(1.0, gt=0, description="T: how sharply 'or' chooses")
     bias: float = Field(0.0, description="l: 'or' counts log q_a + l")
-    lift: float = Field(0.0, description="'and' lets log q_a gain this much on log q_b in each step, divided by T")
+    lift: float = Field(0.0, description="'and' and 'and_ode' let log q_a gain this much on log q_b in the whole run")
     official_or_sign: bool = Field(False, description="'or' with the official code's density, which has a wrong sign (for comparison)")
 
 
@@ -64,7 +71,10 @@ class Densities:
     log_qb: Any = None
     kappas: list[Tensor] = field(default_factory=list)
     heard: Conditioning | None = None
+    scale: LossScale = field(default_factory=LossScale)
     vb: Any = None
+    skipped: Any = None
+    divergences: Any = None
     branches: dict[str, Tensor] = field(default_factory=dict)
 
 
@@ -73,8 +83,8 @@ class SuperDiff(Plugin):
     paper = Paper(
         title="The Superposition of Diffusion Models Using the Itô Density Estimator",
         arxiv="2412.17762",
-        implemented="OR, AND and average of two prompts or two models, with the Ito density estimator, as an SDE in sigma space",
-        omitted="the ODE form, which needs Hutchinson divergences; more than two prompts",
+        implemented="OR, AND and average of two prompts or two models with the Ito density estimator, as an SDE in sigma or as its ODE",
+        omitted="more than two prompts",
         licence="official code MIT; written from the paper's equations",
     )
     families = ("sd", "sdxl", "sd3")
@@ -83,7 +93,9 @@ class SuperDiff(Plugin):
     neutral: ClassVar[dict[str, Any]] = {"prompt": None}
     active: ClassVar[dict[str, Any]] = {"prompt": "a green dog on the right"}
     effects = Effects(
-        edits=frozenset({"prediction", "latents"}), needs=frozenset({"extra_forwards", "all_blocks"}), stochastic=True
+        edits=frozenset({"prediction", "latents"}),
+        needs=frozenset({"extra_forwards", "all_blocks", "plain_gradients"}),  # gradients: and_ode alone takes them
+        stochastic=True,
     )
     needs = (Need("pipeline", "model"),)
     config: SuperDiffConfig
@@ -93,42 +105,79 @@ class SuperDiff(Plugin):
         shared.__init__()  # an outer plugin may run the pipeline several times
         if self.config.prompt is None:
             return next(call)
-        if call.extras:
-            raise Unsupported(
-                f"superdiff: this call asks for a further prediction ({', '.join(call.extras)}), which the mixture of two prompts has no "
-                "place for: leave skip_guidance_layers out"
-            )
         if getattr(call.pipe.scheduler, "order", 1) != 1:
             raise Unsupported(f"superdiff: {type(call.pipe.scheduler).__name__} makes a step in two stages; use DDIM or Euler")
         second = call.given("model") or call.pipe
-        shared.heard = own_conditioning(second, {**call.arguments(), "prompt": self.second_prompt(call.get("prompt"))})
+        arguments = call.arguments()
+        shared.heard = own_conditioning(second, with_prompt(arguments, self.second_prompts(arguments)))
         result = next(call)
         if shared.kappas:  # a run of one step goes straight to the clean sample
-            call.record({"log_qa": shared.log_qa, "log_qb": shared.log_qb, "kappa": torch.stack(shared.kappas)})
+            followed = {} if shared.log_qa is None else {"log_qa": shared.log_qa, "log_qb": shared.log_qb}
+            call.record({**followed, "kappa": torch.stack(shared.kappas)})
         return result
 
-    def second_prompt(self, first: Any) -> Any:
-        """b, in the form of the call's own prompt."""
-        second = self.config.prompt
-        count = len(first) if isinstance(first, list) else 1
+    def second_prompts(self, arguments: dict[str, Any]) -> list[str]:
+        """b, a text for each prompt of the call."""
+        second, count = self.config.prompt, number_of_prompts(arguments)
         if isinstance(second, tuple) and len(second) != count:
             raise ConfigError(f"plugin 'superdiff': prompt has {len(second)} texts for a call with {count} prompts; give one for each")
-        texts = list(second) if isinstance(second, tuple) else [second] * count
-        return texts if isinstance(first, list) else texts[0]
+        return list(second) if isinstance(second, tuple) else [str(second)] * count
 
-    def denoise(self, call: DenoiseCall, next: Any) -> Tensor:
+    # the denoiser's calls -----------------------------------------------------------------------------------------------------------
+
+    def denoise(self, call: DenoiseCall, next: Next) -> Tensor:
         if self.config.prompt is None:
-            return next(call)  # type: ignore[no-any-return]
-        if "cond" in call.branches:
-            base, dressed = call.given("model"), call.shared.heard.put_into(call)
-            out = next(dressed) if base is None else getattr(base, call.model_name)(**dressed.arguments())[0]
-            call.shared.vb = out.chunk(len(call.branches))[call.branches.index("cond")]
-            call.count("second prompt", len(call.branches))
-        return next(call)  # type: ignore[no-any-return]
+            return next(call)
+        shared = call.shared
+        if call.extra:  # skip-layer guidance asks for the conditional rows once more, with layers left out
+            vb = self.second(call, shared.heard.put_into(call), next)
+            shared.skipped = out = next(call), vb
+            return out[0]
+        if "cond" in call.branches:  # sequential guidance asks for each half by itself
+            out = self.second(call, shared.heard.put_into(call), next)
+            shared.vb = out.chunk(len(call.branches))[call.branches.index("cond")]
+            if self.config.operation == "and_ode":
+                shared.divergences = self.divergences(call)
+        return next(call)
+
+    def second(self, call: DenoiseCall, dressed: DenoiseCall, next: Next) -> Tensor:
+        """What the model of b says to this call."""
+        call.count("second prompt", len(call.branches))
+        base = call.given("model")
+        return next(dressed) if base is None else self.of_base(base, dressed)
+
+    @staticmethod
+    def of_base(base: Any, call: DenoiseCall) -> Tensor:
+        """The second pipeline's denoiser, as it is."""
+        with unhooked():
+            return getattr(base, call.model_name)(**call.arguments())[0]  # type: ignore[no-any-return]
+
+    def divergences(self, call: DenoiseCall) -> tuple[Tensor, Tensor]:
+        """div v_a, div v_b [batch]: Hutchinson's estimate <e, grad <e, v>>, with one Rademacher e for both."""
+        base, x = call.given("model"), call.latents
+        e = randn_tensor(x.shape, generator=call.generator, device=x.device, dtype=torch.float32).sign()
+        kind, here = prediction_kind(call.family, call.pipe.scheduler), with_signal(levels_of(call))
+        alone = call.only("cond")
+        dressed = call.shared.heard.put_into(alone, "cond")
+        found = []
+        for asked, model in ((alone, None), (dressed, base)):
+
+            def along_e(z: Tensor, asked: DenoiseCall = asked, model: Any = model) -> Tensor:
+                part = asked.with_input(z)
+                said = predict_alone(part) if model is None else self.of_base(model, part)
+                v = noise_estimate(z.float(), said.float(), SignalNoise(here.a.float(), here.s.float()), kind)
+                return (v * e).flatten(1).sum(1)
+
+            gradient = latent_gradient(call, along_e, scale=call.shared.scale).gradient
+            found.append(here.a * (gradient.double() * e).flatten(1).sum(1))  # of x / a, in which the samples are held
+        call.count("gradients", 2)
+        return found[0], found[1]
 
     def guide(self, call: GuideCall, next: Any) -> Tensor:
         call.shared.branches = dict(call.branches)
         return next(call)  # type: ignore[no-any-return]
+
+    # the step ---------------------------------------------------------------------------------------------------------------------
 
     def step(self, call: StepCall, next: Any) -> StepOutput:
         shared, config = call.shared, self.config
@@ -137,41 +186,73 @@ class SuperDiff(Plugin):
             return out
         if shared.vb is None:
             raise Unsupported("superdiff: a plugin further out answered this step's denoiser call in its place; put superdiff first")
-        here = self.levels(call, call.step)
+        along_ode, ends = config.operation.endswith("_ode"), call.step.ends_schedule
+        here, there = with_signal(levels_of(call)), with_signal(levels_after(call))
         sigma, x = here.s / here.a, call.sample.double() / here.a
-        kind = prediction_kind(call.family, call.scheduler)
-        # without guidance the pipeline's prediction is that of a, w = 1, and v_0 has no say
-        branches, w = (shared.branches, self.scale(call)) if shared.branches else ({"cond": call.model_output, "uncond": shared.vb}, 1.0)
-        outputs = (branches["uncond"], branches["cond"], shared.vb)
-        v0, va, vb = (noise_estimate(call.sample.double(), v.double(), here, kind) for v in outputs)
-        if shared.log_qa is None:
-            shared.log_qa = shared.log_qb = torch.zeros(len(x), dtype=torch.float64, device=x.device)
-        if call.step.is_last:  # straight to the clean sample
-            kappa = shared.kappas[-1] if shared.kappas else torch.full_like(shared.log_qa, 0.5)
-            return StepOutput((x - sigma * mixture(v0, va, vb, kappa, w)).to(out.sample.dtype), out.x0)
-        there = self.levels(call, call.step_at(1))
-        d_sigma = there.s / there.a - sigma
-        noise = (2 * d_sigma.abs() * sigma).sqrt() * call.noise().double()
-        if config.operation == "and":
-            kappa = kappa_and(v0, va, vb, noise, sigma, d_sigma, w, config.lift, config.temperature)
-        elif config.operation == "or":
-            kappa = kappa_or(shared.log_qa, shared.log_qb, config.temperature, config.bias)
-        else:
-            kappa = torch.full_like(shared.log_qa, 0.5)
-        dx = 2 * d_sigma * mixture(v0, va, vb, kappa, w) + noise
-        flip = -1 if config.official_or_sign and config.operation == "or" else 1
-        shared.log_qa = shared.log_qa + density_change(va, dx, sigma, d_sigma, flip)
-        shared.log_qb = shared.log_qb + density_change(vb, dx, sigma, d_sigma, flip)
-        shared.kappas.append(kappa)
-        shared.branches, shared.vb = {}, None
-        return StepOutput(((x + dx) * there.a).to(out.sample.dtype), out.x0)
+        after = torch.zeros_like(sigma) if ends else there.s / there.a
+        va, vb, ga, gb = self.predictions(call, here)
+        move = ode(sigma, after) if along_ode else transition(sigma, after) if ends else sde(sigma, after)
+        noise = torch.zeros((), device=x.device) if along_ode or ends else move.spread * call.noise().double()
+        if along_ode or not ends:
+            kappa = self.kappa(call, va, vb, ga, gb, noise, move)
+            dx = move.drift * mixture(ga, gb, kappa) + noise
+            shared.kappas.append(kappa)
+            if config.operation != "avg_ode":
+                self.follow(shared, va, vb, dx, move)
+        else:  # straight to the clean sample, of which no density is followed
+            kappa = shared.kappas[-1] if shared.kappas else half(va)
+            dx = move.drift * mixture(ga, gb, kappa)
+        shared.branches, shared.vb, shared.skipped, shared.divergences = {}, None, None, None
+        x0 = x - sigma * mixture(ga, gb, kappa)
+        return StepOutput(((x + dx) * (1.0 if ends else there.a)).to(out.sample.dtype), x0.to(out.sample.dtype))
 
-    def scale(self, call: StepCall) -> float:
-        """The guidance scale of this run."""
-        return float(call.run.guidance_scale(call.family.denoisers[0]) or 1.0)
+    def predictions(self, call: StepCall, here: SignalNoise) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """v_a, v_b and what guidance makes of each, g_a, g_b, as noise."""
+        shared, x, kind = call.shared, call.sample.double(), prediction_kind(call.family, call.scheduler)
 
-    @staticmethod
-    def levels(call: StepCall, step: Step) -> SignalNoise:
-        """Signal and noise of the pipeline's latents at a step; sigma = 1 of a flow model, where a is 0, is taken a little lower."""
-        a, s = levels_at(call.family, call.scheduler, step.t, step.sigma, call.sample.device)
-        return SignalNoise(a.double().clamp(min=1e-3), s.double())
+        def as_noise(output: Tensor) -> Tensor:
+            return noise_estimate(x, output.double(), here, kind)
+
+        vb = as_noise(shared.vb)
+        if not shared.branches:  # without guidance the pipeline's prediction is that of a, and v_0 has no say
+            va = as_noise(call.model_output)
+            return va, vb, va, vb
+        v0, va = as_noise(shared.branches["uncond"]), as_noise(shared.branches["cond"])
+        w = float(call.run.guidance_scale(call.family.denoisers[0]) or 1.0)
+        ga, gb = guided(v0, va, w), guided(v0, vb, w)
+        if shared.skipped is not None:
+            k = float(call.pipe._skip_layer_guidance_scale)
+            ga, gb = ga + k * (va - as_noise(shared.skipped[0])), gb + k * (vb - as_noise(shared.skipped[1]))
+        return va, vb, ga, gb
+
+    def kappa(self, call: StepCall, va: Tensor, vb: Tensor, ga: Tensor, gb: Tensor, noise: Tensor, move: Move) -> Tensor:
+        """The weight of a in this step [batch]."""
+        shared, config = call.shared, self.config
+        if config.operation == "or" and shared.kappas:
+            return kappa_or(shared.log_qa, shared.log_qb, config.temperature, config.bias)
+        if config.operation == "or":  # nothing is known yet
+            return kappa_or(0 * half(va), 0 * half(va), config.temperature, config.bias)
+        if config.operation in ("and", "and_ode"):
+            step = call.step
+            clean = config.operation == "and" and step.behind == step.calls - 1 - step.call  # the last step is no step of the SDE
+            gain = config.lift / max(step.total - clean, 1)
+            return kappa_and(va, vb, ga, gb, noise, move, gain, shared.divergences or (0.0, 0.0))
+        return half(va)
+
+    def follow(self, shared: Densities, va: Tensor, vb: Tensor, dx: Tensor, move: Move) -> None:
+        """Both log-densities after this step."""
+        da, db = shared.divergences or (0.0, 0.0)
+        sign = -1 if self.config.official_or_sign and self.config.operation == "or" else 1
+        a, b = density_change(va, dx, move, da, sign), density_change(vb, dx, move, db, sign)
+        shared.log_qa = a if shared.log_qa is None else shared.log_qa + a
+        shared.log_qb = b if shared.log_qb is None else shared.log_qb + b
+
+
+def half(x: Tensor) -> Tensor:
+    """1/2 for each sample [batch]."""
+    return torch.full((len(x),), 0.5, dtype=torch.float64, device=x.device)
+
+
+def with_signal(levels: SignalNoise) -> SignalNoise:
+    """Levels that x / a can be taken at: sigma = 1 of a flow model, where a is 0, is taken a little lower, at sigma / a = 1000."""
+    return SignalNoise(levels.a.double().clamp(min=1e-3), levels.s.double())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 
 import pytest
@@ -9,8 +10,19 @@ import torch
 from diffgraft import ConfigError, Unsupported, load_pipeline
 from diffgraft_pipelines.tiny import make
 from diffgraft_superdiff import SuperDiff
-from diffgraft_superdiff.method import density_change, dot, kappa_and, kappa_or, mixture
-from diffusers import EulerDiscreteScheduler, HeunDiscreteScheduler
+from diffgraft_superdiff.method import (
+    density_change,
+    dot,
+    euler_maruyama,
+    guided,
+    kappa_and,
+    kappa_or,
+    mixture,
+    ode,
+    sde,
+    transition,
+)
+from diffusers import DDIMScheduler, EulerDiscreteScheduler, HeunDiscreteScheduler, PNDMScheduler
 
 SIGMAS = torch.linspace(10.0, 0.05, 2000, dtype=torch.float64)
 MEANS, SPREADS = (torch.tensor(-1.0), torch.tensor(1.5)), (torch.tensor(0.5), torch.tensor(0.8))
@@ -25,26 +37,27 @@ def log_density(x, sigma, i):
     return torch.distributions.Normal(MEANS[i].double(), (SPREADS[i] ** 2 + sigma**2).sqrt()).log_prob(x).flatten(1).sum(1)
 
 
-def walk(operation, n=64, dimensions=4, sign=1, **knobs):
-    """(samples, followed log-densities, true ones, kappas) of an SDE on two Gaussians, each over the whole walk."""
+def walk(operation, n=64, dimensions=4, sign=1, sigmas=SIGMAS, **knobs):
+    """(samples, followed log-densities, largest gaps of their changes in each step, errors of log q_a) of a walk on two Gaussians."""
     generator = torch.Generator().manual_seed(0)
-    x = SIGMAS[0] * torch.randn(n, dimensions, generator=generator, dtype=torch.float64)
-    start = [log_density(x, SIGMAS[0], i) for i in (0, 1)]
+    x = sigmas[0] * torch.randn(n, dimensions, generator=generator, dtype=torch.float64)
+    start = [log_density(x, sigmas[0], i) for i in (0, 1)]
     logs = [torch.zeros(n, dtype=torch.float64) for _ in (0, 1)]
     gaps, errors = [], []
-    for sigma, after in itertools.pairwise(SIGMAS):
-        d = after - sigma
+    for sigma, after in itertools.pairwise(sigmas):
+        along_ode = operation.endswith("_ode")
+        move = ode(sigma, after) if along_ode else sde(sigma, after)
         va, vb = noise_of(x, sigma, 0), noise_of(x, sigma, 1)
-        v0 = torch.zeros_like(va)
-        noise = (2 * d.abs() * sigma).sqrt() * torch.randn(x.shape, generator=generator, dtype=torch.float64)
-        if operation == "and":
-            kappa = kappa_and(v0, va, vb, noise, sigma, d, 1.0, knobs.get("lift", 0.0), 1.0)
+        noise = torch.zeros_like(x) if along_ode else move.spread * torch.randn(x.shape, generator=generator, dtype=torch.float64)
+        divergences = tuple(dimensions * sigma / (SPREADS[i] ** 2 + sigma**2) for i in (0, 1))
+        if operation.startswith("and"):
+            kappa = kappa_and(va, vb, va, vb, noise, move, knobs.get("gain", 0.0), divergences)
         else:
             kappa = kappa_or(*logs, knobs.get("temperature", 1.0), 0.0)
-        dx = 2 * d * mixture(v0, va, vb, kappa, 1.0) + noise
+        dx = move.drift * mixture(va, vb, kappa) + noise
         before = logs
-        logs = [log + density_change(v, dx, sigma, d, sign) for log, v in zip(logs, (va, vb), strict=True)]
-        gaps.append(float(((logs[0] - before[0]) - (logs[1] - before[1])).abs().max()))
+        logs = [log + density_change(v, dx, move, d, sign) for log, v, d in zip(logs, (va, vb), divergences, strict=True)]
+        gaps.append(float(((logs[0] - before[0]) - (logs[1] - before[1]) - knobs.get("gain", 0.0)).abs().max()))
         x = x + dx
         errors.append(float((logs[0] - (log_density(x, after, 0) - start[0])).abs().mean()))
     return x, logs, gaps, errors
@@ -56,19 +69,51 @@ def test_the_followed_density_is_the_gaussians():
     assert walk("or", dimensions=1, sign=-1)[3][-1] > 2
 
 
-def test_and_changes_both_densities_alike():
-    gaps = walk("and")[2]
+def test_the_odes_density_is_the_gaussians():
+    assert walk("and_ode", dimensions=1)[3][-1] < 0.02
+
+
+@pytest.mark.parametrize("operation", ["and", "and_ode"])
+@pytest.mark.parametrize("gain", [0.0, 0.01, -0.01])
+def test_and_changes_both_densities_alike_up_to_the_gain(operation, gain):
+    _, logs, gaps, _ = walk(operation, gain=gain)
     assert max(gaps) < 1e-5
+    torch.testing.assert_close(logs[0] - logs[1], torch.full_like(logs[0], gain * (len(SIGMAS) - 1)), rtol=1e-6, atol=1e-4)
 
 
-def test_lift_is_what_a_gains():
+def test_the_transition_is_exact_where_x0_stays():
+    """Data at one point: any interval, also from a sigma of 1000, gives the right variance and the right log-density."""
     generator = torch.Generator().manual_seed(0)
-    v0, va, vb, noise = torch.randn(4, 5, 8, generator=generator, dtype=torch.float64)
-    sigma, d = torch.tensor(2.0), torch.tensor(-0.1)
-    kappa = kappa_and(v0, va, vb, noise, sigma, d, 3.0, 0.7, 1.0)
-    dx = 2 * d * mixture(v0, va, vb, kappa, 3.0) + noise
-    gain = density_change(va, dx, sigma, d) - density_change(vb, dx, sigma, d)
-    torch.testing.assert_close(gain.abs(), torch.full((5,), 0.7, dtype=torch.float64), rtol=1e-4, atol=1e-6)
+    sigma, after = torch.tensor(1000.0, dtype=torch.float64), torch.tensor(20.0, dtype=torch.float64)
+    x = sigma * torch.randn(20_000, 2, generator=generator, dtype=torch.float64)
+    move = transition(sigma, after)
+    dx = move.drift * (x / sigma) + move.spread * torch.randn(x.shape, generator=generator, dtype=torch.float64)
+    assert abs(float((x + dx).std() / after) - 1) < 0.01
+    normal = torch.distributions.Normal
+    true = (normal(0.0, after).log_prob(x + dx) - normal(0.0, sigma).log_prob(x)).sum(1)
+    torch.testing.assert_close(density_change(x / sigma, dx, move), true, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("ratio", [0.999, 0.5, 0.1])
+def test_the_step_keeps_the_level_over_any_interval(ratio):
+    sigma = torch.tensor(80.0, dtype=torch.float64)
+    after = ratio * sigma
+    move = sde(sigma, after)
+    v = sigma / (1 + sigma**2)  # of x, data of unit variance
+    variance = (1 + move.drift * v) ** 2 * (1 + sigma**2) + move.spread**2
+    assert abs(float(variance / (1 + after**2)) - 1) < 0.02
+    small = euler_maruyama(sigma, after)
+    assert ratio > 0.9 or float((1 + small.drift * v) ** 2 * (1 + sigma**2) + small.spread**2) > 2 * float(1 + after**2)  # it can fail
+
+
+def test_small_steps_are_the_papers():
+    """dx = 2 d sigma g + sqrt(2 |d sigma| sigma) z, bit for bit; the transition is the same to first order."""
+    for sigma, after in ((14.6, 13.9), (1.0, 0.95), (0.17, 0.04)):
+        sigma, after = torch.tensor(sigma, dtype=torch.float64), torch.tensor(after, dtype=torch.float64)
+        assert sde(sigma, after)[:4] == euler_maruyama(sigma, after)[:4]
+    sigma, after = torch.tensor(5.0, dtype=torch.float64), torch.tensor(4.999, dtype=torch.float64)
+    for one, other in zip(transition(sigma, after)[:4], euler_maruyama(sigma, after)[:4], strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=0.0)
 
 
 def test_or_with_a_great_temperature_takes_the_likelier():
@@ -79,10 +124,11 @@ def test_or_with_a_great_temperature_takes_the_likelier():
 
 def test_where_both_agree_kappa_does_not_matter():
     generator = torch.Generator().manual_seed(0)
-    v0, v, noise = torch.randn(3, 5, 8, generator=generator)
-    kappa = kappa_and(v0, v, v.clone(), noise, torch.tensor(2.0), torch.tensor(-0.1), 7.5, 0.0, 1.0)
+    v0, v, noise = torch.randn(3, 5, 8, generator=generator, dtype=torch.float64)
+    g = guided(v0, v, 7.5)
+    kappa = kappa_and(v, v.clone(), g, g.clone(), noise, sde(torch.tensor(2.0).double(), torch.tensor(1.9).double()))
     assert torch.equal(kappa, torch.full_like(kappa, 0.5))
-    assert torch.equal(mixture(v0, v, v, kappa, 7.5), mixture(v0, v, v, 1 - kappa, 7.5))
+    assert torch.equal(mixture(g, g.clone(), kappa), g)
     assert float(dot(v, v)[0]) > 0
 
 
@@ -116,12 +162,12 @@ def test_both_prompts_matter(name, operation):
     assert torch.equal(call(made), before)
 
 
-@pytest.mark.parametrize("operation", ["or", "and", "average"])
+@pytest.mark.parametrize("operation", ["or", "and", "average", "and_ode", "avg_ode"])
 def test_the_same_prompt_twice_is_the_plain_sde(operation):
     made = make("StableDiffusionPipeline")
     prompt = str(made.kwargs["prompt"])
     outputs = []
-    for each in (operation, "average"):
+    for each in (operation, "avg_ode" if operation.endswith("_ode") else "average"):
         load_pipeline(made.pipe, plugins=[SuperDiff(prompt=prompt, operation=each)])
         outputs.append(call(made))
         made.pipe.plugins.clear()
@@ -170,6 +216,160 @@ def test_without_guidance_the_scale_is_1():
     made = make("StableDiffusionPipeline")
     load_pipeline(made.pipe, plugins=[SuperDiff(prompt="two green dogs")])
     torch.testing.assert_close(call(made, guidance_scale=1.0), call(made, guidance_scale=1.0001), rtol=1e-2, atol=1e-2)
+
+
+def records_of(made, **changes):
+    call(made, **changes)
+    return made.pipe.plugins.report().plugins["superdiff"].records
+
+
+@pytest.mark.parametrize("operation", ["and", "and_ode"])
+@pytest.mark.parametrize(("name", "steps"), [
+    ("StableDiffusionPipeline", 10), ("StableDiffusionPipeline", 40), ("StableDiffusion3Pipeline", 10),
+])  # fmt: skip
+def test_a_whole_run_lifts_a_by_lift(name, steps, operation):
+    for lift in (0.7, -0.7):
+        made = make(name)
+        load_pipeline(made.pipe, plugins=[SuperDiff(prompt="two green dogs", operation=operation, lift=lift)])
+        records = records_of(made, num_inference_steps=steps)
+        assert abs(float(records["log_qa"] - records["log_qb"]) - lift) < 1e-3, lift
+
+
+@pytest.mark.parametrize("scheduler", [PNDMScheduler, DDIMScheduler, EulerDiscreteScheduler])
+def test_the_lift_is_that_of_any_schedule(scheduler):
+    """PLMS asks once more than it has steps; a run that ends early (``denoising_end``) has one step of the SDE more."""
+    made = make("StableDiffusionPipeline")
+    options = {"skip_prk_steps": True} if scheduler is PNDMScheduler else {}
+    made.pipe.scheduler = scheduler.from_config(made.pipe.scheduler.config, **options)
+    load_pipeline(made.pipe, plugins=[SuperDiff(prompt="two green dogs", lift=0.7)])
+    records = records_of(made, num_inference_steps=10)
+    assert abs(float(records["log_qa"] - records["log_qb"]) - 0.7) < 1e-3
+
+
+def test_the_ode_draws_no_noise_and_is_the_schedulers_for_one_prompt():
+    """avg_ode of one prompt twice is Euler's own ODE."""
+    made = make("StableDiffusionXLPipeline")
+    plain = call(made)
+    load_pipeline(made.pipe, plugins=[SuperDiff(prompt=str(made.kwargs["prompt"]), operation="avg_ode")])
+    torch.testing.assert_close(call(made), plain, rtol=1e-4, atol=1e-4)
+    assert set(records_of(made)) == {"kappa"}
+
+
+def test_divergences_are_those_of_the_denoiser():
+    """Hutchinson's estimate has the mean of the trace: a denoiser that is linear in x has it exactly for every e where it is diagonal."""
+    made = make("StableDiffusionXLPipeline")  # Euler: x = x0 + sigma eps, the denoiser is given x / sqrt(1 + sigma^2)
+    made.pipe.unet.forward = lambda sample, timestep, *a, **k: (0.5 * sample,)
+    seen = []
+
+    class Spy(SuperDiff):
+        def divergences(self, call):
+            found = super().divergences(call)
+            seen.append((call.step.sigma, call.latents[0].numel(), found))
+            return found
+
+    load_pipeline(made.pipe, plugins=[Spy(prompt="two green dogs", operation="and_ode")])
+    call(made)
+    assert len(seen) == STEPS
+    for sigma, n, found in seen:
+        expected = torch.full((1,), 0.5 * n, dtype=torch.float64) / (1 + sigma.double() ** 2).sqrt()
+        for one in found:
+            torch.testing.assert_close(one, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("steps", [4, 10, 28, 50])
+@pytest.mark.parametrize("operation", ["and", "and_ode"])
+def test_a_flow_models_denoiser_is_given_the_level_that_it_is_told(steps, operation):
+    """The first interval of a flow model goes from sigma / a = infinity (explicit: 10 to 20 times too large)."""
+    made, ratios = make("StableDiffusion3Pipeline"), []
+
+    def forward(hidden_states, timestep, *args, **kwargs):
+        s, x = float(timestep.flatten()[0]) / 1000, hidden_states
+        variance = 0.25 * (1 - s) ** 2 + s * s
+        ratios.append(float(x.std()) / variance**0.5)
+        return (s * x / variance - 0.25 * (1 - s) * x / variance,)
+
+    made.pipe.transformer.forward = forward
+    load_pipeline(made.pipe, plugins=[SuperDiff(prompt="two green dogs", operation=operation)])
+    call(made, height=256, width=256, num_inference_steps=steps, guidance_scale=1.0)
+    assert (0.6 if steps >= 10 else 0.0) < min(ratios) <= max(ratios) < 1.4, ratios  # few steps lose variance of the data
+
+
+def test_a_run_that_ends_early_hands_over_noisy_latents():
+    """SDXL's ``denoising_end``: data that are zero leave nothing but the noise of the level reached."""
+    for scheduler in (EulerDiscreteScheduler, DDIMScheduler):
+        levels = []
+        for plugins in ([], [SuperDiff(prompt="two green dogs")]):
+            made = make("StableDiffusionXLPipeline")
+            made.pipe.scheduler = scheduler.from_config(made.pipe.scheduler.config)
+            abar = made.pipe.scheduler.alphas_cumprod
+            made.pipe.unet.forward = lambda sample, timestep, *a, abar=abar, **k: (sample / (1 - abar[int(timestep)]).sqrt(),)
+            if plugins:
+                load_pipeline(made.pipe, plugins=plugins)
+            levels.append(float(call(made, num_inference_steps=20, denoising_end=0.6).std()))
+        assert 0.75 < levels[1] / levels[0] < 1.33, (scheduler, levels)
+        assert len(made.pipe.plugins.report().plugins["superdiff"].records["kappa"]) == made.pipe._num_timesteps
+
+
+def embeddings(made, prompt, negative):
+    """The call arguments that say a prompt as embeddings."""
+    names = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
+    takes = inspect.signature(made.pipe.encode_prompt).parameters
+    more = {name: made.kwargs.get(name) for name in ("prompt_2", "prompt_3", "max_sequence_length") if name in takes}
+    vectors = made.pipe.encode_prompt(
+        prompt, device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=True, negative_prompt=negative, **more
+    )
+    return dict(zip(names, vectors, strict=False))
+
+
+@pytest.mark.parametrize("name", ["StableDiffusionPipeline", "StableDiffusionXLPipeline", "StableDiffusion3Pipeline"])
+def test_the_first_prompt_may_be_said_in_any_form(name):
+    """As text, for each encoder, or as embeddings: what the pipeline takes for the same is the same with a second prompt too."""
+    made = make(name)
+    said = {"prompt": "a red apple", "negative_prompt": "blurry"}
+    vectors = embeddings(made, "a red apple", "blurry")
+    load_pipeline(made.pipe, plugins=[SuperDiff(prompt="two green dogs")])
+    text = call(made, **said)
+    torch.testing.assert_close(call(made, **{"prompt": None, "negative_prompt": None, **vectors}), text, rtol=1e-3, atol=1e-3)
+    if name != "StableDiffusionPipeline":
+        both = call(made, **said, prompt_2="a red apple", negative_prompt_2="blurry")
+        torch.testing.assert_close(both, text, rtol=1e-3, atol=1e-3)
+        assert not torch.equal(call(made, **said, prompt_2="a blue sea"), text)
+
+
+def test_embeddings_longer_than_the_second_prompt():
+    """Prompts of more than 77 tokens come as two parts; b keeps its own length."""
+    made = make("StableDiffusionPipeline")
+    vectors = {key: torch.cat([value, value], dim=1) for key, value in embeddings(made, "a red apple", "blurry").items()}
+    load_pipeline(made.pipe, plugins=[SuperDiff(prompt=("a star", "a dog"))])
+    twice = {key: torch.cat([value, value]) for key, value in vectors.items()}
+    assert torch.isfinite(call(made, prompt=None, negative_prompt=None, **twice)).all()
+    with pytest.raises(ConfigError, match="2 texts for a call with 1 prompts"):
+        call(made, prompt=None, negative_prompt=None, **vectors)
+
+
+def test_a_callback_that_changes_the_prompt_is_followed():
+    """a's prompt changes from step 2 on, and with it what a is; b is the knob's."""
+    made = make("StableDiffusionPipeline")
+    vectors = embeddings(made, "a blue car", "blurry")
+    load_pipeline(made.pipe, plugins=[SuperDiff(prompt="two green dogs")])
+    before = call(made)
+
+    def change(pipe, step, timestep, tensors):
+        return {"prompt_embeds": torch.cat([vectors["negative_prompt_embeds"], vectors["prompt_embeds"]])} if step == 1 else {}
+
+    changed = call(made, callback_on_step_end=change, callback_on_step_end_tensor_inputs=["prompt_embeds"])
+    assert not torch.equal(changed, before)
+
+
+def test_skip_layer_guidance_guides_both_prompts():
+    """g_i = v_0 + w (v_i - v_0) + k (v_i - v_i without the layers); of one prompt twice it is the pipeline's own combination."""
+    skips = {"skip_guidance_layers": [0], "skip_layer_guidance_start": 0.0, "skip_layer_guidance_stop": 1.0}
+    made = make("StableDiffusion3Pipeline")
+    plain = call(made, **skips)
+    load_pipeline(made.pipe, plugins=[SuperDiff(prompt=str(made.kwargs["prompt"]), operation="avg_ode")])
+    torch.testing.assert_close(call(made, **skips), plain, rtol=1e-3, atol=1e-3)
+    made.pipe.plugins.configure("superdiff", prompt="two green dogs")
+    assert not torch.equal(call(made, **skips), call(made))
 
 
 def test_bad_input():

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import torch
 from diffgraft import Call, ConfigError, ControlCall, DenoiseCall, Effects, Family, Need, Paper, Plugin, PluginConfig, RunCall, Target
-from diffgraft.methods.conditioning import Conditioning
+from diffgraft.methods.conditioning import Conditioning, PromptWatch
 from diffgraft.methods.second import unhooked
 from diffusers import DiffusionPipeline
 from pydantic import Field, field_validator
@@ -74,6 +74,7 @@ class Trajectory:
     ends: tuple[int, ...] = ()
     own: dict[int, Conditioning] = field(default_factory=dict)
     joined: dict[tuple[int, tuple[str, ...]], dict[str, Any]] = field(default_factory=dict)
+    watch: PromptWatch = field(default_factory=PromptWatch)
 
     def of(self, number: int, branches: tuple[str, ...], family: Family) -> dict[str, Any] | None:
         """Denoiser arguments of small model ``number``, put together once for all its steps."""
@@ -120,13 +121,20 @@ class TStitch(Plugin):
         shared.total = -1
         shared.own.clear()
         shared.joined.clear()
+        shared.watch = PromptWatch()
         for number, small in enumerate(as_list(call.given("model"))):
             if self.config.fraction[number] == 0:
                 continue
             ensure_fits(call.pipe, call.family, small)  # an adapter or another dtype may have come after attaching
             if needs_own(call.pipe, small, call.family):
                 shared.own[number] = ask(small, call.pipe, call.arguments(), call.family)
-        return next(call)
+        result = next(call)
+        if shared.watch.changed:
+            call.note(
+                "a callback changed the prompt in mid-run: the small model has encoders of its own, which cannot read embeddings of the "
+                "large one's, so it kept the prompt of the call"
+            )
+        return result
 
     def control(self, call: ControlCall, next: Any) -> Any:
         """In the small model's steps its own ControlNet runs, where it has one; else the large one's, whose residuals fit it."""
@@ -149,6 +157,8 @@ class TStitch(Plugin):
             return next(call)  # type: ignore[no-any-return]
         call.count("small" if len(smalls) == 1 else f"small {number + 1}")
         model = denoiser_of(smalls[number], call.model_name, call.family)
+        if number in call.shared.own:
+            call.shared.watch.see(call)
         call = fitted(call, model, call.shared.of(number, call.texts, call.family))
         if call.extra and (layers := call.get("skip_layers")):
             call.note(f"skip-layer guidance left out layers {layers} of the small model in its steps, counted as the large one's are")

@@ -299,6 +299,21 @@ def test_guidance_cut_in_mid_run_leaves_the_small_model_its_conditional_rows():
     assert counts == {"small": {"both": 2, "cond": 2}, "large": {"cond": 1}}
 
 
+@pytest.mark.parametrize("own_text", [False, True])
+def test_a_prompt_that_a_callback_changes_is_followed_or_the_report_says_that_it_is_not(own_text):
+    large, small, kwargs = pair("StableDiffusionPipeline", own_text)
+    stitched(large, small, 0.5)
+
+    def change(pipe, step, timestep, tensors):
+        return {"prompt_embeds": tensors["prompt_embeds"].flip(0) + 1} if step == 0 else {}
+
+    plain = picture(large, kwargs)
+    assert not large.plugins.report().plugins["t_stitch"].notes
+    changed = picture(large, kwargs, callback_on_step_end=change, callback_on_step_end_tensor_inputs=["prompt_embeds"])
+    assert not torch.equal(changed, plain)
+    assert any("changed the prompt" in note for note in large.plugins.report().plugins["t_stitch"].notes) == own_text
+
+
 def test_three_models_take_turns():
     large, middle, kwargs = pair("StableDiffusionPipeline")
     smallest = pair("StableDiffusionPipeline")[1]
