@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 
 from diffgraft.kernel.errors import Unsupported
+from diffgraft.kernel.units import LEAST
+from diffgraft.kernel.units import is_exploding as is_exploding
 
 if TYPE_CHECKING:
     from diffgraft.kernel.family import Family
@@ -85,9 +87,8 @@ def levels_at(family: Family, scheduler: Any, t: Tensor, sigma: Tensor | None, d
     if family.prediction == "flow" or abar is None:
         raise Unsupported(f"{type(scheduler).__name__} has neither sigmas nor alphas_cumprod, so the noise level of a step is not known")
     level = abar.to(device, torch.float32).take(t.to(device, torch.long, non_blocking=True))
+    if is_exploding(scheduler):
+        return SignalNoise(torch.ones_like(level), (1 / level.clamp(min=LEAST**2) - 1).sqrt())
     return SignalNoise(level.sqrt(), (1 - level).sqrt())
 
 
-def is_exploding(scheduler: Any) -> bool:
-    """Whether latents are ``x0 + sigma eps``: such schedulers start from noise that is scaled up."""
-    return float(getattr(scheduler, "init_noise_sigma", 1.0)) != 1.0

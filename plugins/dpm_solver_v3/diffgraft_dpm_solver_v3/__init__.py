@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-from diffgraft import ArtefactMismatch, ConfigError, Effects, Family, Need, Plugin, Schedule, ScheduleCall, StepCall, StepOutput
+from diffgraft import ArtefactMismatch, Effects, Family, Need, Plugin, Schedule, ScheduleCall, StepCall, StepOutput
 from diffgraft.methods.artefacts import make_again
+from diffgraft.methods.solvers import schedule_errors
 
 from diffgraft_dpm_solver_v3.calibration import DPMSolverV3Calibrator
 from diffgraft_dpm_solver_v3.knobs import PAPER, DPMSolverV3Config, options, settings_of
@@ -57,12 +58,8 @@ class DPMSolverV3(Plugin):
             scale, made = call.run.guidance_scale(call.family.denoisers[0]), artefact.facts.get("guidance_scale")
             if made is not None and scale is not None and float(scale) != made:
                 call.note(f"guidance scale {scale:g}, but l, s, b were measured at {made:g}: usable, but not the best (paper)")
-        try:
+        with schedule_errors(self.name):
             return next(call)  # type: ignore[no-any-return]
-        except ValueError as error:
-            if "intervals" in str(error):
-                raise ConfigError(f"plugin 'dpm_solver_v3': intervals = {self.config.intervals}: {error}") from error
-            raise
 
     def step(self, call: StepCall, next: Any) -> StepOutput:
         artefact = call.given("artefact")
