@@ -105,7 +105,7 @@ class Run:
         self._passes += 1
         self._in_loop = False
         if self.replaced is not None:
-            self.replaced.check(self.pipe.scheduler, arguments, self.report.plugins[self.replaced.by].notes)
+            self.replaced.check(arguments, self.report.plugins[self.replaced.by].notes)
         for entry, branch in list(self._states):
             if branch is not None or "run" not in entry.plugin.points():
                 del self._states[entry, branch]

@@ -52,18 +52,20 @@ def begin_of(scheduler: Any, timestep: Any) -> int:
 
 @dataclass(frozen=True)
 class Replaced:
-    """The pipeline's ``own`` scheduler while a plugin's (``by``) is in its place."""
+    """The pipeline's ``own`` scheduler, and the ``new`` one of a plugin (``by``) that is in its place."""
 
     own: Any
+    new: Any
     by: str
 
-    def check(self, new: Any, arguments: Mapping[str, Any], notes: list[str]) -> None:
-        """Hold a call's arguments against the ``new`` scheduler, before anything runs.
+    def check(self, arguments: Mapping[str, Any], notes: list[str]) -> None:
+        """Hold a call's arguments against the new scheduler, before anything runs.
 
         Raises:
             ConfigError: both ``timesteps`` and ``sigmas``.
             Unsupported: a schedule of the user's that ``new`` does not take.
         """
+        new = self.new
         given = [name for name in OWN if arguments.get(name) is not None]
         if len(given) > 1:
             raise ConfigError("timesteps and sigmas were both given: give one")
@@ -121,7 +123,8 @@ def signal_levels(scheduler: Any) -> list[float]:
         end = torch.as_tensor(getattr(scheduler, "final_alpha_cumprod", abar[0])).double()
         a = torch.cat([abar[scheduler.timesteps.cpu().long()], end.view(1)]).sqrt()
     else:
-        raise Unsupported(f"{type(scheduler).__name__} has neither sigmas nor alphas_cumprod, so its latents cannot be brought to another unit")
+        name = type(scheduler).__name__
+        raise Unsupported(f"{name} has neither sigmas nor alphas_cumprod, so its latents cannot be brought to the pipeline's own unit")
     return a.clamp(min=LEAST).tolist()  # type: ignore[no-any-return]
 
 
@@ -129,8 +132,7 @@ def in_place_of(own: Any, new: Any) -> Any:
     """``new``, or a twin of it whose latents are in the unit of ``own``."""
     if is_exploding(own) == is_exploding(new):
         return new
-    cls = class_for_one(type(new), _door(type(new), is_exploding(own)))
-    twin = cls.__new__(cls)
+    twin: Any = object.__new__(class_for_one(type(new), _door(type(new), is_exploding(own))))
     twin.__dict__.update(new.__dict__)
     return twin
 

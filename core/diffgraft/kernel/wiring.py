@@ -71,7 +71,7 @@ class Wiring:
         for entry in entries:
             if (new := entry.plugin.make_scheduler(scheduler, self.family)) is not None:
                 scheduler = in_place_of(own, new)
-                run.replaced = Replaced(own, entry.name)
+                run.replaced = Replaced(own, scheduler, entry.name)
                 slot = Slot(self.pipe.__dict__, "scheduler", lambda: self.pipe.__dict__["scheduler"])
                 slot.put(scheduler)
                 slots.append(slot)

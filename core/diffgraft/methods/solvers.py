@@ -35,7 +35,7 @@ def ode_settings(plugin: str, old: Any, family: Family) -> dict[str, Any]:
     Raises:
         Unsupported: ``old`` draws noise, belongs to a distilled model, clips its x0, or has a noise schedule that its settings do not tell.
     """
-    config, name = dict(old.config), type(old).__name__
+    config, name = settings_of(old), type(old).__name__
     kind = "flow" if family.prediction == "flow" else "diffusion"
     if why := _seen(old, kind):
         raise Unsupported(f"{plugin}: {name} {why}")
@@ -62,8 +62,8 @@ def _seen(old: Any, kind: str) -> str | None:
 
 def _tried(old: Any, kind: str) -> str | None:
     config = old.config
-    jumps_anywhere = "r_timestep" in inspect.signature(old.step).parameters  # flow maps
-    if jumps_anywhere or "original_inference_steps" in config:  # these may jump without noise too (TCD at eta = 0)
+    takes = inspect.signature(getattr(old, "step", lambda: None)).parameters
+    if "r_timestep" in takes or "original_inference_steps" in config:  # flow maps, TCD at eta = 0: they may jump without noise
         return "is made for a distilled model, which jumps and does not follow the diffusion ODE"
     if config.get("timestep_type") == "continuous":
         return OWN_LEVELS
@@ -91,11 +91,16 @@ EPS = torch.tensor([0.6, 1.1, -1.3, -0.5]).reshape(1, 4, 1, 1)
 
 def _probe(old: Any, kind: str) -> Any:
     """A scheduler like ``old`` that takes a denoiser's answer whose meaning needs no noise level, and does not clip."""
-    config = dict(old.config)
-    simple = {"use_dynamic_shifting": False, "clip_sample": False, "thresholding": False}
+    config = settings_of(old)
+    simple: dict[str, Any] = {"use_dynamic_shifting": False, "clip_sample": False, "thresholding": False}
     if kind == "diffusion":  # a terminal SNR of 0 leaves no x0 in a noise prediction
         simple["prediction_type"] = "sample" if config.get("rescale_betas_zero_snr") else "epsilon"
     return type(old).from_config(config | {key: value for key, value in simple.items() if key in config})
+
+
+def settings_of(scheduler: Any) -> dict[str, Any]:
+    """Its settings, also those that it has by default: ``from_config`` would take another class's defaults for them (Heun's betas)."""
+    return {key: value for key, value in scheduler.config.items() if key != "_use_default_values"}
 
 
 def _walk(probe: Any, kind: str, seed: int) -> tuple[str | None, Tensor]:

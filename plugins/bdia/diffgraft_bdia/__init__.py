@@ -7,6 +7,7 @@ equation that can be solved for either end. A run is its own inverse: `diffgraft
 
 from __future__ import annotations
 
+import inspect
 import math
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -48,7 +49,8 @@ def scheduler_for(old: Any, family: Family, **options: Any) -> Any:
         Unsupported: ``old`` draws noise, belongs to a distilled model, clips its x0, or has a noise schedule that BDIA does not know.
     """
     cls = FlowBDIAScheduler if family.prediction == "flow" else BDIAScheduler
-    return cls.from_config(ode_settings("bdia", old, family), **options)
+    known = inspect.signature(cls.__init__).parameters
+    return cls.from_config({key: value for key, value in ode_settings("bdia", old, family).items() if key in known}, **options)
 
 
 class BDIA(Plugin):

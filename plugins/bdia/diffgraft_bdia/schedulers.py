@@ -95,7 +95,8 @@ class _BDIA:
         steps it stopped."""
         assert self._exact is not None
         assert self._before is not None
-        return {"noise": self._exact, "neighbour": self._before, "sigma": self.sigmas[self._index].clone(), "steps": torch.tensor(self._steps)}
+        place = {"sigma": self.sigmas[self._index].clone(), "steps": torch.tensor(self._steps)}
+        return {"noise": self._exact, "neighbour": self._before, **place}
 
     def scale_model_input(self, sample: Tensor, timestep: Any = None) -> Tensor:
         """The samples are at the denoiser's scale."""

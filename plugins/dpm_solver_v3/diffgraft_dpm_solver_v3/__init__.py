@@ -15,9 +15,10 @@ from diffgraft.methods.solvers import schedule_errors
 
 from diffgraft_dpm_solver_v3.calibration import DPMSolverV3Calibrator
 from diffgraft_dpm_solver_v3.knobs import PAPER, DPMSolverV3Config, options, settings_of
+from diffgraft_dpm_solver_v3.published import published_statistics
 from diffgraft_dpm_solver_v3.schedulers import DPMSolverV3Scheduler
 
-__all__ = ["DPMSolverV3", "DPMSolverV3Calibrator", "DPMSolverV3Scheduler"]
+__all__ = ["DPMSolverV3", "DPMSolverV3Calibrator", "DPMSolverV3Scheduler", "published_statistics"]
 __version__ = "0.1.0"
 
 

@@ -18,7 +18,7 @@ PAPER = Paper(
     arxiv="2310.13268",
     implemented="the multistep predictor-corrector of orders 1 to 3 (4 with the pseudo-order corrector) as a scheduler, and the estimation "
     "of the statistics l, s, b on any pipeline",
-    omitted="EDM's parametrisation (its models run as variance-preserving ones); classifier guidance; the authors' statistics files",
+    omitted="EDM's parametrisation (its models run as variance-preserving ones); classifier guidance",
     licence="official code MIT, read for facts; written from the equations",
 )
 

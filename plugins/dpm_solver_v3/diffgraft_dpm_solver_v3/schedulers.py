@@ -190,7 +190,7 @@ class DPMSolverV3Scheduler(SchedulerMixin, ConfigMixin):
 
     @property
     def sigmas(self) -> Tensor:
-        """sigma / alpha (of a flow model: sigma) at the ends of steps [n + 1], float32; they follow the timesteps, and the last can be set."""
+        """sigma / alpha (of a flow model: sigma) at the ends of steps [n + 1]; they follow the timesteps, only the last can be set."""
         return self._sigmas
 
     @sigmas.setter
