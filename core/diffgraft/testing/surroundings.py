@@ -104,6 +104,20 @@ def latents_edited(s: Subject) -> None:
     s.expect(run(lambda step, x: x.clone()), s.fresh().output, "clones given back, against the run without a callback")
 
 
+@check("kind", when=lambda s: seen_by_callbacks(s) and "prompt_embeds" in s.facts.callback_inputs)
+def conditioning_edited(s: Subject) -> None:
+    """A callback that edits the conditioning in place, and one that gives an edited one back, get the same."""
+
+    def run(edit: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+        def at_step(pipe: Any, step: int, t: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+            return {"prompt_embeds": edit(tensors["prompt_embeds"])} if step == 2 else {}
+
+        return s.run(pipe, callback_on_step_end=at_step, callback_on_step_end_tensor_inputs=["prompt_embeds"])
+
+    pipe = s.attach(s.make())
+    s.expect(run(lambda x: x.mul_(-1)), run(lambda x: x * -1), "conditioning edited in place, against an edited one that was given back")
+
+
 @check("kind", when=lambda s: "scheduler" in s.plugin.effects.replaces and s.supports_scheduler("Euler") and seen_by_callbacks(s))
 def own_unit(s: Subject) -> None:
     """A scheduler that takes the place of Euler's hands out latents as wide as Euler's: x0 + sigma eps, not a x0 + s eps."""
