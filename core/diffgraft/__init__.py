@@ -53,7 +53,6 @@ if TYPE_CHECKING:
     from diffgraft.kernel.loading import load_pipeline, unload
     from diffgraft.kernel.offers import API
     from diffgraft.kernel.plugin import Effects, Need, Paper, Plugin
-    from diffgraft.kernel.plugin import API, Effects, Need, Paper, Plugin
     from diffgraft.kernel.registry import find_family
     from diffgraft.methods.watching import Calibrator, Inverter, Watcher
 
