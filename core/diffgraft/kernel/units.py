@@ -13,6 +13,7 @@ import functools
 import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
+from inspect import getattr_static
 from typing import Any
 
 import torch
@@ -30,9 +31,13 @@ LEAST = 2.0**-12
 """Signal level of a terminal SNR of 0, as diffusers' own schedulers have it."""
 
 
+_EXPLODES = "_diffgraft_explodes"
+
+
 def is_exploding(scheduler: Any) -> bool:
-    """Whether latents are ``x0 + sigma eps``: such schedulers start from noise that is scaled up."""
-    return float(getattr(scheduler, "init_noise_sigma", 1.0)) != 1.0
+    """Whether latents are ``x0 + sigma eps``: such schedulers start from noise that is scaled up; a twin says it."""
+    told: bool | None = getattr(type(scheduler), _EXPLODES, None)
+    return float(getattr(scheduler, "init_noise_sigma", 1.0)) != 1.0 if told is None else told
 
 
 def begin_of(scheduler: Any, timestep: Any) -> int:
@@ -166,10 +171,11 @@ def _door(base: Any, explodes: bool) -> dict[str, Any]:
         factors(self)  # refuses now what could not be translated later
 
     def init_noise_sigma(self: Any) -> float:
-        if not explodes:
-            return 1.0
-        first, last = (factor := factors(self))[0], factor[-1]
-        return first if first > last else 1.0  # a walk upwards begins with latents, not with noise that has no unit yet
+        sigma: Any = getattr_static(base, "init_noise_sigma", 1.0)
+        sigma = sigma.fget(self) if isinstance(sigma, property) else self.__dict__.get("init_noise_sigma", sigma)
+        a = signal_levels(self)
+        rises = a[0] > a[-1]  # a walk upwards begins with latents, not with noise that has no unit yet
+        return 1.0 if rises else float(sigma) * (1 / a[0] if explodes else a[0])
 
     @functools.wraps(base.scale_model_input)
     def scale_model_input(self: Any, sample: Tensor, timestep: Any = None, *args: Any, **kwargs: Any) -> Tensor:
@@ -197,4 +203,4 @@ def _door(base: Any, explodes: bool) -> dict[str, Any]:
         return (x * level).to(x.dtype)
 
     names = {"set_timesteps": set_timesteps, "scale_model_input": scale_model_input, "step": step, "add_noise": add_noise}
-    return {**names, "init_noise_sigma": property(init_noise_sigma)}
+    return {**names, "init_noise_sigma": property(init_noise_sigma), _EXPLODES: explodes}
