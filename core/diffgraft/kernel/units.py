@@ -172,9 +172,9 @@ def _door(base: Any, explodes: bool) -> dict[str, Any]:
 
     def init_noise_sigma(self: Any) -> float:
         sigma: Any = getattr_static(base, "init_noise_sigma", 1.0)
-        sigma = sigma.fget(self) if isinstance(sigma, property) else self.__dict__.get("init_noise_sigma", sigma)
+        sigma = sigma.__get__(self) if isinstance(sigma, property) else self.__dict__.get("init_noise_sigma", sigma)
         a = signal_levels(self)
-        rises = a[0] > a[-1]  # a walk upwards begins with latents, not with noise that has no unit yet
+        rises = a[0] >= a[-1]  # a walk upwards begins with latents, not with noise that has no unit yet
         return 1.0 if rises else float(sigma) * (1 / a[0] if explodes else a[0])
 
     @functools.wraps(base.scale_model_input)
