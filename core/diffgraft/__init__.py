@@ -53,6 +53,7 @@ if TYPE_CHECKING:
     from diffgraft.kernel.loading import load_pipeline, unload
     from diffgraft.kernel.offers import API
     from diffgraft.kernel.plugin import Effects, Need, Paper, Plugin
+    from diffgraft.kernel.registry import find_family
     from diffgraft.methods.watching import Calibrator, Inverter, Watcher
 
 logging.getLogger("diffgraft").addHandler(logging.NullHandler())  # silent until its user turns it on
@@ -64,6 +65,7 @@ _LAZY = {
     "API": "kernel.offers",
     **dict.fromkeys(("Effects", "Need", "Paper", "Plugin"), "kernel.plugin"),
     "PluginConfig": "kernel.config",
+    "find_family": "kernel.registry",
     **dict.fromkeys(("load_pipeline", "unload"), "kernel.loading"),
     **dict.fromkeys(("Step", "BlockInfo", "AttentionInfo", "Target"), "kernel.facts"),
     **dict.fromkeys(("blocks_of", "denoisers_of"), "kernel.anatomy"),
@@ -117,6 +119,7 @@ __all__ = [
     "__version__",
     "blocks_of",
     "denoisers_of",
+    "find_family",
     "load_pipeline",
     "nearest",
     "unload",

@@ -41,6 +41,7 @@ class RunView(Protocol):
 
     @property
     def stopped(self) -> bool: ...
+    replaced: Any
 
     @property
     def step(self) -> Step: ...

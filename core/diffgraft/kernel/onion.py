@@ -166,7 +166,8 @@ def step_terminal(call: StepCall) -> StepOutput:
 def schedule_terminal(call: ScheduleCall) -> Schedule:
     """The middle of the ``schedule`` onion."""
     call_inner(call)
-    return Schedule(call.scheduler.timesteps, getattr(call.scheduler, "sigmas", None))
+    made = Schedule(call.scheduler.timesteps, getattr(call.scheduler, "sigmas", None))
+    return made if call.run.replaced is None else call.run.replaced.levels(call, made)
 
 
 def denoise_terminal(call: DenoiseCall) -> Tensor:

@@ -22,6 +22,7 @@ from diffgraft.kernel.onion import Chain, Onions, active_run, call_inner, step_r
 from diffgraft.kernel.plugin import Entry
 from diffgraft.kernel.report import PluginReport, Report
 from diffgraft.kernel.slots import interrupt, left_behind, striding, write_schedule
+from diffgraft.kernel.units import Replaced, begin_of
 
 
 class Run:
@@ -56,6 +57,8 @@ class Run:
         self.carried: Tensor | None = None
         self.unscaled: Tensor | None = None
         self.scale_model_input: Callable[..., Tensor] | None = None
+        self.replaced: Replaced | None = None
+        """The pipeline's own scheduler, where a plugin's is in its place."""
         self.strides: list[int] = []
         """How far each step goes down, where the schedule was edited and the scheduler would not follow by itself."""
         self._scheduler: Any = None
@@ -103,6 +106,8 @@ class Run:
             self._stopped |= is_interrupted(self.pipe)
         self._passes += 1
         self._in_loop = False
+        if self.replaced is not None:
+            self.replaced.check(arguments, self.report.plugins[self.replaced.by].notes)
         for entry, branch in list(self._states):
             if branch is not None or "run" not in entry.plugin.points():
                 del self._states[entry, branch]
@@ -184,19 +189,8 @@ class Run:
         return self.step_at(self.pace.call_of(step) - self.calls)
 
     def _locate(self, timestep: Any) -> None:
-        """Where in the schedule this run begins (image-to-image cuts the front off).
-
-        ``begin_index`` says it where the scheduler has one. Else the first timestep that the pipeline uses is a view into
-        ``scheduler.timesteps``: its storage offset is its position - no value is compared, so equal timesteps do not confuse it.
-        """
-        scheduler = self.pipe.scheduler
-        begin = getattr(scheduler, "begin_index", None)
-        timesteps = scheduler.timesteps
-        if begin is None and isinstance(timestep, Tensor) and isinstance(timesteps, Tensor):
-            shares = timestep.untyped_storage().data_ptr() == timesteps.untyped_storage().data_ptr()
-            if shares:
-                begin = (timestep.storage_offset() - timesteps.storage_offset()) // max(timesteps.stride(0), 1)
-        self._begin = begin or 0
+        """Where in the schedule this run begins."""
+        self._begin = begin_of(self.pipe.scheduler, timestep)
 
     # what the slots lead to -------------------------------------------------------------------------------------------------------
 

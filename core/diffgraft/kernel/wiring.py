@@ -24,6 +24,7 @@ from diffgraft.kernel.onion import Chain, Onions, active_run, compose, stream_te
 from diffgraft.kernel.plugin import Entry
 from diffgraft.kernel.run import Run
 from diffgraft.kernel.slots import Slot, instead, method_slot, wraps_method
+from diffgraft.kernel.units import Replaced, in_place_of
 
 Names = Mapping[str, int]
 Lead = Callable[[Callable[..., Any], Names, tuple[Any, ...], dict[str, Any]], Any]
@@ -66,10 +67,11 @@ class Wiring:
 
     def _scheduler(self, run: Run, onions: Onions, entries: Sequence[Entry]) -> list[Slot]:
         slots: list[Slot] = []
-        scheduler = self.pipe.scheduler
+        own = scheduler = self.pipe.scheduler
         for entry in entries:
             if (new := entry.plugin.make_scheduler(scheduler, self.family)) is not None:
-                scheduler = new
+                scheduler = in_place_of(own, new)
+                run.replaced = Replaced(own, scheduler, entry.name)
                 slot = Slot(self.pipe.__dict__, "scheduler", lambda: self.pipe.__dict__["scheduler"])
                 slot.put(scheduler)
                 slots.append(slot)

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 
 from diffgraft.kernel.errors import Unsupported
+from diffgraft.kernel.units import LEAST
+from diffgraft.kernel.units import is_exploding as is_exploding
 
 if TYPE_CHECKING:
     from diffgraft.kernel.calls import DenoiseCall, StepCall
@@ -85,8 +87,13 @@ def levels_at(family: Family, scheduler: Any, t: Tensor, sigma: Tensor | None, d
     abar = getattr(scheduler, "alphas_cumprod", None)
     if family.prediction == "flow" or abar is None:
         raise Unsupported(f"{type(scheduler).__name__} has neither sigmas nor alphas_cumprod, so the noise level of a step is not known")
-    level = abar.to(device, torch.float32).take(t.to(device, torch.long, non_blocking=True))
-    return SignalNoise(level.sqrt(), (1 - level).sqrt())
+    return _levels_of_abar(scheduler, abar.to(device, torch.float32).take(t.to(device, torch.long, non_blocking=True)))
+
+
+def _levels_of_abar(scheduler: Any, abar: Tensor) -> SignalNoise:
+    if is_exploding(scheduler):
+        return SignalNoise(torch.ones_like(abar), (1 / abar.clamp(min=LEAST**2) - 1).sqrt())
+    return SignalNoise(abar.sqrt(), (1 - abar).sqrt())
 
 
 def levels_of(call: DenoiseCall | StepCall) -> SignalNoise:
@@ -107,9 +114,4 @@ def levels_after(call: StepCall) -> SignalNoise:
     if step.sigma is not None:
         return levels_at(call.family, scheduler, step.t, scheduler.sigmas[-1], call.sample.device)
     abar = torch.as_tensor(getattr(scheduler, "final_alpha_cumprod", 1.0), dtype=torch.float32, device=call.sample.device)
-    return SignalNoise(abar.sqrt(), (1 - abar).sqrt())
-
-
-def is_exploding(scheduler: Any) -> bool:
-    """Whether latents are ``x0 + sigma eps``: such schedulers start from noise that is scaled up."""
-    return float(getattr(scheduler, "init_noise_sigma", 1.0)) != 1.0
+    return _levels_of_abar(scheduler, abar)

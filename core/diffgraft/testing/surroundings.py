@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 import tempfile
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -83,6 +84,60 @@ def scheduler_replaced(s: Subject) -> None:
     except Unsupported as error:  # as for a scheduler that is there before
         s.note(f"refused: {error}")
     assert pipe.scheduler is new, "the user's new scheduler is gone after the run"
+
+
+def seen_by_callbacks(s: Subject) -> bool:
+    """Whether callbacks see the latents, and may change them."""
+    return "callback_on_step_end" in s.facts.arguments and "latents" in s.facts.callback_inputs
+
+
+@check("kind", when=seen_by_callbacks)
+def latents_edited(s: Subject) -> None:
+    """A callback that edits latents in place, and one that gives edited ones back, get the same; a clone that nobody edited is no edit."""
+    pipe = s.attach(s.make())
+
+    def run(edit: Callable[[int, torch.Tensor], torch.Tensor]) -> torch.Tensor:
+        return s.run(pipe, callback_on_step_end=lambda pipe, step, t, tensors: {"latents": edit(step, tensors["latents"])})
+
+    new = run(lambda step, x: x * 0.5 if step == 1 else x)
+    s.expect(run(lambda step, x: x.mul_(0.5) if step == 1 else x), new, "latents edited in place, against edited ones that were given back")
+    s.expect(run(lambda step, x: x.clone()), s.fresh().output, "clones given back, against the run without a callback")
+
+
+@check("kind", when=lambda s: seen_by_callbacks(s) and "prompt_embeds" in s.facts.callback_inputs)
+def conditioning_edited(s: Subject) -> None:
+    """A callback that edits the conditioning in place, and one that gives an edited one back, get the same."""
+
+    def run(edit: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+        def at_step(pipe: Any, step: int, t: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+            return {"prompt_embeds": edit(tensors["prompt_embeds"])} if step == 2 else {}
+
+        return s.run(pipe, callback_on_step_end=at_step, callback_on_step_end_tensor_inputs=["prompt_embeds"])
+
+    pipe = s.attach(s.make())
+    s.expect(run(lambda x: x.mul_(-1)), run(lambda x: x * -1), "conditioning edited in place, against an edited one that was given back")
+
+
+@check("kind", when=lambda s: "scheduler" in s.plugin.effects.replaces and s.supports_scheduler("Euler") and seen_by_callbacks(s))
+def own_unit(s: Subject) -> None:
+    """A scheduler that takes the place of Euler's hands out latents as wide as Euler's: x0 + sigma eps, not a x0 + s eps."""
+
+    def widths(pipe: Any) -> list[float]:
+        found: list[float] = []
+
+        def look(pipe: Any, step: int, t: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+            found.append(float(tensors["latents"].std()))
+            return {}
+
+        s.run(pipe, under("Euler"), callback_on_step_end=look)
+        return found
+
+    try:
+        own, new = widths(s.make(under("Euler"))), widths(s.attach(s.make(under("Euler"))))
+    except Unsupported as error:
+        s.note(f"refused: {error}")
+        return
+    assert 0.4 < new[0] / own[0] < 2.5, f"after a step a callback sees latents of width {new[0]:.3g}, under Euler itself {own[0]:.3g}"
 
 
 @check("kind", when=lambda s: s.facts.has_offload)

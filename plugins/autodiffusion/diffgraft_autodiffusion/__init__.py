@@ -163,6 +163,8 @@ class AutoDiffusion(Plugin):
         found = self.found(call.given("artefact"))
         if found.steps is not None:
             ensure_supported(call.scheduler, call.family)  # again: it may be another one now
+        if found.timesteps is not None:
+            self._beside_the_callers(call)
         made: Schedule = next(call)
         if found.steps is None:
             call.note("inactive: neither time steps nor skipped layers were given")
@@ -175,6 +177,22 @@ class AutoDiffusion(Plugin):
             return made
         ensure_in_range(found.timesteps, call.scheduler, call.family)
         return scheduled(found.timesteps, found.end, made, call.scheduler, call.family)
+
+    def _beside_the_callers(self, call: Call) -> None:
+        """What the call itself says about its times; raises ConfigError where both name them."""
+        arguments = call.run.arguments
+        for name in ("timesteps", "sigmas"):
+            if arguments.get(name) is not None:
+                raise ConfigError(
+                    f"plugin 'autodiffusion': the call gives {name} = {arguments[name]}, and the plugin's time steps would take their "
+                    "place: leave one of them out, or set parts='skips'"
+                )
+        for name in ("denoising_start", "denoising_end"):
+            if isinstance(arguments.get(name), float):
+                call.note(
+                    f"{name} = {arguments[name]:g} cuts the plugin's time steps, not the scheduler's: the pipeline on the other side of "
+                    "the cut must run with the same ones"
+                )
 
     def _wrong_number(self, K: int, asked: int, call: Call) -> Exception:
         """Why a call with another number of steps is refused."""

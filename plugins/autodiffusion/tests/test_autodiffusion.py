@@ -534,3 +534,24 @@ def test_a_fitness_that_is_no_number_is_refused_and_the_pipeline_stays_usable(tm
         found_on(pipe, tmp_path / "a.json", fitness=RewardFitness(lambda images, prompts: [float("nan")] * len(images)))
     assert not hasattr(pipe, "plugins")
     assert torch.equal(latents(pipe, kwargs), before)
+
+
+def test_the_callers_own_schedule_is_not_overridden_without_a_word():
+    pipe, kwargs = tiny(scheduler="EulerDiscreteScheduler")
+    attached(pipe, timesteps=(900, 500, 100))
+    for name, value in (("timesteps", [800, 400, 50]), ("sigmas", [10.0, 2.0, 0.5, 0.0])):
+        with pytest.raises(ConfigError, match=f"the call gives {name} = .*leave one of them out"):
+            latents(pipe, kwargs, 3, **{name: value})
+    pipe, kwargs = tiny("StableDiffusionXLPipeline", "EulerDiscreteScheduler")
+    attached(pipe, timesteps=(900, 500, 100))
+    latents(pipe, kwargs, 3, denoising_end=0.6)
+    assert "denoising_end = 0.6 cuts the plugin's time steps" in pipe.plugins.report().plugins["autodiffusion"].notes[0]
+
+
+@pytest.mark.parametrize("solver", ["bdia", "dpm_solver_v3"])
+def test_a_solver_in_the_schedulers_place_walks_along_the_found_steps(solver):
+    pipe, kwargs = tiny()
+    load_pipeline(pipe, plugins=[AutoDiffusion(timesteps=(900, 500, 100)), solver])
+    told = []
+    latents(pipe, kwargs, 3, callback_on_step_end=lambda pipe, i, t, kwargs: told.append(float(t)) or {})
+    assert told == pytest.approx([900, 500, 100], abs=8)

@@ -7,13 +7,15 @@ equation that can be solved for either end. A run is its own inverse: `diffgraft
 
 from __future__ import annotations
 
+import inspect
+import math
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
-from diffgraft import ConfigError, Effects, Family, Inverter, Need, Paper, Plugin, PluginConfig, RunCall, ScheduleCall
+from diffgraft import ConfigError, Effects, Family, Inverter, Need, Paper, Plugin, PluginConfig, RunCall, Schedule, ScheduleCall
 from diffgraft.methods.artefacts import Artefact
 from diffgraft.methods.schema import Holds, Values
-from diffgraft.methods.solvers import ode_settings
+from diffgraft.methods.solvers import ode_settings, schedule_errors
 from pydantic import Field
 from typing_extensions import NotRequired, TypedDict
 
@@ -34,6 +36,9 @@ class BDIAConfig(PluginConfig):
         "scheduler",
     )
     precision: Literal["float32", "float64"] = Field("float32", description="in which the two states are kept; float64 for smaller gamma")
+    strength: float = Field(
+        1.0, gt=0, le=1, description="of an inversion: the share of the steps that it walks up; a run with `start` follows its code"
+    )
     start: str | Path | Artefact | None = Field(
         None, description="a picture's code, made by `diffgraft invert bdia`: the run makes that picture again, or edits it"
     )
@@ -59,10 +64,11 @@ def scheduler_for(old: Any, family: Family, **options: Any) -> Any:
     """A BDIA scheduler on the noise schedule of ``old``.
 
     Raises:
-        Unsupported: ``old`` belongs to a distilled model, clips its x0, or has a noise schedule that BDIA does not know.
+        Unsupported: ``old`` draws noise, belongs to a distilled model, clips its x0, or has a noise schedule that BDIA does not know.
     """
     cls = FlowBDIAScheduler if family.prediction == "flow" else BDIAScheduler
-    return cls.from_config(ode_settings("bdia", old, family), **options)
+    known = inspect.signature(cls.__init__).parameters
+    return cls.from_config({key: value for key, value in ode_settings("bdia", old, family).items() if key in known}, **options)
 
 
 class BDIA(Plugin):
@@ -112,12 +118,31 @@ class BDIA(Plugin):
             call.note(f"start was made with {scale} = {made:g}, this run has {call[scale]:g}: the walk is not undone, the picture changes")
         return call
 
-    def schedule(self, call: ScheduleCall, next: Any) -> Any:
-        schedule = next(call)
-        if (code := call.given("start")) is not None:
-            device = call.pipe._execution_device
-            call.scheduler.start_from(code.tensors["noise"].to(device), code.tensors["neighbour"].to(device))
-        return schedule
+    def schedule(self, call: ScheduleCall, next: Any) -> Schedule:
+        with schedule_errors(self.name):
+            whole: Schedule = next(call)
+        if (code := call.given("start")) is None or self.config.gamma == 0:
+            return whole
+        device = call.pipe._execution_device
+        call.scheduler.start_from(code.tensors["noise"].to(device), code.tensors["neighbour"].to(device))
+        return rest_of(whole, code) if code.facts["knobs"].get("strength", 1.0) < 1 else whole
+
+
+def rest_of(whole: Schedule, code: Artefact) -> Schedule:
+    """The part of a schedule that leads from where an inversion stopped to the picture.
+
+    Raises:
+        ConfigError: that place is not in this schedule.
+    """
+    assert whole.sigmas is not None
+    steps, sigma, among = code.made_for.steps, float(code.tensors["sigma"]), int(code.tensors["steps"])
+    place = len(whole.timesteps) - steps
+    if place < 0 or not math.isclose(float(whole.sigmas[place]), sigma, rel_tol=1e-4):
+        raise ConfigError(
+            f"plugin 'bdia': start was walked up {steps} of {among} steps, to sigma = {sigma:.4g}, which this schedule of "
+            f"{len(whole.timesteps)} steps has not at that place: call it with num_inference_steps={among}, as in the inversion"
+        )
+    return Schedule(whole.timesteps[place:], whole.sigmas[place:])
 
 
 class BDIAInverter(Inverter):
@@ -131,7 +156,12 @@ class BDIAInverter(Inverter):
     config: BDIAConfig
 
     def make_scheduler(self, old: Any, family: Family) -> Any:
-        return scheduler_for(old, family, gamma=self.config.gamma, precision=self.config.precision, inverse=True)
+        knobs = self.config
+        return scheduler_for(old, family, gamma=knobs.gamma, precision=knobs.precision, strength=knobs.strength, inverse=True)
+
+    def schedule(self, call: ScheduleCall, next: Any) -> Schedule:
+        with schedule_errors("bdia"):
+            return next(call)  # type: ignore[no-any-return]
 
     def collect(self, call: RunCall) -> dict[str, Any]:
         return call.pipe.scheduler.pair()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from diffgraft import ConfigError, Unsupported, load_pipeline, unload
+from diffgraft import ArtefactMismatch, ConfigError, Plugin, Schedule, Unsupported, load_pipeline, unload
 from diffgraft.kernel import registry
 from diffgraft.methods.artefacts import Artefact
 from diffgraft.methods.inputs import CallSettings, Sample
@@ -12,7 +12,15 @@ from diffgraft.methods.inversion import encode, invert
 from diffgraft_bdia import BDIA, BDIAScheduler, FlowBDIAScheduler
 from diffgraft_bdia.method import Levels, bdia, clean_and_noise, move
 from diffgraft_pipelines.tiny import make
-from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, LCMScheduler, StableDiffusionPipeline
+from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    EulerAncestralDiscreteScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    LCMScheduler,
+    StableDiffusionPipeline,
+)
 from PIL import Image
 
 MEANS = torch.tensor([-1.5, 0.3, 1.2], dtype=torch.float64)
@@ -248,6 +256,144 @@ def test_codes_that_do_not_fit_are_refused(tmp_path):
     assert isinstance(code, Artefact)
 
 
+@pytest.mark.parametrize("own", [EulerDiscreteScheduler, DDIMScheduler])
+@pytest.mark.parametrize("strength", [1.0, 0.6, 0.2])
+def test_a_walk_up_may_stop_on_the_way(own, strength):
+    """A code of a part of the steps: the run goes down from there, and makes the picture again; an edit keeps more of it."""
+    made = make("StableDiffusionPipeline")
+    made.pipe.scheduler = own.from_config(made.pipe.scheduler.config)
+    latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(2)) * 0.7
+    code = invert(made.pipe, BDIA(strength=strength), latents, Sample(0, str(made.kwargs["prompt"])), settings(made))
+    assert code.made_for.steps == round(6 * strength)
+    load_pipeline(made.pipe, plugins=[BDIA(start=code)])
+    assert float((call(made) - latents).abs().max()) < 2e-4
+    assert made.pipe.plugins.report().steps == round(6 * strength)
+    if strength == 0.6:  # one step of six is one of seven too: DDIM's last timestep is always the same
+        with pytest.raises(ConfigError, match=r"start was walked up \d of 6 steps.*num_inference_steps=6"):
+            call(made, num_inference_steps=7)
+        with pytest.raises((ConfigError, ArtefactMismatch)):
+            call(made, num_inference_steps=1)
+
+
+def test_a_walk_that_stops_early_may_have_a_smaller_gamma():
+    scheduler = BDIAScheduler(**SD, gamma=0.5, inverse=True, strength=0.2)
+    scheduler.set_timesteps(30)
+    assert len(scheduler.timesteps) == 6
+    with pytest.raises(ValueError, match="strength = 0"):
+        BDIAScheduler(strength=0.0)
+
+
+OWN = {
+    "timesteps": ([951.0, 700.5, 300, 20], [[], [5, 5], [1, 400], [2000, 5], [float("nan")]]),
+    "sigmas": ([12.0, 4.0, 1.0, 0.2, 0.0], [[], [1.0], [1.0, 1.0], [0.1, 3.0], [float("inf"), 1.0]]),
+}
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_a_schedule_of_the_users_is_run_or_refused_by_us(name):
+    made, own = make("StableDiffusionPipeline"), OWN[name][0]
+    load_pipeline(made.pipe, plugins=[BDIA])
+    told = []
+
+    def look(pipe, i, t, kwargs):
+        told.append((float(t), float(pipe.scheduler.sigmas[i])))
+        return {}
+
+    call(made, **{name: own}, callback_on_step_end=look)
+    assert [pair[name == "sigmas"] for pair in told] == pytest.approx(own[:4])
+    for bad in OWN[name][1]:
+        with pytest.raises(ConfigError, match=f"bdia.*{name} = "):
+            call(made, **{name: bad})
+    assert call(made).isfinite().all()
+
+
+def test_own_timesteps_of_ddim_are_ddims():
+    made = make("StableDiffusionPipeline")
+    load_pipeline(made.pipe, plugins=[BDIA])
+    wanted = call(made)
+    ddim = DDIMScheduler.from_config(made.pipe.scheduler.config)
+    ddim.set_timesteps(6)
+    torch.testing.assert_close(call(made, timesteps=ddim.timesteps.tolist()), wanted, rtol=0, atol=1e-5)
+
+
+def test_a_part_of_the_schedule_is_walked_at_its_own_levels():
+    """Another plugin's edit of the schedule is followed: the same as these timesteps from the start."""
+
+    class Tail(Plugin):
+        name = "tail"
+        paper = BDIA.paper
+        families = ("*",)
+        neutral = {}  # noqa: RUF012
+
+        def schedule(self, call, next):
+            made = next(call)
+            return Schedule(made.timesteps[2:], made.sigmas[2:])
+
+    made = make("StableDiffusionPipeline")
+    load_pipeline(made.pipe, plugins=[Tail, BDIA])
+    tail = call(made)
+    unload(made.pipe)
+    load_pipeline(made.pipe, plugins=[BDIA])
+    ddim = DDIMScheduler.from_config(made.pipe.scheduler.config)
+    ddim.set_timesteps(6)
+    torch.testing.assert_close(call(made, timesteps=ddim.timesteps.tolist()[2:]), tail, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_a_callback_does_to_the_latents_stays(dtype):
+    """In place or as a new tensor; the step back, from a state of before the edit, does not cancel it."""
+
+    made = make("StableDiffusionPipeline")
+    made.pipe.to(dtype)
+    load_pipeline(made.pipe, plugins=[BDIA])
+
+    def end(change):
+        return call(made, callback_on_step_end=change).float()
+
+    def in_place(pipe, i, t, kwargs):
+        if i == 3:
+            kwargs["latents"].mul_(0.5)
+        return {}
+
+    def new(pipe, i, t, kwargs):
+        return {"latents": kwargs["latents"] * 0.5} if i == 3 else {}
+
+    def cloned(pipe, i, t, kwargs):
+        return {"latents": kwargs["latents"].clone()}
+
+    plain = end(lambda *_: {})
+    assert torch.equal(end(cloned), plain), "a clone that nobody edited is no edit"
+    assert torch.equal(end(in_place), end(new))
+    assert float((end(new) - plain).abs().mean()) > 0.1
+
+
+def test_an_edit_begins_a_new_walk():
+    scheduler = BDIAScheduler(**SD, gamma=1.0)
+    scheduler.set_timesteps(10)
+    z = noise(dtype=torch.float32)
+    for i, t in enumerate(scheduler.timesteps[:5]):
+        if i == 4:
+            z[:100] = 0.25
+            wanted = DDIMScheduler(**SD, clip_sample=False)
+            wanted.set_timesteps(10)
+            wanted = wanted.step(output(scheduler, z.double(), t).float(), t, z).prev_sample
+        z = scheduler.step(output(scheduler, z.double(), t).float(), t, z).prev_sample
+    torch.testing.assert_close(z[:100], wanted[:100])
+    assert not torch.allclose(z[100:], wanted[100:])
+
+
+@pytest.mark.parametrize("name", ["StableDiffusionPipeline", "StableDiffusionXLPipeline"])
+def test_the_round_trip_is_exact_in_another_unit_too(name):
+    made = make(name)
+    made.pipe.scheduler = EulerDiscreteScheduler.from_config(made.pipe.scheduler.config)
+    load_pipeline(made.pipe, plugins=[BDIA])
+    latents = call(made)
+    unload(made.pipe)
+    code = invert(made.pipe, BDIA(), latents, Sample(0, str(made.kwargs["prompt"])), settings(made))
+    load_pipeline(made.pipe, plugins=[BDIA(start=code)])
+    assert float((call(made) - latents).abs().max()) < 1e-4
+
+
 def test_schedulers_that_it_is_not_valid_for_are_refused_and_the_pipeline_works_on():
     made = make("StableDiffusionPipeline")
     own = made.pipe.scheduler
@@ -255,6 +401,8 @@ def test_schedulers_that_it_is_not_valid_for_are_refused_and_the_pipeline_works_
     load_pipeline(made.pipe, plugins=[BDIA])
     for scheduler, part in (
         (LCMScheduler.from_config(own.config), "distilled model"),
+        (DDPMScheduler.from_config(own.config), "draws noise"),
+        (EulerAncestralDiscreteScheduler.from_config(own.config), "draws noise"),
         (DDIMScheduler.from_config(own.config, clip_sample=True), "clip_sample=False"),
     ):
         made.pipe.scheduler = scheduler
@@ -266,7 +414,7 @@ def test_schedulers_that_it_is_not_valid_for_are_refused_and_the_pipeline_works_
 
 
 def test_plugins_that_cannot_invert_say_so():
-    from diffgraft import Paper, Plugin
+    from diffgraft import Paper
 
     class Other(Plugin):
         name = "other"

@@ -9,14 +9,16 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-from diffgraft import ArtefactMismatch, ConfigError, Effects, Family, Need, Plugin, Schedule, ScheduleCall, StepCall, StepOutput
+from diffgraft import ArtefactMismatch, Effects, Family, Need, Plugin, Schedule, ScheduleCall, StepCall, StepOutput
 from diffgraft.methods.artefacts import make_again
+from diffgraft.methods.solvers import schedule_errors
 
 from diffgraft_dpm_solver_v3.calibration import HOLDS, DPMSolverV3Calibrator
 from diffgraft_dpm_solver_v3.knobs import PAPER, DPMSolverV3Config, options, settings_of
+from diffgraft_dpm_solver_v3.published import published_statistics
 from diffgraft_dpm_solver_v3.schedulers import DPMSolverV3Scheduler
 
-__all__ = ["DPMSolverV3", "DPMSolverV3Calibrator", "DPMSolverV3Scheduler"]
+__all__ = ["DPMSolverV3", "DPMSolverV3Calibrator", "DPMSolverV3Scheduler", "published_statistics"]
 __version__ = "0.1.0"
 
 
@@ -58,12 +60,8 @@ class DPMSolverV3(Plugin):
             scale, made = call.run.guidance_scale(call.family.denoisers[0]), artefact.facts.get("guidance_scale")
             if made is not None and scale is not None and float(scale) != made:
                 call.note(f"guidance scale {scale:g}, but l, s, b were measured at {made:g}: usable, but not the best (paper)")
-        try:
+        with schedule_errors(self.name):
             return next(call)  # type: ignore[no-any-return]
-        except ValueError as error:
-            if "intervals" in str(error):
-                raise ConfigError(f"plugin 'dpm_solver_v3': intervals = {self.config.intervals}: {error}") from error
-            raise
 
     def step(self, call: StepCall, next: Any) -> StepOutput:
         artefact = call.given("artefact")

@@ -56,7 +56,7 @@ class MeasuringScheduler(DPMSolverV3Scheduler):
 
     _x0: Tensor
     _x: Tensor  # of this grid point
-    _state: Tensor  # that the denoiser was asked about
+    _at: Tensor  # what the denoiser was asked about
     _answers: list[Tensor]  # x0_theta at this grid point
 
     def prepare(self, draws: int, delta: float, channel: int | None, generator: Any) -> None:
@@ -85,11 +85,10 @@ class MeasuringScheduler(DPMSolverV3Scheduler):
         self._asked = np.stack(
             [self.grid, self.grid, (self.grid - self._delta).clip(first, last), (self.grid + self._delta).clip(first, last)], axis=1
         )
-        own, sigmas = self._timesteps, self.sigmas
-        assert sigmas is not None
+        own = self._timesteps
         asked = torch.from_numpy(self.schedule.t(np.tile(self._asked.ravel(), self._draws))).to(own.device, own.dtype)
         self._timesteps = torch.cat([own, asked])
-        self.sigmas = torch.cat([sigmas, sigmas[-1].expand(len(asked))])  # some pipelines read one a step
+        self._sigmas = torch.cat([self._sigmas, self._sigmas[-1].expand(len(asked))])  # some pipelines read one a step
         self._found: list[list[Moments]] = [[] for _ in self.grid]
         self._asking = -1  # number of the question that is being answered; -1: the sample is being made
 
@@ -116,7 +115,7 @@ class MeasuringScheduler(DPMSolverV3Scheduler):
                 self._copies = 2 if len(sample) % 2 == 0 and torch.equal(*self._x0.chunk(2)) else 1
                 out.prev_sample = self._ask()
         else:
-            if sample is not self._state and not torch.equal(sample, self._state):
+            if not torch.equal(sample.to(self._at.dtype), self._at):
                 raise Unsupported(
                     "dpm_solver_v3: this pipeline changes its samples between steps (inpainting?), so what it answers is not about the "
                     "state that it was asked about; calibrate the text-to-image pipeline of the same model"
@@ -143,9 +142,9 @@ class MeasuringScheduler(DPMSolverV3Scheduler):
             moved = math.exp(-self._level.lam) - math.exp(-here.lam)  # d(x / alpha) = -e^{-lambda} eps d lambda
             eps = (self._x - here.alpha * self._answers[0]) / here.sigma
             self._at = self._level.alpha * (self._x / here.alpha + moved * eps)
-        self._state = self._at.to(self._dtype)
-        self._at = self._state.to(self._at.dtype)  # what the denoiser really gets
-        return self._state
+        state = self._at.to(self._dtype, copy=True)
+        self._at = state.to(self._at.dtype, copy=True)  # what the denoiser really gets
+        return state
 
     def _noise(self) -> Tensor:
         """Like the samples; copies of one sample (DiT steps both guidance halves) get the same."""

@@ -6,7 +6,7 @@ import inspect
 from pathlib import Path
 from typing import Any, Literal
 
-from diffgraft import Family, Paper, PluginConfig, Unsupported
+from diffgraft import Family, Paper, PluginConfig
 from diffgraft.methods.artefacts import Artefact
 from diffgraft.methods.solvers import ode_settings
 from pydantic import Field
@@ -18,7 +18,7 @@ PAPER = Paper(
     arxiv="2310.13268",
     implemented="the multistep predictor-corrector of orders 1 to 3 (4 with the pseudo-order corrector) as a scheduler, and the estimation "
     "of the statistics l, s, b on any pipeline",
-    omitted="EDM's parametrisation (its models run as variance-preserving ones); classifier guidance; the authors' statistics files",
+    omitted="EDM's parametrisation (its models run as variance-preserving ones); classifier guidance",
     licence="official code MIT, read for facts; written from the equations",
 )
 
@@ -75,12 +75,7 @@ def settings_of(old: Any, family: Family) -> dict[str, Any]:
     Raises:
         Unsupported: ``old`` is stochastic, belongs to a distilled model, clips its x0, or has a noise schedule that is not known here.
     """
-    config, name = ode_settings("dpm_solver_v3", old, family), type(old).__name__
-    if "SDE" in name or "Ancestral" in name or "sde" in str(config.get("algorithm_type", "")) or config.get("stochastic_sampling"):
-        raise Unsupported(
-            f"dpm_solver_v3: {name} samples the diffusion SDE, this method solves the ODE: set pipe.scheduler to one without noise (DDIM, "
-            "DPMSolverMultistepScheduler with algorithm_type='dpmsolver++', FlowMatchEulerDiscreteScheduler)"
-        )
+    config = ode_settings("dpm_solver_v3", old, family)
     if family.prediction == "flow":
         config["prediction_type"] = "flow_prediction"
     known = inspect.signature(DPMSolverV3Scheduler.__init__).parameters

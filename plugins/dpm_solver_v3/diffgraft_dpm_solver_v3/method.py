@@ -116,8 +116,8 @@ def snapped(lam: Array, grid: Array) -> list[int]:
     """
     last = len(grid) - 1
     if len(lam) > len(grid):
-        raise ValueError(f"{len(lam) - 1} steps do not fit into {last} intervals of lambda; give more intervals")
-    index = np.rint((lam - grid[0]) / (grid[-1] - grid[0]) * last).astype(int).clip(0, last)
+        raise ValueError(f"intervals = {last}: {len(lam) - 1} steps do not fit into {last} intervals of lambda; give more intervals")
+    index = np.rint((lam.clip(grid[0], grid[-1]) - grid[0]) / (grid[-1] - grid[0]) * last).astype(int).clip(0, last)
     n = len(index)
     rising = np.maximum.accumulate(index - np.arange(n)) + np.arange(n)
     room = last - (n - 1) + np.arange(n)

@@ -5,12 +5,14 @@ Zheng, Lu, Chen, Zhu, "DPM-Solver-v3: Improved Diffusion ODE Solver with Empiric
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
+from diffgraft.methods.solvers import falling, unrounded
 from diffusers import ConfigMixin, DDIMScheduler, FlowMatchEulerDiscreteScheduler, SchedulerMixin
 from diffusers.configuration_utils import register_to_config
 from diffusers.utils import BaseOutput
@@ -134,9 +136,7 @@ class DPMSolverV3Scheduler(SchedulerMixin, ConfigMixin):
         self.grid: Array = self.schedule.grid(intervals)
         flat = torch.ones(2, 1, dtype=torch.float64)
         self._statistics = flat, flat * 0, flat * 0
-        self._timesteps = torch.from_numpy(self.schedule.t(spaced(self.schedule, min(intervals, 50), spacing))[:-1]).float()
-        self.sigmas: Tensor | None = None
-        self._begin_run()
+        self._take_up(snapped(spaced(self.schedule, min(intervals, 50), spacing), self.grid), None)
 
     # statistics -------------------------------------------------------------------------------------------------------------------
 
@@ -181,15 +181,22 @@ class DPMSolverV3Scheduler(SchedulerMixin, ConfigMixin):
 
     @timesteps.setter
     def timesteps(self, value: Tensor) -> None:
-        on_grid = self._nearest(value)
-        same = torch.equal(on_grid, value)  # a part of this very schedule stays a view of it
-        self._timesteps = value if same else on_grid
-        self._begin_run()
+        end = self._sigmas[-1]
+        index = snapped(self.schedule.lam(value.double().cpu().numpy()), self.grid)
+        self._take_up([*index, 0], value.device)
+        if torch.equal(self._timesteps, value):  # a part of this very schedule stays a view of it
+            self._timesteps = value
+        self._sigmas[-1] = end
 
-    def _nearest(self, timesteps: Tensor) -> Tensor:
-        """``timesteps`` moved to the grid."""
-        index = snapped(self.schedule.lam(timesteps.double().cpu().numpy()), self.grid)
-        return torch.from_numpy(self.schedule.t(self.grid[index])).to(timesteps.device, torch.float32)
+    @property
+    def sigmas(self) -> Tensor:
+        """sigma / alpha (of a flow model: sigma) at the ends of steps [n + 1]; they follow the timesteps, only the last can be set."""
+        return self._sigmas
+
+    @sigmas.setter
+    def sigmas(self, value: Tensor) -> None:
+        self._sigmas = torch.cat([self._sigmas[:-1], value[-1:].to(self._sigmas)])
+        self._begin_run()
 
     @property
     def shift(self) -> float:
@@ -208,29 +215,43 @@ class DPMSolverV3Scheduler(SchedulerMixin, ConfigMixin):
 
         Args:
             num_inference_steps: n; one denoiser call a step.
-            sigmas, mu: flow models only, as in ``FlowMatchEulerDiscreteScheduler`` (with ``spacing = "time"``).
-            timesteps: own timesteps, falling; variance-preserving models only.
+            sigmas: own ones, falling. Of flow models as in ``FlowMatchEulerDiscreteScheduler``; of others the noise-to-signal ratios,
+                the last one where the run ends, as in ``EulerDiscreteScheduler``.
+            mu: flow models only, as in ``FlowMatchEulerDiscreteScheduler`` (with ``spacing = "time"``).
+            timesteps: own timesteps, falling.
 
         Raises:
-            ValueError: more steps than the grid has intervals, or arguments that the model's kind does not take.
+            ValueError: more steps than the grid has intervals, own ones that do not fall or lie outside of the training's, or arguments
+                that the model's kind does not take.
         """
-        if self._euler is None and (sigmas is not None or mu is not None):
-            raise ValueError("sigmas and mu are for flow models")
-        if self._euler is not None and timesteps is not None:
-            raise ValueError("own timesteps are for variance-preserving models; give a flow model sigmas")
-        if self._euler is not None and self.config.spacing == "time":
+        T = self.config.num_train_timesteps
+        flow = self._euler is not None
+        if not flow and mu is not None:
+            raise ValueError("mu is for flow models")
+        if timesteps is not None and sigmas is not None:
+            raise ValueError("give one of timesteps and sigmas")
+        if timesteps is not None:
+            own = falling(timesteps, "timesteps", 0, T if flow else T - 1).numpy()
+            lam = self.schedule.lam(np.append(own, 0.0))
+        elif sigmas is not None and not flow:
+            own = falling(sigmas, "sigmas", 0, math.inf).numpy()
+            lam = -np.log(own.clip(min=math.exp(-self.grid[-1])))
+        elif self._euler is not None and self.config.spacing == "time":
             self._euler.set_timesteps(num_inference_steps, sigmas=sigmas, mu=mu)
             lam = self.schedule.lam(self._euler.sigmas.double().numpy() * self.schedule.steps)
-        elif timesteps is not None:
-            lam = self.schedule.lam(np.append(np.asarray(timesteps, dtype=np.float64), 0.0))
         else:
             n = len(sigmas) if num_inference_steps is None else num_inference_steps
             lam = spaced(self.schedule, n, self.config.spacing)
-        index = snapped(lam, self.grid)
+        if len(lam) < 2:
+            raise ValueError(f"sigmas = {list(sigmas)}: give two or more, the last one where the run ends")
+        self._take_up(snapped(lam, self.grid), device)
+
+    def _take_up(self, index: list[int], device: Any) -> None:
+        """The schedule whose steps end at these points of the grid [n + 1]."""
         self.num_inference_steps = len(index) - 1
         levels = [self.schedule.level(float(self.grid[i])) for i in index]
         self._timesteps = torch.from_numpy(self.schedule.t(self.grid[index[:-1]])).to(device, torch.float32)
-        self.sigmas = torch.tensor([at.sigma if self._euler is not None else at.sigma / at.alpha for at in levels])
+        self._sigmas = torch.tensor([at.sigma if self._euler is not None else at.sigma / at.alpha for at in levels])
         self._begin_run()
 
     def _begin_run(self) -> None:
@@ -246,7 +267,6 @@ class DPMSolverV3Scheduler(SchedulerMixin, ConfigMixin):
         self._y: Tensor | None = None
         self._last_order = 0
         self._exact: Tensor | None = None
-        self._returned: Tensor | None = None
 
     @property
     def begin_index(self) -> int | None:
@@ -268,9 +288,8 @@ class DPMSolverV3Scheduler(SchedulerMixin, ConfigMixin):
 
     def _planned(self, device: torch.device, dtype: torch.dtype, begin: int) -> Plan:
         """The run's transitions. Statistics in float64 are small and stay on the CPU until the transitions are known."""
-        assert self.sigmas is not None, "set_timesteps comes first"
         lam = self.schedule.lam(self._timesteps.double().cpu().numpy())
-        end = float(self.sigmas[-1])
+        end = max(float(self.sigmas[-1]), 1e-12)
         last = np.log1p(-end) - np.log(end) if self._euler is not None else -np.log(end)
         index = snapped(np.append(lam, last), self.grid)
         l, s, b = (x if x.dtype == torch.float64 else x.to(device) for x in self._on_grid())  # noqa: E741
@@ -305,13 +324,12 @@ class DPMSolverV3Scheduler(SchedulerMixin, ConfigMixin):
         assert self._index is not None
         begin = self._first
         k, plan = self._index, self._plan
-        # as long as the pipeline hands back the very tensor that it was given, a half-precision one is only a rounded copy
-        x = self._exact if sample is self._returned and self._exact is not None else sample.to(at_least_float32(sample.dtype))
+        x, edited = unrounded(sample, self._exact, at_least_float32(sample.dtype))
         x0 = clean(x, model_output.to(x.dtype), plan.levels[k], self.config.prediction_type)
         y = x / plan.levels[k].alpha
         f = plan.rest[k] * y - x0
         if self._g:
-            y = self._corrected(y, f, k)
+            y = torch.where(edited, y, self._corrected(y, f, k))  # what somebody put there is no solution to be made better
             self._g = [seen_from_end(g, plan.over[k - 1]) for g in self._g]
         steps = len(plan.over)
         self._g = [f, *self._g][: self.config.solver_order]
@@ -326,8 +344,8 @@ class DPMSolverV3Scheduler(SchedulerMixin, ConfigMixin):
         else:
             out = plan.levels[k + 1].alpha * after
         self._y, self._last_order, self._index = y, order, k + 1
-        self._exact, self._returned = out, out.to(sample.dtype)
-        result = DPMSolverV3Output(self._returned, x0.to(sample.dtype))
+        self._exact = out
+        result = DPMSolverV3Output(out.to(sample.dtype, copy=True), x0.to(sample.dtype))  # others may edit it in place
         if k == steps - 1:
             self._release()
         return result if return_dict else (result.prev_sample, result.pred_original_sample)

@@ -13,7 +13,7 @@ from diffgraft.methods.artefacts import Artefact
 from diffgraft.methods.calibration import calibrate, calibrate_call
 from diffgraft.methods.inputs import CallSettings, Sample
 from diffgraft.testing import contract_cases
-from diffgraft_dpm_solver_v3 import DPMSolverV3, DPMSolverV3Scheduler
+from diffgraft_dpm_solver_v3 import DPMSolverV3, DPMSolverV3Scheduler, published_statistics
 from diffgraft_dpm_solver_v3.calibration import MeasuringScheduler
 from diffgraft_dpm_solver_v3.method import (
     Level,
@@ -405,8 +405,8 @@ def test_statistics_that_do_not_go_together_are_refused():
         scheduler.set_statistics(l, l, l, ends=(-6.0, 6.0))
     with pytest.raises(ValueError, match="for flow models"):
         scheduler.set_timesteps(5, mu=1.0)
-    with pytest.raises(ValueError, match="variance-preserving"):
-        DPMSolverV3Scheduler(prediction_type="flow_prediction").set_timesteps(5, timesteps=[900, 100])
+    with pytest.raises(ValueError, match="one of timesteps and sigmas"):
+        scheduler.set_timesteps(timesteps=[900, 100], sigmas=[10.0, 1.0])
 
 
 def test_statistics_of_another_grid_are_interpolated():
@@ -792,6 +792,110 @@ def test_schedulers_that_it_is_not_valid_for_are_refused_and_the_pipeline_works_
     with pytest.raises(Unsupported, match="samples the diffusion SDE"):
         call(flow)
     assert DPMSolverSDEScheduler.__name__.endswith("SDEScheduler")  # refused by its name; needs torchsde to be built
+
+
+OWN = {
+    "timesteps": ([951.0, 700.5, 300, 20], [[], [5, 5], [1, 400], [2000, 5], [float("nan")]]),
+    "sigmas": ([12.0, 4.0, 1.0, 0.2, 0.0], [[], [1.0], [1.0, 1.0], [0.1, 3.0], [float("inf"), 1.0]]),
+}
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_a_schedule_of_the_users_is_run_or_refused_by_us(name):
+    made, own = make("StableDiffusionPipeline"), OWN[name][0]
+    load_pipeline(made.pipe, plugins=[DPMSolverV3])
+    told = []
+    call(made, **{name: own}, callback_on_step_end=lambda pipe, i, t, kwargs: told.append(float(t)) or {})
+    ratio = made.pipe.plugins.run_scheduler()
+    wanted = own if name == "timesteps" else ratio.schedule.t(-np.log(np.array(own[:-1])))
+    assert told == pytest.approx(list(wanted), abs=8), "moved to the grid"
+    for bad in OWN[name][1]:
+        with pytest.raises(ConfigError, match=f"dpm_solver_v3.*{name} = "):
+            call(made, **{name: bad})
+    assert call(made).isfinite().all()
+
+
+def test_a_flow_model_takes_its_users_schedule():
+    made = make("StableDiffusion3Pipeline")
+    load_pipeline(made.pipe, plugins=[DPMSolverV3])
+    call(made, sigmas=[0.9, 0.5, 0.1])
+    assert made.pipe.plugins.report().steps == 3
+    scheduler = DPMSolverV3Scheduler(prediction_type="flow_prediction")
+    scheduler.set_timesteps(timesteps=[900, 500, 100])
+    assert scheduler.timesteps.tolist() == pytest.approx([900, 500, 100], abs=8)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("corrector", ["off", "pseudo", "full"])
+def test_what_a_callback_does_to_the_latents_stays(dtype, corrector):
+    """In place or as a new tensor; the corrector does not take it back."""
+
+    made = make("StableDiffusionPipeline")
+    made.pipe.to(dtype)
+    load_pipeline(made.pipe, plugins=[DPMSolverV3(corrector=corrector)])
+
+    def end(change):
+        return call(made, callback_on_step_end=change).float()
+
+    def in_place(pipe, i, t, kwargs):
+        if i == 2:
+            kwargs["latents"].mul_(0.5)
+        return {}
+
+    def new(pipe, i, t, kwargs):
+        return {"latents": kwargs["latents"] * 0.5} if i == 2 else {}
+
+    def cloned(pipe, i, t, kwargs):
+        return {"latents": kwargs["latents"].clone()}
+
+    plain = end(lambda *_: {})
+    assert torch.equal(end(cloned), plain), "a clone that nobody edited is no edit"
+    assert torch.equal(end(in_place), end(new))
+    assert float((end(new) - plain).abs().mean()) > 0.1
+
+
+def test_a_state_that_was_put_there_is_where_the_next_step_begins():
+    scheduler = DPMSolverV3Scheduler(**SD, corrector="pseudo", solver_order=1)
+    for edit in (False, True):
+        scheduler.set_timesteps(6)
+        x = noise(20)
+        for i, t in enumerate(scheduler.timesteps):
+            if edit and i == 3:
+                x.fill_(0.25)
+            before = x.clone()
+            x = scheduler.step(torch.zeros_like(x), t, x).prev_sample
+            if i == 3:
+                levels = scheduler._plan.levels
+                wanted = before * levels[4].alpha / levels[3].alpha  # eps = 0
+                torch.testing.assert_close(x, wanted, rtol=2e-3, atol=1e-6)
+
+
+def test_the_authors_files_are_read(tmp_path):
+    made = make("StableDiffusionPipeline")
+    generator = np.random.default_rng(0)
+    l, s, b = (generator.normal(size=(N + 1, 4, 8, 8)) * 0.1 + shift for shift in (1, 0, 0))  # noqa: E741
+    with pytest.raises(ConfigError, match=r"l.npz: there is no such file"):
+        published_statistics(made.pipe, tmp_path)
+    np.savez(tmp_path / "l.npz", l=l)
+    np.savez(tmp_path / "sb.npz", s=s, b=b)
+    found = published_statistics(made.pipe, tmp_path, guidance_scale=7.5)
+    assert torch.equal(found.tensors["l"], torch.from_numpy(l).float())
+    found.save(tmp_path / "ems.safetensors")
+    load_pipeline(made.pipe, plugins=[DPMSolverV3(artefact=tmp_path / "ems.safetensors")])
+    output = call(made, guidance_scale=7.5)
+    assert not made.pipe.plugins.report().plugins["dpm_solver_v3"].notes
+    made.pipe.plugins.configure("dpm_solver_v3", artefact=found)
+    assert torch.equal(call(made, guidance_scale=7.5), output)
+    unload(made.pipe)
+    np.savez(tmp_path / "sb.npz", s=s)
+    with pytest.raises(ArtefactMismatch, match=r"sb.npz does not hold s, b"):
+        published_statistics(made.pipe, tmp_path)
+    np.savez(tmp_path / "sb.npz", s=s, b=b * np.nan)
+    with pytest.raises(ArtefactMismatch, match="not finite"):
+        published_statistics(made.pipe, tmp_path)
+    (tmp_path / "sb.npz").write_bytes(b"no archive")
+    with pytest.raises(ArtefactMismatch, match=r"sb.npz does not hold"):
+        published_statistics(made.pipe, tmp_path)
 
 
 def test_inpainting_cannot_be_measured():

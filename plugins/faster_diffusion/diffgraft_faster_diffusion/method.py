@@ -77,3 +77,15 @@ def same(a: Any, b: Any) -> bool:
     if isinstance(a, (tuple, list)) and isinstance(b, (tuple, list)):
         return len(a) == len(b) and all(map(same, a, b))
     return bool(a == b)
+
+
+def versions(value: Any) -> tuple[int, ...]:
+    """How often each of the tensors in nested arguments was written to: the same memory may hold another prompt by now.
+
+    Tensors that were made under ``inference_mode`` do not count it (0).
+    """
+    if isinstance(value, Tensor):
+        return (0 if value.is_inference() else value._version,)
+    if isinstance(value, dict):
+        value = tuple(value.values())
+    return sum(map(versions, value), ()) if isinstance(value, (tuple, list)) else ()

@@ -506,11 +506,13 @@ def test_guidance_cut_in_mid_run_makes_a_key_step(parallel):
 
 
 @pytest.mark.parametrize("parallel", [1, None])
-def test_a_prompt_exchanged_in_mid_run_reaches_the_decoder_at_once(parallel):
+@pytest.mark.parametrize("in_place", [False, True])
+def test_a_prompt_exchanged_in_mid_run_reaches_the_decoder_at_once(parallel, in_place):
     made = tiny()
 
     def exchange(pipe, step, t, tensors):
-        return {"prompt_embeds": tensors["prompt_embeds"] * -1} if step == 1 else {}
+        x = tensors["prompt_embeds"]
+        return {"prompt_embeds": x.mul_(-1) if in_place else x * -1} if step == 1 else {}
 
     made.kwargs |= {"num_inference_steps": 5, "callback_on_step_end": exchange, "callback_on_step_end_tensor_inputs": ["prompt_embeds"]}
     serial = picture(grafted(tiny(), keys=5, parallel=1), made)
