@@ -45,7 +45,7 @@ from rich.table import Table
 
 SETTINGS: Mapping[str, Mapping[str, Any]] = {
     "ertacache": {},
-    "ertacache, phi by difference": {"phi": "difference"},
+    "ertacache, phi by velocity": {"phi": "velocity"},
     "ertacache, phi off": {"phi": "off"},
     "ertacache, no rectification": {"rectify": False},
     "plain residual cache": {"phi": "off", "rectify": False},

@@ -27,10 +27,10 @@ class ERTACacheConfig(PluginConfig):
     threshold: float = Field(
         0.1, ge=0, description="lambda: a step reuses the last residual where its calibrated relative l1 error is below this; 0 is off"
     )
-    phi: Literal["velocity", "difference", "off"] = Field(
-        "velocity",
-        description="phi_i, what a reusing step's size is multiplied with: clip(1 - ||v~ - v|| / d, 0, 1) with d = ||v_i|| (velocity) "
-        "or ||v_i - v_{i-1}|| (difference); off is 1. Flow-matching Euler only",
+    phi: Literal["difference", "velocity", "off"] = Field(
+        "difference",
+        description="phi_i, what a reusing step's size is multiplied with: clip(1 - ||v~ - v|| / d, 0, 1) with d = ||v_i - v_{i-1}|| "
+        "(difference, as the sources have it) or ||v_i|| (velocity); off is 1. Flow-matching Euler only",
     )
     rectify: bool = Field(True, description="whether v~ is corrected by the linear error model K, B")
     max_reuse: int = Field(8, ge=1, description="W: most steps in a row that reuse one residual; the calibration measures ages up to this")

@@ -12,6 +12,7 @@ exactly ``max_nfe`` of them.
 from __future__ import annotations
 
 import inspect
+import math
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -39,7 +40,7 @@ from diffgraft.methods.inputs import parameters
 from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
-from diffgraft_rbf_search.method import Grid, Shape, quota
+from diffgraft_rbf_search.method import Grid, Shape, Way, quota
 from diffgraft_rbf_search.schedulers import FlowSDEScheduler, VPFlowScheduler
 from diffgraft_rbf_search.search import Search, captions, nominal
 
@@ -60,10 +61,14 @@ class RBFSearchConfig(PluginConfig):
         "SDE alone",
     )
     max_nfe: int = Field(500, ge=3, description="function evaluations of a picture: predictions, guidance done, each decoded and judged")
-    particles: int = Field(25, ge=1, description="evaluations of these that choose the initial noise")
+    particles: int = Field(25, ge=1, description="evaluations of these that choose the initial noise (not of best_of_n)")
+    search: Way = Field(
+        "rbf",
+        description="rollover budget forcing, or what it is compared with: the best child of each step (svdd), whole paths (best_of_n)",
+    )
     interpolant: Literal["vp", "linear"] = Field("vp", description="vp: variance-preserving, paths differ more; linear: the model's own")
-    norm: float = Field(3.0, ge=0, description="strength of the noise, g_r = norm r^2; 0 is the ODE")
-    diffusion: Shape = Field("square", description="how the noise falls with r: norm r^2, norm r (linear) or norm (constant)")
+    norm: float = Field(3.0, ge=0, description="strength of the noise, g_r = norm r^2; 0 is the ODE (without a reward, or with best_of_n)")
+    diffusion: Shape = Field("square", description="g_r: norm r^2 (square), or norm times another of the official code's forms of r")
     grid: Grid = Field(
         "exp", description="times r of uniform t: sqrt(1 - (1 - t)^2) (exp), t (uniform), or those of the pipeline's own levels (pipeline)"
     )
@@ -84,8 +89,10 @@ class RBFSearchConfig(PluginConfig):
     def _can_search(self) -> RBFSearchConfig:
         if self.beta_min > self.beta_max:
             raise ValueError(f"beta_min = {self.beta_min} is above beta_max = {self.beta_max}")
-        if self.reward is not None and self.norm == 0:
-            raise ValueError("norm = 0 with a reward: without noise all children of a state are one; give norm > 0, or no reward")
+        if self.reward is not None and self.norm == 0 and self.search != "best_of_n":
+            raise ValueError(
+                "norm = 0 with a reward: without noise all children of a state are one; give norm > 0, search = 'best_of_n', or no reward"
+            )
         return self
 
 
@@ -104,7 +111,7 @@ class RBFSearch(Plugin):
         title="Inference-Time Scaling for Flow Models via Stochastic Generation and Rollover Budget Forcing",
         arxiv="2503.19385",
         implemented="SDE sampling of flow models on the linear and the VP interpolant; rollover budget forcing with any reward",
-        omitted="gradients of a reward (the paper's DPS variant); the other searches that it compares with",
+        omitted="gradients of a reward (the paper's DPS variant); SoP, SMC and CoDe, compared with there, which keep several states",
         licence="official scheduler non-commercial; written from the equations",
     )
     families = ("flux", "sd3", "qwen_image", "wan")
@@ -175,16 +182,17 @@ class RBFSearch(Plugin):
         if self.config.reward is None:
             return schedule
         knobs, n = self.config, len(schedule.timesteps)
-        Q = quota(knobs.max_nfe, knobs.particles, n)
+        paths = knobs.search == "best_of_n"
+        Q = quota(knobs.max_nfe, 0 if paths else knobs.particles, n)
         if n < 2 or Q < 1:
             raise ConfigError(
                 f"plugin 'rbf_search': max_nfe = {knobs.max_nfe} with particles = {knobs.particles} leaves nothing for one of {n} steps: "
-                f"give max_nfe >= {knobs.particles + max(n, 2)}, fewer particles, or another number of steps (at least 2)"
+                f"give max_nfe >= {(0 if paths else knobs.particles) + max(n, 2)}, fewer particles, or another number of steps (at least 2)"
             )
         assert schedule.sigmas is not None
         levels = [call.scheduler.path.at(call.scheduler.path.time(t)) for t in schedule.sigmas.tolist()]
-        call.shared.search = Search(levels, knobs.max_nfe, knobs.particles, Q, knobs.result)
-        shown = nominal(knobs.max_nfe, knobs.particles, Q, n)
+        call.shared.search = Search(levels, knobs.max_nfe, knobs.particles, Q, knobs.result, knobs.search)
+        shown = nominal(knobs.max_nfe, knobs.particles, Q, n, knobs.search)
         return Schedule(schedule.timesteps[shown], schedule.sigmas[[*shown, n]])
 
     def denoise(self, call: DenoiseCall, next: Any) -> Tensor:
@@ -221,10 +229,13 @@ class RBFSearch(Plugin):
             )
         x, v = call.sample.float(), call.model_output.float()
         x0 = search.clean(x, v)
-        search.judge(x, v, x0, self.rewards(call, x0.to(call.sample.dtype)))
+        rewards = self.rewards(call, x0.to(call.sample.dtype)) if search.is_judged else [-math.inf] * len(x)
+        search.judge(x, v, x0, rewards)
         call.count("nfe")
         if search.is_over:
             assert search.x0 is not None
+            if self.config.search == "best_of_n":
+                call.count("paths", sum(climb.nfe // (climb.last + 2) for climb in search.climbs))
             call.count("accepted", sum(climb.accepted for climb in search.climbs))
             call.count("exhausted", sum(climb.exhausted for climb in search.climbs))
             return StepOutput(search.x0.to(call.sample.dtype), search.x0)

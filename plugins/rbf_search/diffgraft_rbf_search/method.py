@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 Grid = Literal["exp", "uniform", "pipeline"]
-Shape = Literal["square", "linear", "constant"]
-POWER = {"square": 2, "linear": 1, "constant": 0}
+Shape = Literal["square", "linear", "constant", "sigma", "sin", "clipping", "exp", "tan"]
+Way = Literal["rbf", "svdd", "best_of_n"]
 
 
 class Level(NamedTuple):
@@ -100,9 +100,12 @@ def tweedie(x: Any, u: Any, at: Level) -> Any:
     return (at.s * u - at.ds * x) / (at.da * at.s - at.ds * at.a)
 
 
-def diffusion(r: float, norm: float, shape: Shape) -> float:
-    """g_r: norm r^2 (square, the paper's with norm 3), norm r (linear) or norm (constant)."""
-    return norm * r ** POWER[shape]
+def diffusion(at: Level, norm: float, shape: Shape) -> float:
+    """g_r = norm times r^2 (square, the paper's with norm 3) or another of the official code's forms of r."""
+    r = at.r
+    forms = {"square": r * r, "linear": r, "constant": 1.0, "sigma": at.s, "sin": math.sin(math.pi / 2 * r)}
+    forms |= {"clipping": max(0.0, 2 * r - 1), "exp": math.exp(-(((r - 1) / 0.1) ** 2)), "tan": math.tan(math.pi / 2 * min(r, 0.95))}
+    return norm * forms[shape]
 
 
 def sde_step(x: Any, u: Any, at: Level, to: float, g: float, w: Any) -> Any:
@@ -136,12 +139,24 @@ def quota(max_nfe: int, particles: int, steps: int) -> int:
     return (max_nfe - particles) // steps
 
 
+class Verdict(NamedTuple):
+    """What a reward decided about the candidate that earned it."""
+
+    leads: bool
+    """It is the best candidate of its step so far."""
+    advances: bool
+    """The best candidate becomes the state that children are proposed from."""
+    shown: bool
+    """Its picture would be the result if the search ended here."""
+
+
 class Climb:
     """Rollover budget forcing of one sample: which state children are proposed from, and with which budget. Told one reward an evaluation.
 
     ``level`` is the state's place on the grid. The first ``particles`` evaluations are draws from the prior, of which the best becomes the
-    state at level 0. A child that beats its parent is accepted at once, and what is left of the budget is added to the next step's.
-    When the budget is used up, the best child is taken, better or not. The last step is not left: it gets all evaluations that remain.
+    state at level 0. A child whose reward is above the bar is accepted at once, and what is left of the budget is added to the next step's.
+    The bar is the best reward so far and never falls. When the budget is used up, the best child is taken, better or not. The last step is
+    not left: it gets all evaluations that remain.
     """
 
     def __init__(self, steps: int, particles: int, budget: int) -> None:
@@ -150,12 +165,12 @@ class Climb:
         self.budget = budget
         self.nfe = self.level = self.accepted = self.exhausted = 0
         self.left = budget
-        self.reward = -math.inf  # of the state
-        self.best = -math.inf  # of its children
+        self.bar = -math.inf
+        self.best = -math.inf  # of the candidates of this step
 
     @property
     def starting(self) -> bool:
-        """Whether particles are being drawn from the prior."""
+        """Whether the next candidate is drawn from the prior."""
         return self.nfe < self.particles
 
     @property
@@ -163,25 +178,70 @@ class Climb:
         """The level of the sample that is evaluated next."""
         return 0 if self.starting else self.level + 1
 
-    def judge(self, reward: float) -> tuple[bool, bool]:
-        """(is the best candidate of its step so far, the best candidate becomes the state)."""
-        better = reward > self.best
+    @property
+    def judged(self) -> bool:
+        """Whether the reward of the next candidate is asked for."""
+        return True
+
+    def judge(self, reward: float) -> Verdict:
+        leads = reward > self.best
         self.best = max(self.best, reward)
         starting = self.starting
         self.nfe += 1
         if starting:
-            if self.starting:
-                return better, False
+            advances = not self.starting
+        elif self.level == self.last:
+            advances = False
         else:
-            if self.level == self.last:
-                return better, False
-            self.left -= 1
-            accept = reward > self.reward
-            if not accept and self.left > 0:
-                return better, False
-            self.accepted += accept
-            self.exhausted += not accept
-            self.level += 1
-            self.left += self.budget
-        self.reward, self.best = self.best, -math.inf
-        return better, True
+            advances = self.moves_on(reward > self.bar)
+            self.level += advances
+        if advances:
+            self.bar, self.best = max(self.bar, self.best), -math.inf
+        return Verdict(leads, advances, leads)
+
+    def moves_on(self, above: bool) -> bool:
+        """Whether this child, whose reward is ``above`` the bar or not, ends its step."""
+        self.left -= 1
+        if not above and self.left > 0:
+            return False
+        self.accepted += above
+        self.exhausted += not above
+        self.left += self.budget
+        return True
+
+
+class Greedy(Climb):
+    """SVDD (arXiv 2408.08252) with temperature 0: each step evaluates its whole budget and takes the best child."""
+
+    def moves_on(self, above: bool) -> bool:
+        self.left -= 1
+        if self.left:
+            return False
+        self.exhausted += 1
+        self.left = self.budget
+        return True
+
+
+class BestOfN(Climb):
+    """Whole paths one after the other, max_nfe / steps of them, each from a noise of its own; only their ends are judged."""
+
+    @property
+    def starting(self) -> bool:
+        return self.nfe % (self.last + 2) == 0
+
+    @property
+    def judged(self) -> bool:
+        return self.candidate == self.last + 1
+
+    def judge(self, reward: float) -> Verdict:
+        ends, better = self.judged, reward > self.bar
+        self.level = self.candidate
+        self.nfe += 1
+        if self.starting:
+            self.level = 0
+        if ends:
+            self.bar = max(self.bar, reward)
+        return Verdict(True, True, ends and better)
+
+
+WAYS: dict[Way, type[Climb]] = {"rbf": Climb, "svdd": Greedy, "best_of_n": BestOfN}

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from diffusers import ConfigMixin, FlowMatchEulerDiscreteScheduler, SchedulerMixin
@@ -16,7 +16,7 @@ from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from diffgraft_rbf_search.method import POWER, VP, Level, Linear, diffusion, move, spaced
+from diffgraft_rbf_search.method import VP, Level, Linear, Shape, diffusion, move, spaced
 
 
 @dataclass
@@ -39,8 +39,8 @@ class _FlowSDE:
         config = self.config
         if config.grid not in ("exp", "uniform", "pipeline"):
             raise ValueError(f"grid = {config.grid!r}: 'exp', 'uniform' or 'pipeline'")
-        if config.diffusion not in POWER:
-            raise ValueError(f"diffusion = {config.diffusion!r}: {', '.join(map(repr, POWER))}")
+        if config.diffusion not in get_args(Shape):
+            raise ValueError(f"diffusion = {config.diffusion!r}: {', '.join(map(repr, get_args(Shape)))}")
         if not config.norm >= 0:
             raise ValueError(f"norm = {config.norm}: at least 0")
         self.path = path
@@ -106,7 +106,7 @@ class _FlowSDE:
             steps: (level, next level) of each row.
             noise: standard normal, like ``x``; None for the ODE.
         """
-        weights = [move(here, there, diffusion(here.r, self.config.norm, self.config.diffusion)) for here, there in steps]
+        weights = [move(here, there, diffusion(here, self.config.norm, self.config.diffusion)) for here, there in steps]
         shape = (3, len(steps), *[1] * (x.ndim - 1))
         of_x, of_v, of_noise = torch.tensor(weights, dtype=torch.float32).T.reshape(shape).to(x.device, non_blocking=True)
         out = of_x * x + of_v * v
@@ -147,7 +147,7 @@ class FlowSDEScheduler(_FlowSDE, SchedulerMixin, ConfigMixin):
 
     Args:
         grid: "pipeline" (the levels of ``FlowMatchEulerDiscreteScheduler``), "uniform" or "exp".
-        norm, diffusion: g_r = norm r^2 ("square"), norm r ("linear") or norm ("constant"); norm = 0 is Euler's method.
+        norm, diffusion: g_r = norm r^2 ("square") or another form of r (``method.diffusion``); norm = 0 is Euler's method.
         (the others): as in ``FlowMatchEulerDiscreteScheduler``.
     """
 

@@ -11,7 +11,7 @@ import torch
 from diffgraft import ConfigError
 from torch import Tensor
 
-from diffgraft_rbf_search.method import Climb, Level
+from diffgraft_rbf_search.method import WAYS, Climb, Level, Way
 from diffgraft_rbf_search.schedulers import FlowSDEScheduler, VPFlowScheduler
 
 
@@ -24,6 +24,7 @@ class Search:
     particles: int
     quota: int
     result: str
+    way: Way = "rbf"
     captions: Sequence[str] = ()
     asked: int = -1
     """The turn in which the model was last told the candidates' times."""
@@ -42,7 +43,7 @@ class Search:
     def begin(self, captions: Sequence[str]) -> None:
         """The first candidates are about to be evaluated, one for each caption."""
         self.captions = captions
-        self.climbs = [Climb(len(self.levels) - 1, self.particles, self.quota) for _ in captions]
+        self.climbs = [WAYS[self.way](len(self.levels) - 1, self.particles, self.quota) for _ in captions]
         self.reward = [-math.inf] * len(captions)
 
     @property
@@ -54,6 +55,11 @@ class Search:
         """Where the candidates are that are evaluated next."""
         return [self.levels[climb.candidate] for climb in self.climbs]
 
+    @property
+    def is_judged(self) -> bool:
+        """Whether the rewards of the candidates that are evaluated next are asked for."""
+        return any(climb.judged for climb in self.climbs)
+
     def clean(self, x: Tensor, v: Tensor) -> Tensor:
         """Tweedie's x0 of the candidates."""
         t = torch.tensor([level.t for level in self.places()], dtype=torch.float32)
@@ -63,13 +69,15 @@ class Search:
         """Take the candidates' rewards to account."""
         at = [climb.candidate for climb in self.climbs]
         verdicts = [climb.judge(reward) for climb, reward in zip(self.climbs, rewards, strict=True)]
-        better = [verdict[0] for verdict in verdicts]
+        leads = [verdict.leads for verdict in verdicts]
         old = self.best or (x, v)
-        self.best = choose(better, x, old[0]), choose(better, v, old[1])
-        shown = better if self.result == "last" else [new > before for new, before in zip(rewards, self.reward, strict=True)]
+        self.best = choose(leads, x, old[0]), choose(leads, v, old[1])
+        shown = [verdict.shown for verdict in verdicts]
+        if self.result == "best":
+            shown = [new > before for new, before in zip(rewards, self.reward, strict=True)]
         self.x0 = choose(shown, x0, self.x0 if self.x0 is not None else x0)
         self.reward = [new if s else before for s, new, before in zip(shown, rewards, self.reward, strict=True)]
-        advances = [verdict[1] for verdict in verdicts]
+        advances = [verdict.advances for verdict in verdicts]
         old = self.state or self.best
         self.state = choose(advances, self.best[0], old[0]), choose(advances, self.best[1], old[1])
         self.history.append((at, list(rewards), list(self.reward)))
@@ -97,8 +105,10 @@ def choose(first: Sequence[bool], a: Tensor, b: Tensor) -> Tensor:
     return torch.where(rowwise(torch.tensor(first), a), a, b)
 
 
-def nominal(max_nfe: int, particles: int, quota: int, steps: int) -> list[int]:
+def nominal(max_nfe: int, particles: int, quota: int, steps: int, way: Way = "rbf") -> list[int]:
     """The level of each evaluation if nothing were left over: what other plugins are shown as the schedule."""
+    if way == "best_of_n":
+        return [i % steps for i in range(max_nfe)]
     at = [0] * particles + [1 + i // quota for i in range(max_nfe - particles)]
     return [min(level, steps - 1) for level in at]
 

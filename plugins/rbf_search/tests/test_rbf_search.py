@@ -12,7 +12,22 @@ from diffgraft import ConfigError, Conflict, Effects, Paper, Plugin, RewardError
 from diffgraft.kernel.planner import Part, plan
 from diffgraft_pipelines.tiny import make
 from diffgraft_rbf_search import FlowSDEScheduler, RBFSearch, VPFlowScheduler
-from diffgraft_rbf_search.method import VP, Climb, Level, Linear, diffusion, move, quota, score, sde_step, spaced, tweedie, velocity
+from diffgraft_rbf_search.method import (
+    VP,
+    BestOfN,
+    Climb,
+    Greedy,
+    Level,
+    Linear,
+    diffusion,
+    move,
+    quota,
+    score,
+    sde_step,
+    spaced,
+    tweedie,
+    velocity,
+)
 from diffgraft_rbf_search.rewards import compressibility
 from diffgraft_rbf_search.search import Search, captions, nominal
 from diffusers import FlowMatchEulerDiscreteScheduler
@@ -116,13 +131,15 @@ def walk(path, norm, shape, steps, n, generator) -> torch.Tensor:
     x = first.a * MEAN + std * torch.randn(n, generator=generator, dtype=torch.float64)
     for here, there in itertools.pairwise(levels):
         v, _, _ = gaussian(x, Linear().at(here.t))
-        of_x, of_v, of_noise = move(here, there, diffusion(here.r, norm, shape))
+        of_x, of_v, of_noise = move(here, there, diffusion(here, norm, shape))
         x = of_x * x + of_v * v + of_noise * torch.randn(n, generator=generator, dtype=torch.float64)
     return x
 
 
 @pytest.mark.parametrize("path", PATHS)
-@pytest.mark.parametrize(("norm", "shape"), [(0.0, "square"), (1.0, "constant"), (3.0, "square"), (2.0, "linear")])
+@pytest.mark.parametrize(
+    ("norm", "shape"), [(0.0, "square"), (1.0, "constant"), (3.0, "square"), (2.0, "linear"), (1.0, "sigma"), (2.0, "sin")]
+)
 def test_marginals_stay_for_any_noise(path, norm, shape):
     """Card: the SDE preserves Gaussian marginals as dr -> 0; here after 400 steps, at the last level before r = 0."""
     x = walk(PATHS[path], norm, shape, 400, 40_000, torch.Generator().manual_seed(0))
@@ -159,9 +176,25 @@ def test_the_last_step_is_tweedie():
 def test_grids():
     assert [spaced(t, "exp") for t in (1.0, 0.5, 0.0)] == pytest.approx([1.0, math.sqrt(0.75), 0.0])
     assert spaced(0.3, "uniform") == 0.3
-    assert diffusion(0.5, 3.0, "square") == 0.75
-    assert diffusion(0.5, 3.0, "linear") == 1.5
-    assert diffusion(0.5, 3.0, "constant") == 3.0
+
+
+@pytest.mark.parametrize(
+    ("shape", "wanted"),
+    [
+        ("square", 0.75),
+        ("linear", 1.5),
+        ("constant", 3.0),
+        ("sigma", 3 * VP().at(0.5).s),
+        ("sin", 3 * math.sqrt(0.5)),
+        ("clipping", 0.0),
+        ("exp", 3 * math.exp(-25)),
+        ("tan", 3.0),
+    ],
+)
+def test_forms_of_the_noise(shape, wanted):
+    assert diffusion(VP().at(0.5), 3.0, shape) == pytest.approx(wanted, abs=1e-9)
+    assert diffusion(VP().at(1.0), 2.0, "clipping") == 2.0
+    assert diffusion(VP().at(1.0), 2.0, "tan") == diffusion(VP().at(0.95), 2.0, "tan")  # finite at r = 1
 
 
 # the schedulers -------------------------------------------------------------------------------------------------------------------
@@ -256,25 +289,52 @@ def test_a_constant_reward_uses_up_every_budget():
 
 def test_what_is_left_rolls_over():
     climb = Climb(steps=4, particles=1, budget=3)
-    assert climb.judge(0.0) == (True, True)
-    assert climb.judge(1.0) == (True, True)  # accepted with 1 of 3
+    assert climb.judge(0.0) == (True, True, True)
+    assert climb.judge(1.0) == (True, True, True)  # accepted with 1 of 3
     assert climb.left == 5
     for reward in (0.5, 0.7, 0.2, 0.6):
-        advanced = climb.judge(reward)[1]
-        assert not advanced
-    assert climb.judge(0.1) == (False, True)  # the fifth: the best child is taken, although it is worse
-    assert climb.reward == 0.7
+        assert not climb.judge(reward).advances
+    assert climb.judge(0.1) == (False, True, False)  # the fifth: the best child is taken, although it is worse
+    assert climb.bar == 1.0  # and the bar stays
     assert climb.level == 2
     for reward in (0.9, 0.8, 1.0):  # the last step is not left
-        assert not climb.judge(reward)[1]
+        assert not climb.judge(reward).advances
         assert climb.candidate == 3
     assert (climb.accepted, climb.exhausted) == (1, 1)
 
 
+def test_the_bar_is_the_best_reward_so_far_and_never_falls():
+    """A child that beats its parent, but not the best before it, does not end the step."""
+    climb = Climb(steps=4, particles=1, budget=2)
+    rewards = (5.0, 1.0, 2.0, 3.0, 4.0, 6.0)  # the particle; two and two that use up a budget; one above the bar
+    assert [climb.judge(reward).advances for reward in rewards] == [True, False, True, False, True, False]  # the last step is not left
+    assert (climb.accepted, climb.exhausted, climb.bar) == (0, 2, 5.0)
+    climb = Climb(steps=5, particles=1, budget=2)
+    assert [climb.judge(reward).advances for reward in (5.0, 1.0, 2.0, 6.0)] == [True, False, True, True]
+    assert (climb.accepted, climb.exhausted, climb.bar) == (1, 1, 6.0)
+
+
 def test_particles_are_the_best_of_them():
     climb = Climb(steps=3, particles=3, budget=1)
-    assert [climb.judge(reward) for reward in (0.1, 0.5, 0.2)] == [(True, False), (True, False), (False, True)]
-    assert climb.reward == 0.5
+    assert [climb.judge(reward)[:2] for reward in (0.1, 0.5, 0.2)] == [(True, False), (True, False), (False, True)]
+    assert climb.bar == 0.5
+
+
+def test_svdd_takes_the_best_child_of_every_whole_budget():
+    climb = Greedy(steps=4, particles=1, budget=3)
+    verdicts = [climb.judge(reward) for reward in (0.0, 9.0, 1.0, 2.0, 0.5, 0.7, 0.1)]
+    assert [verdict.advances for verdict in verdicts] == [True, False, False, True, False, False, True]
+    assert [verdict.leads for verdict in verdicts] == [True, True, False, False, True, True, False]
+    assert (climb.accepted, climb.exhausted, climb.level) == (0, 2, 2)
+
+
+def test_best_of_n_judges_the_ends_of_whole_paths():
+    climb = BestOfN(steps=3, particles=1, budget=1)
+    rewards = (0, 0, 1.0, 0, 0, 3.0, 0, 0, 2.0, 0)
+    seen = [(climb.starting, climb.candidate, climb.judged, climb.judge(reward).shown) for reward in rewards]
+    ends = [(True, 0, False, False), (False, 1, False, False)]
+    assert seen == [*ends, (False, 2, True, True), *ends, (False, 2, True, True), *ends, (False, 2, True, False), ends[0]]
+    assert climb.bar == 3.0
 
 
 class Toy:
@@ -412,6 +472,33 @@ def test_best_of_all_steps():
     call(made)
     records = report(made).records
     assert float(records["result"][-1]) == float(records["reward"].max())
+
+
+def test_best_of_n_is_the_best_of_the_plain_pipelines_pictures():
+    """With the ODE on the pipeline's grid, from the noises that the denoiser was given."""
+    knobs = {"interpolant": "linear", "norm": 0.0, "grid": "pipeline", "search": "best_of_n", "max_nfe": 13}
+    asked, inputs = [], []
+
+    def reward(images, prompts):
+        asked.append(images)
+        return compressibility(images, prompts)
+
+    made, plain = searching(reward=reward, **knobs), make("FluxPipeline")
+    made.pipe.transformer.register_forward_pre_hook(lambda m, a, k: inputs.append(k["hidden_states"].clone()), with_kwargs=True)
+    found = call(made)
+    assert len(asked) == 3  # 13 // 4 paths; nothing on the way is decoded
+    assert report(made).total("paths") == 3
+    calls = len(inputs) // 13  # guidance
+    pictures = [call(plain, latents=inputs[4 * calls * i]) for i in range(3)]
+    best = max(range(3), key=lambda i: float(report(made).records["reward"][4 * i + 3]))
+    torch.testing.assert_close(found, pictures[best], rtol=1e-4, atol=1e-4)
+
+
+def test_svdd_uses_its_budget_at_every_step():
+    made = searching(search="svdd")
+    call(made)
+    assert report(made).records["level"][:, 0].tolist() == nominal(12, 3, 2, 4)
+    assert (report(made).total("accepted"), report(made).total("exhausted")) == (0, 2)
 
 
 def test_no_gradients_are_taken():
