@@ -1,7 +1,7 @@
 """Bottleneck Sampling: full resolution at both ends of the denoising, low resolution in its middle (Tian et al., arXiv 2503.18940).
 
-A run becomes K calls of the pipeline, one a stage, at the stage's size and with its part of the schedule. Between two of them the estimate
-of the clean sample is resized and noised again to the level at which the next stage begins (see :mod:`.method`).
+A run becomes K calls of the pipeline, one a stage, at the stage's size and with a schedule of its own that ends in the clean sample.
+Between two of them that sample is resized and noised again to the next stage's strength (see :mod:`.method`).
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from diffgraft import (
     Unsupported,
 )
 from diffgraft.methods.inputs import parameters
-from diffgraft.methods.predictions import KINDS, clean_estimate, levels_at, noise_estimate, prediction_kind
+from diffgraft.methods.predictions import KINDS, levels_at, prediction_kind
 from diffusers.utils.torch_utils import randn_tensor
 from pydantic import Field, model_validator
 from torch import Tensor
@@ -53,50 +53,88 @@ OF_THE_WHOLE_RUN = {
 }
 """Call arguments that pipelines count in fractions of the steps they see, which here are a stage's, and the values that say nothing."""
 
+PRESETS: dict[str, dict[str, tuple[float, ...]]] = {
+    "flux": {"scales": (1, 0.5, 1), "shares": (6, 20, 8), "strengths": (1, 0.8, 0.6), "shifts": (9, 6, 9)},
+    "hunyuan_video": {"scales": (1, 0.75, 1), "shares": (4, 24, 16), "strengths": (1, 0.8, 0.7), "shifts": (7, 9, 9)},
+}
+"""The paper's settings: FLUX.1-dev 1024 / 512 / 1024, HunyuanVideo 720x1280 / 544x960 / 720x1280."""
+
+OF_A_STAGE = ("scales", "shares", "strengths", "shifts")
+
 
 class BottleneckSamplingConfig(PluginConfig):
-    """Knobs of :class:`BottleneckSampling`."""
+    """Knobs of :class:`BottleneckSampling`. What a stage is (:data:`OF_A_STAGE`) is the preset's unless given."""
 
-    scales: tuple[float, ...] = Field(
-        (1.0, 0.5, 1.0),
+    preset: Literal["flux", "hunyuan_video"] = Field("flux", description="the paper's settings for these models, for the next four")
+    scales: tuple[float, ...] | None = Field(
+        None,
         min_length=1,
         description="(h_i, w_i) of stage i as a share of the sides asked for, 0 < scale <= 1, one a stage; the last is 1",
     )
-    shares: tuple[float, ...] = Field(
-        (4.0, 12.0, 5.0),
-        min_length=1,
-        description="N_1 : N_2 : ... of the steps, one a stage, > 0; only their ratios count",
+    shares: tuple[float, ...] | None = Field(
+        None, min_length=1, description="N_1 : N_2 : ... of the steps asked for, one a stage, > 0; only their ratios count"
     )
-    shifts: tuple[float, ...] | None = Field(
+    strengths: tuple[float, ...] | None = Field(
+        None, min_length=1, description="w_i, from how much noise stage i begins, 0 < w <= 1, one a stage; the first is 1"
+    )
+    shifts: tuple[float, ...] | Literal["own"] | None = Field(
         None,
-        description="s_i, the timestep shift of stage i, > 0, flow models only; on top of what the scheduler does itself at the stage's "
-        "size; none = all 1",
+        description="s_i, the timestep shift of stage i in the place of the scheduler's, > 0; own = as the scheduler shifts at the stage's "
+        "size; models that are no flows have none",
+    )
+    strength_of: Literal["time", "sigma"] = Field(
+        "time", description="what w_i is: the time before the shift (image to image's strength), or the level sigma after it (flow models)"
+    )
+    runs: Literal["part", "whole"] = Field(
+        "part",
+        description="steps of stage i: N_i w_i, those of a whole run of N_i that lie below w_i (part), or N_i, all below w_i (whole)",
     )
     resampling: Literal["lanczos", "bicubic", "bilinear", "box"] = Field(
         "lanczos", description="how the clean latents are resized between two stages; widened when reducing, so that nothing aliases"
-    )
-    noise: Literal["fresh", "implied"] = Field(
-        "fresh",
-        description="eps of the noise re-introduction: 'fresh' from the call's generator (paper), or 'implied' by the last step (only "
-        "where all scales are 1: then the stages are one solver's run cut in pieces)",
     )
     multiple: int | None = Field(
         None, ge=1, description="stage sizes are rounded to multiples of this many pixels; none = what VAE and patches need"
     )
 
+    def of_stages(self, name: str) -> Any:
+        """A knob of :data:`OF_A_STAGE` as given, or the preset's."""
+        given = getattr(self, name)
+        return PRESETS[self.preset][name] if given is None else given
+
     @model_validator(mode="after")
     def _fit(self) -> Self:
-        K = len(self.scales)
-        shifts = (1.0,) * K if self.shifts is None else self.shifts
-        if len(self.shares) != K or len(shifts) != K:
-            raise ValueError(f"scales has {K} stages, shares {len(self.shares)}, shifts {len(shifts)}: give each one value a stage")
-        if not all(0 < scale <= 1 for scale in self.scales) or self.scales[-1] != 1:
-            raise ValueError(f"scales = {self.scales}: each must be > 0 and <= 1, and the last 1 (the size that is asked for)")
-        if not all(0 < value < math.inf for value in (*self.shares, *shifts)):
-            raise ValueError(f"shares = {self.shares}, shifts = {self.shifts}: each must be > 0")
-        if self.noise == "implied" and set(self.scales) != {1}:
-            raise ValueError(f"noise = 'implied': the noise of one size says nothing at another, so scales = {self.scales} must all be 1")
+        values = {name: value for name in OF_A_STAGE if (value := self.of_stages(name)) != "own"}
+        if len({len(value) for value in values.values()}) > 1:
+            stages = ", ".join(f"{name} {len(value)}" for name, value in values.items())
+            raise ValueError(
+                f"numbers of stages: {stages}: give each one value a stage (what is not given is that of preset {self.preset!r})"
+            )
+        scales, strengths = values["scales"], values["strengths"]
+        if not all(0 < scale <= 1 for scale in scales) or scales[-1] != 1:
+            raise ValueError(f"scales = {scales}: each must be > 0 and <= 1, and the last 1 (the size that is asked for)")
+        if not all(0 < w <= 1 for w in strengths) or strengths[0] != 1:
+            raise ValueError(f"strengths = {strengths}: each must be > 0 and <= 1, and the first 1 (the run begins from noise alone)")
+        for name in ("shares", "shifts"):
+            if not all(0 < value < math.inf for value in values.get(name, ())):
+                raise ValueError(f"{name} = {values[name]}: each must be > 0")
+        if self.strength_of == "sigma" and self.shifts == "own":
+            raise ValueError(
+                "strength_of = 'sigma' with shifts = 'own': only under shifts s_i is it known which time a level has; give them"
+            )
         return self
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage of a run: its size in pixels (height, width), strength w, shift s (None: the scheduler's own) and steps."""
+
+    size: tuple[int, int]
+    w: float
+    s: float | None
+    made: int
+    """Steps that the scheduler is asked for."""
+    run: int
+    """The last so many of them are run."""
 
 
 @dataclass
@@ -104,13 +142,16 @@ class Progress:
     """Where a run is: its stage, and what the stage begins from. Tensors are in the layout of the pipeline's latents."""
 
     stage: int = 0
-    sizes: tuple[tuple[int, int], ...] = ()
-    steps: tuple[int, ...] = ()
+    stages: tuple[Stage, ...] = ()
     x0: Tensor | None = None
-    """The clean estimate at the size of the stage, until its first step is done."""
+    """The clean sample at the size of the stage, until its first step is done."""
     eps: Tensor | None = None
     start: Tensor | None = None
     """x0 with eps at the stage's first level: what its first step really begins from."""
+
+    @property
+    def now(self) -> Stage:
+        return self.stages[self.stage]
 
 
 class BottleneckSampling(Plugin):
@@ -120,23 +161,21 @@ class BottleneckSampling(Plugin):
     paper = Paper(
         title="Training-free Diffusion Acceleration with Bottleneck Sampling",
         arxiv="2503.18940",
-        implemented="K stages of their own resolution, part of the schedule and timestep shift; noise re-introduction at the transitions; "
-        "flow models as in the paper, epsilon, v and sample models too",
-        omitted="the authors' own settings (official code not available here: steps are those of the RALU paper's comparison); "
-        "image to image and inpainting",
+        implemented="K stages of their own resolution, strength, number of steps and timestep shift, with the authors' settings; noise "
+        "re-introduction between them; flow models as in the paper, epsilon, v and sample models too",
+        omitted="image to image and inpainting",
         licence="written from the paper's description; official code not seen",
     )
     families = ("sd", "latent_consistency", "sdxl", "animatediff", "pixart", "cogvideox", "sd3", "flux", "qwen_image", "wan", "ltx")
     Config = BottleneckSamplingConfig
     State = Progress
-    neutral: ClassVar[dict[str, Any]] = {"scales": (1.0,), "shares": (1.0,), "shifts": None}
+    neutral: ClassVar[dict[str, Any]] = {"scales": (1.0,), "shares": (1.0,), "strengths": (1.0,), "shifts": "own"}
     # LTX takes multiples of 32 pixels only, whatever its VAE
-    active: ClassVar[dict[str, Any]] = {"scales": (1.0, 0.5, 1.0), "shares": (1.0, 2.0, 1.0), "multiple": 32}
+    active: ClassVar[dict[str, Any]] = {
+        "scales": (1.0, 0.5, 1.0), "shares": (1.0, 2.0, 1.0), "strengths": (1.0, 0.8, 0.6), "shifts": None, "multiple": 32,
+    }  # fmt: skip
     effects = Effects(edits=frozenset({"schedule", "latents", "resolution"}), stochastic=True)
-    tune: ClassVar[dict[str, Any]] = {
-        "scales": ((1.0, 0.75, 1.0), (1.0, 0.5, 1.0)),
-        "shares": ((6.0, 8.0, 7.0), (4.0, 12.0, 5.0)),
-    }
+    tune: ClassVar[dict[str, Any]] = {"preset": ("flux", "hunyuan_video"), "strengths": ((1.0, 0.8, 0.6), (1.0, 0.6, 0.3))}
     config: BottleneckSamplingConfig
 
     # refusals -------------------------------------------------------------------------------------------------------------------
@@ -147,11 +186,13 @@ class BottleneckSampling(Plugin):
     def _ensure_supported(self, pipe: Any, family: Family) -> None:
         """Raises Unsupported, with the reason and the way out, where the pipeline or its scheduler cannot run in stages."""
         known, scheduler, kind = parameters(pipe), pipe.scheduler, prediction_kind(family, pipe.scheduler)
-        name, why = type(scheduler).__name__, None
-        if self.config.shifts is not None and kind != "flow":
-            why = f"shifts are those of flow models, and this one predicts {kind}; set shifts to none"
-        elif self._is_one_stage:
+        name, knobs, why = type(scheduler).__name__, self.config, None
+        if self._is_off:
             return
+        if kind != "flow" and isinstance(knobs.shifts, tuple):
+            why = f"shifts are those of flow models, and this one predicts {kind}; set shifts to none"
+        elif kind != "flow" and knobs.strength_of == "sigma":
+            why = f"strength_of = 'sigma' is that of flow models, and this one predicts {kind}; use 'time'"
         elif "strength" in known:
             why = f"{type(pipe).__name__} starts from a given picture, which belongs to one size; use the text-to-image pipeline"
         elif missing := [key for key in ("height", "width", "latents") if key not in known]:
@@ -170,110 +211,120 @@ class BottleneckSampling(Plugin):
             raise Unsupported(f"bottleneck_sampling: {why}")
 
     @property
-    def _is_one_stage(self) -> bool:
-        return len(self.config.scales) == 1
-
-    def _shift(self, stage: int) -> float:
-        return 1.0 if self.config.shifts is None else self.config.shifts[stage]
+    def _is_off(self) -> bool:
+        return all(getattr(self.config, knob) == value for knob, value in self.neutral.items())
 
     # one call of the pipeline a stage -----------------------------------------------------------------------------------------------
 
     def run(self, call: RunCall, next: Callable[[RunCall], Any]) -> Any:
-        if self._is_one_stage:
+        if self._is_off:
             return next(call)
         self._ensure_supported(call.pipe, call.family)  # again: the scheduler may be another one now
-        refuse_fractions(call)
+        refuse_what_belongs_to_one_schedule(call)
         grid = Grid.of(call)
-        progress, last = call.shared, len(self.config.scales) - 1
-        progress.sizes = self._sizes(call, grid)
+        progress = call.shared
+        progress.stages = self._stages(call, grid)
         progress.x0 = progress.eps = progress.start = None
-        progress.steps = ()
-        for stage, size in enumerate(progress.sizes):
-            progress.stage = stage
-            changes: dict[str, Any] = {} if size == grid.full else at_size(call, size, grid.full)
+        for number, stage in enumerate(progress.stages):
+            progress.stage = number
+            changes: dict[str, Any] = {"num_inference_steps": stage.made}
+            if stage.size != grid.full:
+                changes |= at_size(call, stage.size, grid.full)
             if "use_resolution_binning" in parameters(call.pipe):
                 changes["use_resolution_binning"] = False  # it would undo the stage's size
-            if stage:
+            if number:
                 changes["latents"] = progress.x0  # of the right shape, so that no noise is drawn; `denoise` puts in the real start
-            if stage == last:
+            if number == len(progress.stages) - 1:
                 result = next(call.replace(**changes))
                 self._explain(call)
                 return result
             x0 = next(call.replace(**changes, output_type="latent", return_dict=False))[0]
-            self._change_size(call, x0, grid, progress.sizes[stage + 1])
+            self._change_size(call, x0, grid, stage.size, progress.stages[number + 1].size)
 
-    def _sizes(self, call: RunCall, grid: Grid) -> tuple[tuple[int, int], ...]:
-        """(height, width) of each stage in pixels.
+    def _stages(self, call: RunCall, grid: Grid) -> tuple[Stage, ...]:
+        """The stages of this run.
 
         Raises:
-            ConfigError: a stage would be smaller than the smallest picture.
+            ConfigError: fewer steps than stages, or a stage would be smaller than the smallest picture.
             Unsupported: latents were given for another size than the first stage's.
         """
+        knobs, T = self.config, steps_asked_for(call)
+        shares, strengths, shifts = (knobs.of_stages(name) for name in OF_A_STAGE[1:])
+        if shifts == "own" or prediction_kind(call.family, call.pipe.scheduler) != "flow":
+            shifts = (None,) * len(shares)
+        try:
+            counts = method.stage_steps(T, shares)
+        except ValueError as error:
+            raise ConfigError(f"plugin 'bottleneck_sampling': shares = {shares}: {error}; use more steps") from None
+        stages = []
+        for size, N, w, s in zip(self._sizes(call, grid), counts, strengths, shifts, strict=True):
+            run = method.rounded(N * w) if knobs.runs == "part" else N
+            whole = N if knobs.runs == "part" else method.rounded(N / w)
+            stages.append(Stage(size, w, s, whole if s is None else run, run))
+        return tuple(stages)
+
+    def _sizes(self, call: RunCall, grid: Grid) -> tuple[tuple[int, int], ...]:
+        """(height, width) of each stage in pixels."""
         multiple = math.lcm(self.config.multiple or 1, grid.factor * grid.patch)
-        height, width = grid.full
+        (height, width), scales = grid.full, self.config.of_stages("scales")
         sizes: list[tuple[int, int]] = []
-        for stage, scale in enumerate(self.config.scales):
+        for number, scale in enumerate(scales, 1):
             size = method.stage_side(height, scale, multiple), method.stage_side(width, scale, multiple)
             if scale == 1:
                 size = grid.full
             if 0 in size:
                 raise ConfigError(
-                    f"plugin 'bottleneck_sampling': scales = {self.config.scales}: stage {stage + 1} cannot have {scale:g} times "
+                    f"plugin 'bottleneck_sampling': scales = {scales}: stage {number} cannot have {scale:g} times "
                     f"{height} x {width} pixels, sizes are multiples of {multiple}; use a larger scale or a larger picture"
                 )
             sizes.append(size)
         if call.get("latents") is not None and sizes[0] != grid.full:
             raise Unsupported(
-                f"bottleneck_sampling: latents were given, and the first stage has another size (scales = {self.config.scales}); "
-                "let it begin with 1"
+                f"bottleneck_sampling: latents were given, and the first stage has another size (scales = {scales}); let it begin with 1"
             )
         return tuple(sizes)
 
-    def _change_size(self, call: RunCall, x0: Tensor, grid: Grid, size: tuple[int, int]) -> None:
-        """Resize the estimate of the stage that has ended, and draw the noise of the next one."""
-        progress = call.shared
-        here, there = grid.latents(progress.sizes[progress.stage]), grid.latents(size)
+    def _change_size(self, call: RunCall, x0: Tensor, grid: Grid, old: tuple[int, int], new: tuple[int, int]) -> None:
+        """Resize the sample that a stage has ended in, and draw the noise of the next one."""
+        progress, here, there = call.shared, grid.latents(old), grid.latents(new)
         maps = method.unpack(x0, *here, grid.patch) if grid.packed else x0
         if here != there:
             maps = method.resize(maps, *there, self.config.resampling)
-        if self.config.noise == "fresh":
-            eps = randn_tensor(maps.shape, generator=call.get("generator"), device=maps.device, dtype=torch.float32)
-            progress.eps = method.pack(eps, grid.patch) if grid.packed else eps
+        eps = randn_tensor(maps.shape, generator=call.get("generator"), device=maps.device, dtype=torch.float32)
+        progress.eps = method.pack(eps, grid.patch) if grid.packed else eps
         progress.x0 = method.pack(maps, grid.patch) if grid.packed else maps
 
     def _explain(self, call: RunCall) -> None:
-        progress = call.shared
-        areas = [height * width for height, width in progress.sizes]
-        stages = ", ".join(f"{n} at {w} x {h}" for n, (h, w) in zip(progress.steps, progress.sizes, strict=True))
-        call.note(f"steps: {stages} pixels; pixels x steps are {method.work(progress.steps, areas):.0%} of as many full ones")
+        stages = call.shared.stages
+        parts = ", ".join(f"{stage.run} at {stage.size[1]} x {stage.size[0]}" for stage in stages)
+        share = method.work([stage.run for stage in stages], [math.prod(stage.size) for stage in stages], steps_asked_for(call))
+        call.note(f"steps: {parts} pixels; pixels x steps are {share:.0%} of the plain run's")
 
     # inside a stage -------------------------------------------------------------------------------------------------------------------
 
     def schedule(self, call: ScheduleCall, next: Callable[[ScheduleCall], Schedule]) -> Schedule:
-        """The stage's part of the schedule that the scheduler makes at the stage's size, shifted by s_i."""
+        """The stage's own schedule, from its strength to the clean sample."""
         whole = next(call)
-        stage, scheduler = call.shared.stage, call.scheduler
+        if self._is_off:
+            return whole
+        stage, scheduler = call.shared.now, call.scheduler
         timesteps, sigmas = whole
-        if (s := self._shift(stage)) != 1 and sigmas is not None:
-            sigmas = method.shifted(sigmas, s)
-            t = sigmas[: len(timesteps)] * scheduler.config.num_train_timesteps
-            timesteps = t.to(timesteps.device, timesteps.dtype)
-        if self._is_one_stage:
-            return Schedule(timesteps, sigmas) if s != 1 else whole
-        T = len(timesteps) - 1 if is_plms(scheduler) else -(-len(timesteps) // scheduler.order)
-        try:
-            ends = method.stage_ends(T, self.config.shares)
-        except ValueError as error:
-            raise ConfigError(f"plugin 'bottleneck_sampling': scales = {self.config.scales}: {error}; use more steps") from None
-        begin, end = (0, *ends)[stage], ends[stage]
-        call.shared.steps = (*call.shared.steps[:stage], end - begin)
         if hasattr(scheduler, "set_begin_index"):
             scheduler.set_begin_index(0)  # else it looks the first timestep up by value, and a repeated one leads to the second place
+        if stage.s is not None and sigmas is not None:
+            levels = method.stage_sigmas(stage.w, stage.s, stage.run, self.config.strength_of == "sigma").to(sigmas)
+            levels[0] = torch.minimum(levels[0], sigmas[0])  # UniPC begins just below 1, where its logarithms are finite
+            levels[-1] = sigmas[-1]
+            levels = torch.cat([levels[:1], levels[1:-1].repeat_interleave(scheduler.order), levels[-1:]])
+            t = levels[:-1] * scheduler.config.num_train_timesteps
+            return Schedule(t.to(timesteps.device, timesteps.dtype), levels)
+        if stage.run == stage.made:
+            return whole
         if is_plms(scheduler):
-            return Schedule(plms_part(timesteps, begin, end), sigmas)
-        begin, end = scheduler.order * begin, min(scheduler.order * end, len(timesteps))
-        part = timesteps[begin:end].data  # `.data`: a view would keep the whole schedule's tensor alive with it
-        return Schedule(part, None if sigmas is None else sigmas[begin : end + len(sigmas) - len(timesteps)].data)
+            return Schedule(plms_tail(timesteps, stage.run), sigmas)
+        begin = scheduler.order * (stage.made - stage.run)
+        part = timesteps[begin:].data  # `.data`: a view would keep the whole schedule's tensor alive with it
+        return Schedule(part, None if sigmas is None else sigmas[begin:].data)
 
     def control(self, call: ControlCall, next: Callable[[ControlCall], Any]) -> Any:
         """A ControlNet is asked before the denoiser; it must see what the stage begins from too."""
@@ -289,28 +340,19 @@ class BottleneckSampling(Plugin):
         return next(call.with_latents(self._start(call)) if self._begins(call) else call)
 
     def step(self, call: StepCall, next: Callable[[StepCall], StepOutput]) -> StepOutput:
-        if self._is_one_stage:
+        if self._is_off:
             return next(call)
-        progress, step = call.shared, call.step
-        stage = progress.stage
-        height, width = progress.sizes[stage]
-        call.count(f"steps of stage {stage + 1} ({width}x{height})")
+        progress = call.shared
+        height, width = progress.now.size
+        call.count(f"steps of stage {progress.stage + 1} ({width}x{height})")
         if self._begins(call):
             call = call.replace(sample=self._start(call))
             progress.x0 = progress.eps = progress.start = None
-        out = next(call)
-        if stage == len(self.config.scales) - 1 or not step.is_last:
-            return out
-        x, output = call.sample.float(), call.model_output.float()
-        kind = prediction_kind(call.family, call.scheduler)
-        levels = levels_at(call.family, call.scheduler, step.t, step.sigma, x.device)
-        if self.config.noise == "implied":
-            progress.eps = noise_estimate(x, output, levels, kind)
-        return StepOutput(clean_estimate(x, output, levels, kind).to(call.sample.dtype), out.x0)
+        return next(call)
 
     def _begins(self, call: Call) -> bool:
-        """Whether this is the first step of a stage that begins from an earlier one's estimate."""
-        return call.shared.x0 is not None and call.step.index == 0
+        """Whether this is the first step of a stage that begins from an earlier one's sample."""
+        return call.shared.x0 is not None and call.step.call == 0
 
     def _start(self, call: Call) -> Tensor:
         """x0 and eps at the noise level of the stage's first step."""
@@ -366,8 +408,8 @@ def at_size(call: RunCall, size: tuple[int, int], full: tuple[int, int]) -> dict
     return changes
 
 
-def refuse_fractions(call: RunCall) -> None:
-    """Raises Unsupported for arguments that mean a part of the whole run, which no single call of the pipeline sees."""
+def refuse_what_belongs_to_one_schedule(call: RunCall) -> None:
+    """Raises Unsupported for arguments that mean a part of the whole run or its schedule, which no single call of the pipeline sees."""
     for key, harmless in OF_THE_WHOLE_RUN.items():
         value = call.get(key)
         if any(item not in harmless for item in (value if isinstance(value, (list, tuple)) else [value])):
@@ -375,6 +417,17 @@ def refuse_fractions(call: RunCall) -> None:
                 f"bottleneck_sampling: {key} = {value!r} is counted in fractions of the whole run, and every stage is a call of its own; "
                 "leave it out"
             )
+    for key in ("timesteps", "sigmas"):
+        if call.get(key) is not None:
+            raise Unsupported(
+                f"bottleneck_sampling: {key} were given, and every stage has a schedule of its own: give num_inference_steps, and say what "
+                "the stages are by shares, strengths and shifts"
+            )
+
+
+def steps_asked_for(call: RunCall) -> int:
+    """``num_inference_steps`` of the call, or the pipeline's own."""
+    return int(call.get("num_inference_steps") or parameters(call.pipe)["num_inference_steps"].default)
 
 
 def is_plms(scheduler: Any) -> bool:
@@ -382,12 +435,14 @@ def is_plms(scheduler: Any) -> bool:
     return hasattr(scheduler, "plms_timesteps")
 
 
-def plms_part(timesteps: Tensor, begin: int, end: int) -> Tensor:
-    """Steps ``begin`` to ``end`` of a PLMS schedule t_0 t_1 t_1 t_2 ...: its solver starts with a repeated timestep, so each part does.
+def plms_tail(timesteps: Tensor, n: int) -> Tensor:
+    """The last ``n`` steps of a PLMS schedule t_0 t_1 t_1 t_2 ...: its solver starts with a repeated timestep, so a tail does.
 
     Written into the scheduler's own fresh tensor: only a part of that keeps the scheduler's step size.
     """
-    distinct = torch.cat([timesteps[:1], timesteps[2:]])[begin:end]
-    part = timesteps[begin : begin + len(distinct) + (len(distinct) > 1)].data
-    part.copy_(torch.cat([distinct[:2], distinct[1:]]) if len(distinct) > 1 else distinct)
+    if n == 1:
+        return timesteps[-1:].data
+    distinct = torch.cat([timesteps[:1], timesteps[2:]])[-n:]
+    part = timesteps[-n - 1 :].data
+    part.copy_(torch.cat([distinct[:2], distinct[1:]]))
     return part

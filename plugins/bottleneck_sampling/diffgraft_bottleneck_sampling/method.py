@@ -1,7 +1,7 @@
 """The mathematics of Bottleneck Sampling, without diffusers. Symbols as in arXiv 2503.18940.
 
-K stages, stage i with N_i of T steps at the resolution (h_i, w_i) and the timestep shift s_i. Between two stages the clean sample is
-estimated, resized and noised again to the level at which the next stage begins.
+K stages; stage i has the resolution (h_i, w_i), N_i steps, the strength w_i and the timestep shift s_i. Each begins at the noise level
+that its strength names and ends in a clean sample, which is resized and noised again for the next one.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 
-def stage_ends(T: int, shares: Sequence[float]) -> tuple[int, ...]:
-    """The step after the last one of each stage (the last is T): ``shares`` is how N_1 : N_2 : ... : N_K are to each other.
+def stage_steps(T: int, shares: Sequence[float]) -> tuple[int, ...]:
+    """N_1 ... N_K of T steps: ``shares`` is how they are to each other.
 
     Sums are rounded, not the single N_i, so that no rounding error adds up; every stage has one step at least.
 
@@ -24,17 +24,33 @@ def stage_ends(T: int, shares: Sequence[float]) -> tuple[int, ...]:
     K = len(shares)
     if T < K:
         raise ValueError(f"{K} stages need at least {K} steps, not {T}")
-    ends, total, so_far = [], math.fsum(shares), 0
+    steps: list[int] = []
+    total, so_far = math.fsum(shares), 0
     for i in range(K):
         end = math.floor(T * math.fsum(shares[: i + 1]) / total + 0.5)
-        so_far = min(max(end, so_far + 1), T - (K - 1 - i))
-        ends.append(so_far)
-    return tuple(ends)
+        end = min(max(end, so_far + 1), T - (K - 1 - i))
+        steps.append(end - so_far)
+        so_far = end
+    return tuple(steps)
 
 
-def shifted(sigma: Tensor, s: float) -> Tensor:
-    """Scheduler re-shifting: sigma' = s sigma / (1 + (s - 1) sigma), for flow levels sigma in [0, 1]; the noise-to-signal ratio times s."""
-    return s * sigma / (1 + (s - 1) * sigma)
+def rounded(n: float) -> int:
+    """The nearest whole number of steps, 1 at least."""
+    return max(1, math.floor(n + 0.5))
+
+
+def shifted(t: Tensor, s: float) -> Tensor:
+    """Scheduler re-shifting: sigma = s t / (1 + (s - 1) t), for times t in [0, 1]; the noise-to-signal ratio times s."""
+    return s * t / (1 + (s - 1) * t)
+
+
+def stage_sigmas(w: float, s: float, n: int, is_level: bool = False) -> Tensor:
+    """[n + 1] levels of a stage of n steps: evenly spaced times from t(w) to 0, shifted by s. float64.
+
+    w is the time itself, or (``is_level``) the level that the stage begins at: then t = w / (s - (s - 1) w).
+    """
+    t = w / (s - (s - 1) * w) if is_level else w
+    return shifted(t * torch.linspace(1, 0, n + 1, dtype=torch.float64), s)
 
 
 def renoised(x0: Tensor, eps: Tensor, a: Tensor, sigma: Tensor) -> Tensor:
@@ -42,12 +58,12 @@ def renoised(x0: Tensor, eps: Tensor, a: Tensor, sigma: Tensor) -> Tensor:
     return (a * x0.float() + sigma * eps.float()).to(x0.dtype)
 
 
-def work(steps: Sequence[int], areas: Sequence[float], power: float = 1.0) -> float:
-    """Sum of N_i (A_i / A_K)^power over T: the share of the full-resolution cost, if a step's cost goes with its tokens to that power.
+def work(steps: Sequence[int], areas: Sequence[float], T: int, power: float = 1.0) -> float:
+    """Sum of n_i (A_i / A_K)^power over T: the share of a plain run's cost, if a step's cost goes with its tokens to that power.
 
     power = 1 is the part of a network that treats tokens one by one, power = 2 attention between all of them.
     """
-    return math.fsum(n * (area / areas[-1]) ** power for n, area in zip(steps, areas, strict=True)) / sum(steps)
+    return math.fsum(n * (area / areas[-1]) ** power for n, area in zip(steps, areas, strict=True)) / T
 
 
 # sizes ------------------------------------------------------------------------------------------------------------------------------
