@@ -1,8 +1,8 @@
 """Bottleneck Sampling beside fewer steps at equal time: nearness to the full run, time, and what a judge sees in the pictures.
 
     python plugins/bottleneck_sampling/benchmarks/fidelity.py --pipeline emoji-sd --steps 21 --samples 24 --out out/bottleneck
-    python plugins/bottleneck_sampling/benchmarks/fidelity.py --pipeline emoji-flux --steps 28 -s "scales=1,0.5,1 shares=4,12,5" \
-        -s "scales=1,0.5,1 shares=4,12,5 shifts=1,0.6,1.7"
+    python plugins/bottleneck_sampling/benchmarks/fidelity.py --pipeline emoji-flux --steps 34 -s preset=flux \
+        -s "strengths=1,0.6,0.3 shifts=own"
 
 Rows: the full run; every setting; for every setting the plain pipeline with as many steps as cost the same: by --match time as many as take
 as long (fitted through timed runs at all and at half the steps), by --match pixels as many as have the same pixels x steps, which needs
@@ -35,12 +35,12 @@ from diffgraft.lab.pictures import draw_grid, to_images
 from diffgraft.lab.results import plain
 from diffgraft.methods.files import write_atomic
 from diffgraft.methods.inputs import CallSettings, Pictures, Sample, make_pictures, make_samples
-from diffgraft_bottleneck_sampling import method
+from diffgraft_bottleneck_sampling import OF_A_STAGE, method
 from rich.console import Console
 from rich.table import Column, Table
 
 NAME = "bottleneck_sampling"
-SETTINGS = ["scales=1,0.5,1 shares=4,12,5", "scales=1,0.5,1 shares=3,8,4", "scales=1,0.75,1 shares=4,12,5"]
+SETTINGS = ["preset=flux", "preset=hunyuan_video", "shifts=own"]
 
 
 @dataclass
@@ -56,14 +56,14 @@ class Row:
 
 
 def knobs_of(text: str) -> dict[str, Any]:
-    """``"scales=1,0.5,1 shares=4,12,5"`` as knobs."""
+    """``"scales=1,0.5,1 shares=6,20,8"`` as knobs."""
     knobs: dict[str, Any] = {}
     for part in text.split():
         key, sign, value = part.partition("=")
         if not sign:
             raise ConfigError(f"--setting {text!r}: {part!r} is not knob=value")
         numbers = [float(item) for item in value.split(",")] if value.replace(",", "").replace(".", "").isdigit() else None
-        knobs[key] = value if numbers is None else tuple(numbers) if key in ("scales", "shares", "shifts") else int(numbers[0])
+        knobs[key] = value if numbers is None else tuple(numbers) if key in OF_A_STAGE else int(numbers[0])
     return knobs
 
 
@@ -128,8 +128,10 @@ def equal_work_rows(settings: list[Row]) -> list[Row]:
     rows: list[Row] = []
     for row in settings:
         config = registry.find(NAME)(**(row.knobs or {})).config
-        stages = np.diff((0, *method.stage_ends(row.steps, config.shares)))
-        steps = round(row.steps * method.work(stages.tolist(), [scale**2 for scale in config.scales]))
+        shares, strengths, scales = (config.of_stages(name) for name in ("shares", "strengths", "scales"))
+        counts = method.stage_steps(row.steps, shares)
+        counts = [method.rounded(N * w) for N, w in zip(counts, strengths, strict=True)] if config.runs == "part" else counts
+        steps = round(row.steps * method.work(counts, [scale**2 for scale in scales], row.steps))
         if steps not in [other.steps for other in rows]:
             rows.append(Row(f"{steps} steps", steps))
     return rows
@@ -138,7 +140,7 @@ def equal_work_rows(settings: list[Row]) -> list[Row]:
 def main(
     pipeline: Annotated[str, typer.Option(help="bundled name, folder or Hub id")] = "emoji-sd",
     steps: Annotated[int, typer.Option(help="steps of the full run and of every setting")] = 21,
-    setting: Annotated[list[str], typer.Option("--setting", "-s", help="knobs of one row, 'scales=1,0.5,1 shares=4,12,5'")] = SETTINGS,
+    setting: Annotated[list[str], typer.Option("--setting", "-s", help="knobs of one row, 'scales=1,0.5,1 shares=6,20,8'")] = SETTINGS,
     samples: Annotated[int, typer.Option(help="pictures of every row")] = 24,
     rounds: Annotated[int, typer.Option(help="timed rounds")] = 7,
     match: Annotated[str, typer.Option(help="what 'fewer steps' is equal in: time or pixels")] = "time",

@@ -37,7 +37,7 @@ from diffusers import DiffusionPipeline
 from pydantic import Field
 from torch import Tensor
 
-from diffgraft_diversity_distillation.base import estimate, first_part, listen, steps_once
+from diffgraft_diversity_distillation.base import estimate, first_part, listen, steps_once, twin
 from diffgraft_diversity_distillation.method import guided
 
 __all__ = ["DiversityDistillation", "DiversityDistillationConfig"]
@@ -234,6 +234,8 @@ class DiversityDistillation(Plugin):
         replaced = self.config.base_steps is not None and step.index < self.config.steps
         if self.config.preview and not replaced:
             shared.estimates.append(estimate(call))
+        if replaced and "generator" in call.arguments():  # the result is thrown away, and its noise must not be drawn from the run's
+            call = call.replace(generator=twin(call["generator"]) or torch.Generator(call.sample.device))
         out = next(call)  # also where its result is thrown away: the scheduler must count this step
         hands_over = replaced and step.ends_step and step.index == min(self.config.steps, step.total) - 1
         return StepOutput(shared.handed) if hands_over else out

@@ -391,7 +391,7 @@ def test_j_is_n_b_is_the_base_alone(name):
 
 
 def test_the_handoff_equals_two_loops_by_hand():
-    """B: DDIM, 20 steps, w = 5, down to the timestep nearest to D's second; D: LCM from its second step on."""
+    """B: DDIM, 20 steps, w = 5, down to the timestep nearest to D's second; D: LCM from its second step on with the first noise."""
     made, base = tiny(), other()
     lcm(made.pipe)
     ddim = DDIMScheduler.from_config(base.scheduler.config)
@@ -406,7 +406,6 @@ def test_the_handoff_equals_two_loops_by_hand():
     for t in ddim.timesteps[:j]:
         both = base.unet(torch.cat([x, x]), t, torch.cat([uncond, cond])).sample
         x = ddim.step(both[:1] + 5.0 * (both[1:] - both[:1]), t, x, return_dict=False)[0]
-    torch.randn(x.shape, generator=generator)  # the noise of the step that the base took the place of
     for t in scheduler.timesteps[1:]:
         x = scheduler.step(made.pipe.unet(x, t, cond).sample, t, x, generator=generator, return_dict=False)[0]
     load_pipeline(made.pipe, plugins=[DiversityDistillation(model=base, guidance_scale=5.0, base_steps=20, preview=True)])

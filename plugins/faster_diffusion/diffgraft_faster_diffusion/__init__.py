@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from diffgraft import (
@@ -35,6 +35,7 @@ from torch import Tensor
 from diffgraft_faster_diffusion.method import (
     ALPHA,
     Keys,
+    Named,
     holds_tensors,
     inject,
     next_key,
@@ -58,8 +59,8 @@ class FasterDiffusionConfig(PluginConfig):
 
     keys: Keys = Field(
         "paper",
-        description="t_key, the steps that run the encoder: 'paper'; an interval (1 = every step: off); or a list of steps counted from 0, "
-        "the first of the run, which always is one",
+        description="t_key, the steps that run the encoder: 'paper', or a list of the official code ('100ls', '75ls', 's2', 'pro'); an "
+        "interval (1 = every step: off); or a list of steps counted from 0, the first of the run, which always is one",
     )
     parallel: int | None = Field(
         None,
@@ -87,9 +88,11 @@ class FasterDiffusionConfig(PluginConfig):
     def _keys(cls, value: Any) -> Any:
         if isinstance(value, (list, tuple)) and all(isinstance(key, int) and key >= 0 for key in value):
             return tuple(sorted({0, *value}))
-        if value == "paper" or (isinstance(value, int) and value >= 1):
+        if value in get_args(Named) or (isinstance(value, int) and value >= 1):
             return value
-        raise ValueError("allowed: 'paper', an interval of 1 or more steps, or a list of steps counted from 0")
+        raise ValueError(
+            f"allowed: {', '.join(map(repr, get_args(Named)))}, an interval of 1 or more steps, or a list of steps counted from 0"
+        )
 
 
 @dataclass

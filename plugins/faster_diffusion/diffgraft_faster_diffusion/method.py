@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal
 
 from torch import Tensor
 
-Keys = Literal["paper"] | int | tuple[int, ...]
+Named = Literal["paper", "100ls", "75ls", "s2", "pro"]
+Keys = Named | int | tuple[int, ...]
 
 PAPER_KEYS = (0, 1, 2, 3, 5, 10, 15, 25, 35)
 """t_key = {50, 49, 48, 47, 45, 40, 35, 25, 15} of 50 steps, counted from 0; its first seven are the paper's t_key of 20 steps."""
@@ -23,11 +25,27 @@ def paper_keys(T: int) -> tuple[int, ...]:
     return PAPER_KEYS if T <= 50 else tuple(i for i in range(T) if i <= 10 or i % 5 == 0 or i > T - 15)
 
 
+def named_keys(name: Named, T: int) -> tuple[int, ...]:
+    """The key steps that go by a name: the paper's, or one of the official code's lists.
+
+    ``100ls`` and ``75ls``: the first 10, every fifth, and those after step 85 or 65. ``s2``: the first 20, those after step 40, and every
+    second between. ``pro``: gaps that grow by one, 0, 2, 5, 9, 14, ... = (j^2 + 3 j) / 2.
+    """
+    if name == "paper":
+        return paper_keys(T)
+    if name == "s2":
+        return tuple(i for i in range(T) if i < 20 or i > 40 or i % 2 == 0)
+    if name == "pro":
+        return tuple(i for i in range(T) if math.isqrt(9 + 8 * i) ** 2 == 9 + 8 * i)
+    after = 85 if name == "100ls" else 65
+    return tuple(i for i in range(T) if i < 10 or i > after or i % 5 == 0)
+
+
 def next_key(i: int, T: int, keys: Keys) -> int:
     """The key step after step ``i`` of ``T``; T or more where none is left. ``keys`` an interval counts on from ``i``."""
     if isinstance(keys, int):
         return i + keys
-    return min((key for key in (paper_keys(T) if keys == "paper" else keys) if key > i), default=T)
+    return min((key for key in (named_keys(keys, T) if isinstance(keys, str) else keys) if key > i), default=T)
 
 
 def inject(z: Tensor, z_T: Tensor, t: Tensor, alpha: float, tau: float) -> Tensor:

@@ -133,6 +133,17 @@ def test_key_steps_are_those_of_the_paper():
     assert [100 - i for i in method.paper_keys(100)] == floyd
 
 
+def test_key_steps_that_go_by_the_official_codes_names():
+    """Those of its U-Net for Stable Diffusion; ``pro`` is the paper's list for DeepFloyd-IF's third stage too."""
+    assert [i for i in method.named_keys("75ls", 75) if i >= 60] == [60, 65, *range(66, 75)]
+    assert method.named_keys("75ls", 12) == (*range(10), 10)
+    assert [i for i in method.named_keys("100ls", 100) if i > 75] == [80, 85, *range(86, 100)]
+    assert [i for i in method.named_keys("s2", 50) if 17 < i < 45] == [18, 19, *range(20, 41, 2), 41, 42, 43, 44]
+    assert method.named_keys("pro", 75) == (0, 2, 5, 9, 14, 20, 27, 35, 44, 54, 65)
+    assert method.next_key(9, 75, "pro") == 14
+    assert FasterDiffusion(keys="75ls").config.keys == "75ls"
+
+
 @pytest.mark.parametrize("keys", ["paper", 1, 3, (0, 4, 5, 9)])
 def test_next_key_walks_through_the_key_steps(keys):
     walked, i = [], 0
@@ -754,7 +765,7 @@ def test_no_value_is_read_on_the_host_in_a_step(parallel):
 
 @pytest.mark.parametrize("keys", [0, -1, "often", [0, -2], [0.5], 2.5, None])
 def test_bad_keys_are_refused(keys):
-    with pytest.raises(ConfigError, match=r"keys.*'paper', an interval"):
+    with pytest.raises(ConfigError, match=r"keys.*'paper', .*'pro', an interval"):
         FasterDiffusion(keys=keys)
 
 

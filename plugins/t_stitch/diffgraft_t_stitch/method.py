@@ -37,7 +37,8 @@ def ends_by_begin(r: Sequence[float], T: int) -> tuple[int, ...]:
 def ends_by_time(r: Sequence[float], t: Sequence[float], T_train: float) -> tuple[int, ...]:
     """The same where a step belongs to a part if its timestep has t / T_train >= 1 - R (the authors' DiT code).
 
-    ``t`` [T] are the timesteps of the run, falling. R = 0 is no step at all, also where t = T_train occurs (flow models).
+    ``t`` [T] are the timesteps of the run, falling. R = 0 is no step at all, also where t = T_train occurs (flow models). The rule is that
+    of decimals: a step at t = (1 - R) T_train belongs to the part. In the authors' floats 300 / 1000 >= 1 - 0.7 is false.
     """
     return tuple(sum(value >= (1 - R) * T_train - 1e-6 * T_train for value in t) if R > 0 else 0 for R in cumulative(r))
 

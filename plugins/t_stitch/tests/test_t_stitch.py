@@ -120,6 +120,15 @@ def test_shares_by_timestep(r):
     assert ends_by_time(r, evenly, 1000) == ends_by_steps(r, 100)  # DiT, DDIM 100: the rules agree
 
 
+def test_where_shares_by_timestep_differ_from_the_authors_floats():
+    """Their DiT asks t / 1000 >= 1 - r: one step less at r = 0.7, where 1 - r is a little more than 0.3; else the same."""
+    for T in (50, 100, 250):
+        t = [1000 - 1000 // T * (i + 1) for i in range(T)]
+        for r in (0.1, 0.2, 0.25, 0.3, 0.35, 0.4, 0.45, 0.5, 0.6, 0.7, 0.75, 0.8, 0.9, 1.0):
+            theirs = sum(value / 1000 >= (1 - r) for value in t)
+            assert ends_by_time((r,), t, 1000) == (theirs + (r == 0.7),)
+
+
 def test_parts_follow_each_other():
     for T in (1, 3, 10, 50):
         ends = ends_by_steps((0.25, 0.25, 0.25), T)
