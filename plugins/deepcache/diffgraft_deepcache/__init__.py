@@ -87,7 +87,7 @@ class DeepCache(Plugin):
         title="DeepCache: Accelerating Diffusion Models for Free",
         arxiv="2312.00858",
         implemented="1:N inference, uniform (eq. 6) and non-uniform (eq. 7), with every skip branch, on the U-Nets of diffusers",
-        omitted="the authors' patched pipelines (their schedule without a center is center=0); U-Nets with a second, image-sized path (skip_conv)",
+        omitted="the authors' patched pipelines (their schedule without a center is center=0 here); U-Nets with an image-sized second path",
         licence="official code Apache-2.0; written from the paper's equations",
     )
     families = ("unets",)

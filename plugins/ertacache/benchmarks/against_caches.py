@@ -47,7 +47,7 @@ SETTINGS: Mapping[str, Mapping[str, Any]] = {
     "ertacache": {},
     "ertacache, phi by velocity": {"phi": "velocity"},
     "ertacache, phi off": {"phi": "off"},
-    "ertacache, no rectification": {"rectify": False},
+    "ertacache, phi by velocity, no rectification": {"phi": "velocity", "rectify": False},
     "plain residual cache": {"phi": "off", "rectify": False},
 }
 

@@ -78,8 +78,8 @@ class TimeShift(Plugin):
         arxiv="2305.15583",
         implemented="per sample, the time whose model variance is nearest to the sample's variance replaces the nominal one: in the "
         "denoiser (mode 'network') or as the target of the DDIM transfer (mode 'target'); also for data variance sigma_d^2 and flow models",
-        omitted="target mode for anything but DDIM: the official F-PNDM and S-PNDM (the paper's headline FID), DDPM, DPM-Solver (which takes "
-        "the variance of the predicted noise); the window of +-w of DEIS",
+        omitted="target mode for anything but DDIM: the official F-PNDM and S-PNDM (the paper's headline FID), DDPM, DPM-Solver (it "
+        "takes the variance of the predicted noise); the window of +-w of DEIS",
         licence="official code Apache-2.0; written from the paper's description",
     )
     families = (
