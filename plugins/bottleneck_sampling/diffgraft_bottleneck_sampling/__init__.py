@@ -135,6 +135,8 @@ class Stage:
     """Steps that the scheduler is asked for."""
     run: int
     """The last so many of them are run."""
+    told: int
+    """Steps that the pipeline is told: two where it is one, as PixArt takes one step for another method and asks that of its scheduler."""
 
 
 @dataclass
@@ -227,7 +229,7 @@ class BottleneckSampling(Plugin):
         progress.x0 = progress.eps = progress.start = None
         for number, stage in enumerate(progress.stages):
             progress.stage = number
-            changes: dict[str, Any] = {"num_inference_steps": stage.made}
+            changes: dict[str, Any] = {"num_inference_steps": stage.told}
             if stage.size != grid.full:
                 changes |= at_size(call, stage.size, grid.full)
             if "use_resolution_binning" in parameters(call.pipe):
@@ -250,7 +252,8 @@ class BottleneckSampling(Plugin):
         """
         knobs, T = self.config, steps_asked_for(call)
         shares, strengths, shifts = (knobs.of_stages(name) for name in OF_A_STAGE[1:])
-        if shifts == "own" or prediction_kind(call.family, call.pipe.scheduler) != "flow":
+        flow = prediction_kind(call.family, call.pipe.scheduler) == "flow"
+        if shifts == "own" or not flow:
             shifts = (None,) * len(shares)
         try:
             counts = method.stage_steps(T, shares)
@@ -259,8 +262,8 @@ class BottleneckSampling(Plugin):
         stages = []
         for size, N, w, s in zip(self._sizes(call, grid), counts, strengths, shifts, strict=True):
             run = method.rounded(N * w) if knobs.runs == "part" else N
-            whole = N if knobs.runs == "part" else method.rounded(N / w)
-            stages.append(Stage(size, w, s, whole if s is None else run, run))
+            made = run if s is not None else N if knobs.runs == "part" else method.rounded(N / w)
+            stages.append(Stage(size, w, s, made, run, made if flow else max(made, 2)))
         return tuple(stages)
 
     def _sizes(self, call: RunCall, grid: Grid) -> tuple[tuple[int, int], ...]:
@@ -304,10 +307,12 @@ class BottleneckSampling(Plugin):
 
     def schedule(self, call: ScheduleCall, next: Callable[[ScheduleCall], Schedule]) -> Schedule:
         """The stage's own schedule, from its strength to the clean sample."""
-        whole = next(call)
         if self._is_off:
-            return whole
+            return next(call)
         stage, scheduler = call.shared.now, call.scheduler
+        if stage.told != stage.made:
+            call = call.replace(num_inference_steps=stage.made)
+        whole = next(call)
         timesteps, sigmas = whole
         if hasattr(scheduler, "set_begin_index"):
             scheduler.set_begin_index(0)  # else it looks the first timestep up by value, and a repeated one leads to the second place
