@@ -103,7 +103,7 @@ def tweedie(x: Any, u: Any, at: Level) -> Any:
 def diffusion(at: Level, norm: float, shape: Shape) -> float:
     """g_r = norm times r^2 (square, the paper's with norm 3) or another of the official code's forms of r."""
     r = at.r
-    forms = {"square": r * r, "linear": r, "constant": 1.0, "sigma": at.s, "sin": math.sin(math.pi / 2 * r)}
+    forms: dict[str, float] = {"square": r * r, "linear": r, "constant": 1.0, "sigma": at.s, "sin": math.sin(math.pi / 2 * r)}
     forms |= {"clipping": max(0.0, 2 * r - 1), "exp": math.exp(-(((r - 1) / 0.1) ** 2)), "tan": math.tan(math.pi / 2 * min(r, 0.95))}
     return norm * forms[shape]
 
