@@ -50,7 +50,7 @@ def picture(pipe, made, **kwargs):
 
 def artefact_for(made, tmp_path, steps=5, **knobs):
     """A calibration on this very pipeline, prompt and noise."""
-    extra = {k: v for k, v in made.kwargs.items() if k not in ("prompt", "class_labels", "num_inference_steps")}
+    extra = {k: v for k, v in made.kwargs.items() if k not in ("prompt", "class_labels", "num_inference_steps", "output_type")}
     kwargs = made.kwargs
     label = kwargs.get("class_labels")
     sample = Sample(0, prompt=kwargs.get("prompt"), class_label=label[0] if isinstance(label, list) else label)
@@ -468,7 +468,7 @@ def test_calibration_leaves_the_run_as_it_is(tmp_path):
 def test_calibration_over_prompts_is_read_from_its_file(tmp_path):
     made = tiny("sd3")
     samples = [Sample(seed, prompt=text) for seed, text in enumerate(("a red apple", "two dogs"))]
-    extra = {k: v for k, v in made.kwargs.items() if k not in ("prompt", "num_inference_steps")}
+    extra = {k: v for k, v in made.kwargs.items() if k not in ("prompt", "num_inference_steps", "output_type")}
     path = tmp_path / "made.safetensors"
     both = calibrate(made.pipe, ERTACache(max_reuse=2), samples, CallSettings(steps=5, extra=extra), path)
     singles = [
@@ -514,6 +514,21 @@ def test_the_schedule_is_the_adjusted_one(kind, tmp_path):
     pipe.plugins.configure("ertacache", phi="off")
     picture(pipe, made, num_inference_steps=5)
     assert torch.equal(made.pipe.scheduler.sigmas, base)
+
+
+def test_steps_of_size_nought_are_the_plain_run_with_fewer_steps(tmp_path):
+    """What phi = 0 means: a reused step moves nothing, and the computed ones share the way."""
+    made = tiny("sd3")
+    made.pipe.scheduler = FlowMatchEulerDiscreteScheduler(shift=1.0)
+    artefact = artefact_for(made, tmp_path)
+    artefact.tensors["phi.difference"].zero_()
+    pipe = grafted(made, artefact, threshold=10.0)
+    found = picture(pipe, made, num_inference_steps=5)
+    sigmas = made.pipe.scheduler.sigmas.unique().flip(0)
+    assert len(sigmas) == 3  # two computed steps
+    pipe.plugins.clear()
+    wanted = picture(made.pipe, made, num_inference_steps=2, sigmas=sigmas[:-1].tolist())
+    np.testing.assert_allclose(found, wanted, atol=1e-5)
 
 
 def test_image_to_image_adjusts_the_tail_that_runs(tmp_path):
