@@ -5,7 +5,7 @@
 diffgraft_setup() {
   local kind=$1 stamp sum
   if [ -z "${VIRTUAL_ENV:-}" ]; then
-    [ -x .venv/bin/python ] || python3 -m venv .venv
+    [ -f .venv/bin/activate ] || python3 -m venv .venv  # written last: a venv that was interrupted is made again
     # shellcheck disable=SC1091
     . .venv/bin/activate
   fi
