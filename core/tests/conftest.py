@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import sys
 
 import pytest
@@ -14,6 +15,8 @@ from diffgraft.methods.inputs import Sample
 from probes import tiny
 from typer.testing import CliRunner
 from workshop import Workshop
+
+collect_ignore = [] if all(importlib.util.find_spec(name) for name in ("torchao", "optimum")) else ["test_quantisers.py"]
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -59,9 +60,8 @@ def middle_value(weight: Any) -> float:
 def plain_values(weight: Any) -> Tensor:
     """All values of a weight that a quantiser, or a parallel run, keeps in a class of its own."""
     if (state := getattr(weight, "quant_state", None)) is not None:
-        from bitsandbytes.functional import dequantize_4bit
-
-        return dequantize_4bit(weight.data, state)  # type: ignore[no-any-return]
+        maker = sys.modules[type(state).__module__]  # bitsandbytes.functional, which is loaded where it has made a weight
+        return maker.dequantize_4bit(weight.data, state)  # type: ignore[no-any-return]
     for name in ("dequantize", "full_tensor"):
         if hasattr(weight, name):
             return getattr(weight, name)()  # type: ignore[no-any-return]

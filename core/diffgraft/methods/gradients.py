@@ -102,7 +102,8 @@ def latent_gradient(
         with explained(call, model):
             found = losses(z).float()
         if not found.requires_grad:
-            raise Unsupported(f"{call.entry.name}: its loss does not depend on the latents, so there is no gradient to follow")
+            kept = f", or not by way of weights kept as {kept_by(model)}: load plain ones" if kept_by(model) else ""
+            raise Unsupported(f"{call.entry.name}: its loss does not depend on the latents, so there is no gradient to follow{kept}")
         total = found.sum() if scale is None else found.sum() * scale.on(z.device)
         with explained(call, model):
             (gradient,) = torch.autograd.grad(total, z)
