@@ -259,7 +259,8 @@ def test_again_with_the_same_pictures_only(call, home):
 def test_again_tells_when_it_is_not_the_same(call, home):
     good(call("run", home / "sd", "--prompt", "a", "--steps", 2, *SIZE, "--out", "a.png"))
     change(Path("a.png"), lambda record: record["recipe"].update(seed=1) or record["versions"].update(torch="1.0"))
-    assert "not the same; made with torch 1.0, here" in good(call("again", "a.png")).stdout
+    result = call("again", "a.png")
+    assert (result.exit_code, "not the same; made with torch 1.0, here" in result.stdout) == (1, True)
 
 
 @pytest.mark.parametrize(

@@ -190,4 +190,5 @@ def invert(
     say(f"wrote {path}: {made.pipeline}, {made.steps} steps{guidance}, latents {made.shape}")
     if near is not None:
         say(f"PSNR to the picture: {near[0]:.2f} dB through the autoencoder alone, {near[1]:.2f} dB made again from the code")
-    say(f"make it again, or with another prompt edit it: diffgraft run {pipeline} -p {plugin} -o {plugin}.start={path} ...")
+    run = f"diffgraft run {pipeline} -p {plugin} -o {plugin}.start={path} --steps {made.steps}"
+    say(f"make it again, or edit it with another prompt: {run} --prompt ...")

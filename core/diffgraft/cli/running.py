@@ -110,7 +110,7 @@ def again(
     out: Annotated[Path | None, typer.Option("--out", help="File to write (default: FILE-again beside FILE).")] = None,
     device: Device = None,
 ) -> None:
-    """Make a picture once more from what its file says, and tell whether it is the same bit for bit."""
+    """Make a picture once more from what its file says, and tell whether it is the same bit for bit: exit code 1 if not."""
     from diffgraft.cli.mistakes import kept
     from diffgraft.lab.pictures import STILL, encode, same_picture, to_images
     from diffgraft.lab.recipes import digest_of, read_record, versions_of
@@ -133,6 +133,7 @@ def again(
     changed = {name: old for name, old in record.versions.items() if versions_of([name]).get(name) != old}
     why = "".join(f"; made with {name} {old}, here {versions_of([name])[name]}" for name, old in changed.items())
     say(f"wrote {out}: " + ("the same, bit for bit" if same else f"not the same{why}"))
+    raise typer.Exit(0 if same else 1)
 
 
 @dataclass
@@ -223,10 +224,17 @@ def record_of(pipe: Any, recipe: Recipe, call: CallSettings, prompt: str | None,
     from diffgraft.lab.recipes import Record, digest_of, versions_of
     from diffgraft.methods.inputs import default_steps, parameters
 
+    guidance = call.guidance_scale
+    if guidance is None:
+        guidance, ran = own_defaults(pipe).get("guidance_scale"), getattr(pipe, "_guidance_scale", None)
+        if ran is not None and ran != parameters(pipe)["guidance_scale"].default:  # a plugin has set it, an inversion's code for instance
+            guidance = ran
+    knobs = [str(value) for _, given in recipe.plugins for value in given.values() if isinstance(value, (str, Path))]
+    read = [path for path in (recipe.image, recipe.mask, recipe.control_image, *knobs) if path is not None and Path(path).is_file()]
     told = {
         "prompt": prompt,
         "steps": call.steps or (default_steps(pipe) if "num_inference_steps" in parameters(pipe) else None),
-        "guidance_scale": own_defaults(pipe).get("guidance_scale") if call.guidance_scale is None else call.guidance_scale,
+        "guidance_scale": guidance,
         "strength": call.strength,
         "args": dict(call.extra),
         "device": pipe.device.type,
@@ -237,6 +245,6 @@ def record_of(pipe: Any, recipe: Recipe, call: CallSettings, prompt: str | None,
         kind=type(pipe).__name__,
         scheduler=type(pipe.plugins.run_scheduler()).__name__,
         size=size,
-        files={path: digest_of(path) for path in (recipe.image, recipe.mask, recipe.control_image) if path is not None},
+        files={path: digest_of(path) for path in read},
         versions=versions_of([registry.installed()[name].dist for name in pipe.plugins]),
     )

@@ -261,7 +261,7 @@ class Artefact:
             keys = sorted(key for key in found.keys() | expected.keys() if found.get(key) != expected.get(key))
             differing += [f"scheduler.{key}: made for {expected.get(key)}, found {found.get(key)}" for key in keys]
         if "steps" in fits and self.made_for.steps != steps:
-            differing.append(f"steps: made for {self.made_for.steps}, found {steps}")
+            differing.append(f"steps: made for {self.made_for.steps}, found {steps} (num_inference_steps={self.made_for.steps} fits)")
         if "shape" in fits and self.made_for.shape != tuple(shape):
             differing.append(f"shape of the latents: made for {self.made_for.shape}, found {tuple(shape)}")
         if "guidance" in fits and self.facts.get("guidance_scale") != guidance:

@@ -24,7 +24,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Values:
-    """A tensor: its axes, its dtypes, the range of its values, and whether it may be missing.
+    """A tensor: its axes (none: one number), its dtypes, the range of its values, and whether it may be missing.
 
     Not a number is never allowed, infinite only where that is said.
     """
@@ -54,7 +54,7 @@ class Values:
     def fits(self, shape: tuple[int, ...], sizes: dict[Any, Any]) -> bool:
         """Whether a shape is one of these axes; none of them is empty."""
         axes = self.axes
-        if axes[-1] is ...:
+        if axes and axes[-1] is ...:
             head = len(axes) - 1
             if len(shape) < head or sizes.setdefault(..., shape[head:]) != shape[head:] or 0 in shape:
                 return False

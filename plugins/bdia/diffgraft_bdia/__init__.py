@@ -12,6 +12,7 @@ import math
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
+import torch
 from diffgraft import ConfigError, Effects, Family, Inverter, Need, Paper, Plugin, PluginConfig, RunCall, Schedule, ScheduleCall
 from diffgraft.methods.artefacts import Artefact
 from diffgraft.methods.schema import Holds, Values
@@ -57,7 +58,9 @@ class Facts(TypedDict):
     guidance_scale: NotRequired[Annotated[float, Field(allow_inf_nan=False)] | None]
 
 
-HOLDS = Holds({"noise": Values((...,)), "neighbour": Values((...,))}, Facts)
+LATENTS = Values((...,))
+PLACE = {"sigma": Values((), low=0), "steps": Values((), (torch.int64,), low=1)}
+HOLDS = Holds({"noise": LATENTS, "neighbour": LATENTS, **PLACE}, Facts)
 
 
 def scheduler_for(old: Any, family: Family, **options: Any) -> Any:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from diffgraft import ArtefactMismatch, ConfigError, Plugin, Schedule, Unsupported, load_pipeline, unload
+from diffgraft.cli import app
 from diffgraft.kernel import registry
+from diffgraft.lab.recipes import read_record
 from diffgraft.methods.artefacts import Artefact
 from diffgraft.methods.inputs import CallSettings, Sample
 from diffgraft.methods.inversion import encode, invert
@@ -22,6 +26,7 @@ from diffusers import (
     StableDiffusionPipeline,
 )
 from PIL import Image
+from typer.testing import CliRunner
 
 MEANS = torch.tensor([-1.5, 0.3, 1.2], dtype=torch.float64)
 SPREADS = torch.tensor([0.3, 0.2, 0.4], dtype=torch.float64)
@@ -428,3 +433,25 @@ def test_plugins_that_cannot_invert_say_so():
     made = make("StableDiffusionPipeline")
     with pytest.raises(Unsupported, match="other cannot invert pictures"):
         invert(made.pipe, Other(), call(made), Sample(0, "x"), settings(made))
+
+
+def test_a_picture_made_from_a_code_says_so_and_is_made_again(tmp_path, monkeypatch):
+    """The code brings the guidance of its walk, which is what the file says; another code under the same name is noticed."""
+    make("StableDiffusionPipeline").pipe.save_pretrained(tmp_path / "sd")
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (64, 64), "red").save("red.png")
+    Image.new("RGB", (64, 64), "blue").save("blue.png")
+
+    def call(*words: str, expected: int = 0) -> str:
+        done = CliRunner().invoke(app, [*words])
+        assert done.exit_code == expected, done.output
+        return done.output
+
+    size = ("--steps", "3", "--height", "64", "--width", "64")
+    walk = ("invert", "bdia", "--pipeline", "sd", "--prompt", "a", *size, "--out", "code.safetensors")
+    assert "--steps 3 --prompt ..." in call(*walk, "--image", "red.png")
+    call("run", "sd", "-p", "bdia", "-o", "bdia.start=code.safetensors", "--prompt", "b", *size, "--out", "a.png")
+    assert read_record(Path("a.png")).recipe.guidance_scale == 1
+    assert "the same, bit for bit" in call("again", "a.png")
+    call(*walk, "--image", "blue.png")
+    assert "code.safetensors, which is not there any more or is another file now" in call("again", "a.png", expected=2)
