@@ -315,5 +315,5 @@ def find_file(source: str | os.PathLike[str], plugin: str, kind: str) -> Path:
         try:
             return Path(hf_hub_download(f"{owner}/{name}", file))
         except (HfHubHTTPError, LocalEntryNotFoundError) as error:
-            raise ConfigError(f"{kind} = {text!r}: neither a file here nor on the Hub ({error}); {make_again(plugin, kind)}") from error
-    raise ConfigError(f"{kind} = {text!r}: there is no such file; {make_again(plugin, kind)}")
+            raise ConfigError(f"plugin {plugin!r}: no {kind} {text!r}, here or on the Hub ({error}); {make_again(plugin, kind)}") from error
+    raise ConfigError(f"plugin {plugin!r}: no {kind} {text!r}, there is no such file; {make_again(plugin, kind)}")
