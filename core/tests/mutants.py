@@ -327,24 +327,24 @@ class NeedsIntegerTimesteps(Scaled):
 
 
 class HoldsTheScheduler(Scaled):
-    """Reads the scheduler that was there when it was attached."""
+    """Reads the scheduler of its first check; the core checks again when there is another one."""
 
     scheduler_then: Any = None
 
     def check(self, target):
-        self.scheduler_then = target.pipe.scheduler
+        self.scheduler_then = self.scheduler_then or target.pipe.scheduler
 
     def factor(self, call):
         return 1.0 + float(self.scheduler_then.timesteps[call.step.index % len(self.scheduler_then.timesteps)]) / 1e5
 
 
 class CopiesTheDenoiser(Scaled):
-    """Runs a copy of the denoiser made when it was attached."""
+    """Runs a copy of the denoiser made at its first check; the core checks again when there are other weights."""
 
     twin: Any = None
 
     def check(self, target):
-        self.twin = copy.deepcopy(next(iter(target.denoisers.values())))
+        self.twin = self.twin or copy.deepcopy(next(iter(target.denoisers.values())))
 
     def denoise(self, call, next):
         x = self.twin(*call.args, **call.kwargs)[0]

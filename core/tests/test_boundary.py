@@ -295,7 +295,7 @@ SAVERS = [
     ("skips", {"block": lambda self, call, next: next(call) if call.info.order else call.state.__dict__.setdefault("x", next(call))}, True),
     ("skips", {"denoise": lambda self, call, next: next(call) if call.step.index == 0 else torch.zeros_like(call.sample)}, False),
     ("replaces", {"denoise": lambda self, call, next: next(call)}, True),
-    ("replaces", {"denoise": lambda self, call, next: call.model.forward.__wrapped__(**call.arguments())[0]}, False),
+    ("replaces", {"denoise": lambda self, call, next: kept(SD)[0].unet(**call.arguments())[0]}, False),
     ("replaces", {"denoise": lambda self, call, next: (call.acted(), next(call))[1]}, False),
 ]
 

@@ -58,6 +58,7 @@ from mutants import (
     WritesConfig,
     WritesInPlace,
 )
+from mutants_outside import KeepsTheConditioning, KeepsTheLatents, SpeaksItsOwnUnit, TrustsTheFile
 
 SD, IMAGE, CONTROL = "StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline", "StableDiffusionControlNetPipeline"
 
@@ -130,6 +131,10 @@ MUTANTS = [
     (AssumesHalves, "StableDiffusion3Pipeline", "further_call"),
     (GoesOn, SD, "stopped"),
     (PatchesTheDenoiser, SD, "shared_denoiser"),
+    (KeepsTheLatents, SD, "latents_edited"),
+    (KeepsTheConditioning, SD, "conditioning_edited"),
+    (SpeaksItsOwnUnit, SD, "own_unit"),
+    (TrustsTheFile, DIT, "crafted_files"),
 ]
 """(mutant, pipeline class, name of the check that must fail)"""
 

@@ -339,7 +339,10 @@ def source_fault(module: str, attribute: str) -> str | None:
     except Exception as error:  # unreadable, no Python, nested too deep for the parser
         return said(error)
     number = contract_of(tree, attribute) if said_so else None
-    return None if number in (None, API) else f"it was written for contract {number}, this diffgraft speaks {API}"
+    if number in (None, API):
+        return None
+    older = "diffgraft" if number > API else "the plugin"
+    return f"it was written for contract {number}, this diffgraft speaks {API}; upgrade {older}"
 
 
 def contract_of(tree: ast.Module, name: str) -> int | None:

@@ -116,7 +116,7 @@ def is_of_the_prompt(name: str) -> bool:
 
 
 OF_A_PROMPT = {"2", "3", "4", "embeds", "attention", "mask", "cu"}
-"""What comes after "prompt_" in the names of such arguments (``prompt_2``, ``prompt_embeds_qwen``, ``prompt_attention_mask``)."""
+"""What comes after ``prompt_`` in the names of such arguments (``prompt_2``, ``prompt_embeds_qwen``, ``prompt_attention_mask``)."""
 
 
 def with_prompt(arguments: Mapping[str, Any], prompt: str | list[str]) -> dict[str, Any]:

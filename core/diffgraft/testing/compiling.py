@@ -37,8 +37,8 @@ def whole(module: Any, backend: Any) -> Any:
     return torch.compile(module, backend=backend)
 
 
-def run_compiled(pipe: Any, family: Family, class_name: str, way: Way) -> tuple[Tensor, int]:
-    """The output of a pipeline whose denoisers are compiled in this way, and into how many graphs."""
+def run_compiled(pipe: Any, family: Family, way: Way, run: Callable[[], Tensor]) -> tuple[Tensor, int]:
+    """What ``run`` gives with the denoisers of ``pipe`` compiled in this way, and into how many graphs."""
     graphs: list[Any] = []
 
     def backend(graph: Any, examples: Any) -> Any:
@@ -52,7 +52,7 @@ def run_compiled(pipe: Any, family: Family, class_name: str, way: Way) -> tuple[
     tracing = logging.getLogger("torch.__trace")  # under pytest it formats a record for every node
     try:
         tracing.disabled = True
-        return call(pipe, family, class_name, USUAL), len(graphs)
+        return run(), len(graphs)
     finally:
         tracing.disabled = False
         torch._dynamo.reset()
@@ -67,13 +67,14 @@ def expect_as_eager(s: Subject, pipe: Any, output: Tensor, how: str) -> None:
 @functools.cache
 def plain_graphs(family: Family, class_name: str) -> int:
     """Into how many graphs the plain denoisers of a tiny pipeline are compiled."""
-    return run_compiled(tiny(family, class_name).pipe, family, class_name, whole)[1]
+    pipe = tiny(family, class_name).pipe
+    return run_compiled(pipe, family, whole, lambda: call(pipe, family, class_name, USUAL))[1]
 
 
 @check("main", when=is_compiled)
 def compiled(s: Subject) -> None:
     """``torch.compile`` of the denoiser: same picture, plugin fires; graphs counted beside the plain one's (DeepCache #26, tomesd #47)."""
     pipe = s.attach(s.make())
-    output, graphs = run_compiled(pipe, s.family, s.class_name, whole)
+    output, graphs = run_compiled(pipe, s.family, whole, lambda: s.run(pipe))
     s.note(f"compiled into {graphs} graphs, the plain denoiser into {plain_graphs(s.family, s.class_name)}")
     expect_as_eager(s, pipe, output, "compiled")

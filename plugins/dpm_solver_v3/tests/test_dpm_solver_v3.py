@@ -737,15 +737,18 @@ def test_artefacts_that_do_not_fit_are_refused(artefact):
     made = make("StableDiffusionPipeline")
     before = call(made)
     broken = {
-        "l": Artefact(artefact.made_for, {k: v for k, v in artefact.tensors.items() if k != "l"}, artefact.facts),
-        "one shape": Artefact(artefact.made_for, {**artefact.tensors, "s": artefact.tensors["s"][:-1]}, artefact.facts),
-        "of a noise schedule": Artefact(artefact.made_for, artefact.tensors, {**artefact.facts, "ends": [-9.0, 9.0]}),
+        "'l' is missing": Artefact(artefact.made_for, {k: v for k, v in artefact.tensors.items() if k != "l"}, artefact.facts),
+        "'s' has shape": Artefact(artefact.made_for, {**artefact.tensors, "s": artefact.tensors["s"][:-1]}, artefact.facts),
+        "lambda rises": Artefact(artefact.made_for, artefact.tensors, {**artefact.facts, "ends": [9.0, -9.0]}),
     }
     for part, each in broken.items():
-        load_pipeline(made.pipe, plugins=[DPMSolverV3(intervals=N, artefact=each)])
         with pytest.raises(ArtefactMismatch, match=f"{part}.*diffgraft calibrate dpm_solver_v3"):
-            call(made)
-        unload(made.pipe)
+            load_pipeline(made.pipe, plugins=[DPMSolverV3(intervals=N, artefact=each)])
+    elsewhere = Artefact(artefact.made_for, artefact.tensors, {**artefact.facts, "ends": [-9.0, 9.0]})
+    load_pipeline(made.pipe, plugins=[DPMSolverV3(intervals=N, artefact=elsewhere)])
+    with pytest.raises(ArtefactMismatch, match="of a noise schedule.*diffgraft calibrate dpm_solver_v3"):
+        call(made)  # a run's scheduler is known only now
+    unload(made.pipe)
     with pytest.raises(ArtefactMismatch, match="StableDiffusionXLPipeline"):
         load_pipeline(make("StableDiffusionXLPipeline").pipe, plugins=[DPMSolverV3(artefact=artefact)])
     with pytest.raises(ConfigError, match=r"no such file; make one with `diffgraft calibrate dpm_solver_v3"):

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 
 import torch
 from diffgraft import Effects, Paper, Plugin, PluginConfig, RunCall, Step, StepCall, StepOutput, Unsupported
-from diffgraft.methods.predictions import clean_estimate, levels_after, levels_of, noise_estimate, prediction_kind
+from diffgraft.methods.predictions import SignalNoise, clean_estimate, levels_after, levels_of, noise_estimate, prediction_kind
 from pydantic import Field
 from torch import Tensor
 
@@ -42,6 +42,8 @@ class Path:
 
     noisy: bool = False
     """Whether noise has come in."""
+    start: tuple[SignalNoise, Tensor] | None = None
+    """Level and noise estimate where a step of several calls began (PLMS, whose last call starts over from there)."""
     log_prob: list[Tensor] = field(default_factory=list)
     log_prob_mean: list[Tensor] = field(default_factory=list)
     mean: list[Tensor] = field(default_factory=list)
@@ -91,6 +93,11 @@ class InterpolantSDE(Plugin):
         here, there = levels_of(call), levels_after(call)
         x, output, kind = call.sample.float(), call.model_output.float(), prediction_kind(call.family, call.scheduler)
         eps, mean = noise_estimate(x, output, here, kind), out.sample.float()
+        if call.step.stages > 1:
+            kept.start = (here, eps) if call.step.stage == 0 or kept.start is None else kept.start
+            if not (call.step.ends_step or call.step.is_last):
+                return out
+            (here, eps), kept.start = kept.start, None
         if own:
             name = type(call.scheduler).__name__
             call.note(f"{name} goes back to samples from before the noise, so the steps after it are first-order ones")
@@ -112,10 +119,9 @@ class InterpolantSDE(Plugin):
         return StepOutput(sample.to(out.sample.dtype), out.x0)
 
     def is_noisy(self, step: Step) -> bool:
-        """Whether this step gets noise. Not one that its scheduler makes twice (PLMS its first), for the second try starts over."""
+        """Whether this step gets noise."""
         first, end = self.config.noise_window or (0, step.total)
-        inside = first <= step.index < end and step.stages == 1
-        return self.config.eta > 0 and inside and not (step.ends_schedule and self.config.last_step_ode)
+        return self.config.eta > 0 and first <= step.index < end and not (step.ends_schedule and self.config.last_step_ode)
 
 
 def goes_back(scheduler: Any) -> bool:

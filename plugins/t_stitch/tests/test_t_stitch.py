@@ -668,14 +668,18 @@ def test_every_reason_is_named_at_once():
         stitched(large, small, 0.5)
 
 
-def test_a_dtype_that_changes_after_attaching_is_refused_before_anything_runs():
+def test_the_small_model_follows_a_dtype_that_changes_after_attaching():
     large, small, kwargs = pair("StableDiffusionPipeline")
     pipe = stitched(large, small, 0.5)
-    calls = calls_of(small.unet, large.unet)
+    before = picture(pipe, kwargs)
     small.unet.to(torch.float64)
-    with pytest.raises(Unsupported, match="float64"):
-        picture(pipe, kwargs)
-    assert calls == []
+    assert torch.equal(picture(pipe, kwargs), before)
+    assert small.unet.dtype == large.unet.dtype == torch.float32
+    pipe.to(torch.float64)
+    fine = picture(pipe, kwargs)
+    assert small.unet.dtype == fine.dtype == torch.float64
+    assert set(counts(pipe)) == {"small", "large"}
+    torch.testing.assert_close(fine.float(), before, rtol=1e-3, atol=1e-3)
 
 
 def test_two_plugins_that_replace_the_denoiser_clash():

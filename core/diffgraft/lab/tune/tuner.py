@@ -112,7 +112,7 @@ class Tuner:
         if least > whole.budget:
             raise ConfigError(
                 f"budget {whole.budget:.3g} s: the plain pipeline takes about {self.pace * whole.steps:.2g} s a picture; itself, one "
-                f"stack and the shortest end take about {least:.0f} s: give at least twice that, fewer prompts or steps, or --trials N alone"
+                f"stack and the shortest end take about {least:.0f} s: give twice that, fewer prompts or steps, or --trials N alone"
             )
 
     def shortened(self, rounds: float, part: float) -> TuneSettings:

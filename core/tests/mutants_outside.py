@@ -1,0 +1,93 @@
+"""Plugins with planted defects that show when something outside has a say: a callback, the pipeline's own scheduler, a file."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from diffgraft import Calibrator, Effects, Need, Paper, PluginConfig
+from diffgraft.methods.schema import Holds, Values
+from diffusers import DDIMScheduler
+from mutants import Kept, Scaled
+from pydantic import Field
+
+
+def own_copy(memory: Kept, given: Any) -> Any:
+    """The copy of ``given`` that was made when this very tensor came first."""
+    if memory.result is None or memory.result[0] is not given:
+        memory.result = given, given.clone()
+    return memory.result[1]
+
+
+class KeepsTheLatents(Scaled):
+    """Goes on from its own copy of what it gave, when the same tensor comes back: what a callback wrote into it is lost."""
+
+    State = Kept
+
+    def step(self, call, next):
+        kept = call.shared.result
+        out = next(call.replace(sample=own_copy(call.shared, call.sample)) if kept is not None else call)
+        own_copy(call.shared, out.sample)
+        return out
+
+
+class KeepsTheConditioning(Scaled):
+    """Prepares the conditioning once for each tensor that comes: what a callback writes into it is lost."""
+
+    State = Kept
+
+    def denoise(self, call, next):
+        given = call.get("encoder_hidden_states")
+        return super().denoise(call if given is None else call.replace(encoder_hidden_states=own_copy(call.state, given)), next)
+
+
+class LoudDDIM(DDIMScheduler):
+    """Passes for a scheduler of Euler's kind by the size of the noise that it starts from, so nothing translates for it."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.init_noise_sigma = 1.001
+
+
+class SpeaksItsOwnUnit(Scaled):
+    """Its scheduler hands out variance-preserving latents, whatever the pipeline's own does."""
+
+    families: ClassVar[tuple[str, ...]] = ("sd", "sdxl")
+    effects = Effects(replaces=frozenset({"scheduler"}))
+    scheduler = LoudDDIM
+
+    def make_scheduler(self, old, family):
+        return None if self.config.interval == 1 else LoudDDIM(1000, 0.00085, 0.012, "scaled_linear", clip_sample=False)
+
+
+class FileKnobs(PluginConfig):
+    interval: int = Field(1, ge=1, description="compute every so many steps, N")
+    artefact: Any = Field(None, description="calibration file")
+
+
+class Meter(Calibrator):
+    """The mean square of every prediction."""
+
+    name = "meter"
+    paper = Paper("a probe", "0000.00000", "mean squares")
+    Config = FileKnobs
+    State = Kept
+
+    def denoise(self, call, next):
+        out = next(call)
+        call.shared.result = [*(call.shared.result or []), out.square().mean()]
+        return out
+
+    def collect(self, call):
+        return {"power": torch.stack(call.shared.result)}
+
+    def summarise(self, records):
+        return {"gain": torch.stack([record["power"] for record in records]).mean(0)}, {}
+
+
+class TrustsTheFile(Scaled):
+    """Says of its file that anything may be in it."""
+
+    Config = FileKnobs
+    needs = (Need("artefact", "artefact", holds=Holds({"gain": Values((...,), infinite=True)})),)
+    calibration = Meter
