@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -324,31 +323,6 @@ class LooksUpTimesteps(Reuse):
 class NeedsIntegerTimesteps(Scaled):
     def factor(self, call):
         return 1.0 + 0.01 * float(call.pipe.scheduler.alphas_cumprod[call.step.t])
-
-
-class HoldsTheScheduler(Scaled):
-    """Reads the scheduler of its first check; the core checks again when there is another one."""
-
-    scheduler_then: Any = None
-
-    def check(self, target):
-        self.scheduler_then = self.scheduler_then or target.pipe.scheduler
-
-    def factor(self, call):
-        return 1.0 + float(self.scheduler_then.timesteps[call.step.index % len(self.scheduler_then.timesteps)]) / 1e5
-
-
-class CopiesTheDenoiser(Scaled):
-    """Runs a copy of the denoiser made at its first check; the core checks again when there are other weights."""
-
-    twin: Any = None
-
-    def check(self, target):
-        self.twin = self.twin or copy.deepcopy(next(iter(target.denoisers.values())))
-
-    def denoise(self, call, next):
-        x = self.twin(*call.args, **call.kwargs)[0]
-        return x if call.config.interval == 1 else x * 1.01
 
 
 class AssumesHalves(Scaled):

@@ -1,7 +1,8 @@
-"""Plugins with planted defects that show when something outside has a say: a callback, the pipeline's own scheduler, a file."""
+"""Plugins with planted defects that show when something outside has a say: a callback, another scheduler, other weights, a file."""
 
 from __future__ import annotations
 
+import copy
 from typing import Any, ClassVar
 
 import torch
@@ -39,6 +40,31 @@ class KeepsTheConditioning(Scaled):
     def denoise(self, call, next):
         given = call.get("encoder_hidden_states")
         return super().denoise(call if given is None else call.replace(encoder_hidden_states=own_copy(call.state, given)), next)
+
+
+class HoldsTheScheduler(Scaled):
+    """Reads the scheduler of its first check; the core checks again when there is another one."""
+
+    scheduler_then: Any = None
+
+    def check(self, target):
+        self.scheduler_then = self.scheduler_then or target.pipe.scheduler
+
+    def factor(self, call):
+        return 1.0 + float(self.scheduler_then.timesteps[call.step.index % len(self.scheduler_then.timesteps)]) / 1e5
+
+
+class CopiesTheDenoiser(Scaled):
+    """Runs a copy of the denoiser made at its first check; the core checks again when there are other weights."""
+
+    twin: Any = None
+
+    def check(self, target):
+        self.twin = self.twin or copy.deepcopy(next(iter(target.denoisers.values())))
+
+    def denoise(self, call, next):
+        x = self.twin(*call.args, **call.kwargs)[0]
+        return x if call.config.interval == 1 else x * 1.01
 
 
 class LoudDDIM(DDIMScheduler):

@@ -286,6 +286,7 @@ def test_nothing_is_read_where_nobody_asks():
 
 # saved nothing ----------------------------------------------------------------------------------------------------------------------
 
+
 class Knobs(PluginConfig):
     on: bool = True
 

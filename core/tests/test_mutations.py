@@ -16,14 +16,12 @@ from mutants import (
     AcceptsAnyFamily,
     AcceptsAnyKnob,
     AssumesHalves,
-    CopiesTheDenoiser,
     CountsCalls,
     CouplesTheBatch,
     DescribesNothing,
     DropsResiduals,
     GoesOn,
     HoldsTensors,
-    HoldsTheScheduler,
     IgnoresProcessors,
     KeepsAMask,
     KeepsOnItself,
@@ -58,7 +56,7 @@ from mutants import (
     WritesConfig,
     WritesInPlace,
 )
-from mutants_outside import KeepsTheConditioning, KeepsTheLatents, SpeaksItsOwnUnit, TrustsTheFile
+from mutants_outside import CopiesTheDenoiser, HoldsTheScheduler, KeepsTheConditioning, KeepsTheLatents, SpeaksItsOwnUnit, TrustsTheFile
 
 SD, IMAGE, CONTROL = "StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline", "StableDiffusionControlNetPipeline"
 
