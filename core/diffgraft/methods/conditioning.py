@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from diffgraft.kernel.boundary import usual_shape
 from diffgraft.kernel.calls import DenoiseCall, StepCall
 from diffgraft.kernel.errors import Unsupported
 from diffgraft.kernel.onion import active_run
@@ -210,7 +211,7 @@ class Listener(Plugin):
             call.shared.of_branch[branch] = {name: part[name] for name in call.family.conditioning if part.get(name) is not None}
         if len(call.branches) > 1:
             raise Heard(call.shared.of_branch)
-        return torch.zeros_like(call.sample)
+        return call.sample.new_zeros(usual_shape(call) or call.sample.shape)
 
     def step(self, call: StepCall, next: Any) -> Any:
         raise Heard(call.shared.of_branch)

@@ -746,7 +746,7 @@ def test_artefacts_that_do_not_fit_are_refused(artefact):
             load_pipeline(made.pipe, plugins=[DPMSolverV3(intervals=N, artefact=each)])
     elsewhere = Artefact(artefact.made_for, artefact.tensors, {**artefact.facts, "ends": [-9.0, 9.0]})
     load_pipeline(made.pipe, plugins=[DPMSolverV3(intervals=N, artefact=elsewhere)])
-    with pytest.raises(ArtefactMismatch, match="of a noise schedule.*diffgraft calibrate dpm_solver_v3"):
+    with pytest.raises(ArtefactMismatch, match=r"of a noise schedule.*diffgraft calibrate dpm_solver_v3"):
         call(made)  # a run's scheduler is known only now
     unload(made.pipe)
     with pytest.raises(ArtefactMismatch, match="StableDiffusionXLPipeline"):

@@ -233,6 +233,22 @@ def test_the_noise_is_in_proportion_under_what_pipelines_ship_with(name, schedul
     assert 1 / 1.5 < min(seen) <= max(seen) < most, seen
 
 
+def test_a_step_that_is_made_twice_gets_noise_once_from_where_it_began():
+    """PLMS's first step. With the exact denoiser of N(0, 1/4) and the same noise, it is DDIM's but for the averaged prediction."""
+    kept = []
+    for scheduler in (DDIMScheduler, PNDMScheduler):
+        made = make("StableDiffusionPipeline")
+        options = {"skip_prk_steps": True} if scheduler is PNDMScheduler else {}
+        made.pipe.scheduler = scheduler.from_config(made.pipe.scheduler.config, **options)
+        exact(made, "scheduler")
+        load_pipeline(made.pipe, plugins=[InterpolantSDE(record=True)])
+        call(made, num_inference_steps=20)
+        kept.append(made.pipe.plugins.report().plugins["interpolant_sde"].records)
+    assert kept[0]["steps"].tolist() == kept[1]["steps"].tolist() == list(range(19))
+    torch.testing.assert_close(kept[1]["std"][0], kept[0]["std"][0])
+    torch.testing.assert_close(kept[1]["mean"][0], kept[0]["mean"][0], rtol=0, atol=0.02)
+
+
 @pytest.mark.parametrize("scheduler", [FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler])
 def test_the_noise_of_a_step_stays(scheduler):
     """One noisy step of seven: two generators, whose first latents are the same, must still differ in the picture (UniPC's corrector

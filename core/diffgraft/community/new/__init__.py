@@ -30,6 +30,8 @@ class HookPoint:
     effects   arguments of ``Effects``
     symbols   what is imported from ``diffgraft.kernel.calls``
     families  what the skeleton claims: a U-Net and a DiT on which the placeholder shows
+    active    the strength under test; small where what is scaled adds up over the steps, for the latents must stay as large as the denoiser
+              expects at the time it is told
     """
 
     name: str
@@ -37,6 +39,7 @@ class HookPoint:
     effects: str
     symbols: tuple[str, ...] = ()
     families: tuple[str, ...] = ("sd", "pixart")
+    active: float = 0.25
 
 
 KNOB = "TODO, the paper's symbol: how strong it is, 0 to 1; 0 is off, bit for bit"
@@ -46,7 +49,7 @@ HOOKS = {
     for hook in (
         HookPoint("run", "one pipe(...) call: its arguments, stages, candidates", EDITS_PREDICTION, ("RunCall",)),
         HookPoint("schedule", "the timesteps and sigmas of a run", 'edits=frozenset({"schedule"})', ("Schedule", "ScheduleCall")),
-        HookPoint("scheduler", "a scheduler of its own: solvers", 'replaces=frozenset({"scheduler"})'),
+        HookPoint("scheduler", "a scheduler of its own: solvers", 'replaces=frozenset({"scheduler"})', active=0.02),
         HookPoint("guide", "how the guidance branches become one prediction", EDITS_PREDICTION, ("GuideCall",)),
         HookPoint("denoise", "one denoiser call: its inputs, its prediction", EDITS_PREDICTION, ("DenoiseCall",)),
         HookPoint("block", "one block of the denoiser: caches, corrections", EDITS_PREDICTION, ("BlockCall", "BlockInfo")),
@@ -58,7 +61,13 @@ HOOKS = {
             ("ControlCall", "RunCall"),
             families=("sd",),
         ),
-        HookPoint("step", "scheduler.step: latents in, latents out", 'edits=frozenset({"latents"})', ("StepCall", "StepOutput")),
+        HookPoint(
+            "step",
+            "scheduler.step: latents in, latents out",
+            'edits=frozenset({"latents"})',
+            ("StepCall", "StepOutput"),
+            active=0.02,
+        ),
         HookPoint("modules", "modules exchanged when the plugin is put on", 'edits=frozenset({"weights"})', ("ModulesCall",)),
     )
 }
