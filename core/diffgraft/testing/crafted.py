@@ -83,13 +83,16 @@ def bent_tensors(made: Artefact) -> Iterator[tuple[str, Artefact]]:
     for name, value in made.tensors.items():
         yield f"{name} of integers", having(name, torch.zeros(value.shape, dtype=torch.int32))
         yield f"{name} of complex numbers", having(name, value.to(torch.complex64))
-        yield f"{name} with NaN", having(name, torch.full_like(value, float("nan")))
-        yield f"{name} with minus infinity", having(name, torch.full_like(value, -torch.inf))
-        yield f"{name} with no values", having(name, value[:0])
-        yield f"{name} of one number", having(name, value.reshape(-1)[0])
+        if value.is_floating_point():
+            yield f"{name} with NaN", having(name, torch.full_like(value, float("nan")))
+            yield f"{name} with minus infinity", having(name, torch.full_like(value, -torch.inf))
+        if value.ndim:
+            yield f"{name} with no values", having(name, value[:0])
+            yield f"{name} of one number", having(name, value.reshape(-1)[0])
         if len(made.tensors) > 1:
             yield f"without {name}", having(name, None)
-            yield f"{name} with one row more", having(name, torch.cat([value, value[:1]]))
+            if value.ndim:
+                yield f"{name} with one row more", having(name, torch.cat([value, value[:1]]))
             yield f"{name} with an axis more", having(name, value.unsqueeze(-1).repeat(*[1] * value.ndim, 2))
 
 
