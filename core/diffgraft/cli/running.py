@@ -231,6 +231,7 @@ def record_of(pipe: Any, recipe: Recipe, call: CallSettings, prompt: str | None,
             guidance = ran
     knobs = [str(value) for _, given in recipe.plugins for value in given.values() if isinstance(value, (str, Path))]
     read = [path for path in (recipe.image, recipe.mask, recipe.control_image, *knobs) if path is not None and Path(path).is_file()]
+    known = registry.installed()
     told = {
         "prompt": prompt,
         "steps": call.steps or (default_steps(pipe) if "num_inference_steps" in parameters(pipe) else None),
@@ -246,5 +247,5 @@ def record_of(pipe: Any, recipe: Recipe, call: CallSettings, prompt: str | None,
         scheduler=type(pipe.plugins.run_scheduler()).__name__,
         size=size,
         files={path: digest_of(path) for path in read},
-        versions=versions_of([registry.installed()[name].dist for name in pipe.plugins]),
+        versions=versions_of([known[name].dist for name in pipe.plugins]),
     )

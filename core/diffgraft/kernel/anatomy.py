@@ -9,6 +9,7 @@ from torch import nn
 
 from diffgraft.kernel.facts import AttentionInfo, BlockInfo
 from diffgraft.kernel.family import Family
+from diffgraft.kernel.weights import root_of
 
 
 def denoisers_of(pipe: Any, family: Family) -> dict[str, nn.Module]:
@@ -17,13 +18,9 @@ def denoisers_of(pipe: Any, family: Family) -> dict[str, nn.Module]:
     return {name: module for name, module in found.items() if module is not None}
 
 
-def _root(denoiser: nn.Module) -> nn.Module:
-    return getattr(denoiser, "_orig_mod", denoiser)  # under torch.compile
-
-
 def eager_forward(denoiser: nn.Module) -> Callable[..., Any] | None:
     """The forward of a compiled denoiser, whole or in place, as it was before; None where it is not compiled."""
-    if (root := _root(denoiser)) is denoiser and denoiser.__dict__.get("_compiled_call_impl") is None:
+    if (root := root_of(denoiser)) is denoiser and denoiser.__dict__.get("_compiled_call_impl") is None:
         return None
     return root.forward  # type: ignore[no-any-return]
 
@@ -33,7 +30,7 @@ def blocks_of(family: Family, denoisers: Mapping[str, nn.Module]) -> tuple[Block
     found: list[BlockInfo] = []
     for model, denoiser in denoisers.items():
         for group in family.blocks:
-            part = getattr(_root(denoiser), group.path, None)
+            part = getattr(root_of(denoiser), group.path, None)
             if part is None:  # a U-Net without a mid block
                 continue
             blocks = list(part) if isinstance(part, nn.ModuleList) else [part]
@@ -53,7 +50,7 @@ def attention_of(denoisers: Mapping[str, nn.Module]) -> tuple[AttentionInfo, ...
     """All attention layers that have a processor, in module order."""
     found: list[AttentionInfo] = []
     for model, denoiser in denoisers.items():
-        for path, module in _root(denoiser).named_modules():
+        for path, module in root_of(denoiser).named_modules():
             if callable(getattr(module, "processor", None)):
                 cross = getattr(module, "is_cross_attention", path.endswith("attn2"))
                 found.append(AttentionInfo(path, len(found), bool(cross), model, module))

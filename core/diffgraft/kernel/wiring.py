@@ -25,6 +25,7 @@ from diffgraft.kernel.plugin import Entry
 from diffgraft.kernel.run import Run
 from diffgraft.kernel.slots import Slot, instead, method_slot, wraps_method
 from diffgraft.kernel.units import Replaced, in_place_of
+from diffgraft.kernel.weights import root_of
 
 Names = Mapping[str, int]
 Lead = Callable[[Callable[..., Any], Names, tuple[Any, ...], dict[str, Any]], Any]
@@ -102,7 +103,7 @@ class Wiring:
         ``inside``: fires only within a denoiser call (a ControlNet may share the module); ``takes``: the order of its first arguments
         where no signature says it; ``graph``: the compiled one that it breaks up.
         """
-        eager = getattr(target, "_orig_mod", target)  # a compiled module's own forward is (*args, **kwargs)
+        eager: Any = root_of(target)  # a compiled module's own forward is (*args, **kwargs)
         # a module that was compiled in place is called there: a wrapper on its `forward` would be inside its graph
         place = "_compiled_call_impl" if name == "forward" and target.__dict__.get("_compiled_call_impl") is not None else name
         slot = self._kept.get((id(target), place, id(graph)))
@@ -165,7 +166,7 @@ def graph_around(denoiser: nn.Module, path: str, name: str, point: str) -> Any:
     Raises:
         Unsupported: a module around it was compiled with fullgraph=True, so that the hook would end in an error of dynamo's.
     """
-    module = getattr(denoiser, "_orig_mod", denoiser)
+    module = root_of(denoiser)
     around = [denoiser, module]
     parts = path.split(".")
     for part in parts if point == "attention" else parts[:-1]:  # a processor runs inside its layer, a block is wrapped from outside

@@ -31,7 +31,7 @@ from diffgraft.kernel.calls import DenoiseCall, RunView
 from diffgraft.kernel.errors import Conflict, Unsupported
 from diffgraft.kernel.onion import running
 from diffgraft.kernel.slots import Slot, opened, set_requires_grad, surely
-from diffgraft.kernel.weights import kept_by
+from diffgraft.kernel.weights import kept_by, root_of
 
 MOVES_WEIGHTS = ("group_offloading", "lazy_prefetch_group_offloading", "layerwise_casting")
 """diffusers' hooks under which a layer's weights are somewhere else, or something else, by the time that its backward runs."""
@@ -89,7 +89,7 @@ def latent_gradient(
         Unsupported: no gradient can be had here (``inference_mode``, weights that move), or the losses do not depend on the latents.
         Conflict: a cache of diffusers itself is on.
     """
-    model: Any = getattr(call.model, "_orig_mod", call.model)
+    model = root_of(call.model)
     ensure_differentiable(call, model)
     half = call.sample.dtype == torch.float16
     scale = (scale or LossScale()) if half else None
