@@ -21,6 +21,8 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
+from diffgraft.kernel.foreign import brief
+
 
 @dataclass(frozen=True)
 class Values:
@@ -96,16 +98,10 @@ class Holds:
             except ValidationError as error:
                 first = error.errors()[0]
                 where = ".".join(map(str, first["loc"]))
-                return f"its fact {where} = {short(first['input'])}: {first['msg']}"
+                return f"its fact {where} = {brief(first['input'], 60)}: {first['msg']}"
         return self.also(tensors, facts)
 
 
 def name_of(what: Any) -> str:
     """A dtype or an axis."""
     return "..." if what is ... else str(what).removeprefix("torch.")
-
-
-def short(value: Any) -> str:
-    """A foreign value, at most a few words long."""
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
