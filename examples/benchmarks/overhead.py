@@ -3,7 +3,8 @@
     python examples/benchmarks/overhead.py [--pipeline emoji-sd] [--steps 50] [--rounds 9]
 
 The sides run in turn in one process. Prints the share of a run, milliseconds a step and microseconds a hooked call: of the wall clock
-(median) and of the main thread's CPU time (best of all rounds; with --threads 1 it is all the work). --out writes JSON.
+(median) and of the main thread's CPU time (best of all rounds; with --threads 1 it is all the work). Then what the checks cost alone: those
+at the beginning of a run, and those of a result that a plugin has changed, by hook point. --out writes JSON.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -21,6 +23,7 @@ import diffgraft
 import torch
 import typer
 from diffgraft import Paper, Plugin, load_pipeline
+from diffgraft.kernel.boundary import FORMS
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -48,6 +51,40 @@ class DenoiseOnly(Everything):
 
     name = "denoise_only"
     run = schedule = block = attention = guide = step = None  # type: ignore[assignment]
+
+
+def best_cpu(work: Callable[[], Any], times: int = 50, rounds: int = 40) -> float:
+    """CPU seconds of one call of `work`, best of the rounds."""
+
+    def once() -> float:
+        started = time.thread_time()
+        for _ in range(times):
+            work()
+        return (time.thread_time() - started) / times
+
+    return min(once() for _ in range(rounds))
+
+
+def cost_of_checks(pipe: Any, prompt: str) -> tuple[float, dict[str, float]]:
+    """CPU seconds of the checks at the beginning of a run, and of holding one changed result against the form of each hook point."""
+    forms: dict[str, float] = {}
+
+    def timed(point: str) -> Any:
+        def hook(self: Plugin, call: Any, next: Any) -> Any:
+            result = next(call)
+            if point not in forms:
+                forms[point] = best_cpu(lambda: FORMS[point](call, result))
+            return result
+
+        return hook
+
+    hooks = {point: timed(point) for point in FORMS if getattr(Everything, point, None) is not None}
+    load_pipeline(pipe, plugins=[type("Timed", (Everything,), {"name": "timed", **hooks})])
+    pipe(prompt, num_inference_steps=3, generator=torch.Generator().manual_seed(0), output_type="latent")
+    stack = pipe.plugins
+    begin = best_cpu(lambda: stack._verify(stack._enabled()))
+    stack.remove(*stack.list())
+    return begin, forms
 
 
 def import_seconds(code: str) -> float:
@@ -115,6 +152,9 @@ def main(
         )
     console = Console()
     console.print(table)
+    begin, forms = cost_of_checks(pipe, prompt)
+    console.print(f"checks at the beginning of a run: {begin * 1e3:.3f} ms; of one changed result, in us:", end=" ")
+    console.print(", ".join(f"{point} {seconds * 1e6:.1f}" for point, seconds in forms.items()), highlight=False)
     imports = {code: import_seconds(code) for code in ("import diffgraft", "import diffgraft.cli")}
     for code, taken in imports.items():
         console.print(f"{code}: {taken:.3f} s")
@@ -124,6 +164,7 @@ def main(
             "command": {"pipeline": pipeline, "steps": steps, "rounds": rounds, "device": device, "threads": torch.get_num_threads()},
         }
         measured = {"hooked_calls": calls, "seconds": seconds, "cpu_seconds": cpu, "rows": rows, "imports": imports}
+        measured |= {"checks": {"begin_s": begin, "changed_result_s": forms}}
         out.write_text(json.dumps({**facts, **measured}, indent=1))
 
 
