@@ -57,7 +57,7 @@ def print_comparison(result: Comparison) -> None:
         say(f"in every arm, the baseline included: {', '.join(result.always)}.")
     if result.advantage is not None:
         fewer = result.arms[-1].arm.name
-        say(f"PSNR of {result.equal_time.matched_to} above that of {fewer}: {result.advantage} dB (95 % interval).")
+        say(f"PSNR of {result.equal_time.matched_to} above that of {fewer}: {result.advantage.text('dB')}.")
     if result.product is not None:
         say(f"{result.product}.")
     idle = dict.fromkeys(name for item in result.arms for name in item.inactive)
@@ -81,7 +81,7 @@ def print_comparison(result: Comparison) -> None:
 def speed_table(result: Comparison) -> Table:
     from rich.table import Table
 
-    table = Table(title=f"speed ({result.pipeline}, {result.settings.repeats} rounds)", title_justify="left", header_style="bold")
+    table = Table(title=f"speed ({result.pipeline}, rounds: {result.settings.repeats})", title_justify="left", header_style="bold")
     has_memory = any(item.latency.peak_bytes is not None for item in result.arms)
     for column in (
         "arm",
@@ -102,9 +102,10 @@ def speed_table(result: Comparison) -> Table:
             item.arm.name,
             str(item.arm.steps),
             seconds_text(speed.seconds.p50),
-            seconds_text(speed.seconds.q75 - speed.seconds.q25),
+            seconds_text(speed.seconds.q75 - speed.seconds.q25) if len(speed.rounds) > 1 else "-",
             speed_text(item),
-            f"{speed.paired.p50:.2f}x ({speed.paired.low:.2f}-{speed.paired.high:.2f})",
+            f"{speed.paired.p50:.2f}x"
+            + (f" ({speed.paired.low:.2f}-{speed.paired.high:.2f})" if len(speed.rounds) > 1 else " (of one round)"),
             "-" if speed.denoise_of_medians is None else f"{speed.denoise_of_medians:.2f}x",
             f"{macs.per_run / 1e9:.3g}",
             f"{macs.limit:.2f}x",

@@ -70,23 +70,35 @@ def wilson(right: int, total: int, z: float = 1.959964) -> tuple[float, float]:
     return max(0.0, middle - half), min(1.0, middle + half)
 
 
+FEW = 5
+"""Fewer values than these say nothing of how far their mean may be off: then the least and the most of them stand for the interval."""
+
+
 @dataclass(frozen=True)
 class Mean:
-    """Mean of independent values with its 95 % interval (percentile bootstrap)."""
+    """Mean of independent values with its 95 % interval (percentile bootstrap), or with their least and most where they are few."""
 
     mean: float
     low: float
     high: float
+    count: int
 
     @classmethod
     def of(cls, values: Sequence[float], draws: int = 10_000) -> Mean:
         found = np.asarray(values, dtype=np.float64)
+        if len(found) < FEW:
+            return cls(float(found.mean()), float(found.min()), float(found.max()), len(found))
         chosen = np.random.default_rng(0).integers(len(found), size=(draws, len(found)))
         low, high = np.quantile(found[chosen].mean(axis=1), [0.025, 0.975])
-        return cls(float(found.mean()), float(low), float(high))
+        return cls(float(found.mean()), float(low), float(high), len(found))
 
-    def __str__(self) -> str:
-        return f"{self.mean:+.2f} ({self.low:+.2f} to {self.high:+.2f})"
+    def text(self, unit: str) -> str:
+        """``+1.20 dB (+0.90 to +1.60, 95 % interval)``; of few values what they are, and of one only that."""
+        mean = f"{self.mean:+.2f} {unit}"
+        if self.count == 1:
+            return f"{mean} (of one picture)"
+        what = "95 % interval" if self.count >= FEW else f"least and most of {self.count} pictures"
+        return f"{mean} ({self.low:+.2f} to {self.high:+.2f}, {what})"
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,8 @@ METHOD = {
     "baseline's measured time outside the denoise part",
     "fidelity": "PSNR (dB) and SSIM (Gaussian window 11) of each float picture to the reference's (the baseline with `reference_steps` "
     "steps where that is given, else the baseline itself), data range 1; equal ones count in `identical`, PSNR's mean is over the others",
-    "advantage": "mean over the pictures of the stack's PSNR minus that of fewer steps at equal time, with its 95 % bootstrap interval",
+    "advantage": "mean over the pictures of the stack's PSNR minus that of fewer steps at equal time, with its 95 % bootstrap interval "
+    "(of fewer than 5 pictures: their least and most)",
     "fewer_steps": "the baseline with the step count whose time is nearest to the stack's: "
     "linear fit through pilot runs at all and at half the steps",
     "judge": "shares of right verdicts with 95 % Wilson intervals; `all` = everything that the prompt asks for is right",

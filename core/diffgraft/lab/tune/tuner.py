@@ -404,7 +404,7 @@ class Tuner:
             return Mean.of(values)
         right = share([value > 0 for value in values])
         assert right is not None
-        return Mean(right.share, right.low, right.high)
+        return Mean(right.share, right.low, right.high, right.total)
 
     def keep(self, candidate: Candidate, out: Path) -> Candidate:
         """The candidate with the artefacts that were made for it, which move to ``out``."""
