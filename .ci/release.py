@@ -41,7 +41,7 @@ for name in sys.argv[2:]:
 """
 TRIAL = """
 from diffgraft import load_pipeline
-from diffgraft.kernel import registry
+from diffgraft.installed import registry
 broken = {name: info.broken for name, info in registry.installed().items() if info.broken}
 assert not broken, broken
 for name in registry.installed():
@@ -54,7 +54,7 @@ print(len(registry.installed()), "plugins, a picture of", image.size)
 HUB = """
 import sys
 from diffgraft import load_pipeline
-from diffgraft.kernel import registry
+from diffgraft.installed import registry
 assert list(registry.installed()) == [sys.argv[2]], registry.installed()
 assert registry.bundled_names() == []
 pipe = load_pipeline(sys.argv[1], plugins=[sys.argv[2]])

@@ -15,8 +15,8 @@ from typing import Any
 import diffgraft.methods
 from diffgraft.community import tables
 from diffgraft.community.check import open_project
-from diffgraft.kernel import registry
-from diffgraft.kernel.errors import BrokenPlugin
+from diffgraft.installed import registry
+from diffgraft.installed.errors import BrokenPlugin
 
 ROOT = Path(__file__).resolve().parent.parent
 MEASURED = {

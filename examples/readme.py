@@ -16,7 +16,7 @@ from pathlib import Path
 
 from diffgraft.community.quality import Card
 from diffgraft.community.tables import goal_tables
-from diffgraft.kernel import registry
+from diffgraft.installed import registry
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"

@@ -1,7 +1,7 @@
 """Write the catalogue that `diffgraft search` reads: from the plugins' own metadata, and from what the community sent in; and the names
 that belong to this project's packages, which no other package can take.
 
-    python examples/registry.py             # plugins.json and plugins.schema.json of diffgraft.community, names.json of diffgraft.kernel
+    python examples/registry.py             # plugins.json and plugins.schema.json of diffgraft.community, names.json of diffgraft.installed
     python examples/registry.py --check     # exit code 1 when they are not what their plugins say; what CI runs on a contribution
     python examples/registry.py --check --all   # or when a plugin of this repository is not in it (a release)
 
@@ -17,12 +17,12 @@ from pathlib import Path
 from diffgraft.community.catalogue import FIRST_PARTY, Catalogue, CataloguedPlugin, PaperEntry, dump, schema, shipped
 from diffgraft.community.quality import tier_of, toml
 from diffgraft.community.tables import describe
-from diffgraft.kernel import offers, registry
+from diffgraft.installed import offers, registry
 from pydantic import ValidationError
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "core" / "diffgraft" / "community"
-NAMES = ROOT / "core" / "diffgraft" / "kernel" / "names.json"
+NAMES = ROOT / "core" / "diffgraft" / "installed" / "names.json"
 COMMUNITY = ROOT / "docs" / "community"
 
 

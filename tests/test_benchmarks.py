@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffgraft.kernel import registry
+from diffgraft.installed import registry
 from diffgraft_bench import findings
 from diffgraft_bench.__main__ import last_words, on_gpu
 from diffgraft_bench.bout import How, fight

@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 
 import pytest
 from diffgraft import Paper, Plugin
-from diffgraft.kernel import registry
+from diffgraft.installed import registry
 from diffgraft.testing import Case, contract_cases
 from diffgraft.testing.cover import cover
 from sampling import sample_of

@@ -72,7 +72,7 @@ def test_one_plugin_is_enough(tmp_path):
 CORE_ONLY = """
 import sys
 from diffgraft import Unsupported
-from diffgraft.kernel.registry import find_family
+from diffgraft.installed.registry import find_family
 try:
     find_family(type("StableDiffusionPipeline", (), {}))
 except Unsupported as error:
@@ -270,7 +270,7 @@ def test_a_plugin_for_another_contract_is_refused_and_breaks_nobody(world, api, 
 
 
 FAMILY = """
-from diffgraft.kernel.family import BlockGroup, Family, Guidance
+from diffgraft.installed.family import BlockGroup, Family, Guidance
 family = Family(
     name="sound", pipelines=("DanceDiffusionPipeline",), denoisers=("unet",), kind="unet",
     blocks=(BlockGroup("down_blocks", "down"), BlockGroup("mid_block", "mid"), BlockGroup("up_blocks", "up")),
@@ -319,7 +319,7 @@ def test_somebodys_family(world):
 
 CHECKPOINT = """
 from pathlib import Path
-from diffgraft.kernel.family import Bundled
+from diffgraft.installed.family import Bundled
 here = Path(__file__).parent
 bundled = Bundled(name="their-model", path=str(here / "weights"), prompts=("a big apple on a blue background",), steps=4, guidance_scale=2)
 """

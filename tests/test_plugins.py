@@ -8,7 +8,7 @@ import pytest
 from diffgraft.community.check import Verdict, check, open_project
 from diffgraft.community.check.claims import quality_of
 from diffgraft.community.check.effects import families_to_run
-from diffgraft.kernel import registry
+from diffgraft.installed import registry
 from sampling import sample_of
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -29,7 +29,7 @@ def test_plugin_tables_are_generated():
 def test_a_plugins_row_is_what_its_card_says():
     from diffgraft.community.quality import Card
     from diffgraft.community.tables import goal_tables
-    from diffgraft.kernel import registry
+    from diffgraft.installed import registry
 
     plugins = [registry.find(name) for name in ("deepcache", "ertacache", "faster_diffusion")]
     table = goal_tables(plugins, lambda name: f"{name}.md", lambda name, card: card.gain_where.partition("#")[0], most=1)

@@ -18,7 +18,26 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from diffgraft.kernel.anatomy import blocks_of, denoisers_of
+    from diffgraft.installed.anatomy import AttentionInfo, BlockInfo, Target, blocks_of, denoisers_of
+    from diffgraft.installed.config import PluginConfig
+    from diffgraft.installed.errors import (
+        ArtefactMismatch,
+        BrokenPlugin,
+        CatalogueError,
+        ConfigError,
+        Conflict,
+        DiffgraftError,
+        NeverFired,
+        PipelineNotFound,
+        PluginNotFound,
+        RewardError,
+        Unsupported,
+        nearest,
+    )
+    from diffgraft.installed.family import BlockGroup, Bundled, Family, Guidance, Tiny
+    from diffgraft.installed.offers import API
+    from diffgraft.installed.plugin import Effects, Need, Paper, Plugin
+    from diffgraft.installed.registry import find_family
     from diffgraft.kernel.calls import (
         AttentionCall,
         BlockCall,
@@ -33,42 +52,24 @@ if TYPE_CHECKING:
         StepCall,
         StepOutput,
     )
-    from diffgraft.kernel.config import PluginConfig
-    from diffgraft.kernel.errors import (
-        ArtefactMismatch,
-        BrokenPlugin,
-        CatalogueError,
-        ConfigError,
-        Conflict,
-        DiffgraftError,
-        NeverFired,
-        PipelineNotFound,
-        PluginNotFound,
-        RewardError,
-        Unsupported,
-        nearest,
-    )
-    from diffgraft.kernel.facts import AttentionInfo, BlockInfo, Step, Target
-    from diffgraft.kernel.family import BlockGroup, Bundled, Family, Guidance, Tiny
+    from diffgraft.kernel.facts import Step
     from diffgraft.kernel.loading import load_pipeline, unload
-    from diffgraft.kernel.offers import API
-    from diffgraft.kernel.plugin import Effects, Need, Paper, Plugin
-    from diffgraft.kernel.registry import find_family
     from diffgraft.methods.watching import Calibrator, Inverter, Watcher
 
 logging.getLogger("diffgraft").addHandler(logging.NullHandler())  # silent until its user turns it on
 
 _LAZY = {
-    **dict.fromkeys(("ArtefactMismatch", "BrokenPlugin", "CatalogueError", "ConfigError", "Conflict", "DiffgraftError"), "kernel.errors"),
-    **dict.fromkeys(("NeverFired", "PipelineNotFound", "PluginNotFound", "RewardError", "Unsupported", "nearest"), "kernel.errors"),
-    **dict.fromkeys(("BlockGroup", "Bundled", "Family", "Guidance", "Tiny"), "kernel.family"),
-    "API": "kernel.offers",
-    **dict.fromkeys(("Effects", "Need", "Paper", "Plugin"), "kernel.plugin"),
-    "PluginConfig": "kernel.config",
-    "find_family": "kernel.registry",
+    **dict.fromkeys(("ArtefactMismatch", "BrokenPlugin", "CatalogueError", "ConfigError", "Conflict"), "installed.errors"),
+    **dict.fromkeys(("DiffgraftError", "NeverFired", "PipelineNotFound", "PluginNotFound", "RewardError"), "installed.errors"),
+    **dict.fromkeys(("Unsupported", "nearest"), "installed.errors"),
+    **dict.fromkeys(("BlockGroup", "Bundled", "Family", "Guidance", "Tiny"), "installed.family"),
+    "API": "installed.offers",
+    **dict.fromkeys(("Effects", "Need", "Paper", "Plugin"), "installed.plugin"),
+    "PluginConfig": "installed.config",
+    "find_family": "installed.registry",
     **dict.fromkeys(("load_pipeline", "unload"), "kernel.loading"),
-    **dict.fromkeys(("Step", "BlockInfo", "AttentionInfo", "Target"), "kernel.facts"),
-    **dict.fromkeys(("blocks_of", "denoisers_of"), "kernel.anatomy"),
+    "Step": "kernel.facts",
+    **dict.fromkeys(("AttentionInfo", "BlockInfo", "Target", "blocks_of", "denoisers_of"), "installed.anatomy"),
     **dict.fromkeys(("Call", "RunCall", "ScheduleCall", "ControlCall", "DenoiseCall", "BlockCall", "AttentionCall"), "kernel.calls"),
     **dict.fromkeys(("GuideCall", "StepCall", "ModulesCall", "Schedule", "StepOutput"), "kernel.calls"),
     **dict.fromkeys(("Watcher", "Calibrator", "Inverter"), "methods.watching"),

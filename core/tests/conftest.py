@@ -8,7 +8,7 @@ import sys
 import pytest
 from cli_plugins import install
 from diffgraft import cli
-from diffgraft.kernel import registry
+from diffgraft.installed import registry
 from diffgraft.lab.tune.goal import Candidate
 from diffgraft.lab.tune.tuner import Tuner
 from diffgraft.methods.inputs import Sample

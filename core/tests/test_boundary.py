@@ -12,7 +12,7 @@ import diffusers
 import pytest
 import torch
 from diffgraft import BrokenPlugin, DiffgraftError, Effects, NeverFired, PluginConfig, Schedule, StepOutput, load_pipeline, unload
-from diffgraft.kernel.errors import NotFinite, NotPassed
+from diffgraft.installed.errors import NotFinite, NotPassed
 from diffgraft.kernel.wiring import STEP, positions
 from probes import Probe, generate, tiny
 

@@ -11,7 +11,7 @@ import pytest
 from diffgraft.cli import app
 from diffgraft.community import catalogue
 from diffgraft.community.catalogue import Catalogue, CataloguedPlugin, dump, is_known, normal, parse, read, schema, score, shipped
-from diffgraft.kernel.errors import CatalogueError
+from diffgraft.installed.errors import CatalogueError
 from probes import ENTRY
 from typer.testing import CliRunner
 

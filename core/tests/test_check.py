@@ -7,8 +7,8 @@ import json
 import pytest
 from diffgraft import cli
 from diffgraft.community.check import RULES, check, open_project
-from diffgraft.kernel import registry
-from diffgraft.kernel.errors import ConfigError, PluginNotFound
+from diffgraft.installed import registry
+from diffgraft.installed.errors import ConfigError, PluginNotFound
 from typer.testing import CliRunner
 from workshop import carded, helper, in_hook
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from diffgraft.community.check import open_project
 from diffgraft.community.check.effects import Observed, contract_problems, overdeclared
-from diffgraft.kernel.plugin import Effects
+from diffgraft.installed.plugin import Effects
 from workshop import BODY, FAMILY, RETURN
 
 EFFECTS = 'effects = Effects(edits=frozenset({"prediction"}))'

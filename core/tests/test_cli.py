@@ -13,8 +13,8 @@ from cli_plugins import install
 from diffgraft import Bundled
 from diffgraft.cli.measuring import choose_samples
 from diffgraft.cli.values import parse_assignments, parse_seeds, parse_value, plugin_specs
-from diffgraft.kernel import registry
-from diffgraft.kernel.errors import ConfigError
+from diffgraft.installed import registry
+from diffgraft.installed.errors import ConfigError
 from diffgraft_pipelines.tiny import make
 from PIL import Image
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from diffgraft import Unsupported
-from diffgraft.kernel.registry import find_family
+from diffgraft.installed.registry import find_family
 from diffgraft.methods.decoding import decode, ensure_decodes
 from diffgraft_pipelines.tiny import make
 

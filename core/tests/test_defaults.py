@@ -10,7 +10,7 @@ import diffusers
 import pytest
 import torch
 from diffgraft import BrokenPlugin, Bundled, ConfigError, load_pipeline, unload
-from diffgraft.kernel import registry
+from diffgraft.installed import registry
 from diffgraft.kernel.defaults import filled, give_defaults, own_defaults, plain_class
 from diffgraft.methods.conditioning import sibling
 from diffgraft.methods.inputs import default_steps

@@ -6,7 +6,7 @@ import math
 
 import pytest
 from diffgraft import ConfigError
-from diffgraft.kernel.errors import RewardError
+from diffgraft.installed.errors import RewardError
 from diffgraft.methods.search import Plan, evolve
 from test_search import SMALL, Line
 

@@ -13,9 +13,9 @@ import pytest
 import torch
 from diffgraft.cli import mistakes, running, values
 from diffgraft.community import tables
-from diffgraft.kernel.config import PluginConfig, build_config
-from diffgraft.kernel.errors import ConfigError, NeverFired, OutputError
-from diffgraft.kernel.foreign import brief, plain, said
+from diffgraft.installed.config import PluginConfig, build_config
+from diffgraft.installed.errors import ConfigError, NeverFired, OutputError
+from diffgraft.installed.foreign import brief, plain, said
 from diffgraft.lab.recipes import Record, versions_of
 from diffgraft.lab.terminal import coloured, console, say
 from diffgraft.methods.inputs import CallSettings, Sample, call_arguments

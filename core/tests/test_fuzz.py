@@ -10,9 +10,9 @@ import string
 import pytest
 from diffgraft.cli import app
 from diffgraft.community.catalogue import CataloguedPlugin, dump, parse, shipped
-from diffgraft.kernel import offers, registry
-from diffgraft.kernel.config import build_config
-from diffgraft.kernel.errors import DiffgraftError
+from diffgraft.installed import offers, registry
+from diffgraft.installed.config import build_config
+from diffgraft.installed.errors import DiffgraftError
 from diffgraft.methods.artefacts import FORMAT, Artefact, Fingerprint, MadeFor, checksum
 from diffgraft.methods.findings import Finding
 from hypothesis import HealthCheck, given, settings

@@ -8,8 +8,8 @@ import threading
 import pytest
 import torch
 from diffgraft import Conflict, Unsupported, load_pipeline, unload
-from diffgraft.kernel import registry
-from diffgraft.kernel.planner import Part, plan
+from diffgraft.installed import registry
+from diffgraft.installed.planner import Part, plan
 from diffgraft.methods.gradients import LossScale, latent_gradient, predict_alone
 from diffusers import EulerDiscreteScheduler
 from probes import Effects, Probe, generate, tiny, trace

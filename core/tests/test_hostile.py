@@ -11,8 +11,8 @@ import textwrap
 import pytest
 from diffgraft import Bundled, Family
 from diffgraft.cli import app
-from diffgraft.kernel import offers, registry
-from diffgraft.kernel.errors import BrokenPlugin, ConfigError, PluginNotFound, Unsupported
+from diffgraft.installed import offers, registry
+from diffgraft.installed.errors import BrokenPlugin, ConfigError, PluginNotFound, Unsupported
 from diffgraft.lab import checkup, doctor
 from diffgraft.methods.named import find_callable
 from typer.testing import CliRunner

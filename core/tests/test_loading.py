@@ -25,7 +25,7 @@ from diffgraft import (
     load_pipeline,
     unload,
 )
-from diffgraft.kernel import registry
+from diffgraft.installed import registry
 from diffusers import DiffusionPipeline, EulerDiscreteScheduler, StableDiffusionImg2ImgPipeline
 from probes import Effects, Everything, PluginConfig, Probe, generate, tiny, trace
 from pydantic import Field

@@ -12,8 +12,8 @@ import torch
 from diffgraft import load_pipeline
 from diffgraft.cli import values
 from diffgraft.cli.mistakes import is_ours, kept, translated
-from diffgraft.kernel import registry
-from diffgraft.kernel.errors import (
+from diffgraft.installed import registry
+from diffgraft.installed.errors import (
     ConfigError,
     DiffgraftError,
     ForeignError,
@@ -23,8 +23,8 @@ from diffgraft.kernel.errors import (
     choices,
     nearest,
 )
+from diffgraft.installed.registry import find_need
 from diffgraft.kernel.loading import refuse_near_misses
-from diffgraft.kernel.registry import find_need
 from diffgraft.kernel.report import PluginReport
 from diffgraft.lab import machine
 from diffgraft.methods.named import find_callable

@@ -12,8 +12,8 @@ import pytest
 from diffgraft import cli
 from diffgraft.community.check import check, open_project
 from diffgraft.community.new import HOOKS, Answers, check_answers, render, write_plugin
-from diffgraft.kernel import registry
-from diffgraft.kernel.errors import ConfigError
+from diffgraft.installed import registry
+from diffgraft.installed.errors import ConfigError
 from diffgraft.testing import contract_cases
 from typer.testing import CliRunner
 

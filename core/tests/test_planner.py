@@ -6,9 +6,9 @@ import subprocess
 import sys
 
 import pytest
-from diffgraft.kernel.errors import BrokenPlugin, Conflict
-from diffgraft.kernel.planner import Part, plan
-from diffgraft.kernel.plugin import Effects
+from diffgraft.installed.errors import BrokenPlugin, Conflict
+from diffgraft.installed.planner import Part, plan
+from diffgraft.installed.plugin import Effects
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -88,5 +88,5 @@ def test_the_verdict_does_not_depend_on_the_order(a, b):
 
 
 def test_planning_imports_no_torch():
-    code = "import sys, diffgraft.kernel.planner, diffgraft.kernel.registry; sys.exit('torch' in sys.modules or 'diffusers' in sys.modules)"
+    code = "import sys; from diffgraft.installed import planner, registry; sys.exit('torch' in sys.modules or 'diffusers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from diffgraft import Unsupported
-from diffgraft.kernel.registry import families
+from diffgraft.installed.registry import families
 from diffgraft.methods.predictions import KINDS, SignalNoise, clean_estimate, levels_at, noise_estimate
 from diffusers import (
     DDIMScheduler,

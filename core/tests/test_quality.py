@@ -8,7 +8,7 @@ import pytest
 from diffgraft.community import quality
 from diffgraft.community.badge import badge
 from diffgraft.community.quality import SCALE, Card, Claim, Quality, as_toml, parse
-from diffgraft.kernel.errors import ConfigError
+from diffgraft.installed.errors import ConfigError
 
 BRONZE, SILVER, GOLD = ([c.name for c in SCALE if c.tier == tier] for tier in quality.TIERS)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from diffgraft import ArtefactMismatch, Unsupported, load_pipeline
-from diffgraft.kernel.registry import families, find
+from diffgraft.installed.registry import families, find
 from diffgraft.methods.artefacts import Fingerprint
 from diffgraft.testing.runs import artefacts
 from diffgraft.testing.setting import USUAL

@@ -9,8 +9,8 @@ import sys
 import textwrap
 
 import pytest
-from diffgraft.kernel import offers, registry
-from diffgraft.kernel.errors import BrokenPlugin, PipelineNotFound, PluginNotFound, Unsupported
+from diffgraft.installed import offers, registry
+from diffgraft.installed.errors import BrokenPlugin, PipelineNotFound, PluginNotFound, Unsupported
 from diffgraft.methods.extras import imported
 
 GOOD = """

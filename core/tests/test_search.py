@@ -11,7 +11,7 @@ import pytest
 import torch
 from diffgraft import ArtefactMismatch, ConfigError, Conflict, Effects, Need, Unsupported, load_pipeline
 from diffgraft.cli import app
-from diffgraft.kernel.errors import RewardError
+from diffgraft.installed.errors import RewardError
 from diffgraft.methods.artefacts import MadeFor
 from diffgraft.methods.findings import Finding
 from diffgraft.methods.fitness import FEATURES, FrechetFitness, RewardFitness, TrajectoryFitness, frechet, make_outputs, read_pictures

@@ -6,7 +6,7 @@ import diffusers.schedulers
 import pytest
 import torch
 from diffgraft import Unsupported
-from diffgraft.kernel import registry
+from diffgraft.installed import registry
 from diffgraft.methods.solvers import falling, ode_settings, unrounded
 from diffusers import (
     DDIMScheduler,

@@ -46,8 +46,8 @@ def same(trial: Trial) -> Any:
 def test_which_plugins_take_part(pipe, monkeypatch, tmp_path):
     classes = {"sparse": SparseTuned, "fussy": Fussy, "only_transformers": OnlyTransformers, "idle": Idle, "gain": Gain, "wants": Wants}
     monkeypatch.setattr(OnlyTransformers, "tune", {"off": (False,)}, raising=False)
-    monkeypatch.setattr("diffgraft.kernel.registry.installed", lambda: classes)
-    monkeypatch.setattr("diffgraft.kernel.registry.find", classes.__getitem__)
+    monkeypatch.setattr("diffgraft.installed.registry.installed", lambda: classes)
+    monkeypatch.setattr("diffgraft.installed.registry.find", classes.__getitem__)
     found, left_out = find_plugins(pipe, {"sparse": {"mode": "x"}})
     assert [(plugin.name, plugin.own_knobs) for plugin in found] == [("sparse", {"mode": "x"}), ("fussy", {}), ("gain", {})]
     assert left_out.keys() == {"only_transformers", "wants"}, "idle says nothing to tune, and nobody has named it"

@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 import torch
 from diffgraft import ArtefactMismatch, Need, Unsupported, load_pipeline
-from diffgraft.kernel.weights import kept_by, middle_value, shape_of
+from diffgraft.kernel.weights import kept_by
 from diffgraft.methods.artefacts import Artefact, Fingerprint, MadeFor
 from diffgraft.methods.gradients import explained
+from diffgraft.methods.weights import middle_value, shape_of
 from probes import PluginConfig, Probe, generate, tiny
 from pydantic import Field
 from torch import nn

@@ -26,7 +26,7 @@ import torch
 import typer
 from diffgraft import load_pipeline
 from diffgraft.cli.values import plugin_specs
-from diffgraft.kernel.specs import build_plugin
+from diffgraft.installed.specs import build_plugin
 from diffgraft.lab.instruments import LiveBytes, MacCounter, synchronize
 from diffgraft.methods.calibration import calibrate_call
 from diffgraft.methods.files import write_atomic

@@ -19,7 +19,7 @@ from diffgraft.cli.making import calibrate, evolve, invert
 from diffgraft.cli.measuring import compare, tune
 from diffgraft.cli.mistakes import Command, Group
 from diffgraft.cli.running import again, run
-from diffgraft.kernel.foreign import plain
+from diffgraft.installed.foreign import plain
 from diffgraft.lab.terminal import console, say
 
 app = typer.Typer(

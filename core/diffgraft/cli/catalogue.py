@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from diffgraft.cli.options import AsJson, Wide
-from diffgraft.kernel import registry
+from diffgraft.installed import registry
 from diffgraft.lab.terminal import SPACIOUS, coloured, console, say
 
 Words = Annotated[list[str] | None, typer.Argument(metavar="[WORD]...", help="Part of a name, paper, summary, hook point or family.")]

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from diffgraft.kernel.errors import ConfigError
+from diffgraft.installed.errors import ConfigError
 from diffgraft.lab.terminal import say
 from diffgraft.methods.files import check_file, write_atomic
 

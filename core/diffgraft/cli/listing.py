@@ -12,8 +12,8 @@ import typer
 
 from diffgraft.cli.options import AsJson, Wide, plugin_names
 from diffgraft.community.quality import tier_of
-from diffgraft.kernel import registry
-from diffgraft.kernel.offers import PLUGINS, offers
+from diffgraft.installed import registry
+from diffgraft.installed.offers import PLUGINS, offers
 from diffgraft.lab.terminal import ROOMY, SPACIOUS, coloured, console, say
 
 BRINGS = {

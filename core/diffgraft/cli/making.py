@@ -22,8 +22,8 @@ from diffgraft.cli.options import (
     Width,
 )
 from diffgraft.cli.steady import steady
-from diffgraft.kernel import registry
-from diffgraft.kernel.errors import ConfigError
+from diffgraft.installed import registry
+from diffgraft.installed.errors import ConfigError
 from diffgraft.lab.terminal import say
 from diffgraft.methods.files import check_file
 

@@ -31,8 +31,8 @@ from diffgraft.cli.options import (
     Width,
 )
 from diffgraft.cli.steady import steady, tell
-from diffgraft.kernel import registry
-from diffgraft.kernel.errors import ConfigError
+from diffgraft.installed import registry
+from diffgraft.installed.errors import ConfigError
 from diffgraft.lab.terminal import say
 from diffgraft.methods.extras import imported
 from diffgraft.methods.files import check_folder
@@ -209,7 +209,7 @@ def tune(
     extra = parse_assignments(arg, "-a")
     texts = read_prompts(prompt, prompts)
     check_folder(out)
-    from diffgraft.kernel.specs import build_plugin
+    from diffgraft.installed.specs import build_plugin
     from diffgraft.lab.judging import load_judge
     from diffgraft.lab.terminal import progress
     from diffgraft.methods.inputs import default_steps, make_samples

@@ -17,8 +17,8 @@ from typing import Any, TypeVar
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from diffgraft.kernel.errors import ConfigError, DiffgraftError, ForeignError, OutputError
-from diffgraft.kernel.foreign import plain, said
+from diffgraft.installed.errors import ConfigError, DiffgraftError, ForeignError, OutputError
+from diffgraft.installed.foreign import plain, said
 from diffgraft.lab.terminal import say
 
 TRACEBACK = "DIFFGRAFT_TRACEBACK"

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from diffgraft.kernel import registry
+from diffgraft.installed import registry
 
 
 def plugin_names(incomplete: str) -> list[str]:

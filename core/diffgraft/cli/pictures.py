@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image, ImageOps
 
-from diffgraft.kernel.errors import ConfigError, PipelineNotFound
+from diffgraft.installed.errors import ConfigError, PipelineNotFound
 from diffgraft.lab.terminal import say
 
 if TYPE_CHECKING:

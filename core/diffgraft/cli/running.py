@@ -24,8 +24,8 @@ from diffgraft.cli.options import (
     Steps,
     Width,
 )
-from diffgraft.kernel.errors import ConfigError, DiffgraftError, NeverFired, OutputError
-from diffgraft.kernel.foreign import said
+from diffgraft.installed.errors import ConfigError, DiffgraftError, NeverFired, OutputError
+from diffgraft.installed.foreign import said
 from diffgraft.lab.terminal import say
 from diffgraft.methods.files import check_file
 
@@ -164,8 +164,9 @@ def make(recipe: Recipe) -> Made:
 
     from diffgraft.cli.pictures import check_controlnet, class_for, fitted, load_controlnet, read_given, strength_for
     from diffgraft.cli.values import call_settings, load_bare
-    from diffgraft.kernel import registry
-    from diffgraft.kernel.loading import load_pipeline, resolve
+    from diffgraft.installed import registry
+    from diffgraft.installed.registry import resolve
+    from diffgraft.kernel.loading import load_pipeline
     from diffgraft.methods.inputs import as_array, make_pictures, make_samples
     from diffgraft.methods.variants import as_variant
 
@@ -219,7 +220,7 @@ def make(recipe: Recipe) -> Made:
 
 def record_of(pipe: Any, recipe: Recipe, call: CallSettings, prompt: str | None, size: tuple[int, int]) -> Record:
     """What the pictures' files will say of the run that is just over."""
-    from diffgraft.kernel import registry
+    from diffgraft.installed import registry
     from diffgraft.kernel.defaults import own_defaults
     from diffgraft.lab.recipes import Record, digest_of, versions_of
     from diffgraft.methods.inputs import default_steps, parameters

@@ -9,13 +9,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from diffgraft.kernel import registry
-from diffgraft.kernel.errors import ConfigError, choices, nearest
-from diffgraft.kernel.foreign import brief
+from diffgraft.installed import registry
+from diffgraft.installed.errors import ConfigError, choices, nearest
+from diffgraft.installed.foreign import brief
 
 if TYPE_CHECKING:
-    from diffgraft.kernel.family import Bundled
-    from diffgraft.kernel.plugin import Plugin
+    from diffgraft.installed.family import Bundled
+    from diffgraft.installed.plugin import Plugin
     from diffgraft.methods.fitness import Fitness
     from diffgraft.methods.inputs import CallSettings
 
@@ -162,9 +162,10 @@ def load_bare(name: str, specs: list[tuple[str, dict[str, Any]]], device: str | 
 
     All names and knobs are checked before any weight is read.
     """
-    from diffgraft.kernel.loading import load_pipeline, resolve, unload
-    from diffgraft.kernel.planner import Part, plan
-    from diffgraft.kernel.specs import build_plugin
+    from diffgraft.installed.planner import Part, plan
+    from diffgraft.installed.registry import resolve
+    from diffgraft.installed.specs import build_plugin
+    from diffgraft.kernel.loading import load_pipeline, unload
 
     target = parse_device(device)
     folder = resolve(name)

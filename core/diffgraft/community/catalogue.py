@@ -24,8 +24,8 @@ from urllib.request import HTTPRedirectHandler, Request, build_opener
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 from typing_extensions import Self
 
-from diffgraft.kernel.errors import CatalogueError, nearest
-from diffgraft.kernel.foreign import plain, said
+from diffgraft.installed.errors import CatalogueError, nearest
+from diffgraft.installed.foreign import plain, said
 
 FIRST_PARTY = "github.com/diffgraft"
 """Publisher of the plugins that are developed together with the core."""

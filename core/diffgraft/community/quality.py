@@ -27,7 +27,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-from diffgraft.kernel.errors import ConfigError, choices
+from diffgraft.installed.errors import ConfigError, choices
 
 if sys.version_info >= (3, 11):
     import tomllib

@@ -9,12 +9,12 @@ from typing import Any
 from urllib.parse import quote
 
 from diffgraft.community.quality import GOALS, TIERS, Card, read, tier_of
-from diffgraft.kernel import registry
-from diffgraft.kernel.config import allowed
-from diffgraft.kernel.errors import BrokenPlugin
-from diffgraft.kernel.foreign import plain
-from diffgraft.kernel.offers import blamed
-from diffgraft.kernel.plugin import Plugin
+from diffgraft.installed import registry
+from diffgraft.installed.config import allowed
+from diffgraft.installed.errors import BrokenPlugin
+from diffgraft.installed.foreign import plain
+from diffgraft.installed.offers import blamed
+from diffgraft.installed.plugin import Plugin
 
 
 @dataclass(frozen=True)

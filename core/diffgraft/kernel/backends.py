@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from diffgraft.kernel.anatomy import denoisers_of
-from diffgraft.kernel.errors import Unsupported, choices
-from diffgraft.kernel.family import Family
+from diffgraft.installed.anatomy import denoisers_of
+from diffgraft.installed.errors import Unsupported, choices
+from diffgraft.installed.family import Family
 from diffgraft.kernel.slots import write_global
 
 PIP = {"xformers": "pip install 'diffgraft[xformers]'", "flash": "pip install flash-attn", "sage": "pip install sageattention"}

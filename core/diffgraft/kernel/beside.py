@@ -11,9 +11,9 @@ from typing import Any
 
 from torch import nn
 
-from diffgraft.kernel.planner import Part
-from diffgraft.kernel.plugin import Effects
-from diffgraft.kernel.weights import root_of
+from diffgraft.installed.anatomy import root_of
+from diffgraft.installed.planner import Part
+from diffgraft.installed.plugin import Effects
 
 BLOCKS = Effects(skips=frozenset({"blocks"}))
 CACHES = {

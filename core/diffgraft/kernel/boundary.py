@@ -13,9 +13,9 @@ import torch
 from diffusers.utils import BaseOutput
 from torch import Tensor
 
+from diffgraft.installed.errors import BrokenPlugin, NotFinite
 from diffgraft.kernel.calls import Call, GuideCall, Schedule, StepOutput
-from diffgraft.kernel.errors import BrokenPlugin, NotFinite
-from diffgraft.kernel.plugin import Entry
+from diffgraft.kernel.entry import Entry
 from diffgraft.kernel.slots import add_note
 
 Form = Callable[[Any, Any], str]

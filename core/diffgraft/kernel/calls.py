@@ -15,10 +15,12 @@ import torch
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor, nn
 
-from diffgraft.kernel.errors import NotPassed
-from diffgraft.kernel.facts import AttentionInfo, BlockInfo, Step
-from diffgraft.kernel.family import Family
-from diffgraft.kernel.plugin import Entry, Plugin
+from diffgraft.installed.anatomy import AttentionInfo, BlockInfo
+from diffgraft.installed.errors import NotPassed
+from diffgraft.installed.family import Family
+from diffgraft.installed.plugin import Plugin
+from diffgraft.kernel.entry import Entry
+from diffgraft.kernel.facts import Step
 from diffgraft.kernel.report import PluginReport
 
 

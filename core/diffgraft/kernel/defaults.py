@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
-from diffgraft.kernel.errors import ConfigError, nearest
+from diffgraft.installed.errors import ConfigError, nearest
 from diffgraft.kernel.slots import class_for_one, reduced_as, set_class, wraps_method
 
 _DEFAULTS = "_diffgraft_defaults"

@@ -1,14 +1,12 @@
-"""What plugins are told as plain facts: where a run is, which block, which attention layer, what a ``check`` may look at."""
+"""Where a run is, as plain facts, and what fits certain runs only."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Collection
+from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
-from torch import Tensor, nn
-
-from diffgraft.kernel.family import Family
+from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -92,53 +90,6 @@ def pace_of(scheduler: Any) -> Pace:
     if not hasattr(scheduler, "prk_timesteps"):
         return Pace(later=max(int(getattr(scheduler, "order", 1)), 1))
     return Pace(first=2, steps=1) if scheduler.config.skip_prk_steps else Pace(first=4, steps=3)
-
-
-@dataclass(frozen=True, eq=False)
-class BlockInfo:
-    """A hookable block.
-
-    ``path`` on the denoiser ("up_blocks.2.resnets.1"), ``kind`` ("up", "up.resnet", "double"...), ``index`` of the (top-level) block within
-    its group, ``layer`` index inside the block or -1, ``order`` running number over the denoisers, ``takes`` and ``returns`` as the family
-    says, ``model`` the denoiser's attribute name, and the ``module``.
-    """
-
-    path: str
-    kind: str
-    index: int
-    layer: int
-    order: int
-    takes: tuple[str, ...]
-    returns: tuple[str, ...]
-    model: str
-    module: nn.Module
-
-    @property
-    def is_layer(self) -> bool:
-        return self.layer >= 0
-
-
-@dataclass(frozen=True, eq=False)
-class AttentionInfo:
-    """A hookable attention layer: ``path`` on the denoiser, running number, whether it attends to the text, and the module."""
-
-    path: str
-    order: int
-    is_cross: bool
-    model: str
-    module: nn.Module
-
-
-@dataclass(frozen=True)
-class Target:
-    """What a plugin's ``check`` may look at before anything is touched."""
-
-    pipe: Any
-    family: Family
-    denoisers: Mapping[str, nn.Module]
-    blocks: tuple[BlockInfo, ...]
-    given: Mapping[str, Any] = field(default_factory=dict)
-    """What the plugin needs, by knob, fetched already."""
 
 
 @runtime_checkable

@@ -5,9 +5,7 @@ from __future__ import annotations
 import difflib
 import importlib.util
 import os
-import re
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 import diffusers
@@ -15,12 +13,13 @@ from diffusers import DiffusionPipeline
 from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError
 
-from diffgraft.kernel import registry
+from diffgraft.installed import registry
+from diffgraft.installed.errors import BrokenPlugin, ConfigError, DiffgraftError, PipelineNotFound, Unsupported
+from diffgraft.installed.planner import Part, plan
+from diffgraft.installed.specs import Specs, as_specs, build_plugin
+from diffgraft.installed.unread import pickles_instead, why_not_loaded
 from diffgraft.kernel.backends import use_attention_backend
 from diffgraft.kernel.defaults import give_defaults
-from diffgraft.kernel.errors import BrokenPlugin, ConfigError, DiffgraftError, PipelineNotFound, Unsupported
-from diffgraft.kernel.planner import Part, plan
-from diffgraft.kernel.specs import Specs, as_specs, build_plugin
 from diffgraft.kernel.stack import attach, stack_of
 
 OWN = ("plugins", "attention_backend")
@@ -94,7 +93,7 @@ def read_pipeline(name: str | os.PathLike[str], **from_pretrained: Any) -> Any:
         BrokenPlugin: a bundled pipeline says arguments that it does not take.
         Unsupported: its weights are pickles, and ``use_safetensors=None`` was not said.
     """
-    folder, bundled = resolve(name), registry.bundled_of(name)
+    folder, bundled = registry.resolve(name), registry.bundled_of(name)
     if bundled is not None and bundled.lora is not None and importlib.util.find_spec("peft") is None:
         raise Unsupported(f"{name} is a LoRA, and diffusers loads none without peft, which is not installed: `pip install peft`")
     if os.path.isdir(folder) and not os.path.isfile(os.path.join(folder, "model_index.json")):
@@ -123,60 +122,6 @@ def read_pipeline(name: str | os.PathLike[str], **from_pretrained: Any) -> Any:
     return pipe
 
 
-PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-
-
-def pickles_instead(folder: str | os.PathLike[str], error: BaseException) -> list[str]:
-    """The pickled weights that are all there is where safetensors were looked for; none where the fault is another one.
-
-    Of the part of a folder that the error names this is seen; of a Hub id diffusers lists the files that it found.
-    """
-    if "SafetensorError" in kinds_of(error):
-        return []  # a file was there, and is damaged
-    if not os.path.isdir(folder):
-        listed = str(error).partition("safetensors` weights in")[2]
-        return sorted(word for word in re.findall(r"'([^']+)'", listed) if word.endswith(PICKLES))
-    found = []
-    for part in Path(folder).iterdir():
-        names = [path.name for path in part.iterdir()] if part.is_dir() and f"{part}." in str(error) else []
-        if not any(name.endswith(".safetensors") for name in names):
-            found += [f"{part.name}/{name}" for name in sorted(names) if name.endswith(PICKLES)]
-    return found
-
-
-def kinds_of(error: BaseException | None) -> set[str]:
-    """Class names of an error and of those behind it: diffusers tells of a cache miss, and not of what happened on the way there."""
-    kinds: set[str] = set()
-    while error is not None:
-        kinds |= {cls.__name__ for cls in type(error).__mro__}
-        error = error.__cause__ or error.__context__
-    return kinds
-
-
-def why_not_loaded(error: BaseException) -> str:
-    """What kept diffusers from reading a pipeline, and the way out."""
-    first, kinds = str(error).strip().partition("\n")[0], kinds_of(error)
-    if "SafetensorError" in kinds:
-        return f"a file of weights is damaged, or not what its name says ({first}): fetch or save it again"
-    if "GatedRepoError" in kinds:
-        return "it is gated: accept its licence on its page on the Hub, then `hf auth login`"
-    if "RepositoryNotFoundError" in kinds:
-        return "the Hub has no such repository, or it is private: check the spelling, or `hf auth login`"
-    if "RevisionNotFoundError" in kinds:
-        return "the repository has no such revision: check revision=..."
-    if kinds & {"EntryNotFoundError", "RemoteEntryNotFoundError"}:
-        return "the repository has no model_index.json, so it is no diffusers pipeline"
-    if "HFValidationError" in kinds:
-        return f"that is no Hub id: {first}"
-    if "OfflineModeIsEnabled" in kinds:
-        return "it is not in the local cache, and HF_HUB_OFFLINE forbids to fetch it: unset that, or give a folder"
-    if kinds & {"ConnectionError", "ConnectError", "TimeoutException", "Timeout", "gaierror"}:
-        return "it is not in the local cache, and the Hub cannot be reached: go online once, or give a folder"
-    if "LocalEntryNotFoundError" in kinds:
-        return "it is not in the local cache, and local_files_only=True forbids to fetch it"
-    return first or type(error).__name__
-
-
 def refuse_near_misses(keywords: Iterable[str]) -> None:
     """diffusers swallows keywords that it does not know: one of ours that is misspelt would silently do nothing.
 
@@ -188,15 +133,3 @@ def refuse_near_misses(keywords: Iterable[str]) -> None:
         meant = meant or [own for part, own in ALIAS.items() if part in word.lower()]
         if meant:
             raise ConfigError(f"{word}= is no keyword of load_pipeline; did you mean {meant[0]}=?")
-
-
-def resolve(name: str | os.PathLike[str]) -> str | os.PathLike[str]:
-    """The folder or Hub id behind a pipeline name: an existing folder, then a bundled name, then ``owner/name`` on the Hub."""
-    if os.path.isdir(name):
-        return name
-    if (bundled := registry.bundled_of(name)) is not None:
-        return bundled.path
-    text = os.fspath(name)
-    if isinstance(name, str) and text.count("/") == 1 and not text.startswith((".", "/", "~")):
-        return text
-    return registry.find_bundled(text).path  # raises PipelineNotFound

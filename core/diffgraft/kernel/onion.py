@@ -38,7 +38,7 @@ from diffgraft.kernel.calls import (
     StepCall,
     StepOutput,
 )
-from diffgraft.kernel.plugin import Entry
+from diffgraft.kernel.entry import Entry
 
 Chain = Callable[[Any], Any]
 

@@ -14,12 +14,12 @@ import torch
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor, nn
 
+from diffgraft.installed.errors import Unsupported
+from diffgraft.installed.family import Family
 from diffgraft.kernel.calls import AttentionCall, BlockCall, ControlCall, DenoiseCall, GuideCall, RunView, ScheduleCall, StepCall
-from diffgraft.kernel.errors import Unsupported
+from diffgraft.kernel.entry import Entry
 from diffgraft.kernel.facts import Pace, RunBound, Step, pace_of
-from diffgraft.kernel.family import Family
 from diffgraft.kernel.onion import Chain, Onions, active_run, call_inner, step_result
-from diffgraft.kernel.plugin import Entry
 from diffgraft.kernel.report import PluginReport, Report
 from diffgraft.kernel.slots import interrupt, left_behind, striding, write_schedule
 from diffgraft.kernel.units import Replaced, begin_of

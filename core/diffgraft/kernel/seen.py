@@ -15,7 +15,8 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
-from diffgraft.kernel.weights import PLAIN, kept_by, middle_of, read, root_of
+from diffgraft.installed.anatomy import root_of
+from diffgraft.kernel.weights import PLAIN, kept_by, middle_of, read
 
 PROBES = 32
 """Weights of a model that are read at the beginning of a run."""

@@ -20,7 +20,7 @@ from fractions import Fraction
 from itertools import pairwise
 from typing import Any
 
-from diffgraft.kernel.errors import Unsupported
+from diffgraft.installed.errors import Unsupported
 
 _ABSENT: Any = object()
 """Found by an open slot: nothing was there."""

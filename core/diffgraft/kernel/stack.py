@@ -18,24 +18,25 @@ from typing import Any
 
 from torch import nn
 
-from diffgraft.kernel.anatomy import blocks_of, denoisers_of
+from diffgraft.installed.anatomy import Target, blocks_of, denoisers_of
+from diffgraft.installed.errors import ConfigError, Conflict, DiffgraftError, PluginNotFound, Unsupported, choices
+from diffgraft.installed.family import Family
+from diffgraft.installed.planner import Part, Plan, plan
+from diffgraft.installed.plugin import Plugin
+from diffgraft.installed.registry import find_family, find_need
+from diffgraft.installed.specs import Specs, as_specs, build_plugin, names_of
 from diffgraft.kernel.beside import foreign_parts
 from diffgraft.kernel.calls import RunCall
 from diffgraft.kernel.claim import Claim, clean_in_children
 from diffgraft.kernel.defaults import filled
-from diffgraft.kernel.errors import ConfigError, Conflict, DiffgraftError, PluginNotFound, Unsupported, choices
-from diffgraft.kernel.facts import RunBound, Target
-from diffgraft.kernel.family import Family
+from diffgraft.kernel.entry import Entry
+from diffgraft.kernel.facts import RunBound
 from diffgraft.kernel.grafted import STACK, class_with
 from diffgraft.kernel.onion import call_inner, compose, leave, outside, running
-from diffgraft.kernel.planner import Part, Plan, plan
-from diffgraft.kernel.plugin import Entry, Plugin
-from diffgraft.kernel.registry import find_family, find_need
 from diffgraft.kernel.report import Report
 from diffgraft.kernel.run import Run
 from diffgraft.kernel.seen import Seen, follow_device, follow_dtype, seconds_in
 from diffgraft.kernel.slots import Slot, close_all, free_the_gate, set_class, surely
-from diffgraft.kernel.specs import Specs, as_specs, build_plugin, names_of
 from diffgraft.kernel.surgery import Surgery
 from diffgraft.kernel.verdict import ensure_fired, idle
 from diffgraft.kernel.wiring import Wiring

@@ -7,11 +7,11 @@ from typing import Any
 
 from torch import nn
 
-from diffgraft.kernel.anatomy import denoisers_of
+from diffgraft.installed.anatomy import denoisers_of
+from diffgraft.installed.errors import Conflict, DiffgraftError
+from diffgraft.installed.family import Family
 from diffgraft.kernel.calls import ModulesCall
-from diffgraft.kernel.errors import Conflict, DiffgraftError
-from diffgraft.kernel.family import Family
-from diffgraft.kernel.plugin import Entry
+from diffgraft.kernel.entry import Entry
 from diffgraft.kernel.slots import Slot
 
 

@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from diffgraft.installed.errors import ConfigError, Unsupported
 from diffgraft.kernel.calls import Schedule, ScheduleCall
-from diffgraft.kernel.errors import ConfigError, Unsupported
 from diffgraft.kernel.slots import class_for_one
 
 CUTS = ("denoising_start", "denoising_end")

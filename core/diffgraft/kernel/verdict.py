@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from diffgraft.kernel.errors import NeverFired
-from diffgraft.kernel.plugin import Entry
+from diffgraft.installed.errors import NeverFired
+from diffgraft.kernel.entry import Entry
 from diffgraft.kernel.run import Run
 
 IDLE = "inactive: nothing was saved"

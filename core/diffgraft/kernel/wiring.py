@@ -16,16 +16,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from diffgraft.kernel.anatomy import attention_of, blocks_of, controls_of, denoisers_of
-from diffgraft.kernel.errors import Unsupported
-from diffgraft.kernel.facts import AttentionInfo
-from diffgraft.kernel.family import Family
+from diffgraft.installed.anatomy import AttentionInfo, attention_of, blocks_of, controls_of, denoisers_of, root_of
+from diffgraft.installed.errors import Unsupported
+from diffgraft.installed.family import Family
+from diffgraft.kernel.entry import Entry
 from diffgraft.kernel.onion import Chain, Onions, active_run, compose, stream_terminal
-from diffgraft.kernel.plugin import Entry
 from diffgraft.kernel.run import Run
 from diffgraft.kernel.slots import Slot, instead, method_slot, wraps_method
 from diffgraft.kernel.units import Replaced, in_place_of
-from diffgraft.kernel.weights import root_of
 
 Names = Mapping[str, int]
 Lead = Callable[[Callable[..., Any], Names, tuple[Any, ...], dict[str, Any]], Any]

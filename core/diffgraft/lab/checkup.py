@@ -10,8 +10,8 @@ import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from diffgraft.kernel.foreign import plain
-from diffgraft.kernel.offers import Offer
+from diffgraft.installed.foreign import plain
+from diffgraft.installed.offers import Offer
 from diffgraft.methods.files import write_json
 
 

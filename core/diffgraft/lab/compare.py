@@ -18,10 +18,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from diffgraft.installed.errors import ConfigError
+from diffgraft.installed.plugin import Plugin
 from diffgraft.kernel.defaults import own_defaults
-from diffgraft.kernel.errors import ConfigError
 from diffgraft.kernel.loading import load_pipeline
-from diffgraft.kernel.plugin import Plugin
 from diffgraft.kernel.report import Report
 from diffgraft.kernel.stack import PluginStack, ensure_bare
 from diffgraft.lab.figures import fidelity_of, fit_steps, latency_of, macs_of

@@ -6,10 +6,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from diffgraft.kernel import registry
-from diffgraft.kernel.errors import BrokenPlugin, DiffgraftError
-from diffgraft.kernel.family import Bundled
-from diffgraft.kernel.offers import FAMILIES, PIPELINES, PLUGINS, Offer, offers
+from diffgraft.installed import registry
+from diffgraft.installed.errors import BrokenPlugin, DiffgraftError
+from diffgraft.installed.family import Bundled
+from diffgraft.installed.offers import FAMILIES, PIPELINES, PLUGINS, Offer, offers
 from diffgraft.lab.checkup import remember
 from diffgraft.lab.machine import machine, versions
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from diffgraft.kernel.errors import ConfigError
+from diffgraft.installed.errors import ConfigError
 from diffgraft.lab.metrics import Spread, psnr, ssim
 from diffgraft.lab.results import EqualTime, Fidelity, Latency, Macs, Timing
 from diffgraft.methods.inputs import Pictures

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_flop, shape_wrapper
 
-from diffgraft.kernel.anatomy import denoisers_of
+from diffgraft.installed.anatomy import denoisers_of
 from diffgraft.kernel.stack import PluginStack
 
 

@@ -6,8 +6,8 @@ import importlib
 from collections.abc import Sequence
 from typing import Any, Protocol
 
-from diffgraft.kernel.family import Bundled
-from diffgraft.kernel.offers import blamed
+from diffgraft.installed.family import Bundled
+from diffgraft.installed.offers import blamed
 from diffgraft.lab.metrics import share
 from diffgraft.lab.pictures import to_images
 from diffgraft.lab.results import Verdicts

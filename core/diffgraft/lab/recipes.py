@@ -13,7 +13,7 @@ from PIL import Image, PngImagePlugin
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from typing_extensions import Self
 
-from diffgraft.kernel.errors import ConfigError
+from diffgraft.installed.errors import ConfigError
 
 _log = logging.getLogger(__name__)
 

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from diffgraft.kernel.errors import ConfigError
+from diffgraft.installed.errors import ConfigError
 from diffgraft.kernel.report import Report
 from diffgraft.lab.metrics import Mean, Share, Spread
 from diffgraft.methods.inputs import CallSettings, Pictures, Sample

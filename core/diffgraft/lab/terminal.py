@@ -1,4 +1,4 @@
-"""What the command line prints with, and nothing prints past it: whatever a text holds, it is shown as text (`kernel/foreign.py`)."""
+"""What the command line prints with, and nothing prints past it: whatever a text holds, it is shown as text (`installed/foreign.py`)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from diffgraft.kernel.foreign import plain
+from diffgraft.installed.foreign import plain
 
 ROOMY = 70
 """Columns from which on a list has more than what one must know."""

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from diffgraft.kernel.errors import Unsupported
+from diffgraft.installed.errors import Unsupported
 from diffgraft.kernel.slots import Slot, opened
 
 

@@ -24,12 +24,14 @@ from safetensors.torch import save
 from torch import Tensor, nn
 from typing_extensions import Self, TypedDict
 
-from diffgraft.kernel.errors import ArtefactMismatch, ConfigError
-from diffgraft.kernel.foreign import brief, plain, said
-from diffgraft.kernel.plugin import RUN_FACTS
-from diffgraft.kernel.weights import kept_by, middle_value, root_of, shape_of
+from diffgraft.installed.anatomy import root_of
+from diffgraft.installed.errors import ArtefactMismatch, ConfigError
+from diffgraft.installed.foreign import brief, plain, said
+from diffgraft.installed.plugin import RUN_FACTS
+from diffgraft.kernel.weights import kept_by
 from diffgraft.methods.files import write_atomic
 from diffgraft.methods.schema import Holds
+from diffgraft.methods.weights import middle_value, shape_of
 
 _log = logging.getLogger(__name__)
 

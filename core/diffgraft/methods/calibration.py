@@ -16,8 +16,8 @@ from typing import Any
 
 from torch import Tensor
 
-from diffgraft.kernel.errors import ConfigError, Unsupported
-from diffgraft.kernel.plugin import Plugin
+from diffgraft.installed.errors import ConfigError, Unsupported
+from diffgraft.installed.plugin import Plugin
 from diffgraft.kernel.stack import describe
 from diffgraft.methods.artefacts import Artefact, MadeFor
 from diffgraft.methods.inputs import CallSettings, Sample, call_arguments

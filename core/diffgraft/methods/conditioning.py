@@ -14,11 +14,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from diffgraft.installed.errors import Unsupported
+from diffgraft.installed.plugin import Effects, Paper, Plugin
 from diffgraft.kernel.boundary import usual_shape
 from diffgraft.kernel.calls import DenoiseCall, StepCall
-from diffgraft.kernel.errors import Unsupported
 from diffgraft.kernel.onion import active_run
-from diffgraft.kernel.plugin import Effects, Paper, Plugin
 from diffgraft.methods.artefacts import Fingerprint
 from diffgraft.methods.inputs import parameters
 

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffgraft.kernel.errors import Unsupported
-from diffgraft.kernel.family import Family
+from diffgraft.installed.errors import Unsupported
+from diffgraft.installed.family import Family
 
 
 def ensure_decodes(pipe: Any, family: Family) -> None:

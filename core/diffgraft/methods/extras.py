@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any
 
-from diffgraft.kernel.errors import Unsupported
+from diffgraft.installed.errors import Unsupported
 
 EXTRAS = {
     "torchmetrics": "lab",

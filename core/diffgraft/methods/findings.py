@@ -9,7 +9,7 @@ from typing import Any
 
 from typing_extensions import Self
 
-from diffgraft.kernel.errors import ArtefactMismatch
+from diffgraft.installed.errors import ArtefactMismatch
 from diffgraft.methods.artefacts import FORMAT, Artefact, check_size, checksum, find_file, make_again
 from diffgraft.methods.files import write_json
 

@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from diffgraft.kernel.errors import ConfigError, RewardError
+from diffgraft.installed.errors import ConfigError, RewardError
 from diffgraft.methods.calibration import OnProgress
 from diffgraft.methods.files import write_atomic
 from diffgraft.methods.inputs import CallSettings, Sample, call_arguments, parameters, to_float

@@ -26,12 +26,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from diffgraft.kernel.anatomy import eager_forward
+from diffgraft.installed.anatomy import eager_forward, root_of
+from diffgraft.installed.errors import Conflict, Unsupported
 from diffgraft.kernel.calls import DenoiseCall, RunView
-from diffgraft.kernel.errors import Conflict, Unsupported
 from diffgraft.kernel.onion import running
 from diffgraft.kernel.slots import Slot, opened, set_requires_grad, surely
-from diffgraft.kernel.weights import kept_by, root_of
+from diffgraft.kernel.weights import kept_by
 
 MOVES_WEIGHTS = ("group_offloading", "lazy_prefetch_group_offloading", "layerwise_casting")
 """diffusers' hooks under which a layer's weights are somewhere else, or something else, by the time that its backward runs."""

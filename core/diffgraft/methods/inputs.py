@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from diffgraft.kernel.errors import ConfigError, Unsupported, choices
+from diffgraft.installed.errors import ConfigError, Unsupported, choices
 
 Pictures = NDArray[np.float32]
 """Float arrays [n, frames, height, width, channels] in 0..1; a still picture has one frame."""

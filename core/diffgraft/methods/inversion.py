@@ -10,11 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from diffgraft.installed.errors import Unsupported
+from diffgraft.installed.family import Family
+from diffgraft.installed.plugin import Plugin
 from diffgraft.kernel.defaults import own_defaults
-from diffgraft.kernel.errors import Unsupported
-from diffgraft.kernel.family import Family
 from diffgraft.kernel.loading import load_pipeline
-from diffgraft.kernel.plugin import Plugin
 from diffgraft.methods.artefacts import Artefact
 from diffgraft.methods.decoding import decode
 from diffgraft.methods.inputs import CallSettings, Sample, call_arguments, parameters, to_float

@@ -6,9 +6,9 @@ from collections.abc import Callable
 from importlib import import_module
 from typing import Any
 
-from diffgraft.kernel import registry
-from diffgraft.kernel.errors import ConfigError, choices
-from diffgraft.kernel.foreign import said
+from diffgraft.installed import registry
+from diffgraft.installed.errors import ConfigError, choices
+from diffgraft.installed.foreign import said
 
 
 def find_callable(knob: str, value: Any, group: str, what: str) -> tuple[str, Callable[..., Any]]:

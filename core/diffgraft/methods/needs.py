@@ -12,10 +12,10 @@ from typing import Any
 from diffusers import DiffusionPipeline
 from torch import nn
 
-from diffgraft.kernel.errors import ConfigError, Unsupported
-from diffgraft.kernel.facts import Target
+from diffgraft.installed.anatomy import Target
+from diffgraft.installed.errors import ConfigError, Unsupported
+from diffgraft.installed.plugin import Need, Plugin
 from diffgraft.kernel.loading import read_pipeline
-from diffgraft.kernel.plugin import Need, Plugin
 from diffgraft.methods.artefacts import Artefact, Fingerprint
 from diffgraft.methods.findings import Finding
 from diffgraft.methods.predictions import prediction_kind

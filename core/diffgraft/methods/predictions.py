@@ -16,13 +16,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from diffgraft.kernel.errors import Unsupported
+from diffgraft.installed.errors import Unsupported
 from diffgraft.kernel.units import LEAST
 from diffgraft.kernel.units import is_exploding as is_exploding
 
 if TYPE_CHECKING:
+    from diffgraft.installed.family import Family
     from diffgraft.kernel.calls import DenoiseCall, StepCall
-    from diffgraft.kernel.family import Family
 
 KINDS = ("epsilon", "v_prediction", "sample", "flow")
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from diffgraft.kernel.errors import RewardError
+from diffgraft.installed.errors import RewardError
 from diffgraft.methods.named import find_callable
 
 REWARDS = "diffgraft.rewards"

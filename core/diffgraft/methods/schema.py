@@ -21,7 +21,7 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
-from diffgraft.kernel.foreign import brief
+from diffgraft.installed.foreign import brief
 
 
 @dataclass(frozen=True)

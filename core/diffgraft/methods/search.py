@@ -23,14 +23,14 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from diffgraft.installed.anatomy import Target
+from diffgraft.installed.config import PluginConfig, build_config
+from diffgraft.installed.errors import ConfigError, RewardError, Unsupported
+from diffgraft.installed.planner import Part
+from diffgraft.installed.planner import plan as plan_stack
+from diffgraft.installed.plugin import Paper, Plugin
 from diffgraft.kernel.calls import DenoiseCall, RunCall, Schedule, ScheduleCall
-from diffgraft.kernel.config import PluginConfig, build_config
-from diffgraft.kernel.errors import ConfigError, RewardError, Unsupported
-from diffgraft.kernel.facts import Target
 from diffgraft.kernel.loading import load_pipeline
-from diffgraft.kernel.planner import Part
-from diffgraft.kernel.planner import plan as plan_stack
-from diffgraft.kernel.plugin import Paper, Plugin
 from diffgraft.kernel.stack import describe
 from diffgraft.methods.artefacts import MadeFor
 from diffgraft.methods.calibration import OnProgress, plain

@@ -14,8 +14,8 @@ import torch
 from diffusers import DDIMScheduler
 from torch import Tensor
 
-from diffgraft.kernel.errors import ConfigError, Unsupported
-from diffgraft.kernel.family import Family
+from diffgraft.installed.errors import ConfigError, Unsupported
+from diffgraft.installed.family import Family
 from diffgraft.kernel.units import LEAST, is_exploding
 
 WITHOUT_NOISE = (

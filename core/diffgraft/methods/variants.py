@@ -7,10 +7,10 @@ from typing import Any
 
 import diffusers
 
-from diffgraft.kernel import registry
-from diffgraft.kernel.anatomy import denoisers_of
+from diffgraft.installed import registry
+from diffgraft.installed.anatomy import denoisers_of
+from diffgraft.installed.errors import Unsupported
 from diffgraft.kernel.defaults import give_defaults, own_defaults, plain_class
-from diffgraft.kernel.errors import Unsupported
 from diffgraft.methods.inputs import parameters_of
 
 AUTO: dict[str, Any] = {

@@ -8,9 +8,9 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
+from diffgraft.installed.plugin import Plugin
 from diffgraft.kernel.calls import DenoiseCall, RunCall
 from diffgraft.kernel.loading import load_pipeline
-from diffgraft.kernel.plugin import Plugin
 from diffgraft.kernel.stack import PluginStack, describe, ensure_bare
 from diffgraft.methods.artefacts import MadeFor
 

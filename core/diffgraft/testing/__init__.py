@@ -24,8 +24,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from diffgraft.kernel import registry
-from diffgraft.kernel.plugin import Plugin
+from diffgraft.installed import registry
+from diffgraft.installed.plugin import Plugin
 from diffgraft.testing import basics, compiling, crafted, inside, levels, repeats, surroundings
 from diffgraft.testing.case import CHECKS, Case, cases_of, claims
 from diffgraft.testing.cover import cover

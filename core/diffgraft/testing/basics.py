@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from diffgraft.kernel import registry
-from diffgraft.kernel.errors import ConfigError, Conflict, Unsupported
+from diffgraft.installed import registry
+from diffgraft.installed.errors import ConfigError, Conflict, Unsupported
 from diffgraft.kernel.loading import load_pipeline, unload
 from diffgraft.testing.case import check
 from diffgraft.testing.setting import ANOTHER, USUAL

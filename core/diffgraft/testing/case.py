@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Literal
 
-from diffgraft.kernel.errors import Unsupported
-from diffgraft.kernel.family import Family
-from diffgraft.kernel.plugin import Plugin
+from diffgraft.installed.errors import Unsupported
+from diffgraft.installed.family import Family
+from diffgraft.installed.plugin import Plugin
 from diffgraft.lab.machine import threads
 from diffgraft.testing.subject import Subject
 

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffgraft.kernel import registry
-from diffgraft.kernel.family import Family
+from diffgraft.installed import registry
+from diffgraft.installed.family import Family
 from diffgraft.testing.case import check, claims
 from diffgraft.testing.runs import call
 from diffgraft.testing.setting import USUAL

@@ -6,8 +6,8 @@ import hashlib
 from collections.abc import Hashable, Iterable, Sequence
 from typing import TypeVar
 
-from diffgraft.kernel.planner import Part, judge
-from diffgraft.kernel.plugin import Plugin
+from diffgraft.installed.planner import Part, judge
+from diffgraft.installed.plugin import Plugin
 from diffgraft.testing.case import Case
 from diffgraft.testing.pairs import Pair
 

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from typing_extensions import is_typeddict
 
-from diffgraft.kernel.errors import DiffgraftError
+from diffgraft.installed.errors import DiffgraftError
+from diffgraft.installed.plugin import Need
 from diffgraft.kernel.loading import unload
-from diffgraft.kernel.plugin import Need
 from diffgraft.methods.artefacts import Artefact
 from diffgraft.methods.inputs import CallSettings, Sample
 from diffgraft.methods.inversion import invert

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from diffgraft.kernel.errors import Unsupported
+from diffgraft.installed.errors import Unsupported
 from diffgraft.methods.conditioning import sibling
 from diffgraft.testing.case import check
 from diffgraft.testing.runs import counting

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from diffgraft.kernel.family import Family
+from diffgraft.installed.family import Family
 from diffgraft.methods.predictions import prediction_kind
 from diffgraft.testing.case import check
 from diffgraft.testing.setting import USUAL

@@ -6,12 +6,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import permutations
 
-from diffgraft.kernel import registry
-from diffgraft.kernel.errors import ArtefactMismatch, Conflict, Unsupported
-from diffgraft.kernel.family import Family
+from diffgraft.installed import registry
+from diffgraft.installed.errors import ArtefactMismatch, Conflict, Unsupported
+from diffgraft.installed.family import Family
+from diffgraft.installed.planner import Part, plan
+from diffgraft.installed.plugin import Plugin
 from diffgraft.kernel.loading import load_pipeline, unload
-from diffgraft.kernel.planner import Part, plan
-from diffgraft.kernel.plugin import Plugin
 from diffgraft.lab.machine import threads
 from diffgraft.testing.case import claims, one_of_each_kind
 from diffgraft.testing.runs import artefacts

@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from diffgraft.kernel.family import Family
-from diffgraft.kernel.plugin import Plugin
+from diffgraft.installed.family import Family
+from diffgraft.installed.plugin import Plugin
 from diffgraft.kernel.stack import stack_of
 from diffgraft.lab.machine import threads
 from diffgraft.methods.artefacts import Artefact

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffgraft.kernel.errors import ConfigError
-from diffgraft.kernel.family import Family
+from diffgraft.installed.errors import ConfigError
+from diffgraft.installed.family import Family
+from diffgraft.installed.plugin import Plugin
 from diffgraft.kernel.loading import load_pipeline
-from diffgraft.kernel.plugin import Plugin
 from diffgraft.kernel.report import PluginReport
 from diffgraft.kernel.verdict import IDLE
 from diffgraft.testing.runs import artefacts, call, counting, has_plugin, partner, plain, works

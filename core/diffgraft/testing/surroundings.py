@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from diffgraft.kernel.errors import Unsupported
+from diffgraft.installed.errors import Unsupported
 from diffgraft.kernel.loading import unload
 from diffgraft.kernel.stack import stack_of
 from diffgraft.testing.case import check

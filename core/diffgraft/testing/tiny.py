@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from diffgraft.kernel.family import Family
+from diffgraft.installed.family import Family
 from diffgraft.methods.extras import imported
 from diffgraft.testing.setting import Setting
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from diffgraft.kernel.plugin import Paper, Plugin
+from diffgraft.installed.plugin import Paper, Plugin
 
 POINTS = ("denoise", "block", "attention", "guide", "step")
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from diffgraft.kernel.registry import find_bundled
+from diffgraft.installed.registry import find_bundled
 from diffgraft.lab.doctor import attention_backends
 from diffgraft.lab.judging import load_judge
 from diffgraft.methods.files import write_atomic

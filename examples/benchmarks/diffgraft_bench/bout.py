@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffgraft.kernel.anatomy import denoisers_of
+from diffgraft.installed.anatomy import denoisers_of
+from diffgraft.installed.registry import find_bundled, find_family
 from diffgraft.kernel.backends import use_attention_backend
-from diffgraft.kernel.registry import find_bundled, find_family
 from diffgraft.lab.instruments import LiveBytes, MacMode, synchronize
 from diffgraft.lab.machine import machine, versions
 from diffgraft.lab.pictures import strip, to_images

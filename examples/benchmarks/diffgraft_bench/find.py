@@ -6,8 +6,8 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from diffgraft.kernel.registry import find_bundled
-from diffgraft.kernel.specs import build_plugin
+from diffgraft.installed.registry import find_bundled
+from diffgraft.installed.specs import build_plugin
 from diffgraft.methods.fitness import TrajectoryFitness
 from diffgraft.methods.inputs import Sample
 from diffgraft.methods.search import Plan, search

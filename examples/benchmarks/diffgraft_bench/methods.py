@@ -9,8 +9,8 @@ from typing import Any
 
 import diffusers
 from diffgraft import load_pipeline
-from diffgraft.kernel.anatomy import denoisers_of
-from diffgraft.kernel.registry import find_family
+from diffgraft.installed.anatomy import denoisers_of
+from diffgraft.installed.registry import find_family
 
 from .cases import SCHEDULERS, Method
 from .models import Model

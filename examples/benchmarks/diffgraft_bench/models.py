@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffgraft.kernel import registry
+from diffgraft.installed import registry
+from diffgraft.installed.specs import build_plugin
 from diffgraft.kernel.loading import read_pipeline
-from diffgraft.kernel.specs import build_plugin
 from diffgraft.methods.calibration import calibrate_call
 from diffgraft.methods.inputs import CallSettings, Pictures, Sample, as_array, call_arguments, parameters
 from torch import nn

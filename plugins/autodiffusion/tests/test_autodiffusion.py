@@ -12,7 +12,7 @@ import pytest
 import torch
 from diffgraft import ArtefactMismatch, ConfigError, Unsupported, blocks_of, denoisers_of, load_pipeline
 from diffgraft.cli import app
-from diffgraft.kernel.registry import find_family
+from diffgraft.installed.registry import find_family
 from diffgraft.methods.findings import Finding
 from diffgraft.methods.fitness import RewardFitness, TrajectoryFitness
 from diffgraft.methods.inputs import CallSettings, Sample

@@ -8,7 +8,7 @@ import pytest
 import torch
 from diffgraft import ArtefactMismatch, ConfigError, Plugin, Schedule, Unsupported, load_pipeline, unload
 from diffgraft.cli import app
-from diffgraft.kernel import registry
+from diffgraft.installed import registry
 from diffgraft.lab.recipes import read_record
 from diffgraft.methods.artefacts import Artefact
 from diffgraft.methods.inputs import CallSettings, Sample

@@ -25,7 +25,7 @@ import numpy as np
 import torch
 import typer
 from diffgraft import ConfigError, load_pipeline
-from diffgraft.kernel import registry
+from diffgraft.installed import registry
 from diffgraft.lab.figures import fidelity_of, fit_steps
 from diffgraft.lab.instruments import synchronize
 from diffgraft.lab.judging import as_seen, load_judge, summarise, understood_by

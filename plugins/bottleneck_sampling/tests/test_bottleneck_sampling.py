@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from diffgraft import ConfigError, Conflict, Effects, Paper, Plugin, Unsupported, load_pipeline
-from diffgraft.kernel import registry
+from diffgraft.installed import registry
 from diffgraft.methods.predictions import SignalNoise, clean_estimate, levels_at, noise_estimate, prediction_kind
 from diffgraft_bottleneck_sampling import PRESETS, BottleneckSampling, Grid, method, plms_tail
 from diffusers import FluxPipeline, LTXPipeline, QwenImagePipeline

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from diffgraft import ConfigError, Effects, Paper, Plugin, StepOutput, Unsupported, load_pipeline
-from diffgraft.kernel import registry
+from diffgraft.installed import registry
 from diffgraft_deepcache.layout import connections_made, connections_taken
 from diffgraft_deepcache.schedule import nonuniform_keys
 from diffusers import UNet2DModel

@@ -10,7 +10,7 @@ import diffusers
 import pytest
 import torch
 from diffgraft import ConfigError, Paper, Plugin, Unsupported, load_pipeline
-from diffgraft.kernel import registry
+from diffgraft.installed import registry
 from diffgraft.methods.predictions import SignalNoise, clean_estimate
 from diffgraft_diversity_distillation import DiversityDistillation, method
 from diffusers import DDIMScheduler, EulerDiscreteScheduler, LCMScheduler

@@ -25,7 +25,7 @@ import numpy as np
 import torch
 import typer
 from diffgraft import load_pipeline, unload
-from diffgraft.kernel import registry
+from diffgraft.installed import registry
 from diffgraft.lab.judging import load_judge
 from diffgraft.lab.metrics import share
 from diffgraft_checkpoints.emoji import scenes

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from diffgraft import ArtefactMismatch, ConfigError, Unsupported, load_pipeline, unload
-from diffgraft.kernel import registry
+from diffgraft.installed import registry
 from diffgraft.methods.artefacts import Artefact
 from diffgraft.methods.calibration import calibrate, calibrate_call
 from diffgraft.methods.inputs import CallSettings, Sample

@@ -31,7 +31,7 @@ import torch
 import typer
 from diffgraft import Paper, Plugin, blocks_of, denoisers_of, load_pipeline, unload
 from diffgraft.cli.values import call_settings, load_bare, parse_assignments, read_prompts
-from diffgraft.kernel import registry
+from diffgraft.installed import registry
 from diffgraft.lab.instruments import synchronize
 from diffgraft.lab.metrics import psnr
 from diffgraft.methods.artefacts import Artefact

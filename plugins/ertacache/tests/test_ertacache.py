@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from diffgraft import ArtefactMismatch, ConfigError, Effects, Paper, Plugin, StepOutput, Unsupported, load_pipeline
-from diffgraft.kernel import registry
+from diffgraft.installed import registry
 from diffgraft.methods.artefacts import Artefact
 from diffgraft.methods.calibration import calibrate
 from diffgraft.methods.inputs import CallSettings, Sample

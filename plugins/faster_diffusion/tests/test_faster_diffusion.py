@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from diffgraft import ConfigError, Conflict, Effects, Paper, Plugin, StepOutput, Unsupported, load_pipeline
-from diffgraft.kernel import registry
+from diffgraft.installed import registry
 from diffgraft.testing import contract_cases
 from diffgraft_faster_diffusion import FasterDiffusion, is_preserving, method
 from diffusers import ControlNetModel, DDIMScheduler, UNet2DModel

@@ -13,7 +13,7 @@ from typing import Annotated
 import numpy as np
 import typer
 from diffgraft import load_pipeline
-from diffgraft.kernel import registry
+from diffgraft.installed import registry
 from diffgraft.lab.judging import load_judge
 from diffgraft.lab.metrics import share
 from diffgraft.methods.inputs import CallSettings, Sample, call_arguments

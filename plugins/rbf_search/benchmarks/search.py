@@ -21,7 +21,7 @@ import numpy as np
 import torch
 import typer
 from diffgraft import load_pipeline
-from diffgraft.kernel import registry
+from diffgraft.installed import registry
 from diffgraft.lab.metrics import Mean, share
 from diffgraft.lab.pictures import draw_grid
 from diffgraft_checkpoints.emoji import scenes

@@ -9,7 +9,7 @@ from typing import ClassVar
 import pytest
 import torch
 from diffgraft import ConfigError, Conflict, Effects, Paper, Plugin, RewardError, Unsupported, load_pipeline
-from diffgraft.kernel.planner import Part, plan
+from diffgraft.installed.planner import Part, plan
 from diffgraft_pipelines.tiny import make
 from diffgraft_rbf_search import FlowSDEScheduler, RBFSearch, VPFlowScheduler
 from diffgraft_rbf_search.method import (

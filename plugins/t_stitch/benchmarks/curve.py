@@ -25,7 +25,7 @@ import numpy as np
 import torch
 import typer
 from diffgraft import load_pipeline
-from diffgraft.kernel import registry
+from diffgraft.installed import registry
 from diffgraft.lab.judging import load_judge
 from diffgraft.lab.metrics import psnr, share
 from PIL import Image

@@ -10,7 +10,7 @@ import diffusers
 import pytest
 import torch
 from diffgraft import ConfigError, Effects, Paper, Plugin, Unsupported, load_pipeline
-from diffgraft.kernel import registry
+from diffgraft.installed import registry
 from diffgraft.testing.tiny import EMBED, add_ip_adapter, add_lora
 from diffgraft_pipelines.tiny import _common as common
 from diffgraft_pipelines.tiny import make

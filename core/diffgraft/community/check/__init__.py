@@ -23,7 +23,7 @@ from diffgraft.community.check.effects import contract_problems, effects_problem
 from diffgraft.community.check.project import Project, open_project
 from diffgraft.community.check.rule import RULES, Problem, Rule, rule
 from diffgraft.community.quality import SCALE, TIERS
-from diffgraft.kernel.errors import BrokenPlugin, ConfigError
+from diffgraft.installed.errors import BrokenPlugin, ConfigError
 
 __all__ = [
     "RULES",

@@ -10,8 +10,8 @@ from pathlib import Path
 from diffgraft.community.check.project import Project
 from diffgraft.community.check.rule import Problem
 from diffgraft.community.quality import BY_NAME, FILE, SCALE, Card, Claim, Criterion, Quality, as_toml, parse
-from diffgraft.kernel import registry
-from diffgraft.kernel.errors import ConfigError
+from diffgraft.installed import registry
+from diffgraft.installed.errors import ConfigError
 
 FIGURE = re.compile(r"\d+(?:[.,]\d+)*(?:/\d+|e-?\d+)?")
 """A number as it stands in a text: 2.49, 45/72, 6.0e-6."""

@@ -10,8 +10,8 @@ from diffgraft.community.check.project import Project
 from diffgraft.community.check.rule import Problem, rule
 from diffgraft.community.check.source import classes_of
 from diffgraft.community.tables import knobs
-from diffgraft.kernel.config import build_config
-from diffgraft.kernel.errors import ConfigError
+from diffgraft.installed.config import build_config
+from diffgraft.installed.errors import ConfigError
 
 
 def line_of_knob(project: Project, knob: str) -> tuple[str, int]:

@@ -9,10 +9,10 @@ from diffgraft.community.check.declared import line_of_class
 from diffgraft.community.check.project import Project
 from diffgraft.community.check.rule import Problem
 from diffgraft.community.check.source import classes_of
-from diffgraft.kernel import registry
-from diffgraft.kernel.errors import DiffgraftError
-from diffgraft.kernel.family import Family
-from diffgraft.kernel.plugin import Effects, Plugin
+from diffgraft.installed import registry
+from diffgraft.installed.errors import DiffgraftError
+from diffgraft.installed.family import Family
+from diffgraft.installed.plugin import Effects, Plugin
 
 
 def families_to_run(cls: type[Plugin], names: Iterable[str] | None = None) -> list[Family]:

@@ -15,7 +15,7 @@ from diffgraft.community.check.project import Project
 from diffgraft.community.check.readme import BEGIN, END, PART, SECTIONS, section
 from diffgraft.community.quality import FILE, SCALE
 from diffgraft.community.tables import knob_table, knobs
-from diffgraft.kernel.errors import BrokenPlugin, ConfigError
+from diffgraft.installed.errors import BrokenPlugin, ConfigError
 from diffgraft.methods.files import write_atomic
 
 

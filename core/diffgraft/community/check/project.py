@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from diffgraft.community.quality import toml
-from diffgraft.kernel import registry
-from diffgraft.kernel.errors import BrokenPlugin, ConfigError, PluginNotFound, choices
-from diffgraft.kernel.plugin import Plugin
+from diffgraft.installed import registry
+from diffgraft.installed.errors import BrokenPlugin, ConfigError, PluginNotFound, choices
+from diffgraft.installed.plugin import Plugin
 
 ALLOW = re.compile(r"#\s*check:\s*allow\s+(\w+)\s+because\s+(\S.*)")
 

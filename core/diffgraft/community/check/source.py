@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from diffgraft.community.check.project import Project, Source
 from diffgraft.community.check.rule import Problem, rule
-from diffgraft.kernel.plugin import POINTS
+from diffgraft.installed.plugin import POINTS
 
 BASES = frozenset({"Plugin", "Watcher", "Calibrator", "Inverter"})
 PER_STEP = frozenset({"control", "denoise", "block", "attention", "guide", "step"})

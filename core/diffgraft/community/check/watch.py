@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from diffgraft.kernel.plugin import Plugin
+from diffgraft.installed.plugin import Plugin
 from diffgraft.testing.watch import neighbour
 
 POINTS = ("run", "schedule", "denoise", "block", "attention", "guide", "step")

@@ -17,8 +17,8 @@ from pathlib import Path
 from diffgraft.community.catalogue import ARXIV
 from diffgraft.community.check.packaging import dist_of, fault_of_name, module_of
 from diffgraft.community.quality import Card, Quality, as_toml
-from diffgraft.kernel import registry
-from diffgraft.kernel.errors import ConfigError, choices
+from diffgraft.installed import registry
+from diffgraft.installed.errors import ConfigError, choices
 from diffgraft.methods.extras import imported
 
 

@@ -20,8 +20,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from diffgraft.kernel.errors import ConfigError
-from diffgraft.kernel.plugin import Plugin
+from diffgraft.installed.errors import ConfigError
+from diffgraft.installed.plugin import Plugin
 from diffgraft.kernel.stack import ensure_bare
 from diffgraft.lab.compare import quiet
 from diffgraft.lab.judging import Judge

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from diffgraft.kernel.errors import ConfigError
+from diffgraft.installed.errors import ConfigError
 from diffgraft.lab.metrics import Mean, Spread
 from diffgraft.lab.results import plain
 from diffgraft.methods.inputs import CallSettings, Sample

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from diffgraft.kernel import registry
-from diffgraft.kernel.errors import ConfigError, DiffgraftError
+from diffgraft.installed import registry
+from diffgraft.installed.errors import ConfigError, DiffgraftError
+from diffgraft.installed.planner import Part, plan
+from diffgraft.installed.plugin import Need, Plugin
 from diffgraft.kernel.loading import load_pipeline
-from diffgraft.kernel.planner import Part, plan
-from diffgraft.kernel.plugin import Need, Plugin
 from diffgraft.lab.tune.goal import Candidate
 
 

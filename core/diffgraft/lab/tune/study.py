@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from diffgraft.kernel.errors import ConfigError
+from diffgraft.installed.errors import ConfigError
 from diffgraft.lab.tune.goal import Candidate, Trial
 from diffgraft.lab.tune.space import Space
 

@@ -17,10 +17,10 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from diffgraft.kernel import registry
-from diffgraft.kernel.errors import ConfigError, DiffgraftError, Unsupported
+from diffgraft.installed import registry
+from diffgraft.installed.errors import ConfigError, DiffgraftError, Unsupported
+from diffgraft.installed.plugin import Need, Plugin
 from diffgraft.kernel.loading import load_pipeline
-from diffgraft.kernel.plugin import Need, Plugin
 from diffgraft.kernel.stack import describe, fetch
 from diffgraft.lab.instruments import synchronize
 from diffgraft.lab.judging import Judge, all_right, as_seen

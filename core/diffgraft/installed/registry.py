@@ -11,12 +11,12 @@ from dataclasses import asdict, fields
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from diffgraft.kernel.errors import BrokenPlugin, DiffgraftError, PipelineNotFound, PluginNotFound, Unsupported, choices, nearest
-from diffgraft.kernel.family import Bundled, Family
-from diffgraft.kernel.offers import ALLOW, API, FAMILIES, NEEDS, PIPELINES, PLUGINS, Offer, allow_list, blamed, offers
+from diffgraft.installed.errors import BrokenPlugin, DiffgraftError, PipelineNotFound, PluginNotFound, Unsupported, choices, nearest
+from diffgraft.installed.family import Bundled, Family
+from diffgraft.installed.offers import ALLOW, API, FAMILIES, NEEDS, PIPELINES, PLUGINS, Offer, allow_list, blamed, offers
 
 if TYPE_CHECKING:
-    from diffgraft.kernel.plugin import Plugin
+    from diffgraft.installed.plugin import Plugin
 
 __all__ = ["ALLOW", "PLUGINS", "Offer", "allow_list", "blamed", "offers"]
 CHECKPOINTS = "diffgraft-checkpoints"
@@ -60,7 +60,7 @@ def find(name: str) -> type[Plugin]:
 
 def check_class(cls: object, what: str) -> None:
     """Raises BrokenPlugin unless ``cls`` is a complete plugin class for this contract."""
-    from diffgraft.kernel.plugin import Plugin  # it brings pydantic, which a list does not need
+    from diffgraft.installed.plugin import Plugin  # it brings pydantic, which a list does not need
 
     if not (isinstance(cls, type) and issubclass(cls, Plugin)):
         with blamed(f"{what} is not a subclass of diffgraft.Plugin, and"):
@@ -244,3 +244,15 @@ def bundled_of(name: str | os.PathLike[str]) -> Bundled | None:
     """The bundled checkpoint of this name; None for a folder (which goes first) or a Hub id."""
     text = os.fspath(name)
     return find_bundled(text) if text in bundled_names() and not os.path.isdir(name) else None
+
+
+def resolve(name: str | os.PathLike[str]) -> str | os.PathLike[str]:
+    """The folder or Hub id behind a pipeline name: an existing folder, then a bundled name, then ``owner/name`` on the Hub."""
+    if os.path.isdir(name):
+        return name
+    if (bundled := bundled_of(name)) is not None:
+        return bundled.path
+    text = os.fspath(name)
+    if isinstance(name, str) and text.count("/") == 1 and not text.startswith((".", "/", "~")):
+        return text
+    return find_bundled(text).path  # raises PipelineNotFound

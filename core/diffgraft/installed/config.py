@@ -7,8 +7,8 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from diffgraft.kernel.errors import ConfigError, choices
-from diffgraft.kernel.foreign import brief
+from diffgraft.installed.errors import ConfigError, choices
+from diffgraft.installed.foreign import brief
 
 
 class PluginConfig(BaseModel):

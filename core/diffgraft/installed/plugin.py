@@ -19,16 +19,16 @@ A plugin keeps nothing of a run on itself: ``call.state`` is fresh for every run
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from diffgraft.kernel.config import PluginConfig, build_config
-from diffgraft.kernel.errors import BrokenPlugin
-from diffgraft.kernel.offers import API
+from diffgraft.installed.config import PluginConfig, build_config
+from diffgraft.installed.errors import BrokenPlugin
+from diffgraft.installed.offers import API
 
 if TYPE_CHECKING:  # plugins are declared without torch
-    from diffgraft.kernel.facts import AttentionInfo, BlockInfo, Target
-    from diffgraft.kernel.family import Family
+    from diffgraft.installed.anatomy import AttentionInfo, BlockInfo, Target
+    from diffgraft.installed.family import Family
 
 RUN_FACTS = frozenset({"scheduler", "steps", "shape"})
 """What of a run a file may be made for, beside the model."""
@@ -128,7 +128,7 @@ class Plugin:
     paper     :class:`Paper`
     api       contract number the plugin was written for (:data:`API`)
     families  names of families it works on, or their kinds ("unets", "dits"), or "*" for all
-    Config    knobs, a :class:`~diffgraft.kernel.config.PluginConfig`
+    Config    knobs, a :class:`~diffgraft.installed.config.PluginConfig`
     State     what is kept in a run; built without arguments
     neutral   settings at which the output equals the baseline bit for bit
     active    settings at which the method shows on a tiny pipeline in a few steps (used by the contract suite)
@@ -188,18 +188,3 @@ class Plugin:
     def points(cls) -> tuple[str, ...]:
         """The hook points that this class implements."""
         return tuple(point for point in POINTS if callable(getattr(cls, point, None)))
-
-
-@dataclass(eq=False)
-class Entry:
-    """A plugin in the stack of one pipeline. ``name`` is its key in ``pipe.plugins``."""
-
-    plugin: Plugin
-    enabled: bool = True
-    given: dict[str, Any] = field(default_factory=dict)
-    seen: tuple[Any, ...] = ()
-    """What its checks rest on (``Seen``), of each pipeline that they looked at."""
-    name: str = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.name = self.plugin.name

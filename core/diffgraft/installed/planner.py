@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import combinations, product
 
-from diffgraft.kernel.errors import Conflict
-from diffgraft.kernel.plugin import Effects
+from diffgraft.installed.errors import Conflict
+from diffgraft.installed.plugin import Effects
 
 
 @dataclass(frozen=True)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from diffgraft.kernel import registry
-from diffgraft.kernel.errors import ConfigError
-from diffgraft.kernel.plugin import Plugin
+from diffgraft.installed import registry
+from diffgraft.installed.errors import ConfigError
+from diffgraft.installed.plugin import Plugin
 
 Spec = str | tuple[str, Mapping[str, Any]] | type[Plugin] | Plugin
 Specs = Spec | Iterable[Spec] | Mapping[str, Mapping[str, Any] | None]

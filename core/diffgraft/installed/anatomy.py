@@ -1,15 +1,66 @@
-"""Which objects of a pipeline are its denoisers, blocks, attention layers and ControlNets, as its family says."""
+"""The denoisers, blocks, attention layers and ControlNets of a live pipeline, as its family says."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
 
-from diffgraft.kernel.facts import AttentionInfo, BlockInfo
-from diffgraft.kernel.family import Family
-from diffgraft.kernel.weights import root_of
+from diffgraft.installed.family import Family
+
+
+@dataclass(frozen=True, eq=False)
+class BlockInfo:
+    """A hookable block.
+
+    ``path`` on the denoiser ("up_blocks.2.resnets.1"), ``kind`` ("up", "up.resnet", "double"...), ``index`` of the (top-level) block within
+    its group, ``layer`` index inside the block or -1, ``order`` running number over the denoisers, ``takes`` and ``returns`` as the family
+    says, ``model`` the denoiser's attribute name, and the ``module``.
+    """
+
+    path: str
+    kind: str
+    index: int
+    layer: int
+    order: int
+    takes: tuple[str, ...]
+    returns: tuple[str, ...]
+    model: str
+    module: nn.Module
+
+    @property
+    def is_layer(self) -> bool:
+        return self.layer >= 0
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionInfo:
+    """A hookable attention layer: ``path`` on the denoiser, running number, whether it attends to the text, and the module."""
+
+    path: str
+    order: int
+    is_cross: bool
+    model: str
+    module: nn.Module
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a plugin's ``check`` may look at before anything is touched."""
+
+    pipe: Any
+    family: Family
+    denoisers: Mapping[str, nn.Module]
+    blocks: tuple[BlockInfo, ...]
+    given: Mapping[str, Any] = field(default_factory=dict)
+    """What the plugin needs, by knob, fetched already."""
+
+
+def root_of(model: nn.Module) -> nn.Module:
+    """The model itself where it is compiled."""
+    return getattr(model, "_orig_mod", model)
 
 
 def denoisers_of(pipe: Any, family: Family) -> dict[str, nn.Module]:

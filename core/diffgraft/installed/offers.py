@@ -27,8 +27,8 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 
-from diffgraft.kernel.errors import BrokenPlugin, PluginNotFound
-from diffgraft.kernel.foreign import plain, said
+from diffgraft.installed.errors import BrokenPlugin, PluginNotFound
+from diffgraft.installed.foreign import plain, said
 
 API = 1
 """Number of the plugin contract. It changes when a plugin written for it could break, and only then."""
