@@ -185,9 +185,7 @@ def read_text(dist: Distribution, name: str) -> tuple[str, bytes | None]:
         return f"its {name} cannot be read: {said(error)}", b""
 
 
-def of_dist(
-    dist: Distribution, fault: str | None, group: str, only: str | None, versions: dict[str, str | None]
-) -> Iterator[Offer]:
+def of_dist(dist: Distribution, fault: str | None, group: str, only: str | None, versions: dict[str, str | None]) -> Iterator[Offer]:
     """The offers of one package, or that of one name. Entry points that cannot be read are one line, in the group of plugins."""
     text, content = read_text(dist, "entry_points.txt")
     if content is not None:

@@ -86,9 +86,7 @@ def judge(outer: Part, inner: Part) -> tuple[list[str], list[str]]:
     for what in sorted(a.replaces & b.replaces):
         conflicts.append(f"{both} both replace the {what}: only one can be there; remove one")
     for what in sorted(a.skips & b.skips):
-        conflicts.append(
-            f"{both} both skip {what}: each would reuse what the other did not compute; remove one or disable it in turn"
-        )
+        conflicts.append(f"{both} both skip {what}: each would reuse what the other did not compute; remove one or disable it in turn")
     for x, y in ((outer, inner), (inner, outer)):
         skipped = x.effects.skips & {"denoiser", "blocks"}
         if skipped and "gradients" in y.effects.needs:
@@ -97,9 +95,7 @@ def judge(outer: Part, inner: Part) -> tuple[list[str], list[str]]:
                 f"the gradient would be that of an old step; disable {x.name}"
             )
         elif skipped and "all_blocks" in y.effects.needs:
-            conflicts.append(
-                f"{y.name} needs every block computed, but {x.name} skips {', '.join(sorted(skipped))}; disable one"
-            )
+            conflicts.append(f"{y.name} needs every block computed, but {x.name} skips {', '.join(sorted(skipped))}; disable one")
         if skipped and "plain_gradients" in y.effects.needs:
             warnings.append(
                 f"{y.name} takes its gradients through the whole denoiser, past {x.name}: {x.name} saves work in the other calls only"
@@ -107,15 +103,13 @@ def judge(outer: Part, inner: Part) -> tuple[list[str], list[str]]:
         if "denoiser" in x.effects.replaces and "plain_gradients" in y.effects.needs:
             warnings.append(f"{y.name} takes its gradients through the pipeline's own denoiser also where {x.name} lets another one run")
         if x.effects.stochastic and "determinism" in y.effects.needs:
-            conflicts.append(
-                f"{y.name} needs a deterministic run, but {x.name} draws noise of its own; disable {x.name} or set it neutral"
-            )
+            conflicts.append(f"{y.name} needs a deterministic run, but {x.name} draws noise of its own; disable {x.name} or set it neutral")
         if "resolution" in x.effects.edits and "calibrated_run" in y.effects.needs:
             conflicts.append(
                 f"{y.name} was calibrated for runs of one size and number of steps, but {x.name} runs the pipeline in stages of several: "
                 "remove one"
             )
-        elif "resolution" in x.effects.edits and skipped_features(y.effects):
+        elif "resolution" in x.effects.edits and "blocks" in y.effects.skips:  # it reuses features of an earlier step
             warnings.append(f"{x.name} changes the resolution in mid-run: {y.name} starts its cache again at each change")
     if ("denoiser" in a.skips and "blocks" in b.skips) or ("blocks" in a.skips and "denoiser" in b.skips):
         warnings.append(f"{both}: one skips whole denoiser calls, the other blocks inside them; their savings do not add up")
@@ -124,8 +118,3 @@ def judge(outer: Part, inner: Part) -> tuple[list[str], list[str]]:
     if "scheduler" in a.replaces | b.replaces and "schedule" in a.edits | b.edits:
         warnings.append(f"{both}: the edited schedule goes to the replaced scheduler")
     return conflicts, warnings
-
-
-def skipped_features(effects: Effects) -> bool:
-    """Whether a plugin reuses features of an earlier step."""
-    return "blocks" in effects.skips

@@ -29,8 +29,7 @@ def installed() -> dict[str, Offer]:
 
 
 def by_name(group: str, name: str | None = None) -> dict[str, Offer]:
-    """The offers of a group (or that of one name) by name; where several packages claim one, its owner's, or a broken one if it has none.
-    """
+    """The offers of a group (or that of one name) by name; where several packages claim one, its owner's, else a broken one."""
     found: dict[str, Offer] = {}
     for offer in offers(group, name):
         if offer.name not in found or (found[offer.name].broken and not offer.broken):
