@@ -16,7 +16,6 @@ from torch import Tensor
 from diffgraft.installed.errors import BrokenPlugin, NotFinite
 from diffgraft.kernel.calls import Call, GuideCall, Schedule, StepOutput
 from diffgraft.kernel.entry import Entry
-from diffgraft.kernel.slots import add_note
 
 Form = Callable[[Any, Any], str]
 """(call, result) -> what the result is and should be, or "" where it fits."""
@@ -30,16 +29,6 @@ def place(entry: Entry, point: str, call: Call) -> str:
     if (info := getattr(call, "info", None)) is not None:
         words.append(info.path)
     return ", ".join(words)
-
-
-def blame(error: Exception, entry: Entry, point: str, call: Call) -> None:
-    """Let an exception that a plugin raised say whose it is; its type stays."""
-    add_note(error, f"raised in {place(entry, point, call)}")
-
-
-def tell_changed(error: Exception, entry: Entry, point: str, call: Call) -> None:
-    """Let an exception from further in say that a plugin had changed the call."""
-    add_note(error, f"{place(entry, point, call)} had changed the call before")
 
 
 def ensure_call(given: Any, entry: Entry, point: str, call: Call) -> None:
@@ -57,11 +46,6 @@ def late(entry: Entry, point: str) -> BrokenPlugin:
         f"plugin {entry.name!r}: the next of its {point} hook was called after that hook had returned; next belongs to one call, keep its "
         "result instead (call.state)"
     )
-
-
-def misfit(wrong: str, entry: Entry, point: str, call: Call) -> BrokenPlugin:
-    """The error of a hook that gave what does not fit its point (``wrong``, as a form says it)."""
-    return BrokenPlugin(f"{place(entry, point, call)}: it gave {wrong}")
 
 
 def remember(call: Call, key: Any, result: Any) -> Any:

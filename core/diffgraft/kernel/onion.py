@@ -13,18 +13,8 @@ from typing import Any
 from diffusers.schedulers.scheduling_utils import SchedulerOutput
 from torch import Tensor
 
-from diffgraft.kernel.boundary import (
-    FORMS,
-    blame,
-    ensure_call,
-    ensure_finite_given,
-    ensure_finite_result,
-    late,
-    misfit,
-    remember,
-    tell_changed,
-    watched,
-)
+from diffgraft.installed.errors import BrokenPlugin
+from diffgraft.kernel.boundary import FORMS, ensure_call, ensure_finite_given, ensure_finite_result, late, place, remember, watched
 from diffgraft.kernel.calls import (
     AttentionCall,
     BlockCall,
@@ -39,6 +29,7 @@ from diffgraft.kernel.calls import (
     StepOutput,
 )
 from diffgraft.kernel.entry import Entry
+from diffgraft.kernel.slots import StandIn, add_note
 
 Chain = Callable[[Any], Any]
 
@@ -95,7 +86,7 @@ def _layer(entry: Entry, point: str, method: Callable[[Any, Chain], Any], inner:
             except Exception as error:
                 foreign = error
                 if given is not call:
-                    tell_changed(error, entry, point, call)
+                    add_note(error, f"{place(entry, point, call)} had changed the call before")
                 raise
             came = out if given is call else None
             return out
@@ -104,7 +95,7 @@ def _layer(entry: Entry, point: str, method: Callable[[Any, Chain], Any], inner:
             result = method(call, next)
         except Exception as error:
             if error is not foreign:
-                blame(error, entry, point, call)
+                add_note(error, f"raised in {place(entry, point, call)}")
             raise
         finally:
             is_open = False
@@ -114,7 +105,7 @@ def _layer(entry: Entry, point: str, method: Callable[[Any, Chain], Any], inner:
         if came is _UNASKED:
             run.answered(entry, point)
         if wrong := form(call, result):
-            raise misfit(wrong, entry, point, call)
+            raise BrokenPlugin(f"{place(entry, point, call)}: it gave {wrong}")
         if finite:
             ensure_finite_result(result, entry, point, call)
         return result
@@ -218,25 +209,15 @@ def running(run: RunView | None) -> Iterator[None]:
         _thread.run = outer
 
 
-class Outside:
+class Outside(StandIn):
     """A user's callback in a run: what it calls (this denoiser, another pipeline that shares it) is no part of the run, so no hook fires.
 
-    To ``isinstance`` and attribute access it is the callback itself: pipelines ask for ``PipelineCallback`` and its ``tensor_inputs``.
+    Pipelines ask it for ``PipelineCallback`` and its ``tensor_inputs``.
     """
-
-    def __init__(self, callback: Callable[..., Any]) -> None:
-        self._callback = callback
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         with running(None):
-            return self._callback(*args, **kwargs)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.__dict__["_callback"], name)
-
-    @property  # type: ignore[misc]
-    def __class__(self) -> type:  # type: ignore[override]
-        return type(self.__dict__["_callback"])
+            return self.__dict__["_thing"](*args, **kwargs)
 
 
 def outside(call: Call) -> Call:

@@ -50,7 +50,7 @@ class Slot:
     def put(self, value: Any) -> None:
         """Set what this slot shows while it is open."""
         self.value = value
-        _tag(value, self)
+        value.__dict__[_TAG] = self
 
     @property
     def is_open(self) -> bool:
@@ -140,10 +140,6 @@ if hasattr(os, "register_at_fork"):  # in a forked child the thread that held it
 _TAG = "_diffgraft_slot"
 
 
-def _tag(value: Any, slot: Slot) -> None:
-    value.__dict__[_TAG] = slot
-
-
 def _slot_of(value: Any) -> Slot | None:
     return getattr(value, "__dict__", {}).get(_TAG)
 
@@ -181,6 +177,23 @@ def method_slot(target: Any, name: str) -> Slot:
 def instead(value: Any) -> tuple[Any, ...]:
     """For ``__reduce_ex__`` of what stands in for ``value``: a copy or a pickle holds that."""
     return operator.getitem, ((value,), 0)
+
+
+class StandIn:
+    """To ``isinstance`` and attribute access it is the thing that it stands for; a copy or a pickle holds that thing."""
+
+    def __init__(self, thing: Any) -> None:
+        self.__dict__["_thing"] = thing
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["_thing"], name)
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        return instead(self.__dict__["_thing"])
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:  # type: ignore[override]
+        return type(self.__dict__["_thing"])
 
 
 def underneath(value: Any) -> Any:
@@ -299,17 +312,23 @@ def striding(scheduler: Any, stride: int | None) -> Iterator[None]:
         scheduler.num_inference_steps = before
 
 
+def place_in(whole: Any, view: Any) -> int | None:
+    """Where in ``whole`` a view of it begins, by their storage: no value is compared, so equal ones confuse nobody. None: it is no view."""
+    if view.untyped_storage().data_ptr() != whole.untyped_storage().data_ptr():
+        return None
+    return int((view.storage_offset() - whole.storage_offset()) // max(whole.stride(0), 1))
+
+
 def is_part(timesteps: Any, of: Any) -> bool:
-    """Whether ``timesteps`` is a slice ``of[a:b]``: a view of the same storage. A part of a schedule keeps the schedule's step size."""
-    same = timesteps.untyped_storage().data_ptr() == of.untyped_storage().data_ptr()
-    return bool(same and timesteps.stride() == of.stride() and len(timesteps) <= len(of))
+    """Whether ``timesteps`` is a slice ``of[a:b]``. A part of a schedule keeps the schedule's step size."""
+    return bool(place_in(of, timesteps) is not None and timesteps.stride() == of.stride() and len(timesteps) <= len(of))
 
 
 def left_behind(timesteps: Any, of: Any) -> int:
     """How many of the timesteps ``of`` come after ``timesteps``, where that is a part of them; else 0."""
     if not len(timesteps) or not is_part(timesteps, of):
         return 0
-    return int(len(of) - len(timesteps) - (timesteps.storage_offset() - of.storage_offset()) // max(of.stride(0), 1))
+    return len(of) - len(timesteps) - (place_in(of, timesteps) or 0)
 
 
 def add_note(error: BaseException, text: str) -> None:
@@ -332,8 +351,6 @@ def set_requires_grad(parameters: Iterable[Any], value: bool) -> None:
         parameter.requires_grad_(value)
 
 
-def write_global(owner: Any, name: str, value: Any) -> Any:
-    """Write an attribute that diffusers itself changes process-wide (the attention backend); returns what was there."""
-    before = getattr(owner, name)
+def write_global(owner: Any, name: str, value: Any) -> None:
+    """Write an attribute that diffusers itself changes process-wide (the attention backend)."""
     setattr(owner, name, value)
-    return before

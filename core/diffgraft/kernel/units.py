@@ -1,9 +1,7 @@
 """A scheduler that takes the place of the pipeline's own for a run speaks the own one's language.
 
-Latents that a user, a callback, another pipeline or a hook sees are in the unit of the pipeline's own scheduler: ``x0 + sigma eps`` where
-that is of Euler's kind (variance exploding), ``a x0 + s eps`` where it is of DDIM's. The scheduler of a plugin need not know: where the
-units differ, the run gets a twin of it that translates at its door. A run that is cut in the middle (``denoising_end``) goes along the own
-scheduler's points, so that they are also as noisy as another pipeline takes them to be.
+That is ``x0 + sigma eps`` where the own one is of Euler's kind (variance exploding), ``a x0 + s eps`` where it is of DDIM's. A plugin's
+scheduler need not know: where the units differ, the run gets a twin of it that translates at its door.
 """
 
 from __future__ import annotations
@@ -21,7 +19,7 @@ from torch import Tensor
 
 from diffgraft.installed.errors import ConfigError, Unsupported
 from diffgraft.kernel.calls import Schedule, ScheduleCall
-from diffgraft.kernel.slots import class_for_one
+from diffgraft.kernel.slots import class_for_one, place_in
 
 CUTS = ("denoising_start", "denoising_end")
 """Arguments by which a pipeline hands latents to another one in the middle of the schedule, at a share of the time."""
@@ -29,8 +27,6 @@ OWN = ("timesteps", "sigmas")
 """Arguments by which a user gives the schedule."""
 LEAST = 2.0**-12
 """Signal level of a terminal SNR of 0, as diffusers' own schedulers have it."""
-
-
 _EXPLODES = "_diffgraft_explodes"
 
 
@@ -44,14 +40,12 @@ def begin_of(scheduler: Any, timestep: Any) -> int:
     """Where in the schedule a run begins (image-to-image cuts the front off), seen at its first timestep.
 
     ``begin_index`` says it where the scheduler has one. Else the first timestep that the pipeline uses is a view into
-    ``scheduler.timesteps``: its storage offset is its position - no value is compared, so equal timesteps do not confuse it.
+    ``scheduler.timesteps``, which says its place.
     """
     begin = getattr(scheduler, "begin_index", None)
     timesteps = scheduler.timesteps
     if begin is None and isinstance(timestep, Tensor) and isinstance(timesteps, Tensor):
-        shares = timestep.untyped_storage().data_ptr() == timesteps.untyped_storage().data_ptr()
-        if shares:
-            begin = (timestep.storage_offset() - timesteps.storage_offset()) // max(timesteps.stride(0), 1)
+        begin = place_in(timesteps, timestep)
     return begin or 0
 
 

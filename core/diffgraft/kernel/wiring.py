@@ -22,7 +22,7 @@ from diffgraft.installed.family import Family
 from diffgraft.kernel.entry import Entry
 from diffgraft.kernel.onion import Chain, Onions, active_run, compose, stream_terminal
 from diffgraft.kernel.run import Run
-from diffgraft.kernel.slots import Slot, instead, method_slot, wraps_method
+from diffgraft.kernel.slots import Slot, StandIn, method_slot, wraps_method
 from diffgraft.kernel.units import Replaced, in_place_of
 
 Names = Mapping[str, int]
@@ -93,9 +93,7 @@ class Wiring:
                 slots.append(self._method(module, "cache_context", partial(_named_context, run)))
         return slots
 
-    def _method(
-        self, target: Any, name: str, lead: Lead, inside: bool = False, takes: Sequence[str] = (), graph: Any = None
-    ) -> Slot:
+    def _method(self, target: Any, name: str, lead: Lead, inside: bool = False, takes: Sequence[str] = (), graph: Any = None) -> Slot:
         """A slot on a method.
 
         ``inside``: fires only within a denoiser call (a ControlNet may share the module); ``takes``: the order of its first arguments
@@ -212,26 +210,16 @@ def _named_context(run: Run, inner: Callable[..., Any], names: Names, args: tupl
         run.context = None
 
 
-class ProcessorProxy:
-    """Stands in for an attention processor during a run; to ``isinstance`` and attribute access it is the processor itself."""
+class ProcessorProxy(StandIn):
+    """Stands in for an attention processor during a run."""
 
     def __init__(self, processor: Any, wrapper: Callable[..., Any]) -> None:
-        self.__dict__["_processor"] = processor
+        super().__init__(processor)
         self.__dict__["_wrapper"] = wrapper
 
     def stands_for(self, processor: Any) -> bool:
         """Whether it was made for this very processor."""
-        return self.__dict__["_processor"] is processor
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.__dict__["_processor"], name)
-
-    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        return instead(self.__dict__["_processor"])
-
-    @property  # type: ignore[misc]
-    def __class__(self) -> type:  # type: ignore[override]
-        return type(self.__dict__["_processor"])
+        return self.__dict__["_thing"] is processor
 
 
 @functools.cache
