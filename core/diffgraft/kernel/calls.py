@@ -38,12 +38,12 @@ class RunView(Protocol):
     scale_model_input: Callable[..., Tensor] | None
     reached: set[str]
     forms: dict[Any, Any]
+    replaced: Any
 
     def answered(self, entry: Entry, point: str) -> None: ...
 
     @property
     def stopped(self) -> bool: ...
-    replaced: Any
 
     @property
     def step(self) -> Step: ...

@@ -1,9 +1,7 @@
 """A checkpoint's own arguments: what a bundled pipeline is called with where nobody says otherwise.
 
 diffusers keeps guidance, steps and frames in code, and for some pipelines (Flux, Wan) the size too, so a checkpoint cannot bring its own as
-data. The loaded object therefore gets a class of its own, a subclass of its class with the same name, whose ``__call__`` fills in what
-is missing and whose signature says with what. It belongs to the checkpoint and not to the plugins: it stays when they are taken off. Copies
-keep it; a pickle, a saved folder and ``from_pipe`` give the plain pipeline.
+data. The loaded object therefore gets a class of its own, whose ``__call__`` fills in what is missing and whose signature says with what.
 """
 
 from __future__ import annotations

@@ -1,9 +1,4 @@
-"""One run: which step, which branch, whose state - and the functions that the slots lead to.
-
-Read downward: ``PluginStack.__call__`` makes a :class:`Run`, opens the slots of its ``Wiring`` and calls the pipeline. The pipeline's
-own calls to ``set_timesteps``, the denoiser, its blocks, its attention processors and ``scheduler.step`` then arrive here, go through the
-plugins' onion (``onion.py``) and end in what was there before.
-"""
+"""One run: which step, which branch, whose state - and the functions that the slots lead to, each through its onion (``onion.py``)."""
 
 from __future__ import annotations
 

@@ -1,9 +1,5 @@
-"""What the checks of an attached plugin rest on, so that a run can tell in microseconds whether it is still so.
-
-A pipeline may change after plugins were put on it: another denoiser or scheduler, weights loaded or a LoRA fused into them, another dtype
-or device. Objects are held against objects, and of each model a few weights against what they were; nothing is hashed. Where something
-differs, the checks are made again. Second pipelines follow the first one's device and dtype.
-"""
+"""What the checks of an attached plugin rest on, so that a run can tell in microseconds whether it is still so; and second pipelines, which
+follow the first one's device and dtype. Objects are held against objects, and of each model a few weights against what they were."""
 
 from __future__ import annotations
 

@@ -1,9 +1,4 @@
-"""The plugins on one pipeline: attached, run, taken off without trace.
-
-The pipeline object gets a class of its own (same name, a subclass of its class) that carries ``__call__`` and ``plugins``. All other
-slots are open only while a run is in progress: between runs the denoiser, its blocks, its processors and the scheduler are exactly the
-user's. That is why offloading before or after, a new scheduler, LoRA, ``from_pipe``, saving and pickling need no special care.
-"""
+"""``pipe.plugins``, the plugins on one pipeline: attached, run, taken off without trace. Slots are open only while a run is in progress."""
 
 from __future__ import annotations
 
@@ -229,25 +224,23 @@ class PluginStack:
             plugins: each in any form that ``load_pipeline(plugins=...)`` takes.
         """
         self._refuse_in_run("attach plugins to")
-        self._add([build_plugin(spec) for given in plugins for spec in as_specs(given)])
-
-    def _add(self, plugins: Sequence[Plugin]) -> None:
-        for plugin in plugins:
+        new = [build_plugin(spec) for given in plugins for spec in as_specs(given)]
+        for plugin in new:
             if plugin.name in self:
                 raise Conflict(
                     f"{plugin.name} is on this pipeline already; pipe.plugins.configure({plugin.name!r}, ...) changes its knobs, "
                     f"pipe.plugins.remove({plugin.name!r}) takes it off"
                 )
-        everything = [entry.plugin for entry in self._entries] + [*plugins]
+        everything = [entry.plugin for entry in self._entries] + new
         target = describe(self.pipe, self.family)
         plan([Part(p.name, p.effects) for p in everything], foreign_parts(target.denoisers)).ensure()
         given = []
-        for plugin in plugins:
+        for plugin in new:
             self.refuse_family(plugin)
             given.append(self._fetch(plugin, target, {}))
         before = self._entries
         try:
-            for plugin, things in zip(plugins, given, strict=True):
+            for plugin, things in zip(new, given, strict=True):
                 entry = Entry(plugin, given=things)
                 self._entries = (*self._entries, entry)
                 self._switch(entry, True)
@@ -259,7 +252,7 @@ class PluginStack:
             raise
         for warning in self.plan.warnings:
             _log.warning(warning)
-        for plugin in plugins:
+        for plugin in new:
             knobs = ", ".join(f"{knob}={value!r}" for knob, value in plugin.own_knobs.items())
             _log.info("%s(%s) attached to %s; outermost first: %s", plugin.name, knobs, self.base_class.__name__, ", ".join(self))
 
@@ -298,8 +291,7 @@ class PluginStack:
                     follow_dtype(second, self.pipe)
                 entry.given = self._fetch(entry.plugin, describe(self.pipe, self.family), entry.given)
                 self._see(entry)
-        parts = [Part(entry.name, entry.plugin.effects) for entry in entries]
-        plan(parts, foreign_parts(denoisers_of(self.pipe, self.family))).ensure()
+        self.plan.ensure()
 
     def on_clear(self, undo: Callable[[], None]) -> None:
         """Have ``undo`` called by :meth:`clear`."""
