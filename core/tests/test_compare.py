@@ -191,9 +191,6 @@ def test_mean_with_its_interval():
     assert found.mean == pytest.approx(values.mean())
     assert (found.low, found.high) == pytest.approx((found.mean - 1.96 * 0.1, found.mean + 1.96 * 0.1), abs=0.02)
     assert Mean.of([1.0] * 5).text("dB") == "+1.00 dB (+1.00 to +1.00, 95 % interval)"
-
-
-def test_few_values_have_no_interval():
     assert Mean.of([1.0, 3.0]).text("dB") == "+2.00 dB (+1.00 to +3.00, least and most of 2 pictures)"
     assert Mean.of([1.0]).text("dB") == "+1.00 dB (of one picture)"
 
