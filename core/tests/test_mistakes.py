@@ -223,14 +223,34 @@ def test_a_fault_of_ours_keeps_its_traceback(call, monkeypatch):
 
 
 MAKERS = (
-    ("run", "x", "--prompt", "a", "--out"),
-    ("calibrate", "sparse", "--pipeline", "x", "--prompt", "a", "--out"),
-    ("evolve", "sparse", "--pipeline", "x", "--prompt", "a", "--steps", "4", "--out"),
-    ("invert", "sparse", "--pipeline", "x", "--image", "a.png", "--out"),
-    ("compare", "x", "--plugins", "sparse", "--out"),
-    ("tune", "x", "--target", "psnr=30", "--trials", "1", "--out"),
+    ("run", "owner/x", "--prompt", "a", "--out"),
+    ("calibrate", "sparse", "--pipeline", "owner/x", "--prompt", "a", "--out"),
+    ("evolve", "sparse", "--pipeline", "owner/x", "--prompt", "a", "--steps", "4", "--out"),
+    ("invert", "sparse", "--pipeline", "owner/x", "--image", "a.png", "--out"),
+    ("compare", "owner/x", "--plugins", "sparse", "--out"),
+    ("tune", "owner/x", "--target", "psnr=30", "--trials", "1", "--out"),
     ("check", "sparse", "--badge"),
 )
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("run", "owner/x", "--plugin", "spars"), "no plugin 'spars' is installed; did you mean 'sparse'"),
+        (("run", "emoji-sdd", "--plugin", "sparse"), "'emoji-sdd' is no bundled pipeline; did you mean 'emoji-sd'"),
+        (("invert", "spars", "--pipeline", "owner/x", "--image", "a.png", "--out", "a.safetensors"), "no plugin 'spars'"),
+        (("compare", "owner/x", "--plugins", "spars"), "no plugin 'spars'"),
+        (("tune", "owner/x", "--plugins", "spars", "--target", "psnr=30"), "no plugin 'spars'"),
+    ],
+)
+def test_a_name_that_is_not_there_is_said_before_torch_is_loaded(call, monkeypatch, words, said):
+    def load(*given: Any, **more: Any) -> None:
+        raise AssertionError("something was loaded")
+
+    monkeypatch.setattr(values, "load_bare", load)
+    monkeypatch.setattr("importlib.metadata.EntryPoint.load", load)
+    done = call(*words)
+    assert (done.exit_code, said in done.stderr) == (2, True), done.output
 
 
 @pytest.mark.parametrize("words", MAKERS, ids=[words[0] for words in MAKERS])

@@ -47,9 +47,9 @@ def calibrate(
     threads: Threads = None,
 ) -> None:
     """Measure what a plugin needs to know of a model; an interrupted calibration goes on where it stopped."""
-    from diffgraft.cli.values import call_settings, load_bare, parse_assignments, plugin_specs, read_prompts
+    from diffgraft.cli.values import call_settings, load_bare, parse_assignments, read_prompts, specs_for
 
-    specs = plugin_specs([plugin], option)
+    specs = specs_for(pipeline, [plugin], option)
     texts = read_prompts(prompt, prompts)
     if not texts:
         raise ConfigError("nothing to calibrate on: give --prompts FILE with one prompt a line, or --prompt TEXT")
@@ -114,11 +114,11 @@ def evolve(
         load_bare,
         make_fitness,
         parse_assignments,
-        plugin_specs,
         read_prompts,
+        specs_for,
     )
 
-    specs = plugin_specs([plugin, *(beside or [])], option)
+    specs = specs_for(pipeline, [plugin, *(beside or [])], option)
     texts = read_prompts(prompt, prompts)
     if not texts:
         raise ConfigError("nothing to judge the candidates on: give --prompts FILE with one prompt a line, or --prompt TEXT")
@@ -167,9 +167,9 @@ def invert(
     check: Annotated[bool, typer.Option("--check", help="Make the picture again and tell how near it comes.")] = False,
 ) -> None:
     """Walk from a picture back to the noise that it comes from; `run` with the code makes it again, or edits it."""
-    from diffgraft.cli.values import call_settings, load_bare, parse_assignments, plugin_specs
+    from diffgraft.cli.values import call_settings, load_bare, parse_assignments, specs_for
 
-    specs = plugin_specs([plugin], option)
+    specs = specs_for(pipeline, [plugin], option)
     extra = parse_assignments(arg, "-a")
     path = out or Path(f"{plugin}-code.safetensors")
     check_file(path, [".safetensors"])

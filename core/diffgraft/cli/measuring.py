@@ -93,14 +93,14 @@ def compare(
         load_bare,
         parse_assignments,
         parse_seeds,
-        plugin_specs,
         read_prompts,
+        specs_for,
     )
 
-    imported("torchmetrics", "`diffgraft compare`")  # said before anything is loaded
-    specs = plugin_specs(plugins, option)
+    specs = specs_for(pipeline, plugins, option)
     if not specs:
         raise ConfigError("nothing to compare: give --plugins a,b")
+    imported("torchmetrics", "`diffgraft compare`")  # said before anything is loaded
     extra = parse_assignments(arg, "-a")
     texts = read_prompts(prompt, prompts)
     seed_list = parse_seeds(seeds)
@@ -195,7 +195,9 @@ def tune(
     threads: Threads = None,
 ) -> None:
     """Find the fastest stack, settings and number of steps that reach a fidelity; an interrupted run goes on where it stopped."""
-    from diffgraft.cli.values import call_settings, load_bare, parse_assignments, plugin_specs, read_prompts
+    from diffgraft.cli.values import call_settings, load_bare, parse_assignments, read_prompts, specs_for
+
+    specs = specs_for(pipeline, plugins or list(registry.installed()), option)
     from diffgraft.lab.tune import tune as look
     from diffgraft.lab.tune.goal import Goal, TuneSettings, parse_budget
     from diffgraft.lab.tune.space import find_plugins
@@ -205,7 +207,6 @@ def tune(
     for module in ("optuna", "matplotlib.figure", "torchmetrics"):  # said before anything is loaded
         imported(module, "`diffgraft tune`")
     goal, seconds = Goal.parse(target), None if budget is None else parse_budget(budget)
-    specs = plugin_specs(plugins or list(registry.installed()), option)
     extra = parse_assignments(arg, "-a")
     texts = read_prompts(prompt, prompts)
     check_folder(out)

@@ -69,9 +69,9 @@ def run(
 ) -> None:
     """Run a pipeline with plugins and write the picture; with --image, --mask or --controlnet, its family's pipeline for those."""
     from diffgraft.cli.mistakes import kept
-    from diffgraft.cli.values import parse_assignments, plugin_specs
+    from diffgraft.cli.values import parse_assignments, specs_for
 
-    specs, extra = plugin_specs(plugin, option), parse_assignments(arg, "-a")
+    specs, extra = specs_for(pipeline, plugin, option), parse_assignments(arg, "-a")
     from diffgraft.lab.pictures import STILL, save_pictures
     from diffgraft.lab.recipes import Recipe
 

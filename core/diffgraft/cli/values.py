@@ -76,12 +76,24 @@ def plugin_specs(names: list[str] | None, options: list[str] | None) -> list[tup
         if not dot or not plugin or not knob:
             raise ConfigError(f"-o {key}: write -o plugin.knob=value")
         if plugin not in listed:
-            raise ConfigError(
-                f"-o {key}: plugin {plugin!r} is not in the list{choices(plugin, listed, 'In it')} Or add --plugin {plugin}."
-            )
+            add = f" Or add --plugin {plugin}." if plugin in registry.installed() else ""
+            raise ConfigError(f"-o {key}: plugin {plugin!r} is not in the list{choices(plugin, listed, 'In it')}{add}")
         for name, knobs in specs:
             if name == plugin:
                 knobs[knob] = value
+    return specs
+
+
+def specs_for(pipeline: str, names: list[str] | None, options: list[str] | None) -> list[tuple[str, dict[str, Any]]]:
+    """As `plugin_specs`, of plugins that are installed and for a pipeline that is known: looked up before seconds go by in loading torch.
+
+    Raises:
+        PluginNotFound, PipelineNotFound: nothing of that name is here.
+    """
+    specs = plugin_specs(names, options)
+    for name, _ in specs:
+        registry.named(name)
+    registry.resolve(pipeline)
     return specs
 
 
@@ -104,6 +116,8 @@ def read_prompts(prompts: list[str] | None, file: Path | None) -> list[str]:
     if file is not None:
         try:
             lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
+        except FileNotFoundError:
+            raise ConfigError(f"--prompts {file}: there is no such file; it holds one prompt a line. Or give --prompt TEXT") from None
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"--prompts {file}: {error}") from None
         if not any(lines):

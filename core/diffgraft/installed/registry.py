@@ -37,6 +37,20 @@ def by_name(group: str, name: str | None = None) -> dict[str, Offer]:
     return found
 
 
+def named(name: str) -> Offer:
+    """The offer of one plugin; nothing is imported.
+
+    Raises:
+        PluginNotFound: nothing of that name is installed.
+    """
+    info = by_name(PLUGINS, name).get(name)
+    if info is None:  # no pip line: the name of a package is never made up from what somebody typed
+        raise PluginNotFound(
+            f"no plugin {name!r} is installed{choices(name, installed(), 'Installed')} `diffgraft search` lists those that are published."
+        )
+    return info
+
+
 def find(name: str) -> type[Plugin]:
     """Import one plugin by name.
 
@@ -44,12 +58,7 @@ def find(name: str) -> type[Plugin]:
         PluginNotFound: not installed, or not on the allow-list.
         BrokenPlugin: it cannot be imported, is not a Plugin, or was written for another contract number.
     """
-    info = by_name(PLUGINS, name).get(name)
-    if info is None:
-        known = installed()
-        raise PluginNotFound(  # no pip line: the name of a package is never made up from what somebody typed
-            f"no plugin {name!r} is installed{choices(name, known, 'Installed')} `diffgraft search` lists those that are published."
-        )
+    info = named(name)
     loaded = info.load()
     check_class(loaded, str(info))
     if loaded.name != name:
