@@ -170,8 +170,10 @@ class RBFSearch(Plugin):
                         f"successive steps: take {other.name} off, or sample without a reward"
                     )
         result = next(call)
-        if (search := call.shared.search) is not None:
-            call.note("reward of the result: " + ", ".join(f"{value:.4g}" for value in search.reward))
+        if (search := call.shared.search) is not None and search.x0 is not None:
+            if call.stopped and not search.is_over:  # what the pipeline has is the next candidate: it decodes the best so far instead
+                result = next(call.replace(latents=search.x0))
+            call.note("reward of the result: " + ", ".join(f"{value:.4g}" if value > -math.inf else "not asked" for value in search.reward))
             if self.config.record:
                 call.record(search.records())
         return result
@@ -179,20 +181,28 @@ class RBFSearch(Plugin):
     def schedule(self, call: ScheduleCall, next: Any) -> Schedule:
         schedule: Schedule = next(call)
         call.shared.__init__()  # an outer plugin may run the pipeline several times
-        if self.config.reward is None:
+        if self.config.reward is None or call.stopped:
             return schedule
         knobs, n = self.config, len(schedule.timesteps)
         paths = knobs.search == "best_of_n"
-        Q = quota(knobs.max_nfe, 0 if paths else knobs.particles, n)
-        if n < 2 or Q < 1:
+        if n < 2 and not paths:
             raise ConfigError(
-                f"plugin 'rbf_search': max_nfe = {knobs.max_nfe} with particles = {knobs.particles} leaves nothing for one of {n} steps: "
-                f"give max_nfe >= {(0 if paths else knobs.particles) + max(n, 2)}, fewer particles, or another number of steps (at least 2)"
+                f"plugin 'rbf_search': search = {knobs.search!r} chooses among children of a step, and there is none in a run of one: give "
+                "num_inference_steps >= 2, or search = 'best_of_n'"
+            )
+        particles = 0 if paths else knobs.particles
+        Q = quota(knobs.max_nfe, particles, n)
+        if Q < 1:
+            raise ConfigError(
+                f"plugin 'rbf_search': max_nfe = {knobs.max_nfe}"
+                + (f" with particles = {particles} leaves nothing for one of {n} steps" if particles else f" is no path of {n} steps")
+                + f": give max_nfe >= {particles + n}, {'fewer particles, ' if particles else ''}or fewer steps"
             )
         assert schedule.sigmas is not None
         levels = [call.scheduler.path.at(call.scheduler.path.time(t)) for t in schedule.sigmas.tolist()]
-        call.shared.search = Search(levels, knobs.max_nfe, knobs.particles, Q, knobs.result, knobs.search)
-        shown = nominal(knobs.max_nfe, knobs.particles, Q, n, knobs.search)
+        max_nfe = Q * n if paths else knobs.max_nfe  # no path is begun that cannot end
+        call.shared.search = Search(levels, max_nfe, knobs.particles, Q, knobs.result, knobs.search)
+        shown = nominal(max_nfe, knobs.particles, Q, n, knobs.search)
         return Schedule(schedule.timesteps[shown], schedule.sigmas[[*shown, n]])
 
     def denoise(self, call: DenoiseCall, next: Any) -> Tensor:
@@ -247,4 +257,4 @@ class RBFSearch(Plugin):
         try:
             return call.given("reward")(images, call.shared.search.captions)  # type: ignore[no-any-return]
         except RewardError as error:
-            raise RewardError(f"rbf_search, evaluation {call.step.index + 1} of {self.config.max_nfe}: {error}") from error
+            raise RewardError(f"rbf_search, evaluation {call.step.index + 1} of {call.shared.search.max_nfe}: {error}") from error

@@ -235,13 +235,14 @@ class BestOfN(Climb):
 
     def judge(self, reward: float) -> Verdict:
         ends, better = self.judged, reward > self.bar
+        first = self.bar == -math.inf  # until a path has ended there is nothing better to show than where the first one is
         self.level = self.candidate
         self.nfe += 1
         if self.starting:
             self.level = 0
         if ends:
             self.bar = max(self.bar, reward)
-        return Verdict(True, True, ends and better)
+        return Verdict(True, True, first or (ends and better))
 
 
 WAYS: dict[Way, type[Climb]] = {"rbf": Climb, "svdd": Greedy, "best_of_n": BestOfN}

@@ -74,7 +74,8 @@ class Search:
         self.best = choose(leads, x, old[0]), choose(leads, v, old[1])
         shown = [verdict.shown for verdict in verdicts]
         if self.result == "best":
-            shown = [new > before for new, before in zip(rewards, self.reward, strict=True)]
+            new_best = [new > before or before == -math.inf for new, before in zip(rewards, self.reward, strict=True)]
+            shown = [s and new for s, new in zip(shown, new_best, strict=True)]
         self.x0 = choose(shown, x0, self.x0 if self.x0 is not None else x0)
         self.reward = [new if s else before for s, new, before in zip(shown, rewards, self.reward, strict=True)]
         advances = [verdict.advances for verdict in verdicts]

@@ -30,7 +30,7 @@ from diffgraft_rbf_search.method import (
 )
 from diffgraft_rbf_search.rewards import compressibility
 from diffgraft_rbf_search.search import Search, captions, nominal
-from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
 from PIL import Image
 
 PATHS = {"vp": VP(), "linear": Linear()}
@@ -332,8 +332,9 @@ def test_best_of_n_judges_the_ends_of_whole_paths():
     climb = BestOfN(steps=3, particles=1, budget=1)
     rewards = (0, 0, 1.0, 0, 0, 3.0, 0, 0, 2.0, 0)
     seen = [(climb.starting, climb.candidate, climb.judged, climb.judge(reward).shown) for reward in rewards]
-    ends = [(True, 0, False, False), (False, 1, False, False)]
-    assert seen == [*ends, (False, 2, True, True), *ends, (False, 2, True, True), *ends, (False, 2, True, False), ends[0]]
+    first = [(True, 0, False, True), (False, 1, False, True)]  # what there is to show before a path has ended
+    ways = [(True, 0, False, False), (False, 1, False, False)]
+    assert seen == [*first, (False, 2, True, True), *ways, (False, 2, True, True), *ways, (False, 2, True, False), ways[0]]
     assert climb.bar == 3.0
 
 
@@ -487,11 +488,28 @@ def test_best_of_n_is_the_best_of_the_plain_pipelines_pictures():
     made.pipe.transformer.register_forward_pre_hook(lambda m, a, k: inputs.append(k["hidden_states"].clone()), with_kwargs=True)
     found = call(made)
     assert len(asked) == 3  # 13 // 4 paths; nothing on the way is decoded
-    assert report(made).total("paths") == 3
-    calls = len(inputs) // 13  # guidance
+    assert (report(made).total("paths"), report(made).total("nfe")) == (3, 12)  # a fourth path could not end
+    calls = len(inputs) // 12  # guidance
     pictures = [call(plain, latents=inputs[4 * calls * i]) for i in range(3)]
     best = max(range(3), key=lambda i: float(report(made).records["reward"][4 * i + 3]))
     torch.testing.assert_close(found, pictures[best], rtol=1e-4, atol=1e-4)
+
+
+def test_best_of_n_of_one_step():
+    """A one-step model's pictures, x - v for each noise; a search over steps has none to choose at."""
+    knobs = {"interpolant": "linear", "norm": 0.0, "grid": "pipeline", "max_nfe": 3}
+    made, plain = searching(search="best_of_n", **knobs), make("FluxPipeline")
+    inputs = []
+    made.pipe.transformer.register_forward_pre_hook(lambda m, a, k: inputs.append(k["hidden_states"].clone()), with_kwargs=True)
+    found = call(made, num_inference_steps=1)
+    best = int(report(made).records["reward"][:, 0].argmax())
+    torch.testing.assert_close(found, call(plain, latents=inputs[best * (len(inputs) // 3)], num_inference_steps=1), rtol=1e-4, atol=1e-4)
+    made = searching("FluxPipeline")
+    with pytest.raises(ConfigError, match=r"search = 'rbf' chooses among children of a step.*num_inference_steps >= 2"):
+        call(made, num_inference_steps=1)
+    made = searching(search="best_of_n", max_nfe=3)
+    with pytest.raises(ConfigError, match="max_nfe = 3 is no path of 4 steps: give max_nfe >= 4, or fewer steps"):
+        call(made)
 
 
 def test_svdd_uses_its_budget_at_every_step():
@@ -499,6 +517,191 @@ def test_svdd_uses_its_budget_at_every_step():
     call(made)
     assert report(made).records["level"][:, 0].tolist() == nominal(12, 3, 2, 4)
     assert (report(made).total("accepted"), report(made).total("exhausted")) == (0, 2)
+
+
+# a whole search, once more -----------------------------------------------------------------------------------------------------------
+
+
+class Again:
+    """The searches written a second time, from the paper's equations alone: float64, on the VP interpolant's own samples, one picture.
+
+    ``model(x, t)`` is the flow model's velocity of a sample of the linear path, ``judge(x0)`` the reward of a picture.
+    """
+
+    def __init__(self, model, judge, draw, steps):
+        self.model, self.judge, self.draw = model, judge, draw
+        self.times = [math.sqrt(1 - (i / steps) ** 2) for i in range(steps + 1)]
+
+    def coefficients(self, i):
+        r = self.times[i]
+        T, dT = 19.9 * r * r / 2 + 0.1 * r, 19.9 * r + 0.1
+        a, s = math.exp(-T / 2), math.sqrt(1 - math.exp(-T))
+        return r, a, s, -dT / 2 * a, dT * math.exp(-T) / (2 * s)
+
+    def evaluate(self, x, i, judged=True):
+        """(reward, x, u, x0) of a sample at level i."""
+        _, a, s, da, ds = self.coefficients(i)
+        t = 1 / (1 + a / s)
+        c, dt = s / t, t * t * (s * da - a * ds) / (s * s * (-t - (1 - t)))
+        dc = (t * ds - s * dt) / t**2
+        u = dc / c * x + c * dt * self.model(x / c, t)
+        x0 = (s * u - ds * x) / (da * s - ds * a)
+        return (self.judge(x0) if judged else 0.0), x, u, x0
+
+    def child(self, parent, i):
+        r, a, s, da, ds = self.coefficients(i)
+        _, x, u, _ = parent
+        score, g, dr = ((a / da) * u - x) / (s**2 - (a / da) * ds * s), 3 * r * r, r - self.times[i + 1]
+        return x + (-u + g * g / 2 * score) * dr + g * math.sqrt(dr) * self.draw()
+
+    def starts(self, n):
+        return max((self.evaluate(self.draw(), 0) for _ in range(n)), key=lambda found: found[0])
+
+    def rbf(self, max_nfe, particles, steps):
+        state = self.starts(particles)
+        bar, quota, i, best = state[0], (max_nfe - particles) // steps, 0, None
+        budget = quota
+        for _ in range(max_nfe - particles):
+            new = self.evaluate(self.child(state, i), i + 1)
+            best = new if best is None or new[0] > best[0] else best
+            budget -= 1
+            accepted, bar = new[0] > bar, max(bar, new[0])
+            if i < steps - 2 and (accepted or budget == 0):
+                state, i, budget = (new if accepted else best), i + 1, budget + quota
+                best = None
+        return best
+
+    def svdd(self, max_nfe, particles, steps):
+        state = self.starts(particles)
+        for i in range(steps - 1):
+            quota = (max_nfe - particles) // steps
+            n = quota if i < steps - 2 else max_nfe - particles - i * quota
+            state = max((self.evaluate(self.child(state, i), i + 1) for _ in range(n)), key=lambda found: found[0])
+        return state
+
+    def best_of_n(self, max_nfe, particles, steps):
+        def path():
+            found = self.evaluate(self.draw(), 0, judged=False)
+            for i in range(steps - 1):
+                found = self.evaluate(self.child(found, i), i + 1, judged=i == steps - 2)
+            return found
+
+        return max((path() for _ in range(max_nfe // steps)), key=lambda found: found[0])
+
+
+@pytest.mark.parametrize("search", ["rbf", "svdd", "best_of_n"])
+def test_a_whole_search_is_the_one_of_the_equations(search):
+    """In the pipeline and in a loop of its own, from one generator: every evaluation's input, time and reward, and the result."""
+    made, plain, given, inputs, times = searching(search=search, max_nfe=18), make("FluxPipeline"), {}, [], []
+    guidance = {"true_cfg_scale": 1.0}
+    model, vae, processor = plain.pipe.transformer, plain.pipe.vae, plain.pipe.image_processor
+    handle = model.register_forward_pre_hook(lambda m, a, k: given.update(k), with_kwargs=True)
+    call(plain, num_inference_steps=1, **guidance)
+    handle.remove()
+    rewards = []
+
+    def velocity(x, t):
+        inputs.append(x.float())
+        times.append(t)
+        told = given["timestep"].new_full(given["timestep"].shape, t)
+        with torch.no_grad():
+            return model(**{**given, "hidden_states": x.float(), "timestep": told, "return_dict": False})[0].double()
+
+    def judge(x0):
+        tokens = FluxPipeline._unpack_latents(x0.float(), plain.kwargs["height"], plain.kwargs["width"], plain.pipe.vae_scale_factor)
+        with torch.no_grad():
+            picture = vae.decode(tokens / vae.config.scaling_factor + vae.config.shift_factor, return_dict=False)[0]
+        rewards.append(compressibility(processor.postprocess(picture, output_type="pil"), [""])[0])
+        return rewards[-1]
+
+    generator = torch.Generator().manual_seed(3)
+    tokens = given["hidden_states"].shape
+
+    def draw():
+        if inputs:
+            return torch.randn(tokens, generator=generator).double()
+        first = torch.randn((1, 4, 8, 8), generator=generator)  # the pipeline's own, before it packs
+        return FluxPipeline._pack_latents(first, 1, 4, 8, 8).double()
+
+    wanted = getattr(Again(velocity, judge, draw, 4), search)(18, 3, 4)
+    seen, told = [], []
+    made.pipe.transformer.x_embedder.register_forward_pre_hook(lambda m, a: seen.append(a[0].clone()))
+    made.pipe.transformer.time_text_embed.register_forward_pre_hook(lambda m, a: told.append(float(a[0][0]) / 1000))
+    found = call(made, **guidance)
+    assert told == pytest.approx(times, abs=1e-6)
+    torch.testing.assert_close(torch.cat(seen), torch.cat(inputs), rtol=0, atol=1e-4)
+    asked = report(made).records["reward"][:, 0]
+    torch.testing.assert_close(asked[asked > -math.inf], torch.tensor(rewards), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(found, wanted[3].float(), rtol=0, atol=1e-4)
+
+
+# stops ------------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "knobs", "at"),
+    [
+        ("FluxPipeline", {}, 6),
+        ("FluxPipeline", {"result": "best"}, 8),
+        ("FluxPipeline", {"search": "svdd"}, 1),
+        ("FluxPipeline", {"search": "best_of_n"}, 9),
+        ("StableDiffusion3Pipeline", {}, 4),
+        ("QwenImagePipeline", {}, 4),
+        ("WanPipeline", {}, 4),
+    ],
+)
+def test_a_stopped_search_gives_the_best_picture_so_far(name, knobs, at):
+    """And not the next candidate, which is what the pipeline has then. What the report says is the reward of that picture."""
+    judged, answers = [], [2.0, 3.0, 4.0, 9.0, 5.0, 6.0, 1.0, 7.0]
+
+    def reward(images, prompts):
+        judged.append(images[0])
+        return [answers[len(judged) - 1]]
+
+    def callback(pipe, step, t, tensors):
+        pipe._interrupt = step + 1 == at
+        return tensors
+
+    made = searching(name, reward=reward, **knobs)
+    found = call(made, output_type="pil", callback_on_step_end=callback)[0]
+    records = report(made).records
+    assert len(records["reward"]) == at
+    said = float(records["result"][-1, 0])
+    if knobs.get("result") == "best":
+        assert said == 9.0
+    picture = judged[answers.index(said)]
+    pairs = zip(found, picture, strict=True) if name == "WanPipeline" else [(found, picture)]
+    assert all(a.tobytes() == b.tobytes() for a, b in pairs)
+    assert f"reward of the result: {said:.4g}" in str(made.pipe.plugins.report())
+
+
+def test_a_reward_may_stop_the_search():
+    judged = []
+
+    def reward(images, prompts):
+        judged.append(images[0])
+        made.pipe._interrupt = len(judged) == 5
+        return [float(len(judged))]
+
+    made = searching(reward=reward)
+    found = call(made, output_type="pil")[0]
+    assert len(judged) == 5
+    assert found.tobytes() == judged[-1].tobytes()
+
+
+def test_best_of_n_stopped_on_its_first_path_shows_where_that_is():
+    made, seen = searching(search="best_of_n"), []
+
+    def callback(pipe, step, t, tensors):
+        pipe._interrupt = step == 1
+        return tensors
+
+    keep = lambda m, a, k, out: seen.append((k["hidden_states"], k["timestep"], out[0]))  # noqa: E731
+    made.pipe.transformer.register_forward_hook(keep, with_kwargs=True)
+    found = call(made, callback_on_step_end=callback, true_cfg_scale=1.0)
+    x, t, v = seen[1]
+    torch.testing.assert_close(found, x - t * v)
+    assert "reward of the result: not asked" in str(made.pipe.plugins.report())
 
 
 def test_no_gradients_are_taken():
