@@ -87,7 +87,8 @@ class BottleneckSamplingConfig(PluginConfig):
     )
     runs: Literal["part", "whole"] = Field(
         "part",
-        description="steps of stage i: N_i w_i, those of a whole run of N_i that lie below w_i (part), or N_i, all below w_i (whole)",
+        description="steps of stage i: those of a whole run of N_i that lie below w_i, N_i w_i of them where w_i is a time (part), or N_i, "
+        "all below w_i (whole)",
     )
     resampling: Literal["lanczos", "bicubic", "bilinear", "box"] = Field(
         "lanczos", description="how the clean latents are resized between two stages; widened when reducing, so that nothing aliases"
@@ -126,10 +127,10 @@ class BottleneckSamplingConfig(PluginConfig):
 
 @dataclass(frozen=True)
 class Stage:
-    """One stage of a run: its size in pixels (height, width), strength w, shift s (None: the scheduler's own) and steps."""
+    """One stage of a run: its size in pixels (height, width), the time t it begins at, shift s (None: the scheduler's own) and steps."""
 
     size: tuple[int, int]
-    w: float
+    t: float
     s: float | None
     made: int
     """Steps that the scheduler is asked for."""
@@ -261,9 +262,10 @@ class BottleneckSampling(Plugin):
             raise ConfigError(f"plugin 'bottleneck_sampling': shares = {shares}: {error}; use more steps") from None
         stages = []
         for size, N, w, s in zip(self._sizes(call, grid), counts, strengths, shifts, strict=True):
-            run = method.rounded(N * w) if knobs.runs == "part" else N
-            made = run if s is not None else N if knobs.runs == "part" else method.rounded(N / w)
-            stages.append(Stage(size, w, s, made, run, made if flow else max(made, 2)))
+            t = method.time_of(w, s) if s is not None and knobs.strength_of == "sigma" else w
+            run = method.rounded(N * t) if knobs.runs == "part" else N
+            made = run if s is not None else N if knobs.runs == "part" else method.rounded(N / t)
+            stages.append(Stage(size, t, s, made, run, made if flow else max(made, 2)))
         return tuple(stages)
 
     def _sizes(self, call: RunCall, grid: Grid) -> tuple[tuple[int, int], ...]:
@@ -317,7 +319,7 @@ class BottleneckSampling(Plugin):
         if hasattr(scheduler, "set_begin_index"):
             scheduler.set_begin_index(0)  # else it looks the first timestep up by value, and a repeated one leads to the second place
         if stage.s is not None and sigmas is not None:
-            levels = method.stage_sigmas(stage.w, stage.s, stage.run, self.config.strength_of == "sigma").to(sigmas)
+            levels = method.stage_sigmas(stage.t, stage.s, stage.run).to(sigmas)
             levels[0] = torch.minimum(levels[0], sigmas[0])  # UniPC begins just below 1, where its logarithms are finite
             levels[-1] = sigmas[-1]
             levels = torch.cat([levels[:1], levels[1:-1].repeat_interleave(scheduler.order), levels[-1:]])

@@ -44,12 +44,13 @@ def shifted(t: Tensor, s: float) -> Tensor:
     return s * t / (1 + (s - 1) * t)
 
 
-def stage_sigmas(w: float, s: float, n: int, is_level: bool = False) -> Tensor:
-    """[n + 1] levels of a stage of n steps: evenly spaced times from t(w) to 0, shifted by s. float64.
+def time_of(sigma: float, s: float) -> float:
+    """The time t that a shift s takes to the level sigma, the inverse of :func:`shifted`."""
+    return sigma / (s - (s - 1) * sigma)
 
-    w is the time itself, or (``is_level``) the level that the stage begins at: then t = w / (s - (s - 1) w).
-    """
-    t = w / (s - (s - 1) * w) if is_level else w
+
+def stage_sigmas(t: float, s: float, n: int) -> Tensor:
+    """[n + 1] levels of a stage of n steps: evenly spaced times from t to 0, shifted by s. float64."""
     return shifted(t * torch.linspace(1, 0, n + 1, dtype=torch.float64), s)
 
 
