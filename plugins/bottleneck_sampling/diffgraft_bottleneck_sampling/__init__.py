@@ -228,7 +228,10 @@ class BottleneckSampling(Plugin):
         progress = call.shared
         progress.stages = self._stages(call, grid)
         progress.x0 = progress.eps = progress.start = None
+        last = len(progress.stages) - 1
         for number, stage in enumerate(progress.stages):
+            if call.stopped and number < last:
+                continue
             progress.stage = number
             changes: dict[str, Any] = {"num_inference_steps": stage.told}
             if stage.size != grid.full:
@@ -237,12 +240,14 @@ class BottleneckSampling(Plugin):
                 changes["use_resolution_binning"] = False  # it would undo the stage's size
             if number:
                 changes["latents"] = progress.x0  # of the right shape, so that no noise is drawn; `denoise` puts in the real start
-            if number == len(progress.stages) - 1:
+            if number == last:
                 result = next(call.replace(**changes))
-                self._explain(call)
+                if not call.stopped:
+                    self._explain(call)
                 return result
             x0 = next(call.replace(**changes, output_type="latent", return_dict=False))[0]
-            self._change_size(call, x0, grid, stage.size, progress.stages[number + 1].size)
+            following = progress.stages[last if call.stopped else number + 1]  # what the user stopped is shown as it is, not by detours
+            self._change_size(call, x0, grid, stage.size, following.size)
 
     def _stages(self, call: RunCall, grid: Grid) -> tuple[Stage, ...]:
         """The stages of this run.

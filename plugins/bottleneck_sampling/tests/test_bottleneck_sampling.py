@@ -693,6 +693,31 @@ def test_callbacks_see_every_step_and_may_edit_the_sample_between_two_stages():
     assert not torch.equal(edited, bottleneck(made, HIGH_LOW_HIGH))
 
 
+@pytest.mark.parametrize("family", ["sd", "flux", "wan"])
+@pytest.mark.parametrize("at", [1, 4])
+def test_a_stopped_run_gives_what_there_was_at_the_full_size(family, at):
+    """In the first stage as it was, in the small one resized once; no later stage's size leaves its traces."""
+    made, seen = tiny(family), []
+
+    def stop(pipe, step, t, tensors):
+        seen.append(tensors["latents"].clone())
+        pipe._interrupt = len(seen) == at
+        return tensors
+
+    out, report = call(
+        made, [("bottleneck_sampling", {})], num_inference_steps=10, height=64, width=64, output_type="latent", callback_on_step_end=stop
+    )
+    assert len(seen) == at
+    if at == 1:  # N = 2, 6, 2
+        assert torch.equal(out, seen[-1])
+    elif family == "sd":
+        torch.testing.assert_close(out, pillow(seen[-1], 8), rtol=0, atol=1e-5 * float(out.abs().max()))
+    else:
+        assert out.shape == seen[0].shape
+        assert out.numel() > seen[-1].numel()
+    assert "% of the plain run" not in str(report)  # which counts stages that were not run
+
+
 def test_users_latents_are_used_and_schedules_refused():
     made = tiny("sd")
     latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(1))
