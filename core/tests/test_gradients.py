@@ -10,7 +10,7 @@ import torch
 from diffgraft import Conflict, Unsupported, load_pipeline, unload
 from diffgraft.installed import registry
 from diffgraft.installed.planner import Part, plan
-from diffgraft.methods.gradients import LossScale, latent_gradient, predict_alone
+from diffgraft.methods.gradients import LossScale, jvp_alone, latent_gradient, predict_alone, vjp_alone
 from diffusers import EulerDiscreteScheduler
 from probes import Effects, Probe, generate, tiny, trace
 
@@ -382,3 +382,54 @@ def test_the_planner_lets_a_gradient_past_a_cache_and_says_so():
         assert "past cache" in plan(pair).warnings[0]
         assert plan((through, cache)).conflicts, "gradients through the stack's own calls still clash"
     assert "own denoiser" in plan((other, mine)).warnings[0]
+
+
+# Jacobian products ------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [SD, "StableDiffusionXLPipeline", PIXART, "FluxPipeline", "WanPipeline"])
+def test_jacobian_products_agree_with_each_other_and_with_differences(name):
+    """u (J v) = (J^T u) v, and J v is what a small step shows. In double precision, so that a wrong product cannot hide in rounding."""
+    pipe, kwargs = tiny(name)
+    pipe.to(torch.float64)
+    draw = torch.Generator().manual_seed(3)
+
+    def look(call):
+        if call.step.call != 1 or call.branch not in ("both", "cond"):
+            return None
+        alone = call.only("cond")
+        z = call.latents
+        v = torch.randn(z.shape, generator=draw, dtype=torch.float64).to(z.dtype)
+        out = predict_alone(alone.with_input(z))
+        u = torch.randn(out.shape, generator=draw, dtype=torch.float64).to(out.dtype)
+        jv, ju = jvp_alone(alone, v), vjp_alone(alone, u)
+        h = 1e-4
+        differences = (predict_alone(alone.with_input(z + h * v)) - predict_alone(alone.with_input(z - h * v))) / (2 * h)
+        return float((u * jv).sum()), float((ju * v).sum()), float((jv - differences).norm() / differences.norm())
+
+    _, seen = observing(look, pipe, kwargs)
+    [(forwards, backwards, error)] = [found for found in seen if found]
+    assert forwards == pytest.approx(backwards, rel=1e-4)
+    assert error < 1e-3
+
+
+def test_without_a_forward_mode_differences_are_taken_and_said(sd, monkeypatch):
+    pipe, kwargs = sd
+
+    def refuse(*args):
+        raise NotImplementedError("no forward mode for this")
+
+    monkeypatch.setattr("diffgraft.methods.gradients.forward_ad.make_dual", refuse)
+    v = {}
+
+    def denoise(self, call, next):
+        if call.step.call == 1:
+            alone = call.only("cond")
+            v["v"] = torch.randn(call.latents.shape, generator=torch.Generator().manual_seed(1))
+            v["jv"], v["ju"] = jvp_alone(alone, v["v"]), vjp_alone(alone, torch.ones_like(call.latents))
+        return next(call)
+
+    load_pipeline(pipe, plugins=[probe(denoise)])
+    generate(pipe, kwargs)
+    assert float(v["jv"].sum()) == pytest.approx(float((v["ju"] * v["v"]).sum()), rel=2e-2)
+    assert "by central differences" in str(pipe.plugins.report())

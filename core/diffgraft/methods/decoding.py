@@ -1,4 +1,4 @@
-"""Latents to pictures while a pipeline is running, as it decodes them itself at the end: for plugins that look at what they are making."""
+"""Latents to pictures and back, as the pipeline itself does it: for plugins that look at what they are making, or begin with a picture."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from diffusers.image_processor import VaeImageProcessor
 from torch import Tensor
 
 from diffgraft.installed.errors import Unsupported
@@ -18,8 +19,10 @@ def ensure_decodes(pipe: Any, family: Family) -> None:
     Raises:
         Unsupported: with the reason.
     """
+    if family.latents == "pixels":
+        return
     vae: Any = getattr(pipe, "vae", None)
-    needed = {"bchw": ("image_processor",), "packed": ("image_processor", "default_sample_size"), "bcfhw": ("video_processor",)}
+    needed = {"bchw": (), "packed": ("default_sample_size",), "bcfhw": ("video_processor",)}
     known = vae is not None and all(hasattr(pipe, name) for name in needed.get(family.latents, ("no such layout",)))
     scales = ("latents_mean",) if family.latents == "bcfhw" else ("latents_mean", "scaling_factor")
     if not known or all(vae.config.get(name) is None for name in scales):
@@ -28,8 +31,9 @@ def ensure_decodes(pipe: Any, family: Family) -> None:
         raise Unsupported(f"{type(pipe).__name__}: its vae overflows in float16; give it one that does not, or .to(torch.float32)")
 
 
-def decode(pipe: Any, family: Family, latents: Tensor, arguments: Mapping[str, Any]) -> list[Any]:
-    """PIL pictures of clean latents [batch, ...] in the layout of ``scheduler.step``; for video a list of frames for each.
+def to_pixels(pipe: Any, family: Family, latents: Tensor, arguments: Mapping[str, Any]) -> Tensor:
+    """The pixels of clean latents [batch, ...] in the layout of ``scheduler.step``: [batch, 3, height, width] in about -1 to 1, of video
+    [batch, 3, frames, height, width]. Gradients flow where the caller has them on.
 
     Args:
         arguments: of the pipeline's call: ``height`` and ``width`` of packed latents, where given.
@@ -38,21 +42,60 @@ def decode(pipe: Any, family: Family, latents: Tensor, arguments: Mapping[str, A
         Unsupported: see :func:`ensure_decodes`.
     """
     ensure_decodes(pipe, family)
+    if family.latents == "pixels":
+        return latents
     vae = pipe.vae
     if family.latents == "packed":
         side = pipe.default_sample_size * pipe.vae_scale_factor
         latents = pipe._unpack_latents(latents, arguments.get("height") or side, arguments.get("width") or side, pipe.vae_scale_factor)
     latents = latents.to(vae.dtype)
-    if (mean := vae.config.get("latents_mean")) is not None:
-        shape = (1, -1, *[1] * (latents.ndim - 2))
-        mean, std = (torch.tensor(each).view(shape).to(latents) for each in (mean, vae.config["latents_std"]))
+    if vae.config.get("latents_mean") is not None:
+        mean, std = _statistics(vae, latents)
         latents = latents / (vae.config.get("scaling_factor") or 1) / (1 / std) + mean
     else:
         latents = latents / vae.config["scaling_factor"] + (vae.config.get("shift_factor") or 0)
-    with torch.no_grad():
-        pixels = vae.decode(latents, return_dict=False)[0]
+    pixels: Tensor = vae.decode(latents, return_dict=False)[0]
+    still = pixels.ndim == 5 and family.latents != "bcfhw"  # an autoencoder for video that makes one frame
+    return pixels[:, :, 0] if still else pixels
+
+
+def to_latents(pipe: Any, family: Family, pixels: Tensor) -> Tensor:
+    """The clean latents of pixels as :func:`to_pixels` gives them, at the mode of the autoencoder's posterior; the way back, with gradients
+    where the caller has them on.
+
+    Raises:
+        Unsupported: the pipeline has no autoencoder of which it is known how the latents are laid out.
+    """
+    ensure_decodes(pipe, family)
+    if family.latents == "pixels":
+        return pixels
+    vae = pipe.vae
+    if family.latents == "packed" and vae.config.get("latents_mean") is not None:
+        raise Unsupported(f"{type(pipe).__name__} encodes pictures by an autoencoder for video, in a way that is not known here")
+    latents: Tensor = vae.encode(pixels.to(vae.dtype)).latent_dist.mode()
+    if vae.config.get("latents_mean") is not None:
+        mean, std = _statistics(vae, latents)
+        return (latents - mean) * (1 / std) * (vae.config.get("scaling_factor") or 1)
+    latents = (latents - (vae.config.get("shift_factor") or 0)) * vae.config["scaling_factor"]
+    return pipe._pack_latents(latents, *latents.shape) if family.latents == "packed" else latents  # type: ignore[no-any-return]
+
+
+def _statistics(vae: Any, latents: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and deviation of each channel of an autoencoder's latents, as they broadcast to these."""
+    shape = (1, -1, *[1] * (latents.ndim - 2))
+    mean, std = (torch.tensor(vae.config[name]).view(shape).to(latents) for name in ("latents_mean", "latents_std"))
+    return mean, std
+
+
+@torch.no_grad()
+def decode(pipe: Any, family: Family, latents: Tensor, arguments: Mapping[str, Any]) -> list[Any]:
+    """PIL pictures of clean latents, see :func:`to_pixels`; for video a list of frames for each.
+
+    Raises:
+        Unsupported: see :func:`ensure_decodes`.
+    """
+    pixels = to_pixels(pipe, family, latents, arguments)
     if family.latents == "bcfhw":
         return pipe.video_processor.postprocess_video(pixels, output_type="pil")  # type: ignore[no-any-return]
-    if pixels.ndim == 5:  # an autoencoder for video that makes one frame
-        pixels = pixels[:, :, 0]
-    return pipe.image_processor.postprocess(pixels, output_type="pil")  # type: ignore[no-any-return]
+    processor = getattr(pipe, "image_processor", None) or VaeImageProcessor()  # DiT and DDPM have none, and do what it does
+    return processor.postprocess(pixels, output_type="pil")  # type: ignore[no-any-return]

@@ -24,6 +24,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 from diffgraft.installed.anatomy import eager_forward, root_of
@@ -110,6 +112,55 @@ def latent_gradient(
     if scale is not None:
         gradient = scale.undone(gradient)
     return LatentGradient(found.detach(), gradient.to(z.dtype))
+
+
+def vjp_alone(call: DenoiseCall, u: Tensor) -> Tensor:
+    """J^T u: the prediction's Jacobian with respect to the latents, transposed, times ``u`` (like the prediction); like the latents.
+
+    One forward and one backward pass, past the other plugins. Float16 denoisers may overflow: scale ``u``.
+
+    Raises:
+        Unsupported, Conflict: see :func:`latent_gradient`.
+    """
+    model = root_of(call.model)
+    ensure_differentiable(call, model)
+    with alone(call), frozen(model), torch.enable_grad(), explained(call, model):
+        z = call.latents.detach().clone().requires_grad_()
+        (found,) = torch.autograd.grad(predict_alone(call.with_input(z)), z, u)
+    return found
+
+
+def jvp_alone(call: DenoiseCall, v: Tensor) -> Tensor:
+    """J v: how the prediction changes as the latents move along ``v`` (like the latents); like the prediction.
+
+    Forward-mode differentiation, with the plain form of attention (the fused ones have no forward mode). Where some part of a denoiser
+    has none, central differences take its place, two forward passes, which the run's report says.
+
+    Raises:
+        Unsupported, Conflict: see :func:`latent_gradient`.
+    """
+    model = root_of(call.model)
+    ensure_differentiable(call, model)
+    z = call.latents.detach()
+
+    def predict(z: Tensor) -> Tensor:
+        return predict_alone(call.with_input(z))
+
+    with alone(call), frozen(model):
+        try:
+            with sdpa_kernel(SDPBackend.MATH), forward_ad.dual_level(), torch.enable_grad():
+                made = forward_ad.unpack_dual(predict(forward_ad.make_dual(z, v.to(z.dtype)))).tangent
+            if made is not None:
+                return made.detach()
+            why = "its prediction carries no tangent"
+        except (RuntimeError, NotImplementedError) as error:
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
+            why = str(error).partition("\n")[0]
+        call.note(f"Jacobian products by central differences: {type(model).__name__} has no forward mode here ({why})")
+        h = torch.finfo(z.dtype).eps ** (1 / 3) * z.norm() / v.norm().clamp(min=torch.finfo(torch.float32).tiny)
+        with torch.no_grad():
+            return (predict(z + h * v) - predict(z - h * v)) / (2 * h)
 
 
 def predict_alone(call: DenoiseCall) -> Tensor:

@@ -16,7 +16,7 @@ from diffgraft.installed.plugin import Plugin
 from diffgraft.kernel.defaults import own_defaults
 from diffgraft.kernel.loading import load_pipeline
 from diffgraft.methods.artefacts import Artefact
-from diffgraft.methods.decoding import decode
+from diffgraft.methods.decoding import decode, ensure_decodes, to_latents
 from diffgraft.methods.inputs import CallSettings, Sample, call_arguments, parameters, to_float
 from diffgraft.methods.watching import made_for, watching
 
@@ -62,15 +62,14 @@ def encode(pipe: Any, family: Family, image: Any, settings: CallSettings) -> Ten
     Raises:
         Unsupported: the pipeline has no autoencoder for pictures, or lays its latents out in a way that is not known here.
     """
-    vae = getattr(pipe, "vae", None)
-    if vae is None or not hasattr(vae.config, "scaling_factor") or family.latents not in ("bchw", "packed"):
-        raise Unsupported(f"{type(pipe).__name__} has no autoencoder for pictures of which it is known how the latents are laid out")
+    if family.latents not in ("bchw", "packed") or not hasattr(pipe, "image_processor"):
+        raise Unsupported(f"{type(pipe).__name__} makes no single pictures, so one has no place among its latents")
+    ensure_decodes(pipe, family)
     given = {"height": settings.height, "width": settings.width} if settings.height else settings.extra
     own = own_defaults(pipe)
     size = {name: value for name in ("height", "width") if (value := given.get(name, own.get(name))) is not None}
-    pixels = pipe.image_processor.preprocess(image, **size).to(vae.device, vae.dtype)
-    latents = (vae.encode(pixels).latent_dist.mode() - (vae.config.get("shift_factor") or 0)) * vae.config.scaling_factor
-    return pipe._pack_latents(latents, *latents.shape) if family.latents == "packed" else latents  # type: ignore[no-any-return]
+    pixels = pipe.image_processor.preprocess(image, **size).to(pipe.device)
+    return to_latents(pipe, family, pixels)
 
 
 def round_trip(pipe: Any, plugin: Plugin, image: Any, sample: Sample, settings: CallSettings, code: Artefact) -> tuple[float, float]:
