@@ -16,8 +16,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from diffgraft.kernel.calls import DenoiseCall, Schedule, ScheduleCall
 from diffgraft.installed.errors import ConfigError, Conflict, Unsupported
+from diffgraft.kernel.calls import DenoiseCall, Schedule, ScheduleCall
 from diffgraft.kernel.facts import pace_of
 from diffgraft.methods.predictions import SignalNoise, levels_of
 
