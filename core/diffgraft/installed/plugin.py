@@ -132,7 +132,7 @@ class Plugin:
     State     what is kept in a run; built without arguments
     neutral   settings at which the output equals the baseline bit for bit
     active    settings at which the method shows on a tiny pipeline in a few steps (used by the contract suite)
-    effects   :class:`Effects`
+    effects   :class:`Effects` at any settings; a plugin may give itself fewer in ``__init__``, by its knobs
     scheduler  a ``SchedulerMixin`` subclass that replaces the pipeline's for a run, or None
     needs     what it needs beside its knobs, see :class:`Need`
     calibration  the ``Calibrator`` that makes its artefact, or None
@@ -150,7 +150,7 @@ class Plugin:
     State: ClassVar[type[Any]] = NoState
     neutral: ClassVar[dict[str, Any]]
     active: ClassVar[dict[str, Any]] = {}
-    effects: ClassVar[Effects] = Effects()
+    effects: Effects = Effects()
     scheduler: ClassVar[type[Any] | None] = None
     needs: ClassVar[tuple[Need, ...]] = ()
     calibration: ClassVar[type[Any] | None] = None

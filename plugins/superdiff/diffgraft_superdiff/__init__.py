@@ -9,7 +9,7 @@ x0 + sigma eps with sigma = s / a. The ODE form ("and_ode", "avg_ode") takes the
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -37,7 +37,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from pydantic import Field
 from torch import Tensor
 
-from diffgraft_superdiff.method import Move, density_change, guided, kappa_and, kappa_or, mixture, ode, sde, transition
+from diffgraft_superdiff.method import Move, density_change, guided, kappa_and, kappa_or, mixture, ode, sde, to_clean
 
 __all__ = ["SuperDiff"]
 __version__ = "0.1.0"
@@ -94,11 +94,16 @@ class SuperDiff(Plugin):
     active: ClassVar[dict[str, Any]] = {"prompt": "a green dog on the right"}
     effects = Effects(
         edits=frozenset({"prediction", "latents"}),
-        needs=frozenset({"extra_forwards", "all_blocks", "plain_gradients"}),  # gradients: and_ode alone takes them
+        needs=frozenset({"extra_forwards", "all_blocks", "plain_gradients"}),
         stochastic=True,
     )
     needs = (Need("pipeline", "model"),)
     config: SuperDiffConfig
+
+    def __init__(self, **knobs: Any) -> None:
+        super().__init__(**knobs)
+        if self.config.operation != "and_ode":  # it alone takes gradients
+            self.effects = replace(self.effects, needs=self.effects.needs - {"plain_gradients"})
 
     def run(self, call: RunCall, next: Any) -> Any:
         shared = call.shared
@@ -111,7 +116,7 @@ class SuperDiff(Plugin):
         arguments = call.arguments()
         shared.heard = own_conditioning(second, with_prompt(arguments, self.second_prompts(arguments)))
         result = next(call)
-        if shared.kappas:  # a run of one step goes straight to the clean sample
+        if shared.kappas:
             followed = {} if shared.log_qa is None else {"log_qa": shared.log_qa, "log_qb": shared.log_qb}
             call.record({**followed, "kappa": torch.stack(shared.kappas)})
         return result
@@ -191,17 +196,13 @@ class SuperDiff(Plugin):
         sigma, x = here.s / here.a, call.sample.double() / here.a
         after = torch.zeros_like(sigma) if ends else there.s / there.a
         va, vb, ga, gb = self.predictions(call, here)
-        move = ode(sigma, after) if along_ode else transition(sigma, after) if ends else sde(sigma, after)
+        move = ode(sigma, after) if along_ode else to_clean(sigma) if ends else sde(sigma, after)
         noise = torch.zeros((), device=x.device) if along_ode or ends else move.spread * call.noise().double()
-        if along_ode or not ends:
-            kappa = self.kappa(call, va, vb, ga, gb, noise, move)
-            dx = move.drift * mixture(ga, gb, kappa) + noise
-            shared.kappas.append(kappa)
-            if config.operation != "avg_ode":
-                self.follow(shared, va, vb, dx, move)
-        else:  # straight to the clean sample, of which no density is followed
-            kappa = shared.kappas[-1] if shared.kappas else half(va)
-            dx = move.drift * mixture(ga, gb, kappa)
+        kappa = self.kappa(call, va, vb, ga, gb, noise, move)
+        dx = move.drift * mixture(ga, gb, kappa) + noise
+        shared.kappas.append(kappa)
+        if config.operation == "and_ode" or not (along_ode or ends):  # at the clean sample there is no density
+            self.follow(shared, va, vb, dx, move)
         shared.branches, shared.vb, shared.skipped, shared.divergences = {}, None, None, None
         x0 = x - sigma * mixture(ga, gb, kappa)
         return StepOutput(((x + dx) * (1.0 if ends else there.a)).to(out.sample.dtype), x0.to(out.sample.dtype))
@@ -228,14 +229,13 @@ class SuperDiff(Plugin):
     def kappa(self, call: StepCall, va: Tensor, vb: Tensor, ga: Tensor, gb: Tensor, noise: Tensor, move: Move) -> Tensor:
         """The weight of a in this step [batch]."""
         shared, config = call.shared, self.config
-        if config.operation == "or" and shared.kappas:
-            return kappa_or(shared.log_qa, shared.log_qb, config.temperature, config.bias)
-        if config.operation == "or":  # nothing is known yet
-            return kappa_or(0 * half(va), 0 * half(va), config.temperature, config.bias)
+        if config.operation == "or":
+            known = (shared.log_qa, shared.log_qb) if shared.kappas else (torch.zeros_like(half(va)),) * 2
+            return kappa_or(*known, config.temperature, config.bias)
         if config.operation in ("and", "and_ode"):
             step = call.step
             clean = config.operation == "and" and step.behind == step.calls - 1 - step.call  # the last step is no step of the SDE
-            gain = config.lift / max(step.total - clean, 1)
+            gain = 0.0 if clean and step.ends_schedule else config.lift / max(step.total - clean, 1)
             return kappa_and(va, vb, ga, gb, noise, move, gain, shared.divergences or (0.0, 0.0))
         return half(va)
 

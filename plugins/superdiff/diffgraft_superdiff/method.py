@@ -61,6 +61,14 @@ def sde(sigma: Tensor, after: Tensor) -> Move:
     return Move(*(torch.where(fine, one, other) for one, other in zip(explicit, exact, strict=True)))
 
 
+def to_clean(sigma: Tensor) -> Move:
+    """The last step, to x0 = x - sigma g: the transition's limit, up to a factor that P and Q share.
+
+    No density is left to follow in it. That both change alike says that x0 is as far from x - sigma v_a as from x - sigma v_b.
+    """
+    return Move(-sigma, torch.zeros_like(sigma), torch.full_like(sigma, 0.5), 1 / sigma)
+
+
 def ode(sigma: Tensor, after: Tensor) -> Move:
     """The probability-flow ODE, dx = d sigma g, along which the divergences stay (proposition of the ODE form)."""
     d = after - sigma

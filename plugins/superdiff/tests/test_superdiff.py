@@ -7,7 +7,8 @@ import itertools
 
 import pytest
 import torch
-from diffgraft import ConfigError, Unsupported, load_pipeline
+from diffgraft import ConfigError, Effects, Unsupported, load_pipeline
+from diffgraft.kernel.planner import Part, plan
 from diffgraft_pipelines.tiny import make
 from diffgraft_superdiff import SuperDiff
 from diffgraft_superdiff.method import (
@@ -20,6 +21,7 @@ from diffgraft_superdiff.method import (
     mixture,
     ode,
     sde,
+    to_clean,
     transition,
 )
 from diffusers import DDIMScheduler, EulerDiscreteScheduler, HeunDiscreteScheduler, PNDMScheduler
@@ -157,7 +159,7 @@ def test_both_prompts_matter(name, operation):
     made.pipe.plugins.configure("superdiff", prompt="a yellow star")
     assert not torch.equal(call(made), first)
     records = made.pipe.plugins.report().plugins["superdiff"].records
-    assert records["kappa"].shape == (STEPS - 1, 1)
+    assert records["kappa"].shape == (STEPS, 1)
     made.pipe.plugins.clear()
     assert torch.equal(call(made), before)
 
@@ -244,6 +246,99 @@ def test_the_lift_is_that_of_any_schedule(scheduler):
     load_pipeline(made.pipe, plugins=[SuperDiff(prompt="two green dogs", lift=0.7)])
     records = records_of(made, num_inference_steps=10)
     assert abs(float(records["log_qa"] - records["log_qb"]) - 0.7) < 1e-3
+
+
+def said(made, text, x, t):
+    """The denoiser's answer for each sample under a prompt, in float64."""
+    tokenizer = made.pipe.tokenizer
+    tokens = tokenizer(text, padding="max_length", max_length=tokenizer.model_max_length, truncation=True, return_tensors="pt")
+    words = made.pipe.text_encoder(tokens.input_ids)[0].expand(len(x), -1, -1)
+    return made.pipe.unet(x.float(), t, encoder_hidden_states=words).sample.double()
+
+
+def by_hand(made, x, b, operation, w, own, lift=0.0, temperature=1.0, bias=0.0):
+    """The paper's loop for ``made``'s call, nothing of the plugin in it: samples after each step, kappas, both log-densities."""
+    scheduler, generator = made.pipe.scheduler, torch.Generator().manual_seed(3)
+    scheduler.set_timesteps(sigmas=own)
+    x, samples, kappas = x.double() * float(scheduler.init_noise_sigma), [], []
+    log_qa = log_qb = torch.zeros(len(x), dtype=torch.float64)
+    sigmas = scheduler.sigmas.double().tolist()
+    for t, (sigma, after) in zip(scheduler.timesteps, itertools.pairwise(sigmas), strict=True):
+        texts = (made.kwargs["negative_prompt"], made.kwargs["prompt"], b)
+        v0, va, vb = (said(made, text, x / (1 + sigma**2) ** 0.5, t) for text in texts)
+        fall = sigma - after
+        noise = torch.zeros_like(x) if not after or operation == "avg_ode" else torch.randn(x.shape, generator=generator).double()
+        noise = noise * (2 * fall * sigma) ** 0.5
+        of_b, apart = v0 + w * (vb - v0), va - vb
+        kappa = torch.full((len(x),), 0.5, dtype=torch.float64)
+        if operation == "or":
+            kappa = torch.stack([temperature * (log_qa + bias), temperature * log_qb]).softmax(0)[0]
+        elif operation == "and":  # both change alike; without noise that is x0 as far from that of a as from that of b
+            square = (va**2 - vb**2).sum((1, 2, 3))
+            gain = sigma * lift / (len(own) - 2) if after else 0.0
+            numerator = fall * square + ((noise - 2 * fall * of_b) * apart).sum((1, 2, 3)) + gain
+            kappa = numerator / (2 * fall * w * (apart**2).sum((1, 2, 3)))
+        g = of_b + w * kappa.view(-1, 1, 1, 1) * apart
+        dx = -fall * g if operation == "avg_ode" or not after else -2 * fall * g + noise
+        if after:
+            log_qa = log_qa - ((fall * va**2 + dx * va) / sigma).sum((1, 2, 3))
+            log_qb = log_qb - ((fall * vb**2 + dx * vb) / sigma).sum((1, 2, 3))
+        x = x + dx
+        samples.append(x)
+        kappas.append(kappa)
+    return samples, torch.stack(kappas), log_qa, log_qb
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("knobs", [
+    {"operation": "avg_ode"}, {"operation": "and", "lift": 3.0}, {"operation": "or", "temperature": 0.02, "bias": 20.0},
+], ids=str)  # fmt: skip
+def test_a_whole_run_is_the_papers_loop(knobs):
+    """Every step, the last one too, which is a long one; no interval is too long for the explicit step."""
+    made, b, seen = make("StableDiffusionPipeline"), "two green dogs", []
+    made.pipe.scheduler = EulerDiscreteScheduler.from_config(made.pipe.scheduler.config)
+    x, sigmas = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0)), [3.0, 2.2, 1.6, 1.2, 0.9, 0.7, 0.0]
+    load_pipeline(made.pipe, plugins=[SuperDiff(prompt=b, **knobs)])
+
+    def keep(pipe, step, timestep, tensors):
+        seen.append(tensors["latents"].clone())
+        return {}
+
+    records = records_of(made, latents=x, num_images_per_prompt=2, sigmas=sigmas, guidance_scale=4.0, callback_on_step_end=keep)
+    made.pipe.plugins.clear()
+    samples, kappas, log_qa, log_qb = by_hand(made, x, b, w=4.0, own=sigmas, **knobs)
+    for one, other in zip(seen, samples, strict=True):
+        torch.testing.assert_close(one.double(), other, rtol=0, atol=2e-5 * float(other.abs().max()))
+    torch.testing.assert_close(records["kappa"], kappas, rtol=1e-3, atol=1e-3)
+    if knobs["operation"] != "avg_ode":
+        torch.testing.assert_close(records["log_qa"], log_qa, rtol=1e-4, atol=1e-2)
+        torch.testing.assert_close(records["log_qb"], log_qb, rtol=1e-4, atol=1e-2)
+
+
+def test_a_run_of_one_step_knows_its_kappa():
+    """Nothing is known of the densities but the bias; "and" is as far from a as from b."""
+    made = make("StableDiffusionPipeline")
+    load_pipeline(made.pipe, plugins=[SuperDiff(prompt="two green dogs", operation="or", bias=0.7, temperature=2.0)])
+    records = records_of(made, num_inference_steps=1)
+    torch.testing.assert_close(records["kappa"], torch.tensor([[1.4]], dtype=torch.float64).sigmoid())
+    va, vb, v0 = torch.randn(3, 2, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    ga, gb, move = guided(v0, va, 3.0), guided(v0, vb, 3.0), to_clean(torch.tensor(0.4, dtype=torch.float64))
+    g = mixture(ga, gb, kappa_and(va, vb, ga, gb, torch.zeros_like(va), move))
+    torch.testing.assert_close((g - va).norm(dim=1), (g - vb).norm(dim=1))
+
+
+def test_only_the_mode_that_takes_gradients_says_so():
+    """Beside a plugin that replaces the denoiser the planner warns of gradients past it."""
+    other = Part("other", Effects(replaces=frozenset({"denoiser"})))
+    for operation in ("or", "and", "average", "avg_ode", "and_ode"):
+        plugin = SuperDiff(prompt="a", operation=operation)
+        warned = any("gradients" in text for text in plan([Part(plugin.name, plugin.effects), other]).warnings)
+        assert warned == (operation == "and_ode"), operation
+    assert "plain_gradients" in SuperDiff.effects.needs
+    made = make("StableDiffusionPipeline")
+    load_pipeline(made.pipe, plugins=[SuperDiff(prompt="a", operation="and_ode")])
+    made.pipe.plugins.configure("superdiff", operation="and")
+    assert "plain_gradients" not in made.pipe.plugins["superdiff"].effects.needs
 
 
 def test_the_ode_draws_no_noise_and_is_the_schedulers_for_one_prompt():
