@@ -47,7 +47,7 @@ class _BDIA:
         self._steps = len(timesteps)
         if self.config.inverse:
             # on the way up the first state is the picture; its neighbour's time is the nearest that the denoiser knows
-            steps = max(1, round(self.config.strength * self._steps))
+            steps = max(1, int(self.config.strength * self._steps))
             self._ensure_invertible(steps)
             sigmas = sigmas.flip(0)[: steps + 1]
             timesteps = torch.cat([timesteps[-1:], timesteps.flip(0)[:-1]])[:steps]
@@ -142,7 +142,7 @@ class BDIAScheduler(_BDIA, SchedulerMixin, ConfigMixin):
         gamma: weight of the backward move, (0, 1]; 0 is DDIM.
         inverse: walk from the picture to the noise.
         precision: "float32" or "float64", in which the states are kept.
-        strength: how far up an inverse walk goes, as a share of the steps.
+        strength: how far up an inverse walk goes, as a share of the steps, cut to whole steps, at least one.
         (the others): as in ``DDIMScheduler``; ``clip_sample`` and ``thresholding`` cannot be inverted and are refused.
     """
 

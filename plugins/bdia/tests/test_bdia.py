@@ -262,22 +262,62 @@ def test_codes_that_do_not_fit_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize("own", [EulerDiscreteScheduler, DDIMScheduler])
-@pytest.mark.parametrize("strength", [1.0, 0.6, 0.2])
-def test_a_walk_up_may_stop_on_the_way(own, strength):
+@pytest.mark.parametrize(("strength", "steps"), [(1.0, 6), (0.6, 3), (0.2, 1), (0.05, 1)])
+def test_a_walk_up_may_stop_on_the_way(own, strength, steps):
     """A code of a part of the steps: the run goes down from there, and makes the picture again; an edit keeps more of it."""
     made = make("StableDiffusionPipeline")
     made.pipe.scheduler = own.from_config(made.pipe.scheduler.config)
     latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(2)) * 0.7
     code = invert(made.pipe, BDIA(strength=strength), latents, Sample(0, str(made.kwargs["prompt"])), settings(made))
-    assert code.made_for.steps == round(6 * strength)
+    assert code.made_for.steps == steps
     load_pipeline(made.pipe, plugins=[BDIA(start=code)])
     assert float((call(made) - latents).abs().max()) < 2e-4
-    assert made.pipe.plugins.report().steps == round(6 * strength)
+    assert made.pipe.plugins.report().steps == steps
     if strength == 0.6:  # one step of six is one of seven too: DDIM's last timestep is always the same
         with pytest.raises(ConfigError, match=r"start was walked up \d of 6 steps.*num_inference_steps=6"):
             call(made, num_inference_steps=7)
         with pytest.raises((ConfigError, ArtefactMismatch)):
             call(made, num_inference_steps=1)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("gamma", "strength", "steps"), [(0.9, 1.0, 6), (0.5, 0.6, 3)])
+def test_the_walks_are_those_by_hand(gamma, strength, steps):
+    """Up a part of the way and down again under another prompt and guidance: eq. 17 in a loop with nothing of the plugin in it."""
+    made, n = make("StableDiffusionPipeline"), 6
+    pipe = made.pipe.to(torch.float64)
+    z0 = 0.7 * torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    bare = {key: value for key, value in made.kwargs.items() if key in ("height", "width", "negative_prompt")}
+    knobs = {"gamma": gamma, "precision": "float64"}
+    code = invert(pipe, BDIA(**knobs, strength=strength), z0, Sample(0, "a cat"), CallSettings(steps=n, extra=bare))
+    load_pipeline(pipe, plugins=[BDIA(**knobs, start=code)])
+    edited = pipe("a car", **bare, num_inference_steps=n, guidance_scale=3.0, output_type="latent").images
+    unload(pipe)
+
+    def moves(z, i, t, text, w):
+        """z's moves to other levels by one answer of the denoiser."""
+        tokens = [
+            pipe.tokenizer(each, padding="max_length", max_length=pipe.tokenizer.model_max_length, truncation=True, return_tensors="pt")
+            for each in (bare["negative_prompt"], text)
+        ]
+        v0, v = (pipe.unet(z, t, encoder_hidden_states=pipe.text_encoder(each.input_ids)[0]).sample for each in tokens)
+        eps = v0 + w * (v - v0)
+        x0 = (z - (1 - abar[i]) ** 0.5 * eps) / abar[i] ** 0.5
+        return lambda j: abar[j] ** 0.5 * x0 + (1 - abar[j]) ** 0.5 * eps
+
+    pipe.scheduler.set_timesteps(n)
+    times = pipe.scheduler.timesteps
+    abar = [*pipe.scheduler.alphas_cumprod[times].double(), pipe.scheduler.final_alpha_cumprod.double()]
+    before, z = None, z0
+    for i in range(n, n - steps, -1):
+        to = moves(z, i, times[min(i, n - 1)], "a cat", 1.0)
+        before, z = z, to(i - 1) if before is None else (before - to(i + 1)) / gamma + to(i - 1)
+    z, before = before, z
+    for i in range(n - steps + 1, n):
+        to = moves(z, i, times[i], "a car", 3.0)
+        before, z = z, gamma * (before - to(i - 1)) + to(i + 1)
+    torch.testing.assert_close(edited, z, rtol=0, atol=1e-5)
+    assert float((edited - z0).abs().max()) > 1e-3
 
 
 def test_a_walk_that_stops_early_may_have_a_smaller_gamma():
