@@ -157,6 +157,57 @@ def test_flow_step_is_flow_grpos():
         torch.testing.assert_close(records["log_prob"][i], expected)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize(("scheduler", "noise", "last"), [
+    (DDIMScheduler, "flow_grpo", False), (DDIMScheduler, "const", True),
+    (EulerDiscreteScheduler, "sigma", False), (EulerDiscreteScheduler, "flow_grpo", True),
+])  # fmt: skip
+def test_a_run_of_a_diffusion_model_is_the_sde_by_hand(scheduler, noise, last):
+    """The SDE on the linear path in a loop with nothing of the plugin in it; the transitions' densities are of the latents' own unit."""
+    made, eta, n, seen = make("StableDiffusionPipeline"), 0.7, 4, []
+    pipe = made.pipe
+    pipe.scheduler = scheduler.from_config(pipe.scheduler.config, timestep_spacing="leading", steps_offset=1)
+    x = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    load_pipeline(pipe, plugins=[InterpolantSDE(eta=eta, noise=noise, last_step_ode=last, record=True)])
+
+    def keep(pipe, step, timestep, tensors):
+        seen.append(tensors["latents"].clone())
+        return {}
+
+    call(made, latents=x, num_images_per_prompt=2, num_inference_steps=n, guidance_scale=1.0, callback_on_step_end=keep)
+    records = pipe.plugins.report().plugins["interpolant_sde"].records
+    pipe.plugins.clear()
+
+    generator, densities = torch.Generator().manual_seed(3), []
+    tokens = pipe.tokenizer(
+        made.kwargs["prompt"], padding="max_length", max_length=pipe.tokenizer.model_max_length, truncation=True, return_tensors="pt"
+    )
+    words = pipe.text_encoder(tokens.input_ids)[0].expand(2, -1, -1)
+    pipe.scheduler.set_timesteps(n)
+    if scheduler is DDIMScheduler:  # x = a x0 + s eps
+        abar = [*pipe.scheduler.alphas_cumprod[pipe.scheduler.timesteps].tolist(), float(pipe.scheduler.final_alpha_cumprod)]
+        levels = [(a**0.5, (1 - a) ** 0.5) for a in abar]
+    else:
+        levels = [(1.0, float(s)) for s in pipe.scheduler.sigmas]
+    x = x.double() * float(pipe.scheduler.init_noise_sigma)
+    for i, t in enumerate(pipe.scheduler.timesteps):
+        (a, s), (a1, s1) = levels[i : i + 2]
+        eps = pipe.unet((x / (a * a + s * s) ** 0.5).float(), t, encoder_hidden_states=words).sample.double()
+        x0 = (x - s * eps) / a
+        sigma, after, h = s / (a + s), s1 / (a1 + s1), s / (a + s) - s1 / (a1 + s1)
+        noisy = i < n - 1 or not last
+        epsilon = noisy * eta**2 / 2 * {"const": 1.0, "sigma": sigma, "flow_grpo": sigma / (1 - sigma)}[noise]
+        mean = ((1 - sigma) * x0 + sigma * eps - h * (eps - x0) - h * epsilon * eps / sigma) * (a1 + s1)
+        x, std = mean, (2 * epsilon * h) ** 0.5 * (a1 + s1)
+        if noisy:
+            x = mean + std * torch.randn(x.shape, generator=generator).double()
+            densities.append(torch.distributions.Normal(mean, std).log_prob(x).flatten(1).sum(1))
+        assert 0 <= after < sigma < 1
+        torch.testing.assert_close(seen[i].double(), x, rtol=0, atol=1e-5 * float(x.abs().max()))
+    torch.testing.assert_close(records["log_prob"].double(), torch.stack(densities), rtol=1e-5, atol=2e-2)
+    torch.testing.assert_close(records["log_prob_mean"].double(), torch.stack(densities) / x[0].numel(), rtol=1e-5, atol=1e-4)
+
+
 def test_one_rule_serves_schedulers_of_other_scales():
     """Euler's samples are DDIM's times sqrt(1 + sigma^2): so are the noisy ones, with the same noise."""
     x, samples = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0)), []
