@@ -8,7 +8,7 @@ import itertools
 import pytest
 import torch
 from diffgraft import ConfigError, Effects, Unsupported, load_pipeline
-from diffgraft.kernel.planner import Part, plan
+from diffgraft.installed.planner import Part, plan
 from diffgraft_pipelines.tiny import make
 from diffgraft_superdiff import SuperDiff
 from diffgraft_superdiff.method import (
