@@ -54,6 +54,7 @@ if TYPE_CHECKING:
     )
     from diffgraft.kernel.facts import Step
     from diffgraft.kernel.loading import load_pipeline, unload
+    from diffgraft.kernel.now import Now, now
     from diffgraft.methods.watching import Calibrator, Inverter, Watcher
 
 logging.getLogger("diffgraft").addHandler(logging.NullHandler())  # silent until its user turns it on
@@ -68,6 +69,7 @@ _LAZY = {
     "PluginConfig": "installed.config",
     "find_family": "installed.registry",
     **dict.fromkeys(("load_pipeline", "unload"), "kernel.loading"),
+    **dict.fromkeys(("Now", "now"), "kernel.now"),
     "Step": "kernel.facts",
     **dict.fromkeys(("AttentionInfo", "BlockInfo", "Target", "blocks_of", "denoisers_of"), "installed.anatomy"),
     **dict.fromkeys(("Call", "RunCall", "ScheduleCall", "ControlCall", "DenoiseCall", "BlockCall", "AttentionCall"), "kernel.calls"),
@@ -101,6 +103,7 @@ __all__ = [
     "ModulesCall",
     "Need",
     "NeverFired",
+    "Now",
     "Paper",
     "PipelineNotFound",
     "Plugin",
@@ -123,6 +126,7 @@ __all__ = [
     "find_family",
     "load_pipeline",
     "nearest",
+    "now",
     "unload",
 ]
 

@@ -42,6 +42,8 @@ class RunView(Protocol):
 
     def answered(self, entry: Entry, point: str) -> None: ...
 
+    def ran(self, branch: str | None) -> None: ...
+
     @property
     def stopped(self) -> bool: ...
 
@@ -373,10 +375,15 @@ class GuideCall(Call):
 
 
 class StepCall(Call):
-    """``scheduler.step``; arguments ``model_output``, ``timestep``, ``sample``; ``next`` returns a :class:`StepOutput`."""
+    """``scheduler.step``; arguments ``model_output``, ``timestep``, ``sample``; ``next`` returns a :class:`StepOutput`.
 
-    __slots__ = ("scheduler",)
+    ``scheduler`` whose step it is: the pipeline's, or a copy of it that the pipeline made in this run (one a frame, one for the sound);
+    ``copy`` which one, in the order in which they were made; 0 for the pipeline's own.
+    """
+
+    __slots__ = ("copy", "scheduler")
     scheduler: Any
+    copy: int
 
     @property
     def model_output(self) -> Tensor:

@@ -164,6 +164,7 @@ def schedule_terminal(call: ScheduleCall) -> Schedule:
 def denoise_terminal(call: DenoiseCall) -> Tensor:
     """The middle of the ``denoise`` onion: the denoiser itself."""
     call.run.reached.add("denoiser")
+    call.run.ran(call.branch)
     out: Tensor = call_inner(call)[0]
     call.run.forms[call.model_name, call.sample.shape] = out.shape, out.dtype
     return out

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
+
+from torch import Tensor, nn
 
 _log = logging.getLogger(__name__)
 
@@ -57,6 +60,7 @@ class Report:
 
     steps          ``scheduler.step`` calls
     denoiser_calls denoiser forwards that the pipeline asked for, per branch
+    forwards       denoiser forwards that were really run, those of plugins included, per branch (the NFE of a method)
     shape          of the noisy sample in the first denoiser call, with its rows
     seconds        wall time of the whole call; 0 before the first
     completed      False when an exception or an interrupt ended it
@@ -66,6 +70,7 @@ class Report:
 
     steps: int = 0
     denoiser_calls: dict[str, int] = field(default_factory=dict)
+    forwards: dict[str, int] = field(default_factory=dict)
     shape: tuple[int, ...] = ()
     seconds: float = 0.0
     completed: bool = False
@@ -86,7 +91,9 @@ class Report:
         if not self.plugins:
             why = f"all were disabled ({', '.join(self.disabled)})" if self.disabled else "none is attached"
             return f"no plugin was active in the last run: {why}; it took {self.seconds:.2f} s{state}"
-        calls = ", ".join(f"{branch} {n}" for branch, n in self.denoiser_calls.items()) or "not counted"
+        calls = per_branch(self.denoiser_calls) or "not counted"
+        if self.forwards != self.denoiser_calls and self.denoiser_calls:
+            calls += f", really run: {per_branch(self.forwards) or 'none'}"
         lines = [f"{self.steps} steps in {self.seconds:.2f} s{state}; denoiser calls: {calls}"]
         for name, part in self.plugins.items():
             lines.append(f"  {name}: {part}")
@@ -96,5 +103,22 @@ class Report:
         return "\n".join(lines)
 
 
+def per_branch(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{branch} {n}" for branch, n in counts.items())
+
+
 def times(n: int) -> str:
     return "once" if n == 1 else f"{n} times"
+
+
+def tensor_bytes(value: Any) -> int:
+    """Bytes of all tensors held in a state object."""
+    if isinstance(value, Tensor):
+        return int(value.untyped_storage().nbytes())
+    if isinstance(value, Mapping):
+        return sum(tensor_bytes(item) for item in value.values())
+    if isinstance(value, (list, tuple)):
+        return sum(tensor_bytes(item) for item in value)
+    if isinstance(value, nn.Module):
+        return 0  # a model that a state points to is somebody else's
+    return sum(tensor_bytes(item) for item in vars(value).values()) if hasattr(value, "__dict__") else 0

@@ -5,17 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import torch
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
-from torch import Tensor, nn
+from torch import Tensor
 
 from diffgraft.installed.errors import Unsupported
 from diffgraft.installed.family import Family
-from diffgraft.kernel.calls import AttentionCall, BlockCall, ControlCall, DenoiseCall, GuideCall, RunView, ScheduleCall, StepCall
+from diffgraft.kernel.calls import AttentionCall, BlockCall, ControlCall, DenoiseCall, RunView, ScheduleCall, StepCall
 from diffgraft.kernel.entry import Entry
 from diffgraft.kernel.facts import Pace, RunBound, Step, pace_of
+from diffgraft.kernel.guidance import fill_rows, guided
 from diffgraft.kernel.onion import Chain, Onions, active_run, call_inner, step_result
-from diffgraft.kernel.report import PluginReport, Report
+from diffgraft.kernel.report import PluginReport, Report, tensor_bytes
 from diffgraft.kernel.slots import interrupt, left_behind, striding, write_schedule
 from diffgraft.kernel.units import Replaced, begin_of
 
@@ -60,6 +60,12 @@ class Run:
         """The one that made the schedule."""
         self._cut_off = 0
         """Timesteps of the scheduler's own schedule that were cut off at its end."""
+        self._edited = False
+        """Whether a plugin has changed the schedule."""
+        self.copies = 0
+        """Copies of the scheduler that the pipeline has made."""
+        self.hears_denoisers = False
+        """Whether denoiser calls arrive here."""
         self.outer: RunView | None = active_run()
         """The run of this thread in which a plugin began this one: it ends with it."""
         self._stopped = False
@@ -89,6 +95,11 @@ class Run:
         self.acted.add(entry)
         self.answers.setdefault(point, entry)
 
+    def ran(self, branch: str | None) -> None:
+        """The denoiser is about to compute."""
+        forwards = self.report.forwards
+        forwards[branch or "cond"] = forwards.get(branch or "cond", 0) + 1
+
     def promise(self, point: str, some: bool) -> None:
         """At least one block, attention layer or ControlNet was found, so the point must be reached."""
         if some:
@@ -111,6 +122,8 @@ class Run:
     def end_pass(self, result: Any) -> None:
         """The pipeline has run, to its end or to where the user ended it."""
         self.forms["run"] = result.__class__, 0
+        if self._copies_stepped:
+            self._advance()
         self._stopped |= is_interrupted(self.pipe)
 
     @property
@@ -137,6 +150,8 @@ class Run:
         self._begin: int | None = None
         self._asked: list[str] = []
         """Names of the denoiser calls of this step."""
+        self._copies_stepped = self._own_stepped = False
+        """Whether copies of the scheduler, or itself, have stepped since the last denoiser call."""
         self.predictions = {}
         self.carried = self.unscaled = None
 
@@ -195,9 +210,10 @@ class Run:
         call = ScheduleCall(self, inner, names, args, kwargs)
         call.scheduler = scheduler
         schedule = chain(call)
-        self.strides, self._cut_off, self._scheduler = [], 0, scheduler
+        self.strides, self._cut_off, self._scheduler, self._edited = [], 0, scheduler, False
         if schedule.timesteps is not scheduler.timesteps or schedule.sigmas is not getattr(scheduler, "sigmas", None):
             self._cut_off = left_behind(schedule.timesteps, scheduler.timesteps)
+            self._edited = True
             self.strides = write_schedule(scheduler, schedule.timesteps, schedule.sigmas)
         self._begin_schedule()
         self._in_loop = True
@@ -214,6 +230,9 @@ class Run:
 
     def denoise(self, onions: Onions, model_name: str, inner: Any, names: Mapping[str, int], args: Any, kwargs: Any) -> Any:
         self.reached.add("denoise")
+        if self._copies_stepped:
+            self._advance()
+        self._own_stepped = False
         call = DenoiseCall(self, inner, names, args, kwargs)
         if self._begin is None:
             self._locate(call.get(self.family.timestep))
@@ -330,77 +349,64 @@ class Run:
             interrupt(self.pipe)
         scheduler = self.pipe.scheduler
         call = StepCall(self, inner, names, args, kwargs)
-        call.scheduler = scheduler
+        call.scheduler, call.copy = scheduler, 0
         if self._begin is None:
             self._locate(call.get("timestep"))
         if self.carried is not None:
-            call = call.replace(sample=_fill_rows(self.carried, call.sample.shape[0]))
+            call = call.replace(sample=fill_rows(self.carried, call.sample.shape[0]))
         if self._asked and self.family.guidance.layout != "sequential":
             self._ensure_rows(call.sample.shape[0])
         if onions.guide is not None and len(self.predictions) > 1:
-            call = self._guide(onions.guide, call)
+            self.reached.add("guide")
+            call = guided(onions.guide, call, self._last_call, self.predictions)
         position = (self._begin or 0) + self.calls
         with striding(scheduler, self.strides[position] if position < len(self.strides) else None):
             if onions.step is None:
                 result = call_inner(call)
             else:
                 result = step_result(onions.step, call)
+        self._advance()
+        self._own_stepped = True
+        return result
+
+    def _advance(self) -> None:
+        """A ``scheduler.step`` call is over."""
         self.report.steps += self.pace.is_start(self.calls)
         self.calls += 1
         self._step = None
         self._asked = []
         self.predictions = {}
         self.carried = self.unscaled = None
-        return result
+        self._copies_stepped = False
 
-    def _guide(self, chain: Chain, step: StepCall) -> StepCall:
-        self.reached.add("guide")
-        combined = step.model_output
-        rows = next(iter(self.predictions.values())).shape[0]
-        call = GuideCall(self, None, {}, (), {})  # type: ignore[arg-type]
-        call.combined = combined[:rows] if self.family.guidance.doubled else combined
-        call.branches = {name: self._to_combined_layout(x, call.combined) for name, x in self.predictions.items()}
-        call.scale = self.guidance_scale(self._last_call.model_name)
-        guided = chain(call)
-        if guided is call.combined:
-            return step
-        return step.replace(model_output=_fill_rows(guided.to(combined.dtype), combined.shape[0]))  # type: ignore[no-any-return]
+    def copied_step(
+        self, onions: Onions, scheduler: Any, number: int, inner: Any, names: Mapping[str, int], args: Any, kwargs: Any
+    ) -> Any:
+        """A step of a copy of the scheduler, which the pipeline has made (one a frame, one for the sound). However many of them step
+        after one denoiser call, they make one step of the run together, with that of the pipeline's own scheduler where there is one.
 
-    def _to_combined_layout(self, x: Tensor, combined: Tensor) -> Tensor:
-        """A branch's raw prediction in the layout of the pipeline's combination, as the family says."""
-        how = self.family.branch_prediction
-        if how == "drop_sigma" and x.shape[1] == 2 * combined.shape[1]:
-            x = x.chunk(2, dim=1)[0]
-        elif how == "first_tokens" and x.shape[1] > combined.shape[1]:
-            x = x[:, : combined.shape[1]]
-        elif how == "unpacked_tail" and x.ndim == 3:
-            sizes = [self._last_call[name] for name in ("num_frames", "height", "width")]
-            x = x.unflatten(1, sizes).movedim(-1, 1)[:, :, 1:]  # tokens -> channels, frames, height, width; the first frame is given
-        if x.shape != combined.shape:
+        Raises:
+            Unsupported: a plugin edits the latents or the guidance of a step, or the schedule, which a copy has from itself.
+        """
+        self.reached.add("step")
+        if self.carried is not None or (onions.guide is not None and len(self.predictions) > 1) or self._edited:
+            what = "latents" if self.carried is not None else "schedule" if self._edited else "guidance"
             raise Unsupported(
-                f"family {self.family.name!r} does not say how a branch prediction {tuple(x.shape)} becomes the scheduler's "
-                f"{tuple(combined.shape)} (branch_prediction={how!r}), so guidance plugins cannot work on it"
+                f"{type(self.pipe).__name__} steps copies of its scheduler, one for each part of the latents, and what a plugin changed in "
+                f"the {what} does not reach them"
             )
-        return x.to(combined.dtype)  # some pipelines combine in float32
+        call = StepCall(self, inner, names, args, kwargs)
+        call.scheduler, call.copy = scheduler, number
+        self._copies_stepped = not self._own_stepped  # else the run went on by that one already, and this belongs to the step before
+        self.calls -= self._own_stepped
+        self._step = None
+        try:
+            return call_inner(call) if onions.step is None else step_result(onions.step, call)
+        finally:
+            self.calls += self._own_stepped
+            self._step = None
 
 
 def is_interrupted(pipe: Any) -> bool:
     """Whether somebody has told the pipeline to stop; one that knows no stop (DDPM, DiT) is never told."""
     return bool(getattr(pipe, "interrupt", False))
-
-
-def _fill_rows(x: Tensor, rows: int) -> Tensor:
-    return x if x.shape[0] == rows else torch.cat([x] * (rows // x.shape[0]))
-
-
-def tensor_bytes(value: Any) -> int:
-    """Bytes of all tensors held in a state object."""
-    if isinstance(value, Tensor):
-        return int(value.untyped_storage().nbytes())
-    if isinstance(value, Mapping):
-        return sum(tensor_bytes(item) for item in value.values())
-    if isinstance(value, (list, tuple)):
-        return sum(tensor_bytes(item) for item in value)
-    if isinstance(value, nn.Module):
-        return 0  # a model that a state points to is somebody else's
-    return sum(tensor_bytes(item) for item in vars(value).values()) if hasattr(value, "__dict__") else 0

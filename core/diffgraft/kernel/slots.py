@@ -10,6 +10,7 @@ them again. What is copied or pickled while a slot is open is what lies under it
 
 from __future__ import annotations
 
+import copy
 import functools
 import operator
 import os
@@ -46,6 +47,8 @@ class Slot:
         self.found: Any = _CLOSED
         self.lead: Callable[..., Any] | None = None
         """Where a wrapper leads while its run is in progress."""
+        self.copied: Callable[[Any], Any] | None = None
+        """Of a method: gives what a deep copy of its object shows in this place, or None, its plain method."""
 
     def put(self, value: Any) -> None:
         """Set what this slot shows while it is open."""
@@ -149,6 +152,13 @@ class Method(functools.partial):
 
     target: Any
     name: str
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        slot, owner = _slot_of(self), memo.get(id(self.target))
+        if slot is not None and slot.copied is not None and owner is not None and (value := slot.copied(owner)) is not None:
+            return value
+        function, arguments = self.__reduce_ex__(2)
+        return function(*copy.deepcopy(arguments, memo))
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         below = underneath(self)

@@ -39,6 +39,12 @@ class Surgery:
         home: Any = parent._modules
         if name not in home:
             raise DiffgraftError(f"{entry.name}: {type(parent).__name__} has no submodule {name!r}; it has {', '.join(home)}")
+        for other, slots in self._swaps.items():
+            if other is not entry and any(_meet(slot, home, name, parent) for slot in slots):
+                raise Conflict(
+                    f"{entry.name} and {other.name} both exchange {name!r} of a {type(parent).__name__}, and one would lose what the other "
+                    "has put there; take one off"
+                )
         slot = Slot(home, name, lambda: home[name])
         slot.put(new)
         self._swaps[entry] = (*self._swaps[entry], slot)  # first: what is not known here is never put back
@@ -68,3 +74,11 @@ class Surgery:
             if where is not None and isinstance(original, nn.Module):
                 original.to(where.device)  # the pipeline may have moved in the meantime
         self._swaps.pop(entry, None)
+
+
+def _meet(slot: Slot, home: Any, name: str, parent: nn.Module) -> bool:
+    """Whether another plugin's exchange is of the same module, or has brought the module in which the new one is to be made. What it has
+    only wrapped is the pipeline's still."""
+    same = slot.home is home and slot.key == name
+    brought = any(parent is module for module in slot.value.modules()) if isinstance(slot.value, nn.Module) else False
+    return same or (brought and not any(parent is module for module in slot.inner.modules()))

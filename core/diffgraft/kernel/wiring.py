@@ -44,8 +44,10 @@ class Wiring:
         onions = Onions(entries, run.check_finite)
         self._used = {}
         slots = self._scheduler(run, onions, entries)
-        if points & {"denoise", "block", "attention", "guide"} or run.bound:  # they are held against the first denoiser call
+        # what a run is bound to is held against the first denoiser call; exchanged modules ask where they are (`now`)
+        if points & {"denoise", "block", "attention", "guide", "modules"} or run.bound:
             slots += self._denoisers(run, onions)
+            run.hears_denoisers = True
         if "control" in points:
             networks = controls_of(self.pipe)
             lead = partial(run.control, onions.control)
@@ -76,12 +78,33 @@ class Wiring:
                 slots.append(slot)
                 run.report_of(entry).fired["scheduler"] = 1
         slots.append(self._method(scheduler, "set_timesteps", partial(run.set_timesteps, onions.schedule), takes=SET_TIMESTEPS))
-        slots.append(self._method(scheduler, "step", partial(run.scheduler_step, onions), takes=STEP))
+        stepping = self._method(scheduler, "step", partial(run.scheduler_step, onions), takes=STEP)
+        stepping.copied = partial(self._copy, run, onions, slots)
+        slots.append(stepping)
         if any("latents" in entry.plugin.effects.edits for entry in entries) and hasattr(scheduler, "scale_model_input"):
             slots.append(self._method(scheduler, "scale_model_input", run.note_scaling))
         if scheduler is not self.pipe.scheduler:  # made for this run: it goes with it
             self._used = {key: slot for key, slot in self._used.items() if key[0] != id(scheduler)}
         return slots
+
+    def _copy(self, run: Run, onions: Onions, slots: list[Slot], scheduler: Any) -> Any:
+        """What a deep copy of the run's scheduler shows as its ``step``: its own, seen by the run. None where it is not the pipeline that
+        copies (a user's callback does)."""
+        if active_run() is not run:
+            return None
+        if not run.hears_denoisers:  # which steps belong together is seen by the denoiser call between them
+            run.hears_denoisers = True
+            for each in self._denoisers(run, onions):
+                slots.append(each)
+                each.open()
+        slot = method_slot(scheduler, "step")
+        names = positions(scheduler, "step", STEP)
+        slot.put(wraps_method(scheduler, "step", self._wrapper(slot, names, inside=False)))
+        run.copies += 1
+        slot.lead = partial(run.copied_step, onions, scheduler, run.copies)
+        slots.append(slot)  # closed with the run's others
+        slot.open()
+        return slot.value
 
     def _denoisers(self, run: Run, onions: Onions) -> list[Slot]:
         slots = []

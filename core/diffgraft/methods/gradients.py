@@ -165,6 +165,7 @@ def jvp_alone(call: DenoiseCall, v: Tensor) -> Tensor:
 
 def predict_alone(call: DenoiseCall) -> Tensor:
     """The denoiser's own prediction for ``call``, past the other plugins, eager also where it is compiled. For :func:`latent_gradient`."""
+    call.run.ran(call.branch)
     forward = torch.compiler.disable(eager_forward(call.model) or call.inner)
     return forward(*call.args, **call.kwargs)[0]  # type: ignore[no-any-return]
 
