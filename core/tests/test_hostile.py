@@ -59,7 +59,7 @@ def others_go_on():
     assert registry.find_bundled("emoji-sd").name == "emoji-sd"
     assert registry.families()["sd"].kind == "unet"
     assert registry.find_need("artefact", "x") is not None
-    assert find_callable("reward", "emoji_judge", "diffgraft.rewards", "reward")[0] == "emoji_judge"
+    assert find_callable("reward", "emoji_judge", "diffgraft.rewards", "reward", ("images", "prompts"))[0] == "emoji_judge"
     assert CliRunner().invoke(app, ["list"]).exit_code == 0
     assert CliRunner().invoke(app, ["show", "time_shift"]).exit_code == 0
 
@@ -165,7 +165,7 @@ def test_other_groups_break_nobody_either(install, group, source):
         offers.FAMILIES: lambda: pytest.fail("none") if "evil" in registry.families() else registry.find_family(type("Nobody", (), {})),
         offers.PIPELINES: lambda: registry.find_bundled("evil"),
         offers.NEEDS: lambda: registry.find_need("evil", "x"),
-        "diffgraft.rewards": lambda: find_callable("reward", "evil", "diffgraft.rewards", "reward"),
+        "diffgraft.rewards": lambda: find_callable("reward", "evil", "diffgraft.rewards", "reward", ("images", "prompts")),
     }[group]
     with pytest.raises((BrokenPlugin, Unsupported, ConfigError), match="evil"):
         ask()

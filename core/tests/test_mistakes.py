@@ -63,7 +63,7 @@ def test_nearest_ends_its_sentence():
         lambda word: registry.find(word),
         lambda word: registry.find_bundled(word),
         lambda word: find_need(word, "x"),
-        lambda word: find_callable("reward", word, "diffgraft.rewards", "reward"),
+        lambda word: find_callable("reward", word, "diffgraft.rewards", "reward", ("images", "prompts")),
         lambda word: Scale(**{word: 1}),
         lambda word: load_pipeline(tiny("StableDiffusionPipeline")[0], attention_backend=word),
         lambda word: load_pipeline(tiny("StableDiffusionPipeline")[0]).plugins.remove(word),

@@ -349,16 +349,20 @@ def test_frechet_fitness(pipe, tmp_path):
         own.prepare(pipe, samples(1), sized(pipe), 2, tmp_path / "own", None)
     with pytest.raises(RewardError, match="a row each"):
         FrechetFitness(lambda images: torch.zeros(1, 3)).of(pictures(1, 2))
+    with pytest.raises(RewardError, match=r"gave .*a row for each picture"):
+        FrechetFitness(lambda images: None).of(pictures(1, 2))
+    with pytest.raises(ConfigError, match=r"features = <lambda>\(images, prompts\): it is called with \(images\)"):
+        FrechetFitness(lambda images, prompts: images)
     with pytest.raises(RewardError, match="not finite"):
         FrechetFitness(lambda images: torch.full((2, 3), math.nan)).of(pictures(1, 2))
 
 
 def test_features_and_pictures_are_found_or_refused(tmp_path):
-    assert find_callable("features", mean_colours, FEATURES, "features") == ("mean_colours", mean_colours)
-    assert find_callable("features", "math:fsum", FEATURES, "features") == ("math:fsum", math.fsum)
+    assert find_callable("features", mean_colours, FEATURES, "features", ("images",)) == ("mean_colours", mean_colours)
+    assert find_callable("features", "math:fsum", FEATURES, "features", ("images",)) == ("math:fsum", math.fsum)
     for bad in ("emoji", "math:no_such", "no_such_module:f", "math:pi"):
         with pytest.raises(ConfigError, match="features = "):
-            find_callable("features", bad, FEATURES, "features")
+            find_callable("features", bad, FEATURES, "features", ("images",))
     with pytest.raises(ConfigError, match="no picture there"):
         read_pictures(tmp_path)
     pictures(7)[0].save(tmp_path / "a.png")

@@ -184,7 +184,7 @@ def load_bare(name: str, specs: list[tuple[str, dict[str, Any]]], device: str | 
     target = parse_device(device)
     folder = resolve(name)
     built = [build_plugin(spec) for spec in specs]
-    plan([Part(plugin.name, plugin.effects) for plugin in built]).ensure()
+    plan([Part.of(plugin) for plugin in built]).ensure()
     hide_bars()
     pipe = load_pipeline(name, dtype=parse_dtype(dtype, target, folder))
     if not sys.stderr.isatty():

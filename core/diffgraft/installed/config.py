@@ -39,6 +39,16 @@ def build_config(plugin: str, model: type[PluginConfig], values: Mapping[str, An
         raise ConfigError(f"plugin {plugin!r}: " + " ".join(line if line.endswith(".") else f"{line}." for line in lines)) from None
 
 
+def is_at(config: PluginConfig, settings: Mapping[str, Any]) -> bool:
+    """Whether these are a config's settings, in whatever form they are written: one number where it holds a tuple, say."""
+    given = {name: getattr(config, name) for name in config.model_fields_set}
+    try:
+        there = type(config)(**{**given, **settings})
+    except ValidationError:  # not beside the other knobs
+        return False
+    return all(getattr(config, name) == getattr(there, name) for name in settings)
+
+
 def allowed(model: type[PluginConfig], key: str) -> str:
     """The range or choices of a knob in words, for tables (``"integer, >= 1 or none"``)."""
     schema = model.model_json_schema()["properties"][key]

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations, product
 
 from diffgraft.installed.errors import Conflict
-from diffgraft.installed.plugin import Effects
+from diffgraft.installed.plugin import Effects, Plugin
 
 
 @dataclass(frozen=True)
@@ -19,6 +19,11 @@ class Part:
     unknown: bool = False
     """Whether it does something that is not known here."""
 
+    @classmethod
+    def of(cls, plugin: Plugin) -> Part:
+        """A plugin with its knobs: at its neutral settings it does nothing that another one could mind."""
+        return cls(plugin.name, Effects() if plugin.is_neutral else plugin.effects)
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -28,10 +33,10 @@ class Plan:
     conflicts: tuple[str, ...] = field(default=())
     warnings: tuple[str, ...] = field(default=())
 
-    def ensure(self) -> Plan:
-        """Raises Conflict with every reason at once."""
-        if self.conflicts:
-            raise Conflict("these plugins do not fit together:\n  - " + "\n  - ".join(self.conflicts))
+    def ensure(self, known: Collection[str] = ()) -> Plan:
+        """Raises Conflict with every reason at once, but those that are ``known``."""
+        if new := [text for text in self.conflicts if text not in known]:
+            raise Conflict("these plugins do not fit together:\n  - " + "\n  - ".join(new))
         return self
 
 

@@ -22,7 +22,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from diffgraft.installed.config import PluginConfig, build_config
+from diffgraft.installed.config import PluginConfig, build_config, is_at
 from diffgraft.installed.errors import BrokenPlugin
 from diffgraft.installed.offers import API
 
@@ -160,6 +160,7 @@ class Plugin:
 
     def __init__(self, **knobs: Any) -> None:
         self.config = build_config(self.name, self.Config, knobs)
+        self.is_neutral = bool(self.neutral) and is_at(self.config, self.neutral)
 
     @property
     def own_knobs(self) -> dict[str, Any]:

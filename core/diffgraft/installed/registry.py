@@ -82,6 +82,8 @@ def check_class(cls: object, what: str) -> None:
     missing = [name for name in ("name", "paper", "families", "neutral") if not hasattr(cls, name)]
     if missing:
         raise BrokenPlugin(f"{what} does not declare {', '.join(missing)}")
+    if strange := sorted(set(cls.neutral) - cls.Config.model_fields.keys()):
+        raise BrokenPlugin(f"{what} is neutral at {', '.join(map(repr, strange))}, and has no such knob")
     if not cls.points() and cls.scheduler is None:
         raise BrokenPlugin(f"{what} implements no hook point")
 

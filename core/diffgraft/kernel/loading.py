@@ -56,7 +56,7 @@ def load_pipeline(
     """
     refuse_near_misses(from_pretrained)
     made = [build_plugin(spec) for spec in as_specs(plugins)]
-    plan([Part(plugin.name, plugin.effects) for plugin in made]).ensure()
+    plan([Part.of(plugin) for plugin in made]).ensure()
     if isinstance(pipeline, (str, os.PathLike)):
         pipe = read_pipeline(pipeline, **from_pretrained)
     elif from_pretrained:

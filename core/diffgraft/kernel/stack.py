@@ -6,7 +6,7 @@ import inspect
 import logging
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -51,8 +51,11 @@ def ensure_bare(pipe: Any, why: str) -> None:
         raise Conflict(f"{', '.join(names)} on this pipeline; diffgraft.unload(pipe) first: {why}")
 
 
-def attach(pipe: Any, plugins: Sequence[Plugin]) -> PluginStack:
+def attach(pipe: Any, plugins: Sequence[Plugin], disabled: Collection[str] = ()) -> PluginStack:
     """Put ``plugins`` on ``pipe``, inside those that are there. All checks come first: if one fails, the pipeline is as it was.
+
+    Args:
+        disabled: names of those that are switched off from the beginning.
 
     Raises:
         Conflict: a plugin is there already, or two do not fit together.
@@ -60,12 +63,12 @@ def attach(pipe: Any, plugins: Sequence[Plugin]) -> PluginStack:
     """
     stack = stack_of(pipe)
     if stack is not None:
-        stack.add(plugins)
+        stack.put(plugins, disabled)
         return stack
     stack = PluginStack(pipe, find_family(type(pipe)))
     set_class(pipe, class_with(stack))  # first: whatever interrupts what follows, `unload` finds what there is to take off
     try:
-        stack.add(plugins)
+        stack.put(plugins, disabled)
     except BaseException:
         surely(stack.clear)
         raise
@@ -145,8 +148,7 @@ class PluginStack:
     @property
     def plan(self) -> Plan:
         """The planner's verdict on the enabled plugins; its warnings are worth reading."""
-        parts = [Part(entry.name, entry.plugin.effects) for entry in self._enabled()]
-        return plan(parts, foreign_parts(denoisers_of(self.pipe, self.family)))
+        return self._plan_of([entry.plugin for entry in self._enabled()])
 
     def run_scheduler(self) -> Any:
         """The scheduler that a run has: the pipeline's own, or what an enabled plugin replaces it with."""
@@ -158,7 +160,11 @@ class PluginStack:
     # Plugins are named by name, class or instance, singly or in lists.
 
     def enable(self, *names: Any) -> None:
-        """Switch plugins on again (all, when none is named)."""
+        """Switch plugins on again (all, when none is named).
+
+        Raises:
+            Conflict: they do not fit together with those that are on; all stay as they were.
+        """
         self._toggle(names, True)
 
     def disable(self, *names: Any) -> None:
@@ -173,19 +179,20 @@ class PluginStack:
         try:
             yield
         finally:
-            for entry, enabled in before:
-                if entry in self._entries:
-                    self._switch(entry, enabled)
+            self._turn({entry: enabled for entry, enabled in before if entry in self._entries})
 
     def configure(self, name: Any, /, **knobs: Any) -> None:
         """Change knobs between runs; the others stay.
 
         Raises:
             ConfigError: an unknown knob or a value out of range, or not one plugin; the old knobs stay.
+            Conflict: at these knobs it does not fit together with the others; the old knobs stay.
         """
         self._refuse_in_run("configure a plugin of")
         entry = self._entry(name)
         new = type(entry.plugin)(**{**entry.plugin.own_knobs, **knobs})
+        if entry.enabled:
+            self._ensure_fit([new if each is entry else each.plugin for each in self._enabled()])
         same = [need.knob for need in new.needs if getattr(new.config, need.knob) == getattr(entry.plugin.config, need.knob)]
         given = self._fetch(new, describe(self.pipe, self.family), {knob: entry.given[knob] for knob in same})
         enabled, old = entry.enabled, (entry.plugin, entry.given)
@@ -223,17 +230,19 @@ class PluginStack:
         Args:
             plugins: each in any form that ``load_pipeline(plugins=...)`` takes.
         """
+        self.put([build_plugin(spec) for given in plugins for spec in as_specs(given)])
+
+    def put(self, new: Sequence[Plugin], disabled: Collection[str] = ()) -> None:
+        """:meth:`add` of plugins that are built; ``disabled`` names those that are switched off from the beginning."""
         self._refuse_in_run("attach plugins to")
-        new = [build_plugin(spec) for given in plugins for spec in as_specs(given)]
         for plugin in new:
             if plugin.name in self:
                 raise Conflict(
                     f"{plugin.name} is on this pipeline already; pipe.plugins.configure({plugin.name!r}, ...) changes its knobs, "
                     f"pipe.plugins.remove({plugin.name!r}) takes it off"
                 )
-        everything = [entry.plugin for entry in self._entries] + new
+        self._ensure_fit([entry.plugin for entry in self._enabled()] + [plugin for plugin in new if plugin.name not in disabled])
         target = describe(self.pipe, self.family)
-        plan([Part(p.name, p.effects) for p in everything], foreign_parts(target.denoisers)).ensure()
         given = []
         for plugin in new:
             self.refuse_family(plugin)
@@ -243,7 +252,7 @@ class PluginStack:
             for plugin, things in zip(new, given, strict=True):
                 entry = Entry(plugin, given=things)
                 self._entries = (*self._entries, entry)
-                self._switch(entry, True)
+                self._switch(entry, plugin.name not in disabled)
                 self._see(entry)
         except BaseException:
             for entry in self._entries[len(before) :]:
@@ -264,9 +273,8 @@ class PluginStack:
 
     def copy_to(self, pipe: Any) -> None:
         """Put the same plugins on a copy of this stack's pipeline, switched on and off as here."""
-        copied = attach(pipe, [type(entry.plugin)(**entry.plugin.own_knobs) for entry in self._entries])
-        for entry in self._entries:
-            copied._switch(copied._entry(entry.name), entry.enabled)
+        plugins = [type(entry.plugin)(**entry.plugin.own_knobs) for entry in self._entries]
+        attach(pipe, plugins, [entry.name for entry in self._entries if not entry.enabled])
 
     def _see(self, entry: Entry) -> None:
         """Let the second pipelines follow the first one's dtype, and note what the checks of a plugin rest on now."""
@@ -322,8 +330,20 @@ class PluginStack:
 
     def _toggle(self, names: Sequence[Any], enabled: bool) -> None:
         self._refuse_in_run("enable or disable plugins of")
-        for entry in [self._entry(name) for name in (names_of(names) if names else self)]:
+        self._turn({self._entry(name): enabled for name in (names_of(names) if names else self)})
+
+    def _turn(self, wanted: Mapping[Entry, bool]) -> None:
+        """Switch entries on and off; none where those that would then be on do not fit together."""
+        self._ensure_fit([entry.plugin for entry in self._entries if wanted.get(entry, entry.enabled)])
+        for entry, enabled in wanted.items():
             self._switch(entry, enabled)
+
+    def _plan_of(self, plugins: Sequence[Plugin]) -> Plan:
+        return plan([Part.of(plugin) for plugin in plugins], foreign_parts(denoisers_of(self.pipe, self.family)))
+
+    def _ensure_fit(self, plugins: Sequence[Plugin]) -> None:
+        """Raises Conflict where these, switched on, bring a conflict that is not there now."""
+        self._plan_of(plugins).ensure(known=self.plan.conflicts)
 
     def _refuse_in_run(self, what: str) -> None:
         if self._busy.locked():
@@ -423,8 +443,6 @@ class PluginStack:
     def _warn_of_idle(self, run: Run) -> None:
         """Warn of each plugin that saved nothing, once; at its neutral settings it was told to."""
         for entry, note in idle(run):
-            plugin = entry.plugin
-            neutral = all(getattr(plugin.config, knob) == value for knob, value in plugin.neutral.items())
-            if not neutral and entry not in self._warned:
+            if not entry.plugin.is_neutral and entry not in self._warned:
                 self._warned.add(entry)
                 warnings.warn(f"{entry.name}: {note}", UserWarning, stacklevel=4)

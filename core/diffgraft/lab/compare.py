@@ -26,7 +26,7 @@ from diffgraft.kernel.report import Report
 from diffgraft.kernel.stack import PluginStack, ensure_bare
 from diffgraft.lab.figures import fidelity_of, fit_steps, latency_of, macs_of
 from diffgraft.lab.instruments import DenoiseClock, MacCounter, synchronize
-from diffgraft.lab.judging import Judge, as_seen, summarise, understood_by
+from diffgraft.lab.judging import Judge, as_seen, summarise, understood_by, verdicts_of
 from diffgraft.lab.machine import machine, versions
 from diffgraft.lab.results import (
     Arm,
@@ -157,7 +157,7 @@ class Bench:
 
     def arm(self, name: str, kind: Kind, steps: int, members: Sequence[str] = ()) -> Arm:
         knobs = {each: self.stack[each].config.model_dump() for each in self.stack if each in members or each in self.always}
-        return Arm(name, kind, steps, knobs, tuple(members), all(is_neutral(self.stack[member]) for member in members))
+        return Arm(name, kind, steps, knobs, tuple(members), all(self.stack[member].is_neutral for member in members))
 
     def unfinished(self, error: BaseException, pipeline: str, environment: dict[str, Any], seconds: float) -> Unfinished:
         """What there is when ``error`` ends the measurement."""
@@ -275,7 +275,7 @@ class Bench:
         raws = []
         for made in pictures:
             images = [as_seen(made[i]) for i in understood]
-            raws.append(judge.score(images, [prompts[i] for i in understood]))
+            raws.append(verdicts_of(judge, images, [prompts[i] for i in understood]))
         return [summarise(raw, raws[0]) for raw in raws], note
 
     # results ----------------------------------------------------------------------------------------------------------------------
@@ -316,9 +316,3 @@ class Bench:
 def is_inactive(report: Report, name: str) -> bool:
     """Whether a plugin said that it did nothing in a run."""
     return any(note.startswith("inactive") for note in report.plugins[name].notes)
-
-
-def is_neutral(plugin: Plugin) -> bool:
-    """Whether a plugin is set to change nothing."""
-    neutral = type(plugin).neutral
-    return bool(neutral) and all(getattr(plugin.config, knob) == value for knob, value in neutral.items())

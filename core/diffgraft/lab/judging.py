@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
+from diffgraft.installed.errors import RewardError
 from diffgraft.installed.family import Bundled
+from diffgraft.installed.foreign import brief
 from diffgraft.installed.offers import blamed
 from diffgraft.lab.metrics import share
 from diffgraft.lab.pictures import to_images
@@ -26,12 +28,27 @@ def as_seen(frames: Pictures) -> Any:
     return images[0] if len(images) == 1 else images
 
 
+def verdicts_of(judge: Judge, images: Sequence[Any], prompts: Sequence[str]) -> dict[str, list[bool | None]]:
+    """What a judge says, if it is what a judge must say.
+
+    Raises:
+        RewardError: no mapping of names to lists with one verdict for each picture. What the judge raises itself comes through.
+    """
+    raw = judge.score(images, prompts)
+    if not isinstance(raw, Mapping) or not all(isinstance(row, Sequence) and len(row) == len(images) for row in raw.values()):
+        raise RewardError(
+            f"judge {type(judge).__name__} gave {brief(raw)}: score(images, prompts) must give {{name: [one verdict for each of the "
+            f"{len(images)} pictures]}}, each True, False or None"
+        )
+    return dict(raw)
+
+
 def understood_by(judge: Judge, prompts: Sequence[str], pictures: Pictures) -> tuple[list[int], str | None]:
     """Which prompts the judge can read, and a note about those it cannot (it raises ValueError)."""
     understood, fault = [], None
     for i, prompt in enumerate(prompts):
         try:
-            judge.score([as_seen(pictures[i])], [prompt])
+            verdicts_of(judge, [as_seen(pictures[i])], [prompt])
             understood.append(i)
         except ValueError as error:
             fault = fault or str(error)

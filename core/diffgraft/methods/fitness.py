@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from diffgraft.installed.errors import ConfigError, RewardError
+from diffgraft.installed.foreign import brief
 from diffgraft.methods.calibration import OnProgress
 from diffgraft.methods.files import write_atomic
 from diffgraft.methods.inputs import CallSettings, Sample, call_arguments, parameters, to_float
@@ -105,7 +106,7 @@ class FrechetFitness(Fitness):
     name = "frechet"
 
     def __init__(self, features: Any, reference: Sequence[Any] | None = None, reference_steps: int = 50) -> None:
-        self.feature_name, self.features = find_callable("features", features, FEATURES, "features")
+        self.feature_name, self.features = find_callable("features", features, FEATURES, "features", ("images",))
         self.pictures = reference
         self.reference_steps = reference_steps
         self.reference = torch.empty(0)
@@ -122,7 +123,11 @@ class FrechetFitness(Fitness):
         Raises:
             RewardError: not a row a picture, or numbers that are not finite.
         """
-        found = torch.as_tensor(self.features(pictures)).detach().to("cpu", torch.float64)
+        given = self.features(pictures)
+        try:
+            found = torch.as_tensor(given).detach().to("cpu", torch.float64)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise RewardError(f"features {self.feature_name!r} gave {brief(given)}: give a tensor with a row for each picture") from error
         if found.ndim != 2 or len(found) != len(pictures):
             raise RewardError(f"features {self.feature_name!r} gave {tuple(found.shape)} for {len(pictures)} pictures: give a row each")
         if not torch.isfinite(found).all():

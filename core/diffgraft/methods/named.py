@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Sequence
 from importlib import import_module
 from typing import Any
 
@@ -11,18 +12,19 @@ from diffgraft.installed.errors import ConfigError, choices
 from diffgraft.installed.foreign import said
 
 
-def find_callable(knob: str, value: Any, group: str, what: str) -> tuple[str, Callable[..., Any]]:
+def find_callable(knob: str, value: Any, group: str, what: str, takes: Sequence[str]) -> tuple[str, Callable[..., Any]]:
     """(name, callable) that a setting stands for: a callable, the name of an entry point in ``group``, or "package.module:attribute".
 
     Args:
         what: it is, for errors ("reward").
+        takes: the arguments that it will be called with.
 
     Raises:
-        ConfigError: it is none of them.
+        ConfigError: it is none of them, or its signature cannot take these arguments.
         PluginNotFound, BrokenPlugin: an entry point that may not be loaded, or cannot.
     """
     if callable(value):
-        return getattr(value, "__name__", type(value).__name__), value
+        return ensure_takes(knob, getattr(value, "__name__", type(value).__name__), value, takes)
     name = str(value)
     found = registry.find_named(group, name)
     if found is None:
@@ -38,4 +40,17 @@ def find_callable(knob: str, value: Any, group: str, what: str) -> tuple[str, Ca
             raise ConfigError(f"{knob} = {value!r}: {said(error)}") from error
     if not callable(found):
         raise ConfigError(f"{knob} = {value!r}: {type(found).__name__} is not callable")
-    return name, found
+    return ensure_takes(knob, name, found, takes)
+
+
+def ensure_takes(knob: str, name: str, function: Callable[..., Any], takes: Sequence[str]) -> tuple[str, Callable[..., Any]]:
+    """(name, callable) as given; raises ConfigError where a call with these arguments would not reach the callable."""
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):  # written in C, and does not say
+        return name, function
+    try:
+        signature.bind(*takes)
+    except TypeError as error:
+        raise ConfigError(f"{knob} = {name}{signature}: it is called with ({', '.join(takes)}), and cannot be: {error}") from None
+    return name, function

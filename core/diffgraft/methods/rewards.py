@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from diffgraft.installed.errors import RewardError
+from diffgraft.installed.foreign import brief
 from diffgraft.methods.named import find_callable
 
 REWARDS = "diffgraft.rewards"
@@ -32,9 +33,15 @@ class Reward:
         """One finite number a picture.
 
         Raises:
-            RewardError: an answer of another length, or one that is not a finite number. What it raises itself comes through.
+            RewardError: no list of numbers, one of another length, or a number that is not finite. What it raises itself comes through.
         """
-        answer = [float(each) for each in self.scores(images, prompts)]
+        given = self.scores(images, prompts)
+        try:
+            answer = [float(each) for each in given]
+        except (TypeError, ValueError) as error:
+            raise RewardError(
+                f"reward {self.name!r} gave {brief(given)}: it must give a list with one number for each of the {len(images)} pictures"
+            ) from error
         if len(answer) != len(images):
             raise RewardError(f"reward {self.name!r} gave {len(answer)} numbers for {len(images)} pictures: it must give one for each")
         for i, value in enumerate(answer):
@@ -47,6 +54,7 @@ def find_reward(knob: str, value: Any) -> Reward:
     """The reward that a knob's value stands for.
 
     Raises:
-        ConfigError: it is neither callable, nor a registered name, nor "package.module:attribute" of something callable.
+        ConfigError: it is neither callable, nor a registered name, nor "package.module:attribute" of something callable, or takes no
+            (images, prompts).
     """
-    return value if isinstance(value, Reward) else Reward(*find_callable(knob, value, REWARDS, "reward"))
+    return value if isinstance(value, Reward) else Reward(*find_callable(knob, value, REWARDS, "reward", ("images", "prompts")))

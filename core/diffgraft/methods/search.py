@@ -279,7 +279,7 @@ def search(
     def look_call() -> None:
         make_outputs(pipe, samples[:1], settings, batch, False)
 
-    plan_stack([Part(each.name, each.effects) for each in (plugin, *beside)]).ensure()
+    plan_stack([Part.of(each) for each in (plugin, *beside)]).ensure()
     probe, fits, guidance = look(pipe, plugin, look_call, beside)
     searcher.prepare(probe)
     others = {each.name: {knob: str(value) for knob, value in each.own_knobs.items()} for each in beside}

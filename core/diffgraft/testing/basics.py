@@ -58,6 +58,8 @@ def neutral(s: Subject) -> None:
     """Neutral = baseline bit for bit, at the neutral settings alone and over the active ones (vLLM-Omni #6975 proves its cache so)."""
     for knobs in s.neutral_settings() if s.is_main else s.neutral_settings()[:1]:
         pipe = load_pipeline(s.make(), plugins=[s.instance(**knobs)])
+        plain = pipe.plugins.run_scheduler() is pipe.scheduler  # beside neutral plugins the planner lets everything stand
+        assert plain, f"at {knobs} it replaces the scheduler: let make_scheduler give None there"
         s.expect(s.run(pipe), s.baseline(), f"at {knobs} against the baseline")
 
 

@@ -26,7 +26,7 @@ def test_the_judge_is_a_reward_that_prefers_the_right_background():
     assert reward([], []) == []
 
 
-@pytest.mark.parametrize("answer", [[1.0, 2.0], [math.nan], [math.inf]])
+@pytest.mark.parametrize("answer", [[1.0, 2.0], [math.nan], [math.inf], 0.5, None, ["good"], [[0.5, 0.5]], {"a": 1}])
 def test_what_is_no_score_is_refused(answer):
     reward = find_reward("reward", lambda images, prompts: answer)
     with pytest.raises(RewardError, match=r"lambda.*gave"):
@@ -39,6 +39,26 @@ def test_what_a_reward_raises_comes_through():
 
     with pytest.raises(ZeroDivisionError):
         find_reward("reward", broken)([gray()], ["x"])
+
+
+def test_one_number_for_all_pictures_says_what_is_expected():
+    with pytest.raises(RewardError, match=r"reward 'total' gave 0\.5.*: it must give a list with one number for each of the 2 pictures"):
+        find_reward("reward", total)([gray(), gray()], ["x", "y"])
+
+
+def total(images, prompts):
+    return 0.5
+
+
+@pytest.mark.parametrize("value", [lambda images: [0.5], lambda images, prompts, model: [0.5], lambda *, images, prompts: [0.5], len])
+def test_a_reward_that_cannot_take_pictures_and_prompts_is_refused_when_it_is_given(value):
+    with pytest.raises(ConfigError, match=r"my_plugin: reward = .*: it is called with \(images, prompts\), and cannot be: "):
+        find_reward("my_plugin: reward", value)
+
+
+@pytest.mark.parametrize("value", [lambda pictures, texts, device="cpu": [0.5], lambda *given: [0.5], max])
+def test_a_reward_may_name_its_arguments_as_it_likes(value):
+    assert find_reward("reward", value).scores is value
 
 
 @pytest.mark.parametrize("value", ["emoji_juge", "no.such.module:x", "math:pi", "math:nothing", 3])

@@ -190,7 +190,7 @@ class BottleneckSampling(Plugin):
         """Raises Unsupported, with the reason and the way out, where the pipeline or its scheduler cannot run in stages."""
         known, scheduler, kind = parameters(pipe), pipe.scheduler, prediction_kind(family, pipe.scheduler)
         name, knobs, why = type(scheduler).__name__, self.config, None
-        if self._is_off:
+        if self.is_neutral:
             return
         if kind != "flow" and isinstance(knobs.shifts, tuple):
             why = f"shifts are those of flow models, and this one predicts {kind}; set shifts to none"
@@ -213,14 +213,10 @@ class BottleneckSampling(Plugin):
         if why:
             raise Unsupported(f"bottleneck_sampling: {why}")
 
-    @property
-    def _is_off(self) -> bool:
-        return all(getattr(self.config, knob) == value for knob, value in self.neutral.items())
-
     # one call of the pipeline a stage -----------------------------------------------------------------------------------------------
 
     def run(self, call: RunCall, next: Callable[[RunCall], Any]) -> Any:
-        if self._is_off:
+        if self.is_neutral:
             return next(call)
         self._ensure_supported(call.pipe, call.family)  # again: the scheduler may be another one now
         refuse_what_belongs_to_one_schedule(call)
@@ -314,7 +310,7 @@ class BottleneckSampling(Plugin):
 
     def schedule(self, call: ScheduleCall, next: Callable[[ScheduleCall], Schedule]) -> Schedule:
         """The stage's own schedule, from its strength to the clean sample."""
-        if self._is_off:
+        if self.is_neutral:
             return next(call)
         stage, scheduler = call.shared.now, call.scheduler
         if stage.told != stage.made:
@@ -352,7 +348,7 @@ class BottleneckSampling(Plugin):
         return next(call.with_latents(self._start(call)) if self._begins(call) else call)
 
     def step(self, call: StepCall, next: Callable[[StepCall], StepOutput]) -> StepOutput:
-        if self._is_off:
+        if self.is_neutral:
             return next(call)
         progress = call.shared
         height, width = progress.now.size

@@ -134,11 +134,6 @@ class RBFSearch(Plugin):
     needs = (Need("reward", "reward"),)
     config: RBFSearchConfig
 
-    @property
-    def is_neutral(self) -> bool:
-        """Whether nothing is asked that differs from the pipeline's own sampler."""
-        return all(getattr(self.config, knob) == value for knob, value in self.neutral.items())
-
     def check(self, target: Target) -> None:
         if self.config.reward is None:
             return

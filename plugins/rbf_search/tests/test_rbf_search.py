@@ -764,7 +764,10 @@ def test_what_a_reward_raises_comes_through_and_the_pipeline_is_as_before():
     assert torch.equal(call(made), before)
 
 
-@pytest.mark.parametrize(("answer", "text"), [([math.nan], "nan for picture 0"), ([1.0, 2.0], "2 numbers for 1 pictures")])
+@pytest.mark.parametrize(
+    ("answer", "text"),
+    [([math.nan], "nan for picture 0"), ([1.0, 2.0], "2 numbers for 1 pictures"), (0.5, "gave 0.5: it must give a list")],
+)
 def test_a_reward_that_is_none(answer, text):
     answers = iter([[0.0]] * 6 + [answer])
     made = searching(reward=lambda images, prompts: next(answers))

@@ -93,7 +93,7 @@ def with_plugin(stack: Sequence[Plugin], plugin: Plugin) -> list[Plugin] | None:
     best: tuple[int, list[Plugin]] | None = None
     for place in range(len(stack), -1, -1):
         longer = [*stack[:place], plugin, *stack[place:]]
-        verdict = plan([Part(one.name, one.effects) for one in longer])
+        verdict = plan([Part.of(one) for one in longer])
         if not verdict.conflicts and (best is None or len(verdict.warnings) < best[0]):
             best = len(verdict.warnings), longer
     return None if best is None else best[1]

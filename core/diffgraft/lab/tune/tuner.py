@@ -23,7 +23,7 @@ from diffgraft.installed.plugin import Need, Plugin
 from diffgraft.kernel.loading import load_pipeline
 from diffgraft.kernel.stack import describe, fetch
 from diffgraft.lab.instruments import synchronize
-from diffgraft.lab.judging import Judge, all_right, as_seen
+from diffgraft.lab.judging import Judge, all_right, as_seen, verdicts_of
 from diffgraft.lab.metrics import Mean, Spread, psnr, share, ssim
 from diffgraft.lab.tune.goal import MOST_DB, Candidate, Final, Trial, TuneSettings, front_of, ready_line
 from diffgraft.lab.tune.space import Space, makes
@@ -236,7 +236,7 @@ class Tuner:
         if measure == "judge":
             assert self.judge is not None
             try:
-                raw = self.judge.score([as_seen(picture) for picture in made], [sample.prompt or "" for sample in samples])
+                raw = verdicts_of(self.judge, [as_seen(picture) for picture in made], [sample.prompt or "" for sample in samples])
             except ValueError as error:
                 raise ConfigError(f"target judge: the judge does not understand a prompt: {error}; take psnr or ssim") from error
             return [float(right) for right in all_right(raw)]

@@ -1,0 +1,126 @@
+"""What the planner judges: what is switched on and not neutral, when it is put on, switched on or configured."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any, ClassVar
+
+import pytest
+from diffgraft import BrokenPlugin, Conflict, Effects, PluginConfig, load_pipeline
+from diffusers import FirstBlockCacheConfig
+from probes import Everything, Probe, generate, tiny
+from pydantic import field_validator
+
+
+class Amount(PluginConfig):
+    amount: float = 1.0
+
+
+class Noisy(Probe):
+    name = "noisy"
+    Config = Amount
+    neutral: ClassVar[dict[str, Any]] = {"amount": 0.0}
+    effects = Effects(edits=frozenset({"latents"}), stochastic=True)
+
+    def denoise(self, call, next):
+        return next(call)
+
+
+class Exact(Noisy):
+    name = "exact"
+    effects = Effects(needs=frozenset({"determinism"}))
+
+
+def test_a_neutral_plugin_stands_beside_any_until_it_is_configured_away(sd):
+    pipe, kwargs = sd
+    load_pipeline(pipe, plugins=[Noisy(amount=0.0), Exact])
+    generate(pipe, kwargs)
+    with pytest.raises(Conflict, match="exact needs a deterministic run, but noisy draws noise"):
+        pipe.plugins.configure("noisy", amount=0.5)
+    assert pipe.plugins["noisy"].config.amount == 0.0, "refused, but configured"
+    generate(pipe, kwargs)
+    pipe.plugins.configure("exact", amount=0.0)
+    pipe.plugins.configure("noisy", amount=0.5)
+    generate(pipe, kwargs)
+    with pytest.raises(Conflict, match="exact needs"):
+        pipe.plugins.configure("exact", amount=1.0)
+    pipe.plugins.disable("exact")
+    pipe.plugins.configure("exact", amount=1.0)  # off: it is judged when it is switched on
+    with pytest.raises(Conflict, match="exact needs"):
+        pipe.plugins.enable()
+    assert "exact (disabled)" in repr(pipe.plugins)
+    generate(pipe, kwargs)
+
+
+def test_a_disabled_plugin_stands_beside_any_until_it_is_enabled(sd):
+    pipe, kwargs = sd
+    load_pipeline(pipe, plugins=[Everything, Noisy])
+    pipe.plugins.disable()
+    pipe.plugins.add(Exact)
+    generate(pipe, kwargs)
+    twin = copy.deepcopy(pipe)
+    assert repr(twin.plugins) == repr(pipe.plugins)
+    with pytest.raises(Conflict, match="exact needs"):
+        pipe.plugins.enable("everything", "noisy")
+    assert pipe.plugins.plan.order == ("exact",), "refused, but one was switched on"
+    with pipe.plugins.disabled("exact"):
+        pipe.plugins.enable("noisy")
+        generate(pipe, kwargs)
+        pipe.plugins.disable("noisy")
+    assert pipe.plugins.plan.order == ("exact",)
+    pipe.plugins.remove("noisy")
+    with pytest.raises(Conflict, match="exact needs"), pipe.plugins.disabled("exact"):
+        pipe.plugins.add(Noisy)
+    assert pipe.plugins.plan.order == ("noisy",), "what was put on inside stays, what it does not fit with is off"
+    generate(pipe, kwargs)
+    pipe.plugins.remove("noisy")
+    pipe.plugins.enable("exact")
+    generate(pipe, kwargs)
+
+
+def test_an_old_conflict_keeps_no_other_plugin_from_being_changed():
+    """diffusers' own cache came later: each run is refused until it is off, but what has nothing to do with it may change."""
+
+    class Skips(Noisy):
+        name = "skips"
+        effects = Effects(skips=frozenset({"blocks"}))
+
+    pipe, kwargs = tiny("FluxPipeline")
+    load_pipeline(pipe, plugins=[Skips, Noisy])
+    pipe.transformer.enable_cache(FirstBlockCacheConfig(threshold=0.1))
+    with pytest.raises(Conflict, match="skip blocks"):
+        generate(pipe, kwargs)
+    pipe.plugins.configure("noisy", amount=0.5)
+    pipe.plugins.disable("noisy")
+    pipe.plugins.enable("noisy")
+    pipe.plugins.configure("skips", amount=0.0)
+    generate(pipe, kwargs)
+    with pytest.raises(Conflict, match="skip blocks"):
+        pipe.plugins.configure("skips", amount=1.0)
+    assert pipe.plugins["skips"].config.amount == 0.0
+
+
+def test_neutral_settings_are_known_in_every_form():
+    class Shares(PluginConfig):
+        shares: tuple[float, ...] = (1.0, 2.0)
+
+        @field_validator("shares", mode="before")
+        @classmethod
+        def _one(cls, value: Any) -> Any:
+            return value if isinstance(value, (list, tuple)) else (value,)
+
+    class Shared(Noisy):
+        Config = Shares
+        neutral: ClassVar[dict[str, Any]] = {"shares": 0}
+
+    assert [Shared(shares=given).is_neutral for given in (0, 0.0, [0], (0.0,), (0, 0), 1)] == [True] * 4 + [False] * 2
+    assert not Shared().is_neutral
+    assert not Probe().is_neutral, "it has no such settings"
+
+
+def test_a_plugin_that_is_neutral_at_no_knob_of_its_own_is_broken(sd):
+    class Mistaken(Noisy):
+        neutral: ClassVar[dict[str, Any]] = {"amounts": 0.0}
+
+    with pytest.raises(BrokenPlugin, match="neutral at 'amounts', and has no such knob"):
+        load_pipeline(sd[0], plugins=[Mistaken])
