@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from diffgraft import Plugin
+from diffgraft.installed.planner import Part, plan
 from diffgraft.testing import Pair, pair_cases
 from rich.progress import track
 
@@ -21,6 +23,9 @@ list), column = inner. *runs*: both do their work, the same seed gives the same 
 *warns*: the same, but `pipe.plugins.plan.warnings` says what is surprising. *no*: refused before anything runs, with the
 reason below. Empty: no family that both work on.
 
+Each stands at settings at which it acts (`active`), rbf_search with a reward. *no \\**: the planner refuses these settings, but
+not the defaults: rbf_search without a reward stands beside the other.
+
 """
 
 
@@ -29,12 +34,26 @@ def row(pair: Pair, verdict: str) -> str:
     return f"| {pair.outer.name} | {pair.inner.name} | {pair.family.name if pair.family else ''} | {verdict} |"
 
 
+def at_defaults(cls: type[Plugin]) -> Plugin:
+    """A plugin as it is when nobody sets a knob; where it then does nothing, as it acts."""
+    plugin = cls()
+    return cls(**cls.active) if plugin.is_neutral else plugin
+
+
+def mark(pair: Pair, verdict: str) -> str:
+    """The cell of a verdict."""
+    word = MARKS[verdict.partition(":")[0]]
+    acting = plan([Part.of(cls(**cls.active)) for cls in (pair.outer, pair.inner)])
+    usual = plan([Part.of(at_defaults(cls)) for cls in (pair.outer, pair.inner)])
+    return f"{word} \\*" if word and acting.conflicts and not usual.conflicts else word
+
+
 def matrix(verdicts: dict[Pair, str]) -> str:
     """The matrix: for each ordered pair the verdicts of its families."""
     names = list(dict.fromkeys(pair.outer.name for pair in verdicts))
     cells: dict[tuple[str, str], dict[str, None]] = {}
     for pair, verdict in verdicts.items():
-        cells.setdefault((pair.outer.name, pair.inner.name), {})[MARKS[verdict.partition(":")[0]]] = None
+        cells.setdefault((pair.outer.name, pair.inner.name), {})[mark(pair, verdict)] = None
     lines = ["| | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
     for outer in names:
         lines.append(f"| **{outer}** | " + " | ".join(" / ".join(cells.get((outer, inner), "")) for inner in names) + " |")

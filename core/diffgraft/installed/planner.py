@@ -9,6 +9,9 @@ from itertools import combinations, product
 from diffgraft.installed.errors import Conflict
 from diffgraft.installed.plugin import Effects, Plugin
 
+STEPWISE = frozenset({"latents", "timestep", "schedule", "resolution"})
+"""What may be edited only where one step follows another."""
+
 
 @dataclass(frozen=True)
 class Part:
@@ -109,6 +112,10 @@ def judge(outer: Part, inner: Part) -> tuple[list[str], list[str]]:
             warnings.append(f"{y.name} takes its gradients through the pipeline's own denoiser also where {x.name} lets another one run")
         if x.effects.stochastic and "determinism" in y.effects.needs:
             conflicts.append(f"{y.name} needs a deterministic run, but {x.name} draws noise of its own; disable {x.name} or set it neutral")
+        if "own_steps" in y.effects.needs and (edited := sorted(x.effects.edits & STEPWISE)):
+            conflicts.append(
+                f"{x.name} edits {', '.join(edited)} from step to step, but the calls of {y.name} are no successive steps: disable one"
+            )
         if "resolution" in x.effects.edits and "calibrated_run" in y.effects.needs:
             conflicts.append(
                 f"{y.name} was calibrated for runs of one size and number of steps, but {x.name} runs the pipeline in stages of several: "

@@ -60,6 +60,7 @@ class Effects:
     skips      "denoiser" (whole calls), "blocks", "branches"
     edits      "timestep", "schedule", "latents", "prediction", "attention", "conditioning", "resolution", "weights"
     needs      "gradients", "determinism", "all_blocks", "extra_forwards", "calibrated_run" (the steps and size of its artefact),
+               "own_steps" (its calls are no successive steps of one path, so that nothing may be edited from one to the next),
                "plain_gradients" (of the denoiser itself, taken past all other plugins: `latent_gradient`; "gradients": through them)
     stochastic  draws noise of its own
     couples_batch  sample i in a batch may differ from sample i alone
@@ -76,7 +77,7 @@ class Effects:
         "replaces": frozenset({"scheduler", "denoiser"}),
         "skips": frozenset({"denoiser", "blocks", "branches"}),
         "edits": frozenset({"timestep", "schedule", "latents", "prediction", "attention", "conditioning", "resolution", "weights"}),
-        "needs": frozenset({"gradients", "plain_gradients", "determinism", "all_blocks", "extra_forwards", "calibrated_run"}),
+        "needs": frozenset({"gradients", "plain_gradients", "determinism", "all_blocks", "extra_forwards", "calibrated_run", "own_steps"}),
     }
 
     def __post_init__(self) -> None:

@@ -34,7 +34,7 @@ class Pair:
     @threads(1)  # tiny tensors: more threads would wait for each other
     def run(self) -> str:
         """The verdict in words ("runs", "warns: ...", "refused: ..."); raises AssertionError when the pair does otherwise."""
-        verdict = plan([Part(cls.name, cls.effects) for cls in (self.outer, self.inner)])
+        verdict = plan([Part.of(cls(**cls.active)) for cls in (self.outer, self.inner)])
         for text in (*verdict.conflicts, *verdict.warnings):
             for cls in (self.outer, self.inner):
                 assert cls.name in text, f"{self}: the planner's text does not name {cls.name}: {text}"

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -46,10 +46,6 @@ from diffgraft_rbf_search.search import Search, captions, nominal
 
 __all__ = ["FlowSDEScheduler", "RBFSearch", "VPFlowScheduler"]
 __version__ = "0.1.0"
-
-
-OF_STEPS = frozenset({"latents", "timestep", "schedule", "resolution"})
-"""What a method may edit only where one step follows another."""
 
 
 class RBFSearchConfig(PluginConfig):
@@ -128,11 +124,16 @@ class RBFSearch(Plugin):
     effects = Effects(
         replaces=frozenset({"scheduler"}),
         edits=frozenset({"schedule", "timestep", "latents"}),
-        needs=frozenset({"all_blocks", "extra_forwards"}),
+        needs=frozenset({"all_blocks", "extra_forwards", "own_steps"}),
         stochastic=True,
     )
     needs = (Need("reward", "reward"),)
     config: RBFSearchConfig
+
+    def __init__(self, **knobs: Any) -> None:
+        super().__init__(**knobs)
+        if self.config.reward is None:  # the SDE alone takes one step after the other
+            self.effects = replace(self.effects, needs=self.effects.needs - {"own_steps"})
 
     def check(self, target: Target) -> None:
         if self.config.reward is None:
@@ -157,13 +158,6 @@ class RBFSearch(Plugin):
         return cls.from_config({key: value for key, value in {**old.config, **options}.items() if key in known})
 
     def run(self, call: RunCall, next: Any) -> Any:
-        if self.config.reward is not None:
-            for other in call.others:
-                if edits := sorted(other.effects.edits & OF_STEPS):
-                    raise Unsupported(
-                        f"rbf_search: {other.name} edits {', '.join(edits)} from step to step, but the candidates of a search are not "
-                        f"successive steps: take {other.name} off, or sample without a reward"
-                    )
         result = next(call)
         if (search := call.shared.search) is not None and search.x0 is not None:
             if call.stopped and not search.is_over:  # what the pipeline has is the next candidate: it decodes the best so far instead

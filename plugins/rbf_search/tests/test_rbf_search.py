@@ -831,9 +831,16 @@ def test_methods_that_edit_from_step_to_step_are_refused_in_a_search_only():
     made = make("FluxPipeline")
     load_pipeline(made.pipe, plugins=[Nudge(), RBFSearch()])
     assert torch.isfinite(call(made)).all()
-    made.pipe.plugins.configure("rbf_search", reward=SIZE, max_nfe=12, particles=3)
-    with pytest.raises(Unsupported, match="nudge edits latents from step to step"):
-        call(made)
+    knobs = {"reward": SIZE, "max_nfe": 12, "particles": 3}
+    refused = pytest.raises(Conflict, match="nudge edits latents from step to step, but the calls of rbf_search are no successive steps")
+    with refused:
+        made.pipe.plugins.configure("rbf_search", **knobs)
+    assert made.pipe.plugins["rbf_search"].config.reward is None
+    assert torch.isfinite(call(made)).all()
+    made.pipe.plugins.clear()
+    for stack in ([Nudge(), RBFSearch(**knobs)], [RBFSearch(**knobs), Nudge()]):
+        with refused:
+            load_pipeline(made.pipe, plugins=stack)
 
 
 def test_a_model_that_stands_in_must_be_inside():
