@@ -24,6 +24,8 @@ from typer.testing import CliRunner
 
 ROOT = Path(__file__).resolve().parent.parent
 READMES = {"project": ROOT / "README.md", **{path.parent.name: path for path in sorted((ROOT / "plugins").glob("*/README.md"))}}
+PAGES = [*READMES.values(), *sorted((ROOT / "docs").glob("**/*.md"))]
+SHIPS = ("emoji-flux", "emoji-sd", "emoji-sd-lcm", "emoji-wan")
 BLOCK = re.compile(r"```(python|bash)\n(.*?)```", re.DOTALL)
 STANDS_IN = {
     "runwayml/stable-diffusion-v1-5": "emoji-sd",
@@ -66,7 +68,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     read = loading.read_pipeline
 
     def short(name: Any, **given: Any) -> Any:
-        given.pop("torch_dtype", None)  # no half precision on a CPU
+        given.pop("dtype", None)  # no half precision on a CPU
         pipe = read(STANDS_IN.get(str(name), name), **given)
         give_defaults(pipe, {**own_defaults(pipe), "num_inference_steps": min(STEPS, own_defaults(pipe).get("num_inference_steps", STEPS))})
         pipe.set_progress_bar_config(disable=True)
@@ -108,6 +110,21 @@ def command_line(code: str) -> None:
         words += shlex.split(SHORTER.get(words[0], "")) + shlex.split(SHORTER.get(" ".join(words[:2]), ""))
         result = CliRunner().invoke(app, words)
         assert result.exit_code == 0, f"{line}\n{result.output}\n{result.exception}"
+
+
+@pytest.mark.parametrize("name", [name for name in READMES if name != "project"])
+def test_a_readme_opens_with_a_line_that_runs_with_what_ships(name: str) -> None:
+    opening = READMES[name].read_text().partition("\n## ")[0]
+    assert any(word in opening for word in SHIPS), f"{name}: nobody has a model of the Hub offline; one of {', '.join(SHIPS)} has everybody"
+    assert "prompts.txt" not in opening or "one prompt a line" in opening, f"{name}: whose file is prompts.txt, and what is in it?"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_a_snippet_brings_what_it_names(page: Path) -> None:
+    text = page.read_text()
+    assert "torch_dtype" not in text, "deprecated in diffusers: dtype"
+    code = "".join(code for _, code in BLOCK.findall(text))
+    assert not re.search(r"\bArtefact\b", code) or "import Artefact" in code, "Artefact is in diffgraft.methods.artefacts"
 
 
 def test_snippets_run(readme: Path, folder: Path) -> None:

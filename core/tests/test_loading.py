@@ -116,8 +116,8 @@ def test_a_hub_id_is_handed_to_diffusers(monkeypatch, sd):
         return sd[0]
 
     monkeypatch.setattr(DiffusionPipeline, "from_pretrained", from_pretrained)
-    load_pipeline("runwayml/stable-diffusion-v1-5", plugins=[Scale], torch_dtype=torch.float16, variant="fp16")
-    assert asked == [("runwayml/stable-diffusion-v1-5", {"use_safetensors": True, "torch_dtype": torch.float16, "variant": "fp16"})]
+    load_pipeline("runwayml/stable-diffusion-v1-5", plugins=[Scale], dtype=torch.float16, variant="fp16")
+    assert asked == [("runwayml/stable-diffusion-v1-5", {"use_safetensors": True, "dtype": torch.float16, "variant": "fp16"})]
 
 
 BAD: list[tuple[Any, type[DiffgraftError], str]] = [

@@ -160,7 +160,7 @@ def load_controlnet(name: str, pipe: Any) -> Any:
     """
     from diffusers import ControlNetModel
 
-    net = ControlNetModel.from_pretrained(name, torch_dtype=pipe.dtype, use_safetensors=True).to(pipe.device)
+    net = ControlNetModel.from_pretrained(name, dtype=pipe.dtype, use_safetensors=True).to(pipe.device)
     for key in ("in_channels", "cross_attention_dim", "block_out_channels", "addition_embed_type"):
         here, there = pipe.unet.config.get(key), net.config.get(key)
         if (list(here) if isinstance(here, (tuple, list)) else here) != (list(there) if isinstance(there, (tuple, list)) else there):

@@ -43,7 +43,7 @@ def load_pipeline(
         plugins: names, ``(name, {knob: value})`` pairs, a ``{name: {knob: value}}`` mapping, plugin classes or instances;
             the first is outermost.
         attention_backend: a name of diffusers' attention dispatcher ("native", "xformers", "flash"...); undone by ``unload``.
-        from_pretrained: handed to ``DiffusionPipeline.from_pretrained`` (``torch_dtype=...``, ``variant=...``). Weights are read from
+        from_pretrained: handed to ``DiffusionPipeline.from_pretrained`` (``dtype=...``, ``variant=...``). Weights are read from
             safetensors; ``use_safetensors=None`` also reads pickles, which run code of whoever made them.
 
     Returns:

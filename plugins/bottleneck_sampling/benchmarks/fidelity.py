@@ -159,7 +159,7 @@ def main(
     prompts = prompt or list(bundled.prompts if bundled else ["a red apple on a wooden table"])
     if match not in ("time", "pixels"):
         raise typer.BadParameter(f"--match {match}: time or pixels")
-    pipe = load_pipeline(pipeline, plugins=[NAME], torch_dtype=getattr(torch, dtype)).to(device)
+    pipe = load_pipeline(pipeline, plugins=[NAME], dtype=getattr(torch, dtype)).to(device)
     pipe.set_progress_bar_config(disable=True)
     call = CallSettings(None, bundled.guidance_scale if bundled else None, None, height, width, extra=dict(bundled.call) if bundled else {})
     bench = Bench(pipe, make_samples(pipe, range(samples), prompts), call, batch)

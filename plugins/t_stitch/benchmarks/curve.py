@@ -39,7 +39,7 @@ PROMPTS = ("a red apple on the left on a blue background", "a small dog face at 
 
 def load(name: str, device: str, dtype: str, lora: str | None, scheduler: str | None) -> Any:
     """A pipeline by name, with a LoRA and another scheduler where one is named."""
-    pipe = load_pipeline(name, torch_dtype=getattr(torch, dtype)).to(device)
+    pipe = load_pipeline(name, dtype=getattr(torch, dtype)).to(device)
     if lora is not None:
         pipe.load_lora_weights(lora)
     if scheduler is not None:
