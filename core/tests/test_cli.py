@@ -222,6 +222,9 @@ BAD = {
     "compare without prompts": (["compare", "{sd}", "--plugins", "sparse", "--out", "x"], ["ConfigError", "needs a prompt"]),
     "compare, bad seeds": (["compare", "{sd}", "--plugins", "sparse", "--seeds", "a", "--out", "x"], ["ConfigError", "--seeds"]),
     "compare, no prompt file": (["compare", "{sd}", "--plugins", "sparse", "--prompts", "no.txt", "--out", "x"], ["ConfigError", "no.txt"]),
+    "invert what cannot": (["invert", "sparse", "--pipeline", "{sd}", "--image", "x.png"], ["Unsupported", "cannot invert", "bdia"]),
+    "calibrate what cannot": (["calibrate", "sparse", "--pipeline", "{sd}", "--prompt", "x"], ["Unsupported", "be calibrated; installed"]),
+    "evolve what cannot": (["evolve", "sparse", "--pipeline", "{sd}", "--prompt", "x", "--steps", "2"], ["Unsupported", "be searched"]),
     "show unknown": (["show", "sparze"], ["PluginNotFound", "did you mean 'sparse'"]),
 }
 

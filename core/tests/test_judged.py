@@ -6,10 +6,12 @@ import copy
 from typing import Any, ClassVar
 
 import pytest
-from diffgraft import BrokenPlugin, Conflict, Effects, PluginConfig, load_pipeline
+from diffgraft import BrokenPlugin, ConfigError, Conflict, Effects, PluginConfig, Unsupported, load_pipeline
+from diffgraft.community.tables import pipelines_of
+from diffgraft.installed.config import build_config
 from diffusers import FirstBlockCacheConfig
 from probes import Everything, Probe, generate, tiny
-from pydantic import field_validator
+from pydantic import field_validator, model_validator
 
 
 class Amount(PluginConfig):
@@ -98,6 +100,62 @@ def test_an_old_conflict_keeps_no_other_plugin_from_being_changed():
     with pytest.raises(Conflict, match="skip blocks"):
         pipe.plugins.configure("skips", amount=1.0)
     assert pipe.plugins["skips"].config.amount == 0.0
+
+
+def test_knobs_that_do_not_go_together_are_told_in_the_plugins_own_words():
+    class Ordered(PluginConfig):
+        low: int = 0
+        high: int = 1
+
+        @field_validator("high")
+        @classmethod
+        def _even(cls, value: int) -> int:
+            if value == 7:
+                raise ValueError("seven is taken")
+            return value
+
+        @model_validator(mode="after")
+        def _order(self) -> Ordered:
+            if self.low > self.high:
+                raise ValueError(f"low = {self.low} is above high = {self.high}")
+            return self
+
+    for knobs, text in (({"low": 2}, "low = 2 is above high = 1."), ({"high": 7}, "high = 7: seven is taken.")):
+        with pytest.raises(ConfigError) as raised:
+            build_config("ordered", Ordered, knobs)
+        assert str(raised.value) == f"plugin 'ordered': {text}"
+
+
+def test_the_report_says_why_denoiser_calls_are_not_counted(sd):
+    class Stepping(Probe):
+        name = "stepping"
+
+        def step(self, call, next):
+            return next(call)
+
+    pipe, kwargs = sd
+    load_pipeline(pipe, plugins=[Stepping])
+    generate(pipe, kwargs)
+    assert "denoiser calls: not counted, as no plugin here hooks the denoiser" in str(pipe.plugins.report())
+    pipe.plugins.add(Everything)
+    generate(pipe, kwargs)
+    assert "denoiser calls: both 4" in str(pipe.plugins.report())
+
+
+def test_a_pipeline_class_that_a_plugin_is_not_made_for_is_refused_and_not_listed():
+    class Fresh(Noisy):
+        name = "fresh"
+        families = ("sd",)
+        not_on: ClassVar[dict[str, str]] = {"*Img2Img*": "it starts from a picture", "*Inpaint*": "it starts from a picture"}
+
+    pipe, _ = tiny("StableDiffusionImg2ImgPipeline")
+    own = type("Mine", (type(pipe),), {})
+    for cls in (type(pipe), own):
+        pipe.__class__ = cls
+        with pytest.raises(Unsupported, match=f"fresh does not work on {cls.__name__}: it starts from a picture"):
+            load_pipeline(pipe, plugins=[Fresh])
+        assert type(pipe) is cls
+    assert pipelines_of(Fresh) == ["StableDiffusionControlNetPipeline", "StableDiffusionPipeline"]
 
 
 def test_neutral_settings_are_known_in_every_form():

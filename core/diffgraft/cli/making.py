@@ -49,6 +49,7 @@ def calibrate(
     """Measure what a plugin needs to know of a model; an interrupted calibration goes on where it stopped."""
     from diffgraft.cli.values import call_settings, load_bare, parse_assignments, read_prompts, specs_for
 
+    registry.ensure_able(registry.find(plugin), "calibration")
     specs = specs_for(pipeline, [plugin], option)
     texts = read_prompts(prompt, prompts)
     if not texts:
@@ -118,6 +119,7 @@ def evolve(
         specs_for,
     )
 
+    registry.ensure_able(registry.find(plugin), "search")
     specs = specs_for(pipeline, [plugin, *(beside or [])], option)
     texts = read_prompts(prompt, prompts)
     if not texts:
@@ -169,6 +171,7 @@ def invert(
     """Walk from a picture back to the noise that it comes from; `run` with the code makes it again, or edits it."""
     from diffgraft.cli.values import call_settings, load_bare, parse_assignments, specs_for
 
+    registry.ensure_able(registry.find(plugin), "inversion")
     specs = specs_for(pipeline, [plugin], option)
     extra = parse_assignments(arg, "-a")
     path = out or Path(f"{plugin}-code.safetensors")

@@ -31,11 +31,12 @@ def build_config(plugin: str, model: type[PluginConfig], values: Mapping[str, An
     except ValidationError as error:
         lines = []
         for item in error.errors():
-            key = ".".join(str(part) for part in item["loc"]) or "(the knobs together)"
+            key = ".".join(str(part) for part in item["loc"])
+            says = str(item["ctx"]["error"]) if item["type"] == "value_error" else item["msg"]  # without "Value error, "
             if item["type"] == "extra_forbidden":
                 lines.append(f"unknown knob {key!r}{choices(key, model.model_fields, 'Knobs')}")
             else:
-                lines.append(f"{key} = {brief(item['input'])}: {item['msg']}")
+                lines.append(f"{key} = {brief(item['input'])}: {says}" if key else says)  # of the knobs together: it names them itself
         raise ConfigError(f"plugin {plugin!r}: " + " ".join(line if line.endswith(".") else f"{line}." for line in lines)) from None
 
 

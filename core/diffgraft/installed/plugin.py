@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from diffgraft.installed.config import PluginConfig, build_config, is_at
@@ -129,6 +130,7 @@ class Plugin:
     paper     :class:`Paper`
     api       contract number the plugin was written for (:data:`API`)
     families  names of families it works on, or their kinds ("unets", "dits"), or "*" for all
+    not_on    pipeline classes of these families that it does not work on: a pattern of their names ("*Img2Img*") -> why
     Config    knobs, a :class:`~diffgraft.installed.config.PluginConfig`
     State     what is kept in a run; built without arguments
     neutral   settings at which the output equals the baseline bit for bit
@@ -147,6 +149,7 @@ class Plugin:
     paper: ClassVar[Paper]
     api: ClassVar[int] = API
     families: ClassVar[tuple[str, ...]]
+    not_on: ClassVar[Mapping[str, str]] = {}
     Config: ClassVar[type[PluginConfig]] = PluginConfig
     State: ClassVar[type[Any]] = NoState
     neutral: ClassVar[dict[str, Any]]
@@ -167,6 +170,11 @@ class Plugin:
     def own_knobs(self) -> dict[str, Any]:
         """The knobs that were set, as given (live objects stay the same objects)."""
         return {name: getattr(self.config, name) for name in self.config.model_fields_set}
+
+    @classmethod
+    def why_not_on(cls, pipeline_class: str) -> str | None:
+        """Why it does not work on a pipeline class of its families; None where it does, as far as is known without the pipeline."""
+        return next((why for pattern, why in cls.not_on.items() if fnmatchcase(pipeline_class, pattern)), None)
 
     def check(self, target: Target) -> None:
         """Refuse a pipeline that the families alone do not rule out. Raise ``Unsupported`` or ``ConfigError``; touch nothing."""

@@ -61,6 +61,7 @@ class Report:
     steps          ``scheduler.step`` calls
     denoiser_calls denoiser forwards that the pipeline asked for, per branch
     forwards       denoiser forwards that were really run, those of plugins included, per branch (the NFE of a method)
+    counting       whether they were counted: only where a plugin hooks the denoiser, or something inside it
     shape          of the noisy sample in the first denoiser call, with its rows
     seconds        wall time of the whole call; 0 before the first
     completed      False when an exception or an interrupt ended it
@@ -71,6 +72,7 @@ class Report:
     steps: int = 0
     denoiser_calls: dict[str, int] = field(default_factory=dict)
     forwards: dict[str, int] = field(default_factory=dict)
+    counting: bool = False
     shape: tuple[int, ...] = ()
     seconds: float = 0.0
     completed: bool = False
@@ -91,7 +93,8 @@ class Report:
         if not self.plugins:
             why = f"all were disabled ({', '.join(self.disabled)})" if self.disabled else "none is attached"
             return f"no plugin was active in the last run: {why}; it took {self.seconds:.2f} s{state}"
-        calls = per_branch(self.denoiser_calls) or "not counted"
+        none = "none" if self.counting else "not counted, as no plugin here hooks the denoiser"
+        calls = per_branch(self.denoiser_calls) or none
         if self.forwards != self.denoiser_calls and self.denoiser_calls:
             calls += f", really run: {per_branch(self.forwards) or 'none'}"
         lines = [f"{self.steps} steps in {self.seconds:.2f} s{state}; denoiser calls: {calls}"]

@@ -313,6 +313,8 @@ class PluginStack:
                 f"{plugin.name} does not work on {name} (family {family.name!r}, one of the {family.kind}s): "
                 f"it is made for {', '.join(plugin.families)}"
             )
+        if why := next(filter(None, (plugin.why_not_on(cls.__name__) for cls in self.base_class.__mro__)), None):
+            raise Unsupported(f"{plugin.name} does not work on {name}: {why}")
         if plugin.points() == ("guide",) and family.guidance.layout == "none":
             raise Unsupported(f"{plugin.name} changes guidance, but {name} runs none")
 

@@ -47,7 +47,7 @@ class Wiring:
         # what a run is bound to is held against the first denoiser call; exchanged modules ask where they are (`now`)
         if points & {"denoise", "block", "attention", "guide", "modules"} or run.bound:
             slots += self._denoisers(run, onions)
-            run.hears_denoisers = True
+            run.hears_denoisers = run.report.counting = True
         if "control" in points:
             networks = controls_of(self.pipe)
             lead = partial(run.control, onions.control)

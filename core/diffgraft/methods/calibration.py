@@ -16,8 +16,9 @@ from typing import Any
 
 from torch import Tensor
 
-from diffgraft.installed.errors import ConfigError, Unsupported
+from diffgraft.installed.errors import ConfigError
 from diffgraft.installed.plugin import Plugin
+from diffgraft.installed.registry import ensure_able
 from diffgraft.kernel.stack import describe
 from diffgraft.methods.artefacts import Artefact, MadeFor
 from diffgraft.methods.inputs import CallSettings, Sample, call_arguments
@@ -46,8 +47,7 @@ def calibrate(
         Unsupported: the plugin needs no calibration, or does not work on this pipeline.
         ConfigError: no prompt, or ``out`` holds an unfinished calibration of something else.
     """
-    if plugin.calibration is None:
-        raise Unsupported(f"{plugin.name} needs no calibration: it has no artefact")
+    ensure_able(plugin, "calibration")
     if not samples:
         raise ConfigError("nothing to calibrate on: give at least one prompt")
     calibrator = plugin.calibration(**plugin.own_knobs)
@@ -86,8 +86,7 @@ def calibrate_call(pipe: Any, plugin: Plugin, call: Callable[[], Any]) -> Artefa
     Raises:
         Unsupported: the plugin needs no calibration, or does not work on this pipeline.
     """
-    if plugin.calibration is None:
-        raise Unsupported(f"{plugin.name} needs no calibration: it has no artefact")
+    ensure_able(plugin, "calibration")
     calibrator = plugin.calibration(**plugin.own_knobs)
     with watching(pipe, plugin, calibrator) as stack:
         call()

@@ -13,6 +13,7 @@ from torch import Tensor
 from diffgraft.installed.errors import Unsupported
 from diffgraft.installed.family import Family
 from diffgraft.installed.plugin import Plugin
+from diffgraft.installed.registry import ensure_able
 from diffgraft.kernel.defaults import own_defaults
 from diffgraft.kernel.loading import load_pipeline
 from diffgraft.methods.artefacts import Artefact
@@ -36,8 +37,7 @@ def invert(
     Raises:
         Unsupported: the plugin cannot invert, does not work on this pipeline, or the pipeline has no way from pictures to latents.
     """
-    if plugin.inversion is None:
-        raise Unsupported(f"{plugin.name} cannot invert pictures")
+    ensure_able(plugin, "inversion")
     if "latents" not in parameters(pipe):
         raise Unsupported(f"{type(pipe).__name__} takes no latents, so a picture cannot be walked back through it")
     inverter = plugin.inversion(**plugin.own_knobs)

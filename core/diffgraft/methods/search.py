@@ -25,10 +25,11 @@ from torch import Tensor
 
 from diffgraft.installed.anatomy import Target
 from diffgraft.installed.config import PluginConfig, build_config
-from diffgraft.installed.errors import ConfigError, RewardError, Unsupported
+from diffgraft.installed.errors import ConfigError, RewardError
 from diffgraft.installed.planner import Part
 from diffgraft.installed.planner import plan as plan_stack
 from diffgraft.installed.plugin import Paper, Plugin
+from diffgraft.installed.registry import ensure_able
 from diffgraft.kernel.calls import DenoiseCall, RunCall, Schedule, ScheduleCall
 from diffgraft.kernel.loading import load_pipeline
 from diffgraft.kernel.stack import describe
@@ -269,8 +270,7 @@ def search(
         ConfigError: no prompt, no number of steps, or ``out`` holds an unfinished search of something else.
         RewardError: the fitness of a candidate is no finite number; those before it are kept.
     """
-    if plugin.search is None:
-        raise Unsupported(f"{plugin.name} has nothing to search for")
+    ensure_able(plugin, "search")
     if not samples or settings.steps is None:
         raise ConfigError("a search needs prompts to judge the candidates on, and the number of steps: give --prompts and --steps")
     plan = plan or Plan()
@@ -347,8 +347,7 @@ def search_call(pipe: Any, plugin: Plugin, call: Callable[[], Any], seed: int = 
     Raises:
         Unsupported: the plugin cannot be searched, or does not work on this pipeline.
     """
-    if plugin.search is None:
-        raise Unsupported(f"{plugin.name} has nothing to search for")
+    ensure_able(plugin, "search")
     searcher = plugin.search(f"search of {plugin.name}")
     probe, fits, guidance = look(pipe, plugin, call)
     searcher.prepare(probe)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from diffgraft.installed import registry
-from diffgraft.installed.errors import ConfigError, Conflict, Unsupported
+from diffgraft.installed.errors import ConfigError, Conflict, DiffgraftError, Unsupported
 from diffgraft.kernel.loading import load_pipeline, unload
 from diffgraft.testing.case import check
 from diffgraft.testing.setting import ANOTHER, USUAL
@@ -51,6 +51,26 @@ def wrong_family(s: Subject) -> None:
         s.attach(pipe)
     assert type(pipe) is base, "refused, but the pipeline's class has changed"
     expect_same_trace(before, trace(pipe, base), "after the refusal")
+
+
+@check("every", when=lambda s: "@" not in s.class_name)  # what is of one checkpoint is no matter of the class
+def refuses_what_it_says(s: Subject) -> None:
+    """A pipeline class that ``not_on`` names is refused when the plugin is put on; one that no settings work on is named there."""
+    why = s.plugin.why_not_on(s.class_name)
+    if why is not None:
+        with refused(Unsupported, f"accepted {s.class_name}, which not_on names", [s.plugin.name, why]):
+            s.attach(s.make())
+        return
+    for knobs in (s.plugin.active, {}):
+        try:
+            load_pipeline(s.make(), plugins=[s.instance(**knobs)])
+        except Unsupported as error:
+            found = error
+        except DiffgraftError:  # it wants a knob, or a file
+            return
+        else:
+            return
+    raise AssertionError(f"it refuses {s.class_name} at any settings, but not_on does not name it: {found}")
 
 
 @check("every")

@@ -170,6 +170,10 @@ class BottleneckSampling(Plugin):
         licence="written from the paper's description; official code not seen",
     )
     families = ("sd", "latent_consistency", "sdxl", "animatediff", "pixart", "cogvideox", "sd3", "flux", "qwen_image", "wan", "ltx")
+    not_on: ClassVar[dict[str, str]] = dict.fromkeys(
+        ("*Img2Img*", "*Inpaint*", "*VideoToVideo*"),
+        "it starts from a given picture, which belongs to one size; use the text-to-image pipeline",
+    )
     Config = BottleneckSamplingConfig
     State = Progress
     neutral: ClassVar[dict[str, Any]] = {"scales": (1.0,), "shares": (1.0,), "strengths": (1.0,), "shifts": "own"}
@@ -196,8 +200,6 @@ class BottleneckSampling(Plugin):
             why = f"shifts are those of flow models, and this one predicts {kind}; set shifts to none"
         elif kind != "flow" and knobs.strength_of == "sigma":
             why = f"strength_of = 'sigma' is that of flow models, and this one predicts {kind}; use 'time'"
-        elif "strength" in known:
-            why = f"{type(pipe).__name__} starts from a given picture, which belongs to one size; use the text-to-image pipeline"
         elif missing := [key for key in ("height", "width", "latents") if key not in known]:
             why = f"{type(pipe).__name__} takes no {', '.join(missing)}, so a stage cannot have a size of its own"
         elif pipe.config.get("expand_timesteps") and "image" in known:

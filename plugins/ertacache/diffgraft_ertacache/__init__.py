@@ -66,6 +66,12 @@ class ERTACache(Plugin):
     config: ERTACacheConfig
 
     def check(self, target: Target) -> None:
+        artefact, asked = target.given.get("artefact"), self.own_knobs.get("max_reuse", 0)
+        if artefact is not None and asked > (W := artefact.tensors["error"].shape[1]):
+            raise ConfigError(
+                f"plugin 'ertacache': max_reuse = {asked}: the calibration measured residuals up to {W} steps old, and a run can only "
+                f"lower that; give at most {W}, or calibrate with -o ertacache.max_reuse={asked}"
+            )
         for block in target.blocks:
             if not block.is_layer and not ({STREAM} <= set(block.returns) <= set(block.takes)):
                 raise Unsupported(

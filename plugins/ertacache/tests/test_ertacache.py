@@ -582,6 +582,16 @@ def test_another_number_of_steps_is_refused_and_the_pipeline_stays_whole(tmp_pat
     assert np.array_equal(picture(made.pipe, made), baseline)
 
 
+def test_a_run_cannot_reuse_longer_than_was_measured(tmp_path):
+    made = tiny("flux")
+    artefact = artefact_for(made, tmp_path)
+    with pytest.raises(ConfigError, match=r"max_reuse = 99: the calibration measured residuals up to 8 steps old.*max_reuse=99"):
+        grafted(made, artefact, max_reuse=99)
+    pipe = grafted(made, artefact, max_reuse=8)
+    with pytest.raises(ConfigError, match="max_reuse = 9"):
+        pipe.plugins.configure("ertacache", max_reuse=9)
+
+
 @pytest.mark.parametrize(
     ("knobs", "key"),
     [({"threshold": -0.1}, "threshold"), ({"phi": "yes"}, "phi"), ({"max_reuse": 0}, "max_reuse"), ({"first": 0}, "first"),
