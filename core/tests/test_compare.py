@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 import torch
 from cli_plugins import Idle, OnlyTransformers, Rival, Slow, Sparse
-from diffgraft import BrokenPlugin, Bundled, ConfigError, Conflict, RewardError, Unsupported, load_pipeline
+from diffgraft import BrokenPlugin, Bundled, ConfigError, Conflict, Unsupported, load_pipeline
 from diffgraft.lab.compare import compare
 from diffgraft.lab.compare_picture import FASTER, NEITHER, amplification, colour, comparison_picture, label
 from diffgraft.lab.compare_view import speed_text
 from diffgraft.lab.figures import fit_steps, latency_of
 from diffgraft.lab.instruments import MacMode, missing_formulas
-from diffgraft.lab.judging import all_right, load_judge, verdicts_of
+from diffgraft.lab.judging import all_right, load_judge
 from diffgraft.lab.metrics import Mean, Spread, psnr, share, ssim, wilson
 from diffgraft.lab.results import CompareSettings, Timing, plain
 from diffgraft.methods.inputs import CallSettings, Sample, call_arguments, make_pictures, make_samples
@@ -400,16 +400,6 @@ def test_psnr_and_ssim():
     video = np.concatenate([gray, black]).transpose(1, 0, 2, 3, 4)
     still = ssim(gray, black)[0]
     assert ssim(video, np.zeros_like(video)) == [pytest.approx((still + 1) / 2)]
-
-
-@pytest.mark.parametrize("answer", [True, [True, False], {"object": True}, {"object": [True]}, {"object": [True, False], "place": [True]}])
-def test_a_judge_that_gives_no_verdicts(answer):
-    class Mistaken:
-        def score(self, images, prompts):
-            return answer
-
-    with pytest.raises(RewardError, match=r"judge Mistaken gave .*: score\(images, prompts\) must give .* for each of the 2 pictures"):
-        verdicts_of(Mistaken(), ["one", "two"], ["a", "b"])
 
 
 def test_a_judge_that_cannot_be_loaded():

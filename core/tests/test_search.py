@@ -12,6 +12,7 @@ import torch
 from diffgraft import ArtefactMismatch, ConfigError, Conflict, Effects, Need, Unsupported, load_pipeline
 from diffgraft.cli import app
 from diffgraft.installed.errors import RewardError
+from diffgraft.lab.judging import verdicts_of
 from diffgraft.methods.artefacts import MadeFor
 from diffgraft.methods.findings import Finding
 from diffgraft.methods.fitness import FEATURES, FrechetFitness, RewardFitness, TrajectoryFitness, frechet, make_outputs, read_pictures
@@ -392,3 +393,13 @@ def test_the_command_refuses_what_it_cannot_do(tmp_path):
         done = run(app, base + more)
         assert done.exit_code == 2, done.output
         assert why in " ".join(done.output.split()), done.output
+
+
+@pytest.mark.parametrize("answer", [True, [True, False], {"object": True}, {"object": [True]}, {"object": [True, False], "place": [True]}])
+def test_a_judge_that_gives_no_verdicts(answer):
+    class Mistaken:
+        def score(self, images, prompts):
+            return answer
+
+    with pytest.raises(RewardError, match=r"judge Mistaken gave .*: score\(images, prompts\) must give .* for each of the 2 pictures"):
+        verdicts_of(Mistaken(), ["one", "two"], ["a", "b"])

@@ -26,6 +26,7 @@ from diffgraft.installed import registry
 from diffgraft.installed.errors import ConfigError
 from diffgraft.lab.terminal import say
 from diffgraft.methods.files import check_file
+from diffgraft.methods.named import declared
 
 
 def calibrate(
@@ -49,7 +50,7 @@ def calibrate(
     """Measure what a plugin needs to know of a model; an interrupted calibration goes on where it stopped."""
     from diffgraft.cli.values import call_settings, load_bare, parse_assignments, read_prompts, specs_for
 
-    registry.ensure_able(registry.find(plugin), "calibration")
+    declared(registry.find(plugin), "calibration")  # before anything is loaded
     specs = specs_for(pipeline, [plugin], option)
     texts = read_prompts(prompt, prompts)
     if not texts:
@@ -119,7 +120,7 @@ def evolve(
         specs_for,
     )
 
-    registry.ensure_able(registry.find(plugin), "search")
+    declared(registry.find(plugin), "search")  # before anything is loaded
     specs = specs_for(pipeline, [plugin, *(beside or [])], option)
     texts = read_prompts(prompt, prompts)
     if not texts:
@@ -171,7 +172,7 @@ def invert(
     """Walk from a picture back to the noise that it comes from; `run` with the code makes it again, or edits it."""
     from diffgraft.cli.values import call_settings, load_bare, parse_assignments, specs_for
 
-    registry.ensure_able(registry.find(plugin), "inversion")
+    declared(registry.find(plugin), "inversion")  # before anything is loaded
     specs = specs_for(pipeline, [plugin], option)
     extra = parse_assignments(arg, "-a")
     path = out or Path(f"{plugin}-code.safetensors")

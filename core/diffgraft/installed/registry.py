@@ -7,7 +7,6 @@ import importlib.util
 import os
 import sys
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import asdict, fields
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -87,22 +86,6 @@ def check_class(cls: object, what: str) -> None:
         raise BrokenPlugin(f"{what} is neutral at {', '.join(map(repr, strange))}, and has no such knob")
     if not cls.points() and cls.scheduler is None:
         raise BrokenPlugin(f"{what} implements no hook point")
-
-
-ABLE = {"calibration": "be calibrated", "inversion": "invert pictures", "search": "be searched for settings"}
-"""What a plugin class may declare -> what it then can."""
-
-
-def ensure_able(plugin: Plugin | type[Plugin], what: str) -> None:
-    """Raises Unsupported where a plugin does not declare ``what`` (a key of :data:`ABLE`), naming the installed ones that do."""
-    if getattr(plugin, what) is not None:
-        return
-    able = []
-    for name, offer in installed().items():
-        if offer.allowed and not offer.broken:
-            with suppress(DiffgraftError):  # somebody else's fault is not told here
-                able += [name] if getattr(find(name), what) is not None else []
-    raise Unsupported(f"{plugin.name} cannot {ABLE[what]}; installed plugins that can: {', '.join(able) or 'none'}")
 
 
 # families ------------------------------------------------------------------------------------------------------------------------------

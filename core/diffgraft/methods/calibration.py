@@ -18,10 +18,10 @@ from torch import Tensor
 
 from diffgraft.installed.errors import ConfigError
 from diffgraft.installed.plugin import Plugin
-from diffgraft.installed.registry import ensure_able
 from diffgraft.kernel.stack import describe
 from diffgraft.methods.artefacts import Artefact, MadeFor
 from diffgraft.methods.inputs import CallSettings, Sample, call_arguments
+from diffgraft.methods.named import declared
 from diffgraft.methods.watching import made_for, watching
 
 OnProgress = Callable[[str, int, int], None]
@@ -47,10 +47,10 @@ def calibrate(
         Unsupported: the plugin needs no calibration, or does not work on this pipeline.
         ConfigError: no prompt, or ``out`` holds an unfinished calibration of something else.
     """
-    ensure_able(plugin, "calibration")
+    made_by = declared(plugin, "calibration")
     if not samples:
         raise ConfigError("nothing to calibrate on: give at least one prompt")
-    calibrator = plugin.calibration(**plugin.own_knobs)
+    calibrator = made_by(**plugin.own_knobs)
     with watching(pipe, plugin, calibrator) as stack:
         denoisers = describe(pipe, stack.family).denoisers
         records: list[dict[str, Tensor]] = []
@@ -86,8 +86,8 @@ def calibrate_call(pipe: Any, plugin: Plugin, call: Callable[[], Any]) -> Artefa
     Raises:
         Unsupported: the plugin needs no calibration, or does not work on this pipeline.
     """
-    ensure_able(plugin, "calibration")
-    calibrator = plugin.calibration(**plugin.own_knobs)
+    made_by = declared(plugin, "calibration")
+    calibrator = made_by(**plugin.own_knobs)
     with watching(pipe, plugin, calibrator) as stack:
         call()
         return Artefact(made_for(plugin, stack), *calibrator.summarise([stack.report().plugins[calibrator.name].records]))

@@ -13,12 +13,12 @@ from torch import Tensor
 from diffgraft.installed.errors import Unsupported
 from diffgraft.installed.family import Family
 from diffgraft.installed.plugin import Plugin
-from diffgraft.installed.registry import ensure_able
 from diffgraft.kernel.defaults import own_defaults
 from diffgraft.kernel.loading import load_pipeline
 from diffgraft.methods.artefacts import Artefact
 from diffgraft.methods.decoding import decode, ensure_decodes, to_latents
 from diffgraft.methods.inputs import CallSettings, Sample, call_arguments, parameters, to_float
+from diffgraft.methods.named import declared
 from diffgraft.methods.watching import made_for, watching
 
 
@@ -37,10 +37,10 @@ def invert(
     Raises:
         Unsupported: the plugin cannot invert, does not work on this pipeline, or the pipeline has no way from pictures to latents.
     """
-    ensure_able(plugin, "inversion")
+    made_by = declared(plugin, "inversion")
     if "latents" not in parameters(pipe):
         raise Unsupported(f"{type(pipe).__name__} takes no latents, so a picture cannot be walked back through it")
-    inverter = plugin.inversion(**plugin.own_knobs)
+    inverter = made_by(**plugin.own_knobs)
     with watching(pipe, plugin, inverter) as stack:
         latents = image if isinstance(image, Tensor) else encode(pipe, stack.family, image, settings)
         guidance = stack.family.guidance

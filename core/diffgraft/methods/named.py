@@ -1,15 +1,17 @@
-"""Things that a setting may name: a callable, an entry point of a group, or "package.module:attribute"."""
+"""Things that a setting may name: a callable, an entry point of a group, or "package.module:attribute"; and what plugins declare."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from importlib import import_module
 from typing import Any
 
 from diffgraft.installed import registry
-from diffgraft.installed.errors import ConfigError, choices
+from diffgraft.installed.errors import ConfigError, DiffgraftError, Unsupported, choices
 from diffgraft.installed.foreign import said
+from diffgraft.installed.plugin import Plugin
 
 
 def find_callable(knob: str, value: Any, group: str, what: str, takes: Sequence[str]) -> tuple[str, Callable[..., Any]]:
@@ -54,3 +56,19 @@ def ensure_takes(knob: str, name: str, function: Callable[..., Any], takes: Sequ
     except TypeError as error:
         raise ConfigError(f"{knob} = {name}{signature}: it is called with ({', '.join(takes)}), and cannot be: {error}") from None
     return name, function
+
+
+ABLE = {"calibration": "be calibrated", "inversion": "invert pictures", "search": "be searched for settings"}
+"""What a plugin class may declare -> what it then can."""
+
+
+def declared(plugin: Plugin | type[Plugin], what: str) -> Any:
+    """What a plugin declares under a key of :data:`ABLE`; raises Unsupported where it is None, naming the installed plugins that can."""
+    if (found := getattr(plugin, what)) is not None:
+        return found
+    able = []
+    for name, offer in registry.installed().items():
+        if offer.allowed and not offer.broken:
+            with suppress(DiffgraftError):  # somebody else's fault is not told here
+                able += [name] if getattr(registry.find(name), what) is not None else []
+    raise Unsupported(f"{plugin.name} cannot {ABLE[what]}; installed plugins that can: {', '.join(able) or 'none'}")

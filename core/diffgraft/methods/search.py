@@ -29,7 +29,6 @@ from diffgraft.installed.errors import ConfigError, RewardError
 from diffgraft.installed.planner import Part
 from diffgraft.installed.planner import plan as plan_stack
 from diffgraft.installed.plugin import Paper, Plugin
-from diffgraft.installed.registry import ensure_able
 from diffgraft.kernel.calls import DenoiseCall, RunCall, Schedule, ScheduleCall
 from diffgraft.kernel.loading import load_pipeline
 from diffgraft.kernel.stack import describe
@@ -39,6 +38,7 @@ from diffgraft.methods.files import claim, write_json
 from diffgraft.methods.findings import Finding
 from diffgraft.methods.fitness import Fitness, make_outputs
 from diffgraft.methods.inputs import CallSettings, Sample
+from diffgraft.methods.named import declared
 from diffgraft.methods.watching import Watcher, made_for, watching
 
 Genome = Any
@@ -270,11 +270,11 @@ def search(
         ConfigError: no prompt, no number of steps, or ``out`` holds an unfinished search of something else.
         RewardError: the fitness of a candidate is no finite number; those before it are kept.
     """
-    ensure_able(plugin, "search")
+    made_by = declared(plugin, "search")
     if not samples or settings.steps is None:
         raise ConfigError("a search needs prompts to judge the candidates on, and the number of steps: give --prompts and --steps")
     plan = plan or Plan()
-    searcher = plugin.search(f"search of {plugin.name}", **(knobs or {}))
+    searcher = made_by(f"search of {plugin.name}", **(knobs or {}))
 
     def look_call() -> None:
         make_outputs(pipe, samples[:1], settings, batch, False)
@@ -347,8 +347,8 @@ def search_call(pipe: Any, plugin: Plugin, call: Callable[[], Any], seed: int = 
     Raises:
         Unsupported: the plugin cannot be searched, or does not work on this pipeline.
     """
-    ensure_able(plugin, "search")
-    searcher = plugin.search(f"search of {plugin.name}")
+    made_by = declared(plugin, "search")
+    searcher = made_by(f"search of {plugin.name}")
     probe, fits, guidance = look(pipe, plugin, call)
     searcher.prepare(probe)
     return Finding(fits, {}, {"genome": searcher.example(random.Random(seed)), "guidance_scale": guidance})
