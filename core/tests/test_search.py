@@ -195,9 +195,9 @@ def test_a_reward_that_is_no_number_ends_the_search_and_keeps_what_was_judged(pi
 
 def test_refusals_before_anything_is_made(pipe, tmp_path):
     fitness, path = TrajectoryFitness(), tmp_path / "a.json"
-    with pytest.raises(Unsupported, match="nothing to search for"):
+    with pytest.raises(Unsupported, match="cannot be searched for settings"):
         search(pipe, Everything(), samples(), sized(pipe), path, fitness)
-    with pytest.raises(Unsupported, match="nothing to search for"):
+    with pytest.raises(Unsupported, match="cannot be searched for settings"):
         search_call(pipe, Everything(), lambda: None)
     with pytest.raises(ConfigError, match="--prompts and --steps"):
         search(pipe, Gain(), [], sized(pipe), path, fitness)
@@ -388,7 +388,7 @@ def test_the_command_refuses_what_it_cannot_do(tmp_path):
         (["--prompt", "x", "--steps", "2", "--fitness", "trajectry"], "did you mean 'trajectory'"),
         (["--prompt", "x", "--steps", "2", "--fitness", "reward"], "--reward NAME"),
         (["--prompt", "x", "--steps", "2", "--mutations", "60"], "mutations = 60"),
-        (["--prompt", "x", "--steps", "2", "--out", str(tmp_path / "a.json")], "nothing to search for"),
+        (["--prompt", "x", "--steps", "2", "--out", str(tmp_path / "a.json")], "cannot be searched for settings"),
     ]:
         done = run(app, base + more)
         assert done.exit_code == 2, done.output
