@@ -378,9 +378,9 @@ def test_search_call_gives_an_example(pipe):
     assert (got.made_for.steps, got.facts["guidance_scale"]) == (2, 3.0)
 
 
-def test_the_command_refuses_what_it_cannot_do(tmp_path):
+def test_the_command_refuses_what_it_cannot_do():
     run = CliRunner().invoke
-    base = ["evolve", "deepcache", "--pipeline", "emoji-sd"]
+    base = ["evolve", "autodiffusion", "--pipeline", "emoji-sd"]
     for more, why in [
         ([], "--prompts FILE"),
         (["--prompt", "x"], "--steps K"),
@@ -388,9 +388,9 @@ def test_the_command_refuses_what_it_cannot_do(tmp_path):
         (["--prompt", "x", "--steps", "2", "--fitness", "trajectry"], "did you mean 'trajectory'"),
         (["--prompt", "x", "--steps", "2", "--fitness", "reward"], "--reward NAME"),
         (["--prompt", "x", "--steps", "2", "--mutations", "60"], "mutations = 60"),
-        (["--prompt", "x", "--steps", "2", "--out", str(tmp_path / "a.json")], "cannot be searched for settings"),
+        (["evolve", "deepcache", "--pipeline", "no/such"], "cannot be searched for settings; installed plugins that can: autodiffusion"),
     ]:
-        done = run(app, base + more)
+        done = run(app, more if more[:1] == ["evolve"] else base + more)
         assert done.exit_code == 2, done.output
         assert why in " ".join(done.output.split()), done.output
 
