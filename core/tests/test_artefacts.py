@@ -9,7 +9,7 @@ import accelerate
 import pytest
 import torch
 from diffgraft import ArtefactMismatch, Calibrator, ConfigError, Conflict, Need, Unsupported, load_pipeline
-from diffgraft.kernel.stack import describe
+from diffgraft.kernel.given import describe
 from diffgraft.methods.artefacts import Artefact, Fingerprint, MadeFor
 from diffgraft.methods.calibration import calibrate
 from diffgraft.methods.inputs import CallSettings, Sample

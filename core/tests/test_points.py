@@ -80,7 +80,7 @@ def test_count_order_step_and_branch(name):
     assert {c[1] for c in inside} == {(0, 3)}
     blocks = [c[3] for c in inside if c[0] == "block"]
     top = [path for path in blocks if path.count(".") <= 1]
-    from diffgraft.kernel.stack import describe
+    from diffgraft.kernel.given import describe
 
     expected = [b.path for b in describe(pipe, pipe.plugins.family).blocks if not b.is_layer]
     assert top == expected

@@ -1,7 +1,8 @@
 """Who runs a pipeline now: one call at a time, and nobody for ever.
 
-A claim belongs to a function that is running, not to a lock that somebody must remember to release: where an interrupt kept the function
-from letting go, the claim ends with the function itself, and in a forked child with the thread that is not there.
+A claim belongs to a function that is running, or to an object that somebody holds, not to a lock that somebody must remember to release:
+where an interrupt kept them from letting go, the claim ends with the function or the object itself, and in a forked child with the thread
+that is not there.
 """
 
 from __future__ import annotations
@@ -17,21 +18,21 @@ from diffgraft.kernel.slots import Slot
 
 
 class Claim:
-    """Held by at most one running function."""
+    """Held by at most one running function, or one object."""
 
     def __init__(self) -> None:
-        self._holder: tuple[int, FrameType] | None = None
+        self._holder: tuple[int, FrameType | weakref.ref[Any]] | None = None
 
-    def take(self) -> bool:
-        """Claim it for the function that calls this; False where another one holds it."""
+    def take(self, owner: Any = None) -> bool:
+        """Claim it for the function that calls this, or for ``owner``; False where another one holds it."""
         with Slot.gate:
             if self.locked():
                 return False
-            self._holder = threading.get_ident(), sys._getframe(1)
+            self._holder = threading.get_ident(), sys._getframe(1) if owner is None else weakref.ref(owner)
             return True
 
     def locked(self) -> bool:
-        """Whether its holder is still running."""
+        """Whether its holder is still running, or there."""
         holder = self._holder
         return holder is not None and is_running(*holder)
 
@@ -39,12 +40,15 @@ class Claim:
         self._holder = None
 
 
-def is_running(thread: int, frame: FrameType) -> bool:
-    """Whether ``frame`` is being executed: Python refuses to clear it then. A finished one holds nothing that anybody needs."""
+def is_running(thread: int, holder: FrameType | weakref.ref[Any]) -> bool:
+    """Whether an object is still there, or a frame is being executed: Python refuses to clear it then. A finished one holds nothing that
+    anybody needs."""
     if thread not in sys._current_frames():
         return False
+    if isinstance(holder, weakref.ref):
+        return holder() is not None
     try:
-        frame.clear()
+        holder.clear()
     except RuntimeError:
         return True
     return False

@@ -173,8 +173,7 @@ class Run:
         scheduler, pace = self.pipe.scheduler, self.pace
         timesteps = scheduler.timesteps
         begin, whole = self._begin or 0, len(timesteps)
-        # before the first denoiser call of a run the pipeline's number is still that of the run before
-        calls = (getattr(self.pipe, "_num_timesteps", None) if self._begin is not None else None) or whole - begin
+        calls = self.planned_calls() or whole - begin
         call = self.calls if ahead == 0 else min(self.calls + ahead, max(calls, whole - begin) - 1)
         position = min(begin + call, whole - 1)
         sigmas = getattr(scheduler, "sigmas", None)
@@ -193,6 +192,10 @@ class Run:
             min(ends, max(calls, call + 1)) - starts,
             whole - 1 - position + self._cut_off,
         )
+
+    def planned_calls(self) -> int | None:
+        """How many calls the pipeline says there will be. Before the first denoiser call its number is still that of the run before."""
+        return getattr(self.pipe, "_num_timesteps", None) if self._begin is not None else None
 
     def start_of(self, step: int) -> Step:
         """Where the solver's step number ``step`` of this run begins."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import logging
 import time
@@ -13,12 +14,12 @@ from typing import Any
 
 from torch import nn
 
-from diffgraft.installed.anatomy import Target, blocks_of, denoisers_of
+from diffgraft.installed.anatomy import Target, denoisers_of
 from diffgraft.installed.errors import ConfigError, Conflict, DiffgraftError, PluginNotFound, Unsupported, choices
 from diffgraft.installed.family import Family
 from diffgraft.installed.planner import Part, Plan, plan
 from diffgraft.installed.plugin import Plugin
-from diffgraft.installed.registry import find_family, find_need
+from diffgraft.installed.registry import find_family
 from diffgraft.installed.specs import Specs, as_specs, build_plugin, names_of
 from diffgraft.kernel.beside import foreign_parts
 from diffgraft.kernel.calls import RunCall
@@ -26,17 +27,20 @@ from diffgraft.kernel.claim import Claim, clean_in_children
 from diffgraft.kernel.defaults import filled
 from diffgraft.kernel.entry import Entry
 from diffgraft.kernel.facts import RunBound
+from diffgraft.kernel.given import describe, fetch
 from diffgraft.kernel.grafted import STACK, class_with
 from diffgraft.kernel.onion import call_inner, compose, leave, outside, running
 from diffgraft.kernel.report import Report
 from diffgraft.kernel.run import Run
 from diffgraft.kernel.seen import Seen, follow_device, follow_dtype, seconds_in
+from diffgraft.kernel.session import Session, SessionRun, begin
 from diffgraft.kernel.slots import Slot, close_all, free_the_gate, set_class, surely
 from diffgraft.kernel.surgery import Surgery
 from diffgraft.kernel.verdict import ensure_fired, idle
 from diffgraft.kernel.wiring import Wiring
 
 _log = logging.getLogger(__name__)
+SECOND = "Make a second one with copy.deepcopy(pipe)"
 
 
 def stack_of(pipe: Any) -> PluginStack | None:
@@ -73,29 +77,6 @@ def attach(pipe: Any, plugins: Sequence[Plugin], disabled: Collection[str] = ())
         surely(stack.clear)
         raise
     return stack
-
-
-def describe(pipe: Any, family: Family) -> Target:
-    """What a plugin's ``check`` may look at."""
-    denoisers = denoisers_of(pipe, family)
-    return Target(pipe, family, denoisers, blocks_of(family, denoisers))
-
-
-def fetch(plugin: Plugin, target: Target, known: Mapping[str, Any]) -> dict[str, Any]:
-    """What ``plugin`` needs beside its knobs, by knob; checked against the pipeline that it will be put on.
-
-    Args:
-        known: what was fetched before and is still the one that the knob names.
-
-    Raises:
-        ConfigError: a name that leads nowhere.
-        ArtefactMismatch, Unsupported: it does not fit this pipeline.
-    """
-    given: dict[str, Any] = {}
-    for need in plugin.needs:
-        value = known.get(need.knob, getattr(plugin.config, need.knob))
-        given[need.knob] = None if value is None else find_need(need.kind, plugin.name)(plugin, need, value, target)
-    return given
 
 
 class PluginStack:
@@ -398,8 +379,7 @@ class PluginStack:
                 report.seconds = time.perf_counter() - started
         if not self._busy.take():
             raise DiffgraftError(
-                "this pipeline is running already (another thread, or a call from inside its own run), and it has one scheduler: "
-                "make a second one with copy.deepcopy(pipe)"
+                f"this pipeline is running already (another thread, or a call from inside its own run), and it has one scheduler. {SECOND}"
             )
         try:
             return self._run(function, entries, args, kwargs)
@@ -441,6 +421,46 @@ class PluginStack:
             run.report.disabled = tuple(entry.name for entry in self._entries if entry not in entries)
             self._last = run.report
             run.report.log()
+
+    def session(self, arguments: Mapping[str, Any] | None = None, *, scheduler: Any = None, generator: Any = None) -> Session:
+        """The denoiser with the enabled plugins' hooks, without the pipeline's loop, for a ``with``; see :class:`Session`.
+
+        Args:
+            arguments: those of a call that plugins may look at (``guidance_scale``, ``prompt``).
+            scheduler: where steps are counted: one whose timesteps are set. By default the pipeline's own, as it is.
+            generator: what plugins draw noise from.
+
+        Raises:
+            DiffgraftError: when it is entered and the pipeline is running.
+            ArtefactMismatch, Conflict, Unsupported: as at the beginning of a run.
+        """
+
+        def enter(session: Session) -> SessionRun:
+            self._refuse_in_run("open a session on")
+            if not self._busy.take(session):
+                raise DiffgraftError(f"another thread has just begun to run this pipeline. {SECOND}")
+            try:
+                entries = self._enabled()
+                self._verify(entries)
+                run = begin(self.pipe, self.family, entries, {**(arguments or {}), "generator": generator}, self.check_finite)
+                slots = self._wiring.connect(run, entries, loop=False)
+                if scheduler is not None:
+                    shown = Slot(self.pipe.__dict__, "scheduler", lambda: self.pipe.__dict__["scheduler"])
+                    shown.put(copy.copy(scheduler))  # what a slot shows is marked
+                    slots.insert(0, shown)
+                self._open = run, slots
+                for slot in slots:
+                    slot.open()
+            except BaseException:
+                end()
+                raise
+            return run
+
+        def end() -> None:
+            surely(self._finish)
+            self._busy.release()
+
+        return Session(enter, end)
 
     def _warn_of_idle(self, run: Run) -> None:
         """Warn of each plugin that saved nothing, once; at its neutral settings it was told to."""

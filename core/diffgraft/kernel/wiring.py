@@ -38,12 +38,15 @@ class Wiring:
         self._kept: dict[tuple[int, str, int], Slot] = {}  # of the last run
         self._used: dict[tuple[int, str, int], Slot] = {}  # of the run that is being connected
 
-    def connect(self, run: Run, entries: Sequence[Entry]) -> list[Slot]:
-        """The slots that a run of ``entries`` needs, led to ``run``; nothing is open yet. A point without a plugin gets none."""
+    def connect(self, run: Run, entries: Sequence[Entry], loop: bool = True) -> list[Slot]:
+        """The slots that a run of ``entries`` needs, led to ``run``; nothing is open yet. A point without a plugin gets none.
+
+        ``loop``: whether the pipeline's loop runs, so that the scheduler is asked.
+        """
         points = {point for entry in entries for point in entry.plugin.points()}
         onions = Onions(entries, run.check_finite)
         self._used = {}
-        slots = self._scheduler(run, onions, entries)
+        slots = self._scheduler(run, onions, entries) if loop else []
         # what a run is bound to is held against the first denoiser call; exchanged modules ask where they are (`now`)
         if points & {"denoise", "block", "attention", "guide", "modules"} or run.bound:
             slots += self._denoisers(run, onions)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from diffgraft.installed.errors import ConfigError
 from diffgraft.installed.plugin import Plugin
-from diffgraft.kernel.stack import describe
+from diffgraft.kernel.given import describe
 from diffgraft.methods.artefacts import Artefact, MadeFor
 from diffgraft.methods.inputs import CallSettings, Sample, call_arguments
 from diffgraft.methods.named import declared

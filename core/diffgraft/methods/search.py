@@ -30,8 +30,8 @@ from diffgraft.installed.planner import Part
 from diffgraft.installed.planner import plan as plan_stack
 from diffgraft.installed.plugin import Paper, Plugin
 from diffgraft.kernel.calls import DenoiseCall, RunCall, Schedule, ScheduleCall
+from diffgraft.kernel.given import describe
 from diffgraft.kernel.loading import load_pipeline
-from diffgraft.kernel.stack import describe
 from diffgraft.methods.artefacts import MadeFor
 from diffgraft.methods.calibration import OnProgress, plain
 from diffgraft.methods.files import claim, write_json

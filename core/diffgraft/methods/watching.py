@@ -10,8 +10,9 @@ from torch import Tensor
 
 from diffgraft.installed.plugin import Plugin
 from diffgraft.kernel.calls import DenoiseCall, RunCall
+from diffgraft.kernel.given import describe
 from diffgraft.kernel.loading import load_pipeline
-from diffgraft.kernel.stack import PluginStack, describe, ensure_bare
+from diffgraft.kernel.stack import PluginStack, ensure_bare
 from diffgraft.methods.artefacts import MadeFor
 
 

@@ -20,8 +20,8 @@ import torch
 from diffgraft.installed import registry
 from diffgraft.installed.errors import ConfigError, DiffgraftError, Unsupported
 from diffgraft.installed.plugin import Need, Plugin
+from diffgraft.kernel.given import describe, fetch
 from diffgraft.kernel.loading import load_pipeline
-from diffgraft.kernel.stack import describe, fetch
 from diffgraft.lab.instruments import synchronize
 from diffgraft.lab.judging import Judge, all_right, as_seen, verdicts_of
 from diffgraft.lab.metrics import Mean, Spread, psnr, share, ssim

@@ -1,0 +1,34 @@
+"""What a plugin is given beside its knobs, and the pipeline that it is held against."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from diffgraft.installed.anatomy import Target, blocks_of, denoisers_of
+from diffgraft.installed.family import Family
+from diffgraft.installed.plugin import Plugin
+from diffgraft.installed.registry import find_need
+
+
+def describe(pipe: Any, family: Family) -> Target:
+    """What a plugin's ``check`` may look at."""
+    denoisers = denoisers_of(pipe, family)
+    return Target(pipe, family, denoisers, blocks_of(family, denoisers))
+
+
+def fetch(plugin: Plugin, target: Target, known: Mapping[str, Any]) -> dict[str, Any]:
+    """What ``plugin`` needs beside its knobs, by knob; checked against the pipeline that it will be put on.
+
+    Args:
+        known: what was fetched before and is still the one that the knob names.
+
+    Raises:
+        ConfigError: a name that leads nowhere.
+        ArtefactMismatch, Unsupported: it does not fit this pipeline.
+    """
+    given: dict[str, Any] = {}
+    for need in plugin.needs:
+        value = known.get(need.knob, getattr(plugin.config, need.knob))
+        given[need.knob] = None if value is None else find_need(need.kind, plugin.name)(plugin, need, value, target)
+    return given
