@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffgraft import ConfigError, DiffgraftError, load_pipeline
+from diffgraft import ConfigError, DiffgraftError, Unsupported, load_pipeline
 from diffgraft.kernel.facts import Step
 from diffusers import HeunDiscreteScheduler
 from probes import Effects, Probe, tiny, trace
@@ -161,6 +161,21 @@ def test_a_session_and_a_run_exclude_each_other(sd):
         thread.join()
     assert "while it is running" in told[0]
     pipe(**kwargs)
+
+
+def test_a_plugin_that_needs_the_loop_is_refused(sd):
+    pipe, _ = sd
+    looped = type("Looped", (Caches,), {"name": "looped", "run": lambda self, call, next: next(call)})
+    load_pipeline(pipe, plugins=[looped])
+    with pytest.raises(Unsupported, match="looped: works around the pipeline's loop"), pipe.plugins.session():
+        pass
+    pipe.plugins.disable()
+    with pipe.plugins.session():
+        pass
+    pipe.plugins.clear()
+    load_pipeline(pipe, plugins=[type("Fine", (looped,), {"name": "fine", "sessions": True})])
+    with pipe.plugins.session():
+        pass
 
 
 def test_a_session_that_was_lost_is_over(sd):

@@ -33,6 +33,10 @@ if TYPE_CHECKING:  # plugins are declared without torch
 
 RUN_FACTS = frozenset({"scheduler", "steps", "shape"})
 """What of a run a file may be made for, beside the model."""
+LOOP = frozenset({"run", "schedule", "guide", "step"})
+"""Points around the pipeline's loop, which a session (``pipe.plugins.session``) has not."""
+INSIDE = frozenset({"denoise", "block", "attention"})
+"""Points of the denoiser, which it has."""
 POINTS = ("run", "schedule", "control", "denoise", "block", "attention", "guide", "step", "modules")
 
 
@@ -141,6 +145,7 @@ class Plugin:
     calibration  the ``Calibrator`` that makes its artefact, or None
     inversion    the ``Inverter`` that makes the code of a picture, or None
     search       the ``Searcher`` that finds its settings, or None
+    sessions     whether its hooks of the denoiser do in a session what they do in a run, though it has hooks around the loop too
     tune         knob -> the values worth trying for time against fidelity, gentlest first, each valid with the other knobs' defaults;
                  one value alone sets the knob for tuning. Read by ``diffgraft tune``
     """
@@ -160,6 +165,7 @@ class Plugin:
     calibration: ClassVar[type[Any] | None] = None
     inversion: ClassVar[type[Any] | None] = None
     search: ClassVar[type[Any] | None] = None
+    sessions: ClassVar[bool] = False
     tune: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
 
     def __init__(self, **knobs: Any) -> None:
@@ -193,6 +199,12 @@ class Plugin:
         Raise ``Unsupported`` for a scheduler that the method is not valid for: nothing has begun yet.
         """
         return None if self.scheduler is None else self.scheduler.from_config(old.config)
+
+    @classmethod
+    def needs_loop(cls) -> bool:
+        """Whether what it does in the denoiser rests on hooks that only a whole run has."""
+        points = set(cls.points())
+        return bool(points & INSIDE and points & LOOP) and not cls.sessions
 
     @classmethod
     def points(cls) -> tuple[str, ...]:

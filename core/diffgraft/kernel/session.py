@@ -5,15 +5,17 @@
         prediction = session.model(x, t, encoder_hidden_states=hidden, branch="cond", return_dict=False)[0]
 
 The plugins' ``denoise``, ``block``, ``attention`` and ``control`` hooks act as in a run, with fresh state that is freed at the end. Their
-``run``, ``schedule``, ``step`` and ``guide`` hooks have nothing to act on. Gradients flow where the caller has them on.
+``run``, ``schedule``, ``step`` and ``guide`` hooks have nothing to act on: a plugin that needs them for what it does in the denoiser is
+refused (``Plugin.sessions``). Gradients flow where the caller has them on.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from diffgraft.installed.errors import ConfigError, choices
+from diffgraft.installed.errors import ConfigError, Unsupported, choices
+from diffgraft.kernel.entry import Entry
 from diffgraft.kernel.facts import Step
 from diffgraft.kernel.onion import running
 from diffgraft.kernel.report import Report
@@ -107,6 +109,14 @@ class Session:
         run.named = branch
         with running(run):
             return getattr(run.pipe, name)(*args, **kwargs)
+
+
+def ensure_no_loop(entries: Sequence[Entry]) -> None:
+    """Raises Unsupported where a plugin's work in the denoiser rests on hooks around the loop."""
+    if bound := [entry.name for entry in entries if entry.plugin.needs_loop()]:
+        raise Unsupported(
+            f"{', '.join(bound)}: works around the pipeline's loop, which a session has not; pipe.plugins.disable({bound[0]!r}) first"
+        )
 
 
 def begin(pipe: Any, family: Any, entries: Any, arguments: Mapping[str, Any], check_finite: bool) -> SessionRun:

@@ -33,7 +33,7 @@ from diffgraft.kernel.onion import call_inner, compose, leave, outside, running
 from diffgraft.kernel.report import Report
 from diffgraft.kernel.run import Run
 from diffgraft.kernel.seen import Seen, follow_device, follow_dtype, seconds_in
-from diffgraft.kernel.session import Session, SessionRun, begin
+from diffgraft.kernel.session import Session, SessionRun, begin, ensure_no_loop
 from diffgraft.kernel.slots import Slot, close_all, free_the_gate, set_class, surely
 from diffgraft.kernel.surgery import Surgery
 from diffgraft.kernel.verdict import ensure_fired, idle
@@ -432,11 +432,13 @@ class PluginStack:
 
         Raises:
             DiffgraftError: when it is entered and the pipeline is running.
+            Unsupported: a plugin needs the loop (``Plugin.sessions``).
             ArtefactMismatch, Conflict, Unsupported: as at the beginning of a run.
         """
 
         def enter(session: Session) -> SessionRun:
             self._refuse_in_run("open a session on")
+            ensure_no_loop(self._enabled())
             if not self._busy.take(session):
                 raise DiffgraftError(f"another thread has just begun to run this pipeline. {SECOND}")
             try:

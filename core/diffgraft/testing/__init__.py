@@ -26,7 +26,7 @@ from collections.abc import Iterable
 
 from diffgraft.installed import registry
 from diffgraft.installed.plugin import Plugin
-from diffgraft.testing import basics, compiling, crafted, inside, levels, repeats, surroundings
+from diffgraft.testing import basics, compiling, crafted, inside, levels, repeats, sessions, surroundings
 from diffgraft.testing.case import CHECKS, Case, cases_of, claims
 from diffgraft.testing.cover import cover
 from diffgraft.testing.pairs import Pair, pair_cases
@@ -49,6 +49,7 @@ __all__ = [
     "pair_cases",
     "repeats",
     "run_contract",
+    "sessions",
     "surroundings",
 ]
 

@@ -110,6 +110,7 @@ class DiversityDistillation(Plugin):
     State = Held
     neutral: ClassVar[dict[str, Any]] = {"steps": 0}
     active: ClassVar[dict[str, Any]] = {"steps": 1}
+    sessions = True
     effects = Effects(
         replaces=frozenset({"denoiser"}), edits=frozenset({"prediction", "latents"}), needs=frozenset({"extra_forwards", "all_blocks"})
     )

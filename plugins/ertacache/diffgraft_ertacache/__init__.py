@@ -59,6 +59,7 @@ class ERTACache(Plugin):
     State = Cache
     neutral: ClassVar[dict[str, Any]] = {"threshold": 0}
     active: ClassVar[dict[str, Any]] = {"threshold": 10.0}
+    sessions = True
     effects = Effects(skips=frozenset({"blocks"}), edits=frozenset({"schedule", "prediction"}), needs=frozenset({"calibrated_run"}))
     needs = (Need("artefact", "artefact", holds=HOLDS),)
     calibration = Measure

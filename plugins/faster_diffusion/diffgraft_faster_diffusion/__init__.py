@@ -176,6 +176,7 @@ class FasterDiffusion(Plugin):
     State = Shared
     neutral: ClassVar[dict[str, Any]] = {"keys": 1, "noise": 0}
     active: ClassVar[dict[str, Any]] = {"keys": 2, "parallel": 1, "noise": None}
+    sessions = True
     effects = Effects(skips=frozenset({"blocks"}), edits=frozenset({"latents"}))
     tune: ClassVar[dict[str, Any]] = {"keys": (2, "paper", 3, 5), "noise": (0.0, None)}  # noise moves away from the plain pictures
     config: FasterDiffusionConfig

@@ -100,6 +100,7 @@ class TStitch(Plugin):
     State = Trajectory
     neutral = {"fraction": 0.0}  # noqa: RUF012
     active = {"fraction": 0.34}  # noqa: RUF012  # one step of three or four: what is put on the large model still shows
+    sessions = True
     effects = Effects(replaces=frozenset({"denoiser"}))
     needs = (Need("pipeline", "model"),)
     tune = {"fraction": (0.1, 0.2, 0.3, 0.4, 0.6)}  # noqa: RUF012
