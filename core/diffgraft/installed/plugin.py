@@ -170,7 +170,8 @@ class Plugin:
 
     def __init__(self, **knobs: Any) -> None:
         self.config = build_config(self.name, self.Config, knobs)
-        self.is_neutral = bool(self.neutral) and is_at(self.config, self.neutral)
+        nothing_given = all(need.knob in self.neutral or getattr(self.config, need.knob) is None for need in self.needs)
+        self.is_neutral = bool(self.neutral) and nothing_given and is_at(self.config, self.neutral)
 
     @property
     def own_knobs(self) -> dict[str, Any]:

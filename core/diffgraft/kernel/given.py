@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from diffgraft.installed.anatomy import Target, blocks_of, denoisers_of
+from diffgraft.installed.errors import Unsupported
 from diffgraft.installed.family import Family
 from diffgraft.installed.plugin import Plugin
 from diffgraft.installed.registry import find_need
@@ -32,3 +33,17 @@ def fetch(plugin: Plugin, target: Target, known: Mapping[str, Any]) -> dict[str,
         value = known.get(need.knob, getattr(plugin.config, need.knob))
         given[need.knob] = None if value is None else find_need(need.kind, plugin.name)(plugin, need, value, target)
     return given
+
+
+def ensure_family(plugin: Plugin, family: Family, pipeline: type) -> None:
+    """Raises Unsupported when the plugin is not made for this class of pipelines."""
+    name = pipeline.__name__
+    if not family.is_among(plugin.families):
+        raise Unsupported(
+            f"{plugin.name} does not work on {name} (family {family.name!r}, one of the {family.kind}s): "
+            f"it is made for {', '.join(plugin.families)}"
+        )
+    if why := next(filter(None, (plugin.why_not_on(cls.__name__) for cls in pipeline.__mro__)), None):
+        raise Unsupported(f"{plugin.name} does not work on {name}: {why}")
+    if plugin.points() == ("guide",) and family.guidance.layout == "none":
+        raise Unsupported(f"{plugin.name} changes guidance, but {name} runs none")

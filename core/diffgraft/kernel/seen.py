@@ -4,7 +4,7 @@ follow the first one's device and dtype. Objects are held against objects, and o
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -102,6 +102,22 @@ def follow_device(second: Any, device: torch.device) -> None:
     """Move a second pipeline to the device on which the first one runs now; where it is offloaded, accelerate moves its parts."""
     if second.device != device and not getattr(second, "_all_hooks", None):
         second.to(device)
+
+
+def see(pipe: Any, denoisers: Iterable[str], seconds: Sequence[Any], bound: bool) -> tuple[Seen, ...]:
+    """What the checks of a plugin rest on now, of the pipeline and its second ones, which follow the first one's dtype.
+
+    ``bound``: whether a thing that was made for these weights was given.
+    """
+    follow_dtypes(seconds, pipe)
+    models = {**dict.fromkeys(denoisers, bound), "vae": bool(seconds)}
+    return tuple(Seen(each, models) for each in (pipe, *seconds))
+
+
+def follow_dtypes(seconds: Sequence[Any], first: Any) -> None:
+    """:func:`follow_dtype` of each."""
+    for second in seconds:
+        follow_dtype(second, first)
 
 
 def follow_dtype(second: Any, first: Any) -> None:

@@ -184,6 +184,13 @@ def method_slot(target: Any, name: str) -> Slot:
     return MethodSlot(target, name)
 
 
+def shown_on(owner: Any, name: str, value: Any) -> Slot:
+    """A slot that shows ``value`` as an attribute of one instance."""
+    slot = Slot(owner.__dict__, name, lambda: owner.__dict__[name])
+    slot.put(value)
+    return slot
+
+
 def instead(value: Any) -> tuple[Any, ...]:
     """For ``__reduce_ex__`` of what stands in for ``value``: a copy or a pickle holds that."""
     return operator.getitem, ((value,), 0)

@@ -15,7 +15,7 @@ from typing import Any
 from torch import nn
 
 from diffgraft.installed.anatomy import Target, denoisers_of
-from diffgraft.installed.errors import ConfigError, Conflict, DiffgraftError, PluginNotFound, Unsupported, choices
+from diffgraft.installed.errors import ConfigError, Conflict, DiffgraftError, PluginNotFound, choices
 from diffgraft.installed.family import Family
 from diffgraft.installed.planner import Part, Plan, plan
 from diffgraft.installed.plugin import Plugin
@@ -27,14 +27,14 @@ from diffgraft.kernel.claim import Claim, clean_in_children
 from diffgraft.kernel.defaults import filled
 from diffgraft.kernel.entry import Entry
 from diffgraft.kernel.facts import RunBound
-from diffgraft.kernel.given import describe, fetch
+from diffgraft.kernel.given import describe, ensure_family, fetch
 from diffgraft.kernel.grafted import STACK, class_with
 from diffgraft.kernel.onion import call_inner, compose, leave, outside, running
 from diffgraft.kernel.report import Report
 from diffgraft.kernel.run import Run
-from diffgraft.kernel.seen import Seen, follow_device, follow_dtype, seconds_in
+from diffgraft.kernel.seen import follow_device, follow_dtypes, seconds_in, see
 from diffgraft.kernel.session import Session, SessionRun, begin, ensure_no_loop
-from diffgraft.kernel.slots import Slot, close_all, free_the_gate, set_class, surely
+from diffgraft.kernel.slots import Slot, close_all, free_the_gate, set_class, shown_on, surely
 from diffgraft.kernel.surgery import Surgery
 from diffgraft.kernel.verdict import ensure_fired, idle
 from diffgraft.kernel.wiring import Wiring
@@ -226,7 +226,7 @@ class PluginStack:
         target = describe(self.pipe, self.family)
         given = []
         for plugin in new:
-            self.refuse_family(plugin)
+            ensure_family(plugin, self.family, self.base_class)
             given.append(self._fetch(plugin, target, {}))
         before = self._entries
         try:
@@ -258,13 +258,8 @@ class PluginStack:
         attach(pipe, plugins, [entry.name for entry in self._entries if not entry.enabled])
 
     def _see(self, entry: Entry) -> None:
-        """Let the second pipelines follow the first one's dtype, and note what the checks of a plugin rest on now."""
-        seconds = seconds_in(entry.given)
-        for second in seconds:
-            follow_dtype(second, self.pipe)
         bound = any(isinstance(value, RunBound) for value in entry.given.values())
-        models = {**dict.fromkeys(self.family.denoisers, bound), "vae": bool(seconds)}
-        entry.seen = tuple(Seen(pipe, models) for pipe in (self.pipe, *seconds))
+        entry.seen = see(self.pipe, self.family.denoisers, seconds_in(entry.given), bound)
 
     def _verify(self, entries: Sequence[Entry]) -> None:
         """At every run: make the checks of attaching again where what they rest on has changed since.
@@ -276,8 +271,7 @@ class PluginStack:
             for second in seconds_in(entry.given):
                 follow_device(second, self.pipe._execution_device)
             if not all(seen.holds() for seen in entry.seen):
-                for second in seconds_in(entry.given):
-                    follow_dtype(second, self.pipe)
+                follow_dtypes(seconds_in(entry.given), self.pipe)
                 entry.given = self._fetch(entry.plugin, describe(self.pipe, self.family), entry.given)
                 self._see(entry)
         self.plan.ensure()
@@ -285,19 +279,6 @@ class PluginStack:
     def on_clear(self, undo: Callable[[], None]) -> None:
         """Have ``undo`` called by :meth:`clear`."""
         self._undo = (*self._undo, undo)
-
-    def refuse_family(self, plugin: Plugin) -> None:
-        """Raises Unsupported when the plugin is not made for this pipeline."""
-        name, family = self.base_class.__name__, self.family
-        if not family.is_among(plugin.families):
-            raise Unsupported(
-                f"{plugin.name} does not work on {name} (family {family.name!r}, one of the {family.kind}s): "
-                f"it is made for {', '.join(plugin.families)}"
-            )
-        if why := next(filter(None, (plugin.why_not_on(cls.__name__) for cls in self.base_class.__mro__)), None):
-            raise Unsupported(f"{plugin.name} does not work on {name}: {why}")
-        if plugin.points() == ("guide",) and family.guidance.layout == "none":
-            raise Unsupported(f"{plugin.name} changes guidance, but {name} runs none")
 
     def _entry(self, plugin: Any) -> Entry:
         name, *more = names_of([plugin]) or [""]
@@ -431,9 +412,8 @@ class PluginStack:
             generator: what plugins draw noise from.
 
         Raises:
-            DiffgraftError: when it is entered and the pipeline is running.
-            Unsupported: a plugin needs the loop (``Plugin.sessions``).
-            ArtefactMismatch, Conflict, Unsupported: as at the beginning of a run.
+            DiffgraftError: entered while the pipeline is running.
+            ArtefactMismatch, Conflict, Unsupported: as at the beginning of a run; or a plugin needs the loop (``Plugin.sessions``).
         """
 
         def enter(session: Session) -> SessionRun:
@@ -447,9 +427,7 @@ class PluginStack:
                 run = begin(self.pipe, self.family, entries, {**(arguments or {}), "generator": generator}, self.check_finite)
                 slots = self._wiring.connect(run, entries, loop=False)
                 if scheduler is not None:
-                    shown = Slot(self.pipe.__dict__, "scheduler", lambda: self.pipe.__dict__["scheduler"])
-                    shown.put(copy.copy(scheduler))  # what a slot shows is marked
-                    slots.insert(0, shown)
+                    slots.insert(0, shown_on(self.pipe, "scheduler", copy.copy(scheduler)))  # what a slot shows is marked
                 self._open = run, slots
                 for slot in slots:
                     slot.open()

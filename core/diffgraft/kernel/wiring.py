@@ -22,7 +22,7 @@ from diffgraft.installed.family import Family
 from diffgraft.kernel.entry import Entry
 from diffgraft.kernel.onion import Chain, Onions, active_run, compose, stream_terminal
 from diffgraft.kernel.run import Run
-from diffgraft.kernel.slots import Slot, StandIn, method_slot, wraps_method
+from diffgraft.kernel.slots import Slot, StandIn, method_slot, shown_on, wraps_method
 from diffgraft.kernel.units import Replaced, in_place_of
 
 Names = Mapping[str, int]
@@ -76,9 +76,7 @@ class Wiring:
             if (new := entry.plugin.make_scheduler(scheduler, self.family)) is not None:
                 scheduler = in_place_of(own, new)
                 run.replaced = Replaced(own, scheduler, entry.name)
-                slot = Slot(self.pipe.__dict__, "scheduler", lambda: self.pipe.__dict__["scheduler"])
-                slot.put(scheduler)
-                slots.append(slot)
+                slots.append(shown_on(self.pipe, "scheduler", scheduler))
                 run.report_of(entry).fired["scheduler"] = 1
         slots.append(self._method(scheduler, "set_timesteps", partial(run.set_timesteps, onions.schedule), takes=SET_TIMESTEPS))
         stepping = self._method(scheduler, "step", partial(run.scheduler_step, onions), takes=STEP)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from diffgraft.installed.plugin import Plugin
 from diffgraft.kernel.calls import DenoiseCall, RunCall
-from diffgraft.kernel.given import describe
+from diffgraft.kernel.given import describe, ensure_family
 from diffgraft.kernel.loading import load_pipeline
 from diffgraft.kernel.stack import PluginStack, ensure_bare
 from diffgraft.methods.artefacts import MadeFor
@@ -62,7 +62,7 @@ def watching(pipe: Any, plugin: Plugin, watcher: Watcher, beside: Sequence[Plugi
     ensure_bare(pipe, f"what {plugin.name} looks at must be the plain pipeline")
     stack = load_pipeline(pipe, [watcher, *beside]).plugins
     try:
-        stack.refuse_family(plugin)
+        ensure_family(plugin, stack.family, stack.base_class)
         yield stack
     finally:
         stack.clear()
