@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -179,9 +180,10 @@ def invert(
     check_file(path, [".safetensors"])
     from dataclasses import replace
 
-    from diffgraft.methods.inputs import make_samples
+    from diffgraft.methods.inputs import make_samples, parameters
     from diffgraft.methods.inversion import invert as walk_back
     from diffgraft.methods.inversion import round_trip
+    from diffgraft.methods.variants import own_size
 
     settings = call_settings(steps, guidance_scale, negative_prompt, height, width, image, extra)
     pipe, built = load_bare(pipeline, specs, device, dtype)
@@ -190,9 +192,18 @@ def invert(
     code = walk_back(pipe, built[0], picture, sample, settings, path)
     near = round_trip(pipe, built[0], picture, sample, settings, code) if check else None
     made = code.made_for
+    whole = code.facts["steps"]
+    walked = f"{made.steps} of {whole} steps" if whole and made.steps < whole else f"{made.steps} steps"
     guidance = "" if (scale := code.facts["guidance_scale"]) is None else f", guidance {scale:g}"
-    say(f"wrote {path}: {made.pipeline}, {made.steps} steps{guidance}, latents {made.shape}")
+    say(f"wrote {path}: {made.pipeline}, {walked}{guidance}, latents {made.shape}")
     if near is not None:
         say(f"PSNR to the picture: {near[0]:.2f} dB through the autoencoder alone, {near[1]:.2f} dB made again from the code")
-    run = f"diffgraft run {pipeline} -p {plugin} -o {plugin}.start={path} --steps {made.steps}"
-    say(f"make it again, or edit it with another prompt: {run} --prompt ...")
+    # the guidance scale comes with the code; the size is said where the pipeline would take another by itself
+    own = code.facts["size"] == own_size(pipe) or "height" not in parameters(pipe)
+    height, width = (None, None) if own else code.facts["size"]
+    words = ["diffgraft", "run", pipeline, "-p", plugin]
+    words += [word for knob in [*(option or []), f"{plugin}.start={path}"] for word in ("-o", knob)]
+    words += [word for each in arg or [] for word in ("-a", each)]
+    said = {"steps": whole, "height": height, "width": width, "negative-prompt": negative_prompt, "device": device, "dtype": dtype}
+    words += [word for name, value in {**said, "prompt": prompt}.items() if value is not None for word in (f"--{name}", str(value))]
+    say(f"make it again, or edit it with another prompt:\n{shlex.join(words)}")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -20,6 +21,7 @@ from diffgraft.methods.solvers import ode_settings, schedule_errors
 from pydantic import Field
 from typing_extensions import NotRequired, TypedDict
 
+from diffgraft_bdia.asked import ensure_batch, with_size_of
 from diffgraft_bdia.schedulers import BDIAScheduler, FlowBDIAScheduler
 
 __all__ = ["BDIA", "BDIAScheduler", "FlowBDIAScheduler"]
@@ -106,8 +108,21 @@ class BDIA(Plugin):
                 f"plugin 'bdia': gamma = {self.config.gamma}, but start was made with gamma = {code.facts['knobs']['gamma']}: "
                 "a walk is undone by one of the same gamma"
             )
-        call = self._with_guidance_of(code, call)
-        return next(call.replace(latents=code.tensors["noise"].to(call.pipe._execution_device, call.pipe.dtype)))
+        if call.get("latents") is not None:
+            raise ConfigError(
+                "plugin 'bdia': latents were given (by the call, or a plugin further out), but start says where the run begins; "
+                "leave them out, or take start off (pipe.plugins.configure('bdia', start=None))"
+            )
+        noise, arguments = code.tensors["noise"], call.arguments()
+        rows = ensure_batch(noise, call.family, arguments)
+        size = with_size_of(noise, call.pipe, call.family, self._named(call))
+        noise = noise.to(call.pipe._execution_device, call.pipe.dtype)
+        return next(self._with_guidance_of(code, call).replace(latents=noise.expand(rows, *noise.shape[1:]).contiguous(), **size))
+
+    @staticmethod
+    def _named(call: RunCall) -> dict[str, Any]:
+        """The arguments that the caller gave; packed latents do not tell their size, and there the checkpoint's own size counts too."""
+        return {name: value for name, value in call.arguments().items() if name in call.said or call.family.latents == "packed"}
 
     @staticmethod
     def _with_guidance_of(code: Artefact, call: RunCall) -> RunCall:
@@ -155,7 +170,8 @@ class BDIAInverter(Inverter):
     paper = BDIA.paper
     Config = BDIAConfig
     scheduler = BDIAScheduler
-    effects = BDIA.effects
+    effects = replace(BDIA.effects, needs=BDIA.effects.needs | {"all_blocks"})
+    """A walk through a cache's answers is undone by no run without it."""
     config: BDIAConfig
 
     def make_scheduler(self, old: Any, family: Family) -> Any:

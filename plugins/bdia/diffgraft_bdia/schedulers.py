@@ -66,7 +66,7 @@ class _BDIA:
         if error > MOST_ERROR:
             raise ValueError(
                 f"gamma = {self.config.gamma} cannot be inverted over {steps} steps in {self.config.precision}: rounding errors grow to "
-                f"about {error:.1g}; take gamma nearer to 1, fewer steps or precision='float64'"
+                f"about {error:.1g}; take gamma nearer to 1, fewer steps, a smaller strength (a part of the steps) or precision='float64'"
             )
 
     def _levels_of(self, sigmas: Tensor) -> Levels:
@@ -87,7 +87,8 @@ class _BDIA:
         self._begin_index = begin_index
 
     def start_from(self, noise: Tensor, neighbour: Tensor) -> None:
-        """Both first states are known (they came out of an inversion): the first step gives the second, whatever the denoiser says."""
+        """Both first states [batch or 1, ...] are known (they came out of an inversion): the first step gives the second, whatever the
+        denoiser says."""
         self._start = noise.to(self._dtype), neighbour.to(self._dtype)
 
     def pair(self) -> dict[str, Tensor]:
@@ -122,7 +123,7 @@ class _BDIA:
             tied = bdia(self._before, move(x0, eps, levels[i - 1]), out, 1 / gamma if self.config.inverse else gamma)
             out = torch.where(edited, out, tied)
         elif self._start is not None:
-            z, out = self._start
+            z, out = (each.expand_as(z) for each in self._start)
         self._before, self._exact, self._index = z, out, i + 1
         returned = out.to(sample.dtype, copy=True)  # others may edit it in place
         return BDIAOutput(returned, x0.to(sample.dtype)) if return_dict else (returned, x0.to(sample.dtype))

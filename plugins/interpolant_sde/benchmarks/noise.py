@@ -16,14 +16,16 @@ from diffgraft import load_pipeline
 from diffgraft.installed import registry
 from diffgraft.lab.judging import load_judge
 from diffgraft.lab.metrics import share
+from diffgraft.lab.pictures import draw_grid
 from diffgraft.methods.inputs import CallSettings, Sample, call_arguments
 from diffgraft_checkpoints.emoji import scenes
-from diffgraft_checkpoints.train.evaluate import grid, held_out_labels
+from diffgraft_checkpoints.train.evaluate import held_out_labels
 from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
 BATCH = 16
+SHOWN = 4
 ARMS = [("flow_grpo", 0.0), ("flow_grpo", 0.3), ("flow_grpo", 0.7), ("flow_grpo", 1.0), ("const", 0.7), ("sigma", 0.7)]
 console = Console(width=140)
 
@@ -32,9 +34,9 @@ def main(
     pipeline: Annotated[str, typer.Option(help="A bundled pipeline of pictures.")] = "emoji-flux",
     prompts: Annotated[int, typer.Option(help="Held-out prompts.")] = 48,
     steps: Annotated[str, typer.Option(help="Numbers of steps, by comma.")] = "10,25,50",
-    out: Annotated[Path, typer.Option(help="Picture grid, a column an arm.")] = Path("noise.png"),
+    out: Annotated[Path, typer.Option(help="Picture grid, a row an arm, for every number of steps.")] = Path("noise.png"),
 ) -> None:
-    """Judge every arm and draw the grid of the largest number of steps."""
+    """Judge every arm and draw the grid."""
     bundled = registry.bundled()[pipeline]
     pipe, judge = load_pipeline(pipeline), load_judge(bundled)
     assert judge is not None
@@ -43,9 +45,10 @@ def main(
     counts = [int(each) for each in steps.split(",")]
     table = Table("noise", "eta", *(f"{n} steps: all right, RMS to ODE" for n in counts), title=f"{pipeline}, {prompts} prompts")
     ode: dict[int, list[Image.Image]] = {}
-    columns: list[list[Image.Image]] = []
+    rows: list[tuple[list[str], list[Image.Image]]] = []
     for noise, eta in ARMS:
-        cells = []
+        cells: list[str] = []
+        shown: list[Image.Image] = []
         for n in counts:
             load_pipeline(pipe, plugins={"interpolant_sde": {"noise": noise, "eta": eta}})
             images: list[Image.Image] = []
@@ -60,12 +63,12 @@ def main(
             assert found is not None
             rms = np.mean([np.sqrt(np.mean((np.float32(a) - np.float32(b)) ** 2)) for a, b in zip(images, ode[n], strict=True)])
             cells.append(f"{found.right}/{found.total} ({100 * found.low:.0f}-{100 * found.high:.0f} %), {rms:.0f}")
-        columns.append(images[:6])
+            shown += images[:SHOWN]
+        rows.append(([noise, f"eta {eta:g}"] if eta else ["ODE"], shown))
         table.add_row(noise if eta else "none", f"{eta:g}", *cells)
     console.print(table)
-    titles = [f"{noise}, eta {eta:g}" if eta else "ODE" for noise, eta in ARMS]
-    shown = range(min(6, prompts))
-    grid([column[i] for i in shown for column in columns], [title for _ in shown for title in titles], columns=len(ARMS)).save(out)
+    captions = [f"{n} steps: {text}" for n in counts for text in texts[:SHOWN]]
+    draw_grid(f"Noise along the way: {pipeline}", "same prompts and seeds in every row", captions, rows, side=128).save(out)
 
 
 if __name__ == "__main__":

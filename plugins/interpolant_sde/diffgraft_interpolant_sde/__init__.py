@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import torch
 from diffgraft import Effects, Paper, Plugin, PluginConfig, RunCall, Step, StepCall, StepOutput, Unsupported
 from diffgraft.methods.predictions import SignalNoise, clean_estimate, levels_after, levels_of, noise_estimate, prediction_kind
-from pydantic import Field
+from pydantic import Field, NonNegativeInt, field_validator
 from torch import Tensor
 
 from diffgraft_interpolant_sde.method import Noise, diffusion, kick, log_prob
@@ -28,9 +28,18 @@ class InterpolantSDEConfig(PluginConfig):
 
     eta: float = Field(0.7, ge=0, description="strength of the noise; 0 is the ODE, bit for bit")
     noise: Noise = Field("flow_grpo", description="2 epsilon(sigma): eta^2 sigma / (1 - sigma), eta^2 (const), or eta^2 sigma (sigma)")
-    noise_window: tuple[int, int] | None = Field(None, description="steps i0 <= i < i1 that get noise; the others are the ODE's")
+    noise_window: tuple[NonNegativeInt, NonNegativeInt] | None = Field(
+        None, description="steps i0 <= i < i1 that get noise; the others are the ODE's"
+    )
     last_step_ode: bool = Field(True, description="no noise in the schedule's last step: it would stay in the picture")
     record: bool = Field(False, description="keep log-probabilities, means and standard deviations of the steps in the report")
+
+    @field_validator("noise_window")
+    @classmethod
+    def _rises(cls, window: tuple[int, int] | None) -> tuple[int, int] | None:
+        if window is not None and window[0] > window[1]:
+            raise ValueError(f"the steps i0 <= i < i1 of {window} are none; did you mean {window[::-1]}?")
+        return window
 
 
 RECORDED = ("log_prob", "log_prob_mean", "mean", "std", "sample")
@@ -42,6 +51,8 @@ class Path:
 
     noisy: bool = False
     """Whether noise has come in."""
+    total: int = 0
+    """Steps of the run."""
     start: tuple[SignalNoise, Tensor] | None = None
     """Level and noise estimate where a step of several calls began (PLMS, whose last call starts over from there)."""
     log_prob: list[Tensor] = field(default_factory=list)
@@ -78,6 +89,8 @@ class InterpolantSDE(Plugin):
         call.shared.__init__()  # an outer plugin may run the pipeline several times
         result = next(call)
         kept: Path = call.shared
+        if kept.total and not kept.noisy and not call.stopped:
+            call.note(f"inactive: {self.why_no_noise(kept.total)}, so the run is the ODE's")
         if kept.steps:
             tensors = {name: torch.stack(getattr(kept, name)) for name in RECORDED}
             call.record({"steps": torch.tensor(kept.steps), **tensors})
@@ -86,6 +99,7 @@ class InterpolantSDE(Plugin):
     def step(self, call: StepCall, next: Any) -> StepOutput:
         out: StepOutput = next(call)
         kept: Path = call.shared
+        kept.total = call.step.total
         noisy = self.is_noisy(call.step)
         own = kept.noisy and goes_back(call.scheduler)
         if not noisy and not own:
@@ -122,6 +136,15 @@ class InterpolantSDE(Plugin):
         """Whether this step gets noise."""
         first, end = self.config.noise_window or (0, step.total)
         return self.config.eta > 0 and first <= step.index < end and not (step.ends_schedule and self.config.last_step_ode)
+
+    def why_no_noise(self, total: int) -> str:
+        """In words, of a run of ``total`` steps."""
+        window = self.config.noise_window
+        if self.config.eta == 0:
+            return "eta is 0"
+        if window is None or window[0] < min(window[1], total):
+            return f"the only one of the run's {total} steps that was to have noise is the schedule's last, which last_step_ode spares"
+        return f"none of the run's {total} steps (0 to {total - 1}) lies in noise_window = {window}"
 
 
 def goes_back(scheduler: Any) -> bool:

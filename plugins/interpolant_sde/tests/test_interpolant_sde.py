@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from diffgraft import ConfigError, Unsupported, load_pipeline
@@ -124,6 +126,46 @@ def test_without_noise_it_is_the_ode_bit_for_bit(name):
     assert torch.equal(call(grafted), call(plain))
     grafted.pipe.plugins.configure("interpolant_sde", noise_window=None, eta=0.0)
     assert torch.equal(call(grafted), call(plain))
+
+
+def notes_of(made, **knobs):
+    load_pipeline(made.pipe, plugins=[InterpolantSDE(**knobs)])
+    call(made)
+    notes = made.pipe.plugins.report().plugins["interpolant_sde"].notes
+    made.pipe.plugins.clear()
+    return notes
+
+
+def test_a_run_without_noise_says_so():
+    made = make("StableDiffusion3Pipeline")
+    for knobs, why in (
+        ({"noise_window": (40, 60)}, r"none of the run's 6 steps \(0 to 5\) lies in noise_window = \(40, 60\)"),
+        ({"noise_window": (2, 2)}, r"lies in noise_window = \(2, 2\)"),
+        ({"noise_window": (5, 9)}, "the schedule's last, which last_step_ode spares"),
+        ({"eta": 0.0}, "eta is 0"),
+    ):
+        [note] = notes_of(made, **knobs)
+        assert re.search(f"^inactive: .*{why}", note), note
+    for knobs in ({"noise_window": (5, 9), "last_step_ode": False}, {"noise_window": (4, 60)}, {}):
+        assert notes_of(made, **knobs) == []
+
+
+def test_a_run_that_is_stopped_before_its_noise_is_not_called_inactive():
+    made = make("StableDiffusion3Pipeline")
+    load_pipeline(made.pipe, plugins=[InterpolantSDE(noise_window=(4, 6))])
+
+    def stop(pipe, i, t, kwargs):
+        pipe._interrupt = True
+        return {}
+
+    call(made, callback_on_step_end=stop)
+    assert made.pipe.plugins.report().plugins["interpolant_sde"].notes == []
+
+
+@pytest.mark.parametrize(("window", "way"), [((6, 2), r"did you mean \(2, 6\)"), ((-2, 3), "-2")])
+def test_a_window_without_steps_is_refused(window, way):
+    with pytest.raises(ConfigError, match=f"(?s)noise_window.*{way}"):
+        InterpolantSDE(noise_window=window)
 
 
 def test_flow_step_is_flow_grpos():

@@ -18,9 +18,10 @@ import torch
 import typer
 from diffgraft import load_pipeline
 from diffgraft.lab.metrics import share
+from diffgraft.lab.pictures import draw_grid
 from diffgraft_checkpoints.emoji import scenes
 from diffgraft_checkpoints.emoji.judge import load_bundled
-from diffgraft_checkpoints.train.evaluate import grid, held_out_pairs
+from diffgraft_checkpoints.train.evaluate import held_out_pairs
 from PIL import Image
 from rich.console import Console
 from rich.table import Table
@@ -60,7 +61,7 @@ def main(
     pairs: Annotated[int, typer.Option(help="Held-out pairs of objects.")] = 32,
     steps: Annotated[int, typer.Option(help="Steps of SuperDiff's SDE.")] = 200,
     guidance: Annotated[float, typer.Option(help="Guidance scale.")] = 2.0,
-    out: Annotated[Path, typer.Option(help="Picture grid, a column an arm.")] = Path("captions.png"),
+    out: Annotated[Path, typer.Option(help="Picture grid, a row an arm, a column a pair.")] = Path("captions.png"),
 ) -> None:
     """Judge every arm and draw the grid."""
     pipe, judge = load_pipeline("emoji-sd"), load_bundled()
@@ -79,9 +80,9 @@ def main(
         either = [x or y for x, y in zip(a, b, strict=True)]
         table.add_row(name, *(show(row) for row in (both, a, b, either)))
     console.print(table)
-    shown = range(min(8, pairs))
-    titles = [f"{name}: {joint[i]}" if name == "and" else name for i in shown for name in arms]
-    grid([images[i] for i in shown for images in arms.values()], titles, columns=len(arms)).save(out)
+    rows = [(name.split(", "), images[:8]) for name, images in arms.items()]
+    footer = f"captions a and b ask for one object each; average, or, and: {steps} SDE steps; guidance {guidance:g}, same seeds"
+    draw_grid("Two captions put together by SuperDiff", footer, joint[:8], rows, side=128).save(out)
 
 
 if __name__ == "__main__":

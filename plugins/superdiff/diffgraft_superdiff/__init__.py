@@ -109,6 +109,7 @@ class SuperDiff(Plugin):
         shared = call.shared
         shared.__init__()  # an outer plugin may run the pipeline several times
         if self.config.prompt is None:
+            call.note("inactive: prompt is none, so there is no second prompt to put the call's together with; give prompt=...")
             return next(call)
         if getattr(call.pipe.scheduler, "order", 1) != 1:
             raise Unsupported(f"superdiff: {type(call.pipe.scheduler).__name__} makes a step in two stages; use DDIM or Euler")
@@ -119,6 +120,8 @@ class SuperDiff(Plugin):
         if shared.kappas:
             followed = {} if shared.log_qa is None else {"log_qa": shared.log_qa, "log_qb": shared.log_qb}
             call.record({**followed, "kappa": torch.stack(shared.kappas)})
+            ends = {"log q_a": shared.log_qa, "log q_b": shared.log_qb, "kappa": shared.kappas[-1]}
+            call.note("at the end " + "; ".join(f"{name} = {few(value)}" for name, value in ends.items() if value is not None))
         return result
 
     def second_prompts(self, arguments: dict[str, Any]) -> list[str]:
@@ -246,6 +249,11 @@ class SuperDiff(Plugin):
         a, b = density_change(va, dx, move, da, sign), density_change(vb, dx, move, db, sign)
         shared.log_qa = a if shared.log_qa is None else shared.log_qa + a
         shared.log_qb = b if shared.log_qb is None else shared.log_qb + b
+
+
+def few(values: Tensor) -> str:
+    """The first numbers of [batch] in words."""
+    return ", ".join(f"{value:.4g}" for value in values[:4].tolist()) + (", ..." if len(values) > 4 else "")
 
 
 def half(x: Tensor) -> Tensor:

@@ -227,14 +227,37 @@ def records_of(made, **changes):
 
 @pytest.mark.parametrize("operation", ["and", "and_ode"])
 @pytest.mark.parametrize(("name", "steps"), [
-    ("StableDiffusionPipeline", 10), ("StableDiffusionPipeline", 40), ("StableDiffusion3Pipeline", 10),
+    ("StableDiffusionPipeline", 10), ("StableDiffusion3Pipeline", 10), pytest.param("StableDiffusionPipeline", 40, marks=pytest.mark.slow),
 ])  # fmt: skip
 def test_a_whole_run_lifts_a_by_lift(name, steps, operation):
+    made = make(name)
     for lift in (0.7, -0.7):
-        made = make(name)
         load_pipeline(made.pipe, plugins=[SuperDiff(prompt="two green dogs", operation=operation, lift=lift)])
         records = records_of(made, num_inference_steps=steps)
         assert abs(float(records["log_qa"] - records["log_qb"]) - lift) < 1e-3, lift
+        made.pipe.plugins.clear()
+
+
+def test_the_report_tells_how_it_ended():
+    made = make("StableDiffusionPipeline")
+    load_pipeline(made.pipe, plugins=[SuperDiff(prompt="two green dogs", operation="or")])
+    records = records_of(made)
+    told = f"at the end log q_a = {float(records['log_qa']):.4g}; log q_b = {float(records['log_qb']):.4g}; kappa = "
+    assert told + f"{float(records['kappa'][-1]):.4g}" in str(made.pipe.plugins.report())
+    call(made, prompt=["a cat"] * 5, negative_prompt=None)
+    assert str(made.pipe.plugins.report()).count(", ...") == 3
+    made.pipe.plugins.configure("superdiff", operation="avg_ode")
+    call(made)
+    assert made.pipe.plugins.report().plugins["superdiff"].notes == ["at the end kappa = 0.5"]
+
+
+def test_without_a_second_prompt_it_says_that_it_did_nothing():
+    made = make("StableDiffusionPipeline")
+    before = call(made)
+    load_pipeline(made.pipe, plugins=[SuperDiff])
+    assert torch.equal(call(made), before)
+    [note] = made.pipe.plugins.report().plugins["superdiff"].notes
+    assert note.startswith("inactive: prompt is none")
 
 
 @pytest.mark.parametrize("scheduler", [PNDMScheduler, DDIMScheduler, EulerDiscreteScheduler])
