@@ -100,6 +100,8 @@ class BDIA(Plugin):
         return scheduler_for(old, family, gamma=self.config.gamma, precision=self.config.precision)
 
     def run(self, call: RunCall, next: Any) -> Any:
+        if self.config.gamma == 0:
+            call.note("inactive: gamma is 0, so the pipeline's own scheduler makes the steps")
         code = call.given("start")
         if code is None:
             return next(call)

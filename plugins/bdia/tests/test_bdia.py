@@ -201,6 +201,15 @@ def test_latents_come_back_through_a_pipeline_with_guidance(name, gamma):
     assert float((edited - latents).abs().max()) > 1e-3
 
 
+def test_without_the_step_back_it_says_that_it_did_nothing():
+    made = make("StableDiffusionPipeline")
+    before = call(made)
+    load_pipeline(made.pipe, plugins=[BDIA(gamma=0)])
+    assert torch.equal(call(made), before)
+    [note] = made.pipe.plugins.report().plugins["bdia"].notes
+    assert note.startswith("inactive: gamma is 0")
+
+
 def test_plain_diffusers_use():
     grafted, plain = make("StableDiffusionPipeline"), make("StableDiffusionPipeline")
     load_pipeline(grafted.pipe, plugins=[BDIA(gamma=0.7)])
