@@ -193,15 +193,19 @@ def command_line() -> str:
 
     commands: Any = get_command(app)
     lines = ["# Command line", "", "What each command says with `--help`."]
-    for name in [None, *commands.commands]:
-        words = ["diffgraft", *([name] if name else [])]
-        lines += ["", f"## `{' '.join(words)}`", "", "```none", help_text(name), "```"]
+    for words in [[], *([name, *within] for name, command in commands.commands.items() for within in parts_of(command))]:
+        lines += ["", f"## `{' '.join(['diffgraft', *words])}`", "", "```none", help_text(words), "```"]
     return "\n".join([*lines, ""])
 
 
-def help_text(command: str | None) -> str:
+def parts_of(command: Any) -> list[list[str]]:
+    """What stands behind the name of a command: nothing, or the names of the commands that it is a group of."""
+    return [[name] for name in getattr(command, "commands", ())] or [[]]
+
+
+def help_text(words: list[str]) -> str:
     """The help of one command, as a terminal of 100 columns shows it."""
-    call = [sys.executable, "-c", "from diffgraft.cli import app; app(prog_name='diffgraft')", *([command] if command else []), "--help"]
+    call = [sys.executable, "-c", "from diffgraft.cli import app; app(prog_name='diffgraft')", *words, "--help"]
     env = {**os.environ, "COLUMNS": "100", "TERMINAL_WIDTH": "100", "NO_COLOR": "1", "TERM": "dumb"}
     said = subprocess.run(call, env=env, capture_output=True, text=True, check=True).stdout
     return "\n".join(line.rstrip() for line in said.strip("\n").splitlines())

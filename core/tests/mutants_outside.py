@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 import torch
 from diffgraft import Calibrator, Effects, Need, Paper, PluginConfig
+from diffgraft.methods.layouts import Layout
 from diffgraft.methods.schema import Holds, Values
 from diffusers import DDIMScheduler
 from mutants import Kept, Scaled
@@ -117,3 +118,14 @@ class TrustsTheFile(Scaled):
     Config = FileKnobs
     needs = (Need("artefact", "artefact", holds=Holds({"gain": Values((...,), infinite=True)})),)
     calibration = Meter
+
+
+class WeightKnobs(FileKnobs):
+    weights: Any = Field(None, description="published weights")
+
+
+class TakesAnyWeights(Scaled):
+    """Ignores whatever it does not know in a published file."""
+
+    Config = WeightKnobs
+    needs = (Need("weights", "weights", holds=Layout({"a.weight": ("d",), "b.weight": ("d",)}, ignored=("*",), small={"d": 2})),)

@@ -56,7 +56,15 @@ from mutants import (
     WritesConfig,
     WritesInPlace,
 )
-from mutants_outside import CopiesTheDenoiser, HoldsTheScheduler, KeepsTheConditioning, KeepsTheLatents, SpeaksItsOwnUnit, TrustsTheFile
+from mutants_outside import (
+    CopiesTheDenoiser,
+    HoldsTheScheduler,
+    KeepsTheConditioning,
+    KeepsTheLatents,
+    SpeaksItsOwnUnit,
+    TakesAnyWeights,
+    TrustsTheFile,
+)
 
 SD, IMAGE, CONTROL = "StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline", "StableDiffusionControlNetPipeline"
 
@@ -133,6 +141,7 @@ MUTANTS = [
     (KeepsTheConditioning, SD, "conditioning_edited"),
     (SpeaksItsOwnUnit, SD, "own_unit"),
     (TrustsTheFile, DIT, "crafted_files"),
+    (TakesAnyWeights, DIT, "published_files"),
 ]
 """(mutant, pipeline class, name of the check that must fail)"""
 

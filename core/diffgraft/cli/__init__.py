@@ -1,4 +1,5 @@
-"""The command line: ``diffgraft list | show | search | run | again | compare | tune | calibrate | evolve | invert | doctor | new | check``.
+"""The command line: ``diffgraft list | show | search | run | again | compare | tune | calibrate | evolve | invert | weights | doctor |
+new | check``.
 
 Torch is imported inside the commands that need it.
 """
@@ -19,6 +20,7 @@ from diffgraft.cli.making import calibrate, evolve, invert
 from diffgraft.cli.measuring import compare, tune
 from diffgraft.cli.mistakes import Command, Group
 from diffgraft.cli.running import again, run
+from diffgraft.cli.weights import weights
 from diffgraft.installed.foreign import plain
 from diffgraft.lab.terminal import console, say
 
@@ -92,6 +94,7 @@ def main(
 app.command("list", cls=Command)(list_plugins)
 for command in (show, run, again, compare, tune, calibrate, evolve, invert, doctor, new, check, search):
     app.command(cls=Command)(command)
+app.add_typer(weights, name="weights")
 
 
 if __name__ == "__main__":

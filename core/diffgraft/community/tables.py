@@ -113,6 +113,8 @@ TAKES = {
     "inversion": "a picture's latents",
     "pipeline": "a second pipeline",
     "reward": "a reward function",
+    "weights": "published weights",
+    "encoder": "a text encoder",
 }
 KINDS = {"*": "all", "unets": "U-Nets", "dits": "transformers"}
 

@@ -107,10 +107,13 @@ class Need:
     kind   a name in the entry-point group ``diffgraft.needs``; those that come with diffgraft:
            "artefact": what `calibrate` made, a file (path or Hub id) or an ``Artefact``; "inversion": what `invert` made, likewise;
            "pipeline": a second pipeline of the same latent space (bundled name, folder, Hub id or a live one), or a list of them;
-           "reward": how good a picture is, any callable or registered name; "search": what `search` found, a file or a ``Finding``
+           "reward": how good a picture is, any callable or registered name; "search": what `search` found, a file or a ``Finding``;
+           "weights": what somebody else published, a file (path or Hub id), several, or a state dict -> ``methods.published.Weights``;
+           "encoder": a transformers text encoder with its tokenizer (folder, Hub id or the two) -> ``methods.encoders.Encoder``
     knob   the knob that names it; where the knob is None the plugin does without
     fits   what of a run a file is held against beside the model; of what was found by a search also "guidance"
-    holds  what an artefact, an inversion or a finding holds (``diffgraft.methods.schema.Holds``): checked before anything is touched
+    holds  what an artefact, an inversion or a finding holds (``diffgraft.methods.schema.Holds``), or published weights
+           (``diffgraft.methods.layouts.Layout``): checked before anything is touched
     crosses  how large the error is that such a file makes on a model whose weights are kept in another way than those it was made for
            (quantised, or in 8 bits), in words; None: not known, and refused
     """

@@ -36,8 +36,12 @@ def kinds_of(error: BaseException | None) -> set[str]:
     return kinds
 
 
-def why_not_loaded(error: BaseException) -> str:
-    """What kept diffusers from reading a pipeline, and the way out."""
+def why_not_loaded(error: BaseException, lacks: str = "model_index.json, so it is no diffusers pipeline") -> str:
+    """What kept diffusers (or the Hub's client, or transformers) from reading something, and the way out.
+
+    Args:
+        lacks: what the repository does not have where the Hub says that there is no such entry.
+    """
     first, kinds = str(error).strip().partition("\n")[0], kinds_of(error)
     if "SafetensorError" in kinds:
         return f"a file of weights is damaged, or not what its name says ({first}): fetch or save it again"
@@ -47,8 +51,8 @@ def why_not_loaded(error: BaseException) -> str:
         return "the Hub has no such repository, or it is private: check the spelling, or `hf auth login`"
     if "RevisionNotFoundError" in kinds:
         return "the repository has no such revision: check revision=..."
-    if kinds & {"EntryNotFoundError", "RemoteEntryNotFoundError"}:
-        return "the repository has no model_index.json, so it is no diffusers pipeline"
+    if kinds & {"EntryNotFoundError", "RemoteEntryNotFoundError"} and "LocalEntryNotFoundError" not in kinds:
+        return f"the repository has no {lacks}"
     if "HFValidationError" in kinds:
         return f"that is no Hub id: {first}"
     if "OfflineModeIsEnabled" in kinds:
@@ -56,5 +60,5 @@ def why_not_loaded(error: BaseException) -> str:
     if kinds & {"ConnectionError", "ConnectError", "TimeoutException", "Timeout", "gaierror"}:
         return "it is not in the local cache, and the Hub cannot be reached: go online once, or give a folder"
     if "LocalEntryNotFoundError" in kinds:
-        return "it is not in the local cache, and local_files_only=True forbids to fetch it"
+        return "it is not in the local cache, and local_files_only=True or HF_HUB_OFFLINE forbids to fetch it"
     return first or type(error).__name__

@@ -28,6 +28,7 @@ from diffgraft.installed.anatomy import root_of
 from diffgraft.installed.errors import ArtefactMismatch, ConfigError
 from diffgraft.installed.foreign import brief, plain, said
 from diffgraft.installed.plugin import RUN_FACTS
+from diffgraft.installed.unread import PICKLES, why_not_loaded
 from diffgraft.kernel.weights import kept_by
 from diffgraft.methods.files import write_atomic
 from diffgraft.methods.schema import Holds
@@ -290,6 +291,8 @@ def checksum(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
 
 def make_again(plugin: str, kind: str = "artefact") -> str:
     """How to get an artefact that fits."""
+    if kind == "weights":
+        return "give the published file: a path, or 'owner/name/file' on the Hub"
     if kind == "inversion":
         return f"make one with `diffgraft invert {plugin} --pipeline NAME --image FILE`"
     if kind == "search":
@@ -309,13 +312,14 @@ def find_file(source: str | os.PathLike[str], plugin: str, kind: str) -> Path:
     if path.is_file():
         return path
     text = os.fspath(source)
-    if text.count("/") >= 2 and text.endswith((".safetensors", ".json")) and not text.startswith((".", "/", "~")):
+    suffixes = (".safetensors", ".json", *(PICKLES if kind == "weights" else ()))
+    if text.count("/") >= 2 and text.endswith(suffixes) and not text.startswith((".", "/", "~")):
         from huggingface_hub import hf_hub_download
-        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
         owner, name, file = text.split("/", 2)
         try:
             return Path(hf_hub_download(f"{owner}/{name}", file))
-        except (HfHubHTTPError, LocalEntryNotFoundError) as error:
-            raise ConfigError(f"plugin {plugin!r}: no {kind} {text!r}, here or on the Hub ({error}); {make_again(plugin, kind)}") from error
+        except (OSError, ValueError) as error:  # the Hub's own errors are kinds of these
+            why = why_not_loaded(error, lacks="such file")
+            raise ConfigError(f"plugin {plugin!r}: no {kind} {text!r}, here or on the Hub: {why}; {make_again(plugin, kind)}") from error
     raise ConfigError(f"plugin {plugin!r}: no {kind} {text!r}, there is no such file; {make_again(plugin, kind)}")

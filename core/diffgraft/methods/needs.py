@@ -1,4 +1,5 @@
-"""Fetching and checking what plugins need beside their knobs (an artefact, a second pipeline, a reward), before anything is touched.
+"""Fetching and checking what plugins need beside their knobs (an artefact, a second pipeline, published weights, a text encoder, a reward),
+before anything is touched.
 
 The kinds are registered in the entry-point group ``diffgraft.needs``: another package adds its own in the same way.
 """
@@ -13,12 +14,16 @@ from diffusers import DiffusionPipeline
 from torch import nn
 
 from diffgraft.installed.anatomy import Target
-from diffgraft.installed.errors import ConfigError, Unsupported
+from diffgraft.installed.errors import BrokenPlugin, ConfigError, Unsupported
 from diffgraft.installed.plugin import Need, Plugin
 from diffgraft.kernel.loading import read_pipeline
+from diffgraft.kernel.weights import kept_by
 from diffgraft.methods.artefacts import Artefact, Fingerprint
+from diffgraft.methods.encoders import Encoder, read_encoder
 from diffgraft.methods.findings import Finding
+from diffgraft.methods.layouts import Layout
 from diffgraft.methods.predictions import prediction_kind
+from diffgraft.methods.published import Weights, read_weights
 from diffgraft.methods.rewards import find_reward
 
 _log = logging.getLogger(__name__)
@@ -45,6 +50,45 @@ def fitting(artefact: Artefact, need: Need, target: Target) -> Artefact:
 def fetch_reward(plugin: Plugin, need: Need, value: Any, target: Target) -> Any:
     """A reward: a callable, or the name of one."""
     return find_reward(f"plugin {plugin.name!r}: {need.knob}", value)
+
+
+def layout_of(plugin: Plugin | type[Plugin], need: Need) -> Layout:
+    """What a plugin says of published weights.
+
+    Raises:
+        BrokenPlugin: nothing.
+    """
+    if not isinstance(need.holds, Layout):
+        raise BrokenPlugin(f"plugin {plugin.name!r}: Need('weights', {need.knob!r}) says no holds=Layout(...): its keys must be declared")
+    return need.holds
+
+
+def fetch_weights(plugin: Plugin, need: Need, value: Any, target: Target) -> Weights:
+    """Weights that somebody else published, as their layout says; on the CPU, in the dtypes of the file."""
+    layout = layout_of(plugin, need)
+    if isinstance(value, Weights) and value.layout is layout:
+        return value  # read before
+    weights = read_weights(layout, value, plugin.name, need.knob)
+    _log.info("%s: %s = %s loaded, %d tensors", plugin.name, need.knob, weights.source, len(weights.tensors))
+    return weights
+
+
+def fetch_encoder(plugin: Plugin, need: Need, value: Any, target: Target) -> Encoder:
+    """A text encoder with its tokenizer, on the device and in the dtype of the pipeline (again in each run that finds these changed)."""
+    if isinstance(value, (str, os.PathLike)):
+        encoder = read_encoder(value, plugin.name, need.knob)
+        _log.info("%s: %s = %s loaded", plugin.name, need.knob, value)
+    elif isinstance(value, tuple) and len(value) == 2 and callable(value[0]) and isinstance(value[1], nn.Module):
+        encoder = Encoder(*value)
+    elif isinstance(value, Encoder):
+        encoder = value
+    else:
+        raise ConfigError(
+            f"plugin {plugin.name!r}: {need.knob} = {type(value).__name__}: give a folder, a Hub id, or (tokenizer, text encoder)"
+        )
+    dtype = None if kept_by(encoder.model) else target.pipe.dtype
+    encoder.model.to(device=target.pipe._execution_device, dtype=dtype)
+    return encoder
 
 
 def fetch_pipelines(plugin: Plugin, need: Need, value: Any, target: Target) -> Any:

@@ -1,4 +1,5 @@
-"""Files with a right checksum and wrong content: an artefact, an inversion, a finding that somebody made by hand."""
+"""Files with wrong content: an artefact, an inversion, a finding that somebody made by hand with a right checksum; published weights with a
+key too few, too many, renamed or transposed."""
 
 from __future__ import annotations
 
@@ -10,12 +11,14 @@ import torch
 from torch import Tensor
 from typing_extensions import is_typeddict
 
-from diffgraft.installed.errors import DiffgraftError
+from diffgraft.installed.errors import ArtefactMismatch, DiffgraftError
 from diffgraft.installed.plugin import Need
 from diffgraft.kernel.loading import unload
 from diffgraft.methods.artefacts import Artefact
 from diffgraft.methods.inputs import CallSettings, Sample
 from diffgraft.methods.inversion import invert
+from diffgraft.methods.layouts import Comparison, Layout
+from diffgraft.methods.published import Weights, spec_of
 from diffgraft.testing.case import check
 from diffgraft.testing.runs import artefacts, call
 from diffgraft.testing.setting import PROMPTS, STEPS, USUAL
@@ -47,7 +50,47 @@ def crafted_files(s: Subject) -> None:
             assert with_it is None or isinstance(with_it, DiffgraftError), f"{what}: {type(with_it).__name__}: {with_it}"
 
 
-def outcome(s: Subject, pipe: Any, knob: str, artefact: Artefact, runs: bool = False) -> BaseException | None:
+@check("plugin", when=lambda s: bool(weight_needs(s)))
+def published_files(s: Subject) -> None:
+    """A file with the published keys is read; one with a key too few, too many, renamed or transposed is refused, and the key named."""
+    pipe = s.make()
+    for need in weight_needs(s):
+        assert isinstance(need.holds, Layout), f"Need('weights', {need.knob!r}) says no holds=Layout(...): its keys must be declared"
+        whole = need.holds.synthetic()
+        comparison = compare_state(need.holds, whole)
+        assert comparison.whole, f"a file with the published keys is refused: {comparison.faults}"
+        for what, key, state in bent_states(need.holds, whole):
+            error = outcome(s, pipe, need.knob, Weights(state))
+            assert isinstance(error, ArtefactMismatch), f"{key} {what}: accepted"
+            assert key in str(error), f"{key} {what}: not named in {error}"
+
+
+def weight_needs(s: Subject) -> list[Need]:
+    """The published files that the plugin reads."""
+    return [need for need in s.plugin.needs if need.kind == "weights"]
+
+
+def bent_states(layout: Layout, whole: dict[str, Tensor], most: int = 10) -> Iterator[tuple[str, str, dict[str, Tensor]]]:
+    """(what was done, the key, a state dict) for some keys of a layout."""
+    yield "of no use", "no_such_key", {**whole, "no_such_key": torch.zeros(1)}
+    without = {key: {name: value for name, value in whole.items() if name != key} for key in list(whole)[:: -(-len(whole) // most)]}
+    needed = {key: others for key, others in without.items() if not compare_state(layout, others).whole}
+    assert needed, "the layout lets every key be missing"
+    for key, others in needed.items():
+        yield "missing", key, others
+        yield "renamed", key, {**others, f"{key}_renamed": whole[key]}
+        yield "of another shape", key, {**others, key: whole[key].unsqueeze(-1).repeat(*[1] * whole[key].ndim, 3)}
+        turned = {**others, key: whole[key].T} if whole[key].ndim == 2 else whole
+        if not compare_state(layout, turned).whole:  # where no other key has its letters, nobody can know
+            yield "transposed", key, turned
+
+
+def compare_state(layout: Layout, state: dict[str, Tensor]) -> Comparison:
+    """A state dict, held against a layout."""
+    return layout.compare({key: spec_of(value) for key, value in state.items()})
+
+
+def outcome(s: Subject, pipe: Any, knob: str, artefact: Artefact | Weights, runs: bool = False) -> BaseException | None:
     """The error that comes when the plugin is put on with this file (and run), or None."""
     try:
         s.attach(pipe, **{knob: artefact})
