@@ -34,6 +34,8 @@ from diffgraft.methods.axes import AXIS, Axes, Shape, bind, fits, in_words, lett
 from diffgraft.methods.schema import name_of
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+MOST = 20_000
+"""Keys that a model may have."""
 LONGEST = 200
 """Characters of a file's key that are looked at and shown."""
 PAIRS = 10_000
@@ -66,6 +68,7 @@ class Comparison:
     ignored  keys of the file that nobody needs
     found    keys of the file, without those that the layout ignores
     near     how many of them are expected, or look like one that is
+    front    what stands before all unexpected keys, and without which most of them would fit
     """
 
     sizes: dict[str, int]
@@ -75,6 +78,7 @@ class Comparison:
     ignored: list[str]
     found: int
     near: int
+    front: str
 
     @property
     def whole(self) -> bool:
@@ -91,6 +95,7 @@ class Comparison:
             )
         if not self.whole:
             lines = [f"{plugin}: {what} is not as {plugin} reads it; {len(self.used)} of {self.found} keys fit"]
+            lines[0] += f"; without {shown(self.front)!r} in front of them others would" if self.front else ""
             for group, keys in self.faults.items():
                 lines += [f"  {group} ({len(keys)}):"] * bool(keys) + [f"    {key}: {words}" for key, words in keys.items()]
             raise ArtefactMismatch("\n".join(lines))
@@ -146,7 +151,7 @@ class Layout:
         places = {key: next(filter(None, map(self._place, self._forms(key))), None) for key in file}
         count = self._count(place for place in places.values() if place)
         expected: dict[str, tuple[str, list[Axes]]] = {}
-        for name, key, forms in self._expected(count):
+        for name, key, forms in itertools.islice(self._expected(count), min(MOST, 10 * (len(file) + len(self.keys)))):
             expected.setdefault(name, (key, forms))
         here: dict[str, str] = {}
         twice: dict[str, str] = {}
@@ -170,6 +175,8 @@ class Layout:
         lacking = {name: forms for name, (key, forms) in expected.items() if name not in here and not self._may_miss(key)}
         renamed = likely(lacking, {key: file[key].shape for key in strange}, sizes)
         was = {key: name for name, key in renamed.items()}
+        front = in_front_of(strange)
+        behind = sum(self._place(key[len(front) :]) is not None for key in strange if key.startswith(front))
         return Comparison(
             sizes={**sizes, **{letter: len(count(letter, ())) for key in self.keys for letter in indices_of(key)[:1]}},
             used=used,
@@ -183,7 +190,8 @@ class Layout:
             },
             ignored=[*map(shown, ignored)],
             found=len(here) + len(twice) + len(strange),
-            near=len(here) + len(renamed),
+            near=len(here) + max(len(renamed), behind),
+            front=front if 2 * behind > len(strange) else "",
         )
 
     def synthetic(
@@ -298,6 +306,13 @@ def given(forms: Sequence[Axes], shape: Shape, sizes: Mapping[str, int]) -> Shap
         return shape
     wanted = tuple(sized(axis, sizes) or 0 for axis in forms[0])
     return wanted if fits(forms[1:], shape, sizes) and prod(wanted) == prod(shape) else None
+
+
+def in_front_of(keys: list[str]) -> str:
+    """The dotted parts with which all of these begin."""
+    first, last = min(keys, default="").split("."), max(keys, default="").split(".")
+    same = itertools.takewhile(lambda parts: parts[0] == parts[1], zip(first[:-1], last, strict=False))
+    return "".join(f"{part}." for part, _ in same)
 
 
 # words --------------------------------------------------------------------------------------------------------------------------------

@@ -17,9 +17,8 @@ from diffgraft.installed.anatomy import Target
 from diffgraft.installed.errors import BrokenPlugin, ConfigError, Unsupported
 from diffgraft.installed.plugin import Need, Plugin
 from diffgraft.kernel.loading import read_pipeline
-from diffgraft.kernel.weights import kept_by
 from diffgraft.methods.artefacts import Artefact, Fingerprint
-from diffgraft.methods.encoders import Encoder, read_encoder
+from diffgraft.methods.encoders import Encoder, follow, read_encoder
 from diffgraft.methods.findings import Finding
 from diffgraft.methods.layouts import Layout
 from diffgraft.methods.predictions import prediction_kind
@@ -86,8 +85,7 @@ def fetch_encoder(plugin: Plugin, need: Need, value: Any, target: Target) -> Enc
         raise ConfigError(
             f"plugin {plugin.name!r}: {need.knob} = {type(value).__name__}: give a folder, a Hub id, or (tokenizer, text encoder)"
         )
-    dtype = None if kept_by(encoder.model) else target.pipe.dtype
-    encoder.model.to(device=target.pipe._execution_device, dtype=dtype)
+    follow(encoder, target.pipe._execution_device, target.pipe.dtype)
     return encoder
 
 

@@ -21,16 +21,14 @@ from safetensors import safe_open
 from torch import Tensor
 
 from diffgraft.installed.errors import ArtefactMismatch, ConfigError
-from diffgraft.installed.foreign import plain, said
+from diffgraft.installed.foreign import brief, plain, said
 from diffgraft.installed.unread import PICKLES
 from diffgraft.methods.artefacts import find_file
-from diffgraft.methods.layouts import Comparison, Layout, Spec, shown
+from diffgraft.methods.layouts import MOST, Comparison, Layout, Spec, shown
 from diffgraft.methods.schema import name_of
 
 HEADER = 16 * 2**20
 """Bytes of a file's header, of an index, and of what a pickle is without its numbers."""
-MOST = 100_000
-"""Keys of all files together."""
 DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "I32": "int32", "I16": "int16"}
 DTYPES |= {"I8": "int8", "U8": "uint8", "BOOL": "bool", "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2"}
 """What safetensors call dtypes."""
@@ -89,6 +87,8 @@ def compare(layout: Layout, source: Any, plugin: str, knob: str) -> tuple[Compar
         ConfigError, ArtefactMismatch: what cannot be read at all.
     """
     if isinstance(source, Weights):
+        if wrong := [key for key in source.tensors if not isinstance(key, str)]:
+            raise ConfigError(f"plugin {plugin!r}: {knob}: {brief(wrong[0])} is no name of a tensor")
         files = [Found({key: spec_of(value) for key, value in source.tensors.items()}, None, source.tensors)]
     else:
         sources = source if isinstance(source, (list, tuple)) else [source]
