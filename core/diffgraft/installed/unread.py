@@ -37,11 +37,7 @@ def kinds_of(error: BaseException | None) -> set[str]:
 
 
 def why_not_loaded(error: BaseException, lacks: str = "model_index.json, so it is no diffusers pipeline") -> str:
-    """What kept diffusers (or the Hub's client, or transformers) from reading something, and the way out.
-
-    Args:
-        lacks: what the repository does not have where the Hub says that there is no such entry.
-    """
+    """What kept a library from reading something, and the way out; ``lacks`` is what is not there where the Hub has no such entry."""
     first, kinds = str(error).strip().partition("\n")[0], kinds_of(error)
     if "SafetensorError" in kinds:
         return f"a file of weights is damaged, or not what its name says ({first}): fetch or save it again"
