@@ -12,6 +12,7 @@ from diffusers import StableDiffusionPipeline
 from diffusers.models.attention_processor import AttnProcessor
 from torch import Tensor
 
+from ..emoji import scenes
 from .common import Stage
 from .pool import Pairs, Pool
 from .unet import BATCH, Batches, loss_weight
@@ -33,6 +34,17 @@ def draw_middle_timesteps(count: int, generator: torch.Generator, progress: floa
     return (u * count).long().clamp(max=count - 1)
 
 
+OFTEN = 3.0
+"""How many times as often a picture is drawn that shows one of the objects that `train_more` is told to draw often."""
+
+
+def draw_odds(pools: Sequence[Pool | Pairs], often: Sequence[str]) -> Tensor:
+    """One number a picture of `pools`, in order: OFTEN where one of the objects `often` is in it, 1 elsewhere."""
+    wanted = torch.tensor([list(scenes.OBJECTS).index(name) for name in often])
+    objects = [pool.labels[..., 0].reshape(len(pool.labels), -1) for pool in pools]
+    return torch.cat([1 + (OFTEN - 1) * torch.isin(each, wanted).any(1).float() for each in objects])
+
+
 def train_more(
     pools: Sequence[Pool | Pairs],
     pipe: StableDiffusionPipeline,
@@ -41,10 +53,15 @@ def train_more(
     decay: int,
     seed: int,
     accelerator: Accelerator,
+    often: Sequence[str] = (),
 ) -> None:
-    """Train the U-Net and the text encoder of `pipe` on; they carry the averaged weights afterwards."""
+    """Train the U-Net and the text encoder of `pipe` on; they carry the averaged weights afterwards.
+
+    `often` names objects that are hard to draw: OFTEN as likely as the others.
+    """
     torch.manual_seed(seed + 6)
-    batches = Batches(pools, pipe.vae, pipe.tokenizer, folder, seed + 6, accelerator.device, draw_middle_timesteps)
+    odds = draw_odds(pools, often) if often else None
+    batches = Batches(pools, pipe.vae, pipe.tokenizer, folder, seed + 6, accelerator.device, draw_middle_timesteps, odds)
     unet, text_encoder = pipe.unet, pipe.text_encoder
     unet.set_attn_processor(AttnProcessor())
     modules = {"unet": unet, "text_encoder": text_encoder}

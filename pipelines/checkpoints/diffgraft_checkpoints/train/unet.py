@@ -132,9 +132,17 @@ Encoded = tuple[Pool | Pairs, Tensor, Tensor]
 """Pictures with the means and deviations of their latents."""
 
 
-def draw_batch(pools: Sequence[Encoded], generator: torch.Generator, rng: np.random.Generator) -> tuple[Tensor, list[str]]:
-    """Latents (BATCH, 4, 16, 16), drawn from their posteriors, and captions: evenly from the pictures of all `pools` together."""
-    order = torch.randint(sum(len(mean) for _, mean, _ in pools), (BATCH,), generator=generator)
+def draw_batch(
+    pools: Sequence[Encoded], generator: torch.Generator, rng: np.random.Generator, odds: Tensor | None = None
+) -> tuple[Tensor, list[str]]:
+    """Latents (BATCH, 4, 16, 16), drawn from their posteriors, and captions, from the pictures of all `pools` together.
+
+    Every picture is as likely as any other, or as `odds` (one positive number a picture) say.
+    """
+    if odds is None:
+        order = torch.randint(sum(len(mean) for _, mean, _ in pools), (BATCH,), generator=generator)
+    else:
+        order = torch.multinomial(odds, BATCH, replacement=True, generator=generator)
     start, latents, captions = 0, [], []
     for pool, mean, deviation in pools:
         index = order[(order >= start) & (order < start + len(mean))] - start
@@ -177,6 +185,7 @@ class Batches:
         seed: int,
         device: torch.device,
         timesteps: Callable[[int, torch.Generator, float], Tensor] | None = None,
+        odds: Tensor | None = None,
     ) -> None:
         self.pools = [(pool, *encode_pool(pool, vae, folder)) for pool in pools]
         self.tokenizer = tokenizer
@@ -184,12 +193,13 @@ class Batches:
         self.seed = seed
         self.device = device
         self.timesteps = timesteps or draw_timesteps
+        self.odds = odds
         self.known: dict[str, list[int]] = {}
 
     def draw(self, step: int, progress: float, pools: int | None = None, dropout: float = CAPTION_DROPOUT) -> Batch:
         """The batch of `step`, from the first `pools` of the pools; `progress` is the share of the steps that are done."""
         generator, rng = step_generator(self.seed + 2, step), np.random.default_rng([self.seed, step])
-        latents, captions = draw_batch(self.pools[:pools], generator, rng)
+        latents, captions = draw_batch(self.pools[:pools], generator, rng, self.odds)
         dropped = torch.rand(BATCH, generator=generator) < dropout
         tokens = torch.tensor([self.tokenize("" if d else c) for c, d in zip(captions, dropped.tolist(), strict=True)])
         latents += slope_at(progress) * SLOPE
