@@ -101,7 +101,7 @@ def close_all(slots: Sequence[Slot]) -> None:
     def close() -> None:
         for slot in reversed(slots):
             slot.close()
-            slot.lead = None
+            slot.lead = slot.copied = None
 
     surely(close)
 
