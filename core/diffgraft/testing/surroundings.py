@@ -191,7 +191,7 @@ def foreign_processors(s: Subject) -> None:
     processors_kept(s, Setting(processors=True), "somebody else's processors")
 
 
-@check("main", when=lambda s: s.facts.has_ip_adapter)
+@check("main", when=lambda s: s.facts.has_ip_adapter and s.supports(Setting(ip_adapter=True)))
 def ip_adapter(s: Subject) -> None:
     """IP-Adapter present: its processors are kept and its picture shows (diffusers #8872; tomesd's copied forward has no IP-Adapter)."""
     processors_kept(s, Setting(ip_adapter=True), "an IP-Adapter")
