@@ -71,7 +71,7 @@ def pipelines_of(cls: type[Plugin]) -> list[str]:
     return sorted(
         name
         for family in registry.families().values()
-        if cls.claims(family)
+        if family.is_among(cls.families)
         for name in family.pipelines
         if cls.why_not_on(name) is None
     )
