@@ -5,7 +5,6 @@ from __future__ import annotations
 from diffgraft_pipelines.families import (
     animatediff,
     cogvideox,
-    consistency,
     dit,
     flux,
     ltx,
@@ -15,7 +14,6 @@ from diffgraft_pipelines.families import (
     sd,
     sd3,
     sdxl,
-    skyreels,
     svd,
     wan,
 )
@@ -23,13 +21,10 @@ from diffgraft_pipelines.families import (
 FAMILIES = (
     sd.family,
     sd.latent_consistency,
-    sd.edit,
     animatediff.family,
     sdxl.family,
-    sdxl.edit,
     svd.family,
     pixel.family,
-    consistency.family,
     dit.family,
     pixart.family,
     sd3.family,
@@ -39,7 +34,6 @@ FAMILIES = (
     qwen_image.family,
     qwen_image.edit,
     wan.family,
-    skyreels.family,
     ltx.family,
     ltx.image,
     cogvideox.family,
