@@ -6,7 +6,7 @@ import copy
 from typing import Any, ClassVar
 
 import torch
-from diffgraft import Calibrator, Effects, Need, Paper, PluginConfig
+from diffgraft import Calibrator, Effects, Need, Paper, PluginConfig, Unsupported
 from diffgraft.methods.layouts import Layout
 from diffgraft.methods.schema import Holds, Values
 from diffusers import DDIMScheduler
@@ -129,3 +129,24 @@ class TakesAnyWeights(Scaled):
 
     Config = WeightKnobs
     needs = (Need("weights", "weights", holds=Layout({"a.weight": ("d",), "b.weight": ("d",)}, ignored=("*",), small={"d": 2})),)
+
+
+class NeedsTheLoop(Scaled):
+    """Says that it works in a session, and sets in ``run`` what it scales by."""
+
+    State = Kept
+    sessions = True
+
+    def run(self, call, next):
+        call.shared.result = 1.5
+        return next(call)
+
+    def factor(self, call):
+        return call.shared.result or 1.0
+
+
+class RefusesWithoutSaying(Scaled):
+    """Refuses a pipeline class at any settings, which nobody can know before the call."""
+
+    def check(self, target):
+        raise Unsupported(f"{self.name} does not work on this pipeline, for no reason that was declared")

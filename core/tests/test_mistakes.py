@@ -224,9 +224,9 @@ def test_a_fault_of_ours_keeps_its_traceback(call, monkeypatch):
 
 MAKERS = (
     ("run", "owner/x", "--prompt", "a", "--out"),
-    ("calibrate", "sparse", "--pipeline", "owner/x", "--prompt", "a", "--out"),
-    ("evolve", "sparse", "--pipeline", "owner/x", "--prompt", "a", "--steps", "4", "--out"),
-    ("invert", "sparse", "--pipeline", "owner/x", "--image", "a.png", "--out"),
+    ("calibrate", "dpm_solver_v3", "--pipeline", "owner/x", "--prompt", "a", "--out"),
+    ("evolve", "autodiffusion", "--pipeline", "owner/x", "--prompt", "a", "--steps", "4", "--out"),
+    ("invert", "bdia", "--pipeline", "owner/x", "--image", "a.png", "--out"),
     ("compare", "owner/x", "--plugins", "sparse", "--out"),
     ("tune", "owner/x", "--target", "psnr=30", "--trials", "1", "--out"),
     ("check", "sparse", "--badge"),

@@ -61,6 +61,8 @@ from mutants_outside import (
     HoldsTheScheduler,
     KeepsTheConditioning,
     KeepsTheLatents,
+    NeedsTheLoop,
+    RefusesWithoutSaying,
     SpeaksItsOwnUnit,
     TakesAnyWeights,
     TrustsTheFile,
@@ -83,6 +85,8 @@ class OvershootsTheStep(Scaled):
 
 
 MUTANTS = [
+    (NeedsTheLoop, SD, "session"),
+    (RefusesWithoutSaying, SD, "refuses_what_it_says"),
     (KeepsOnItself, PIXART, "same_seed"),
     (ResetsAtTheEnd, PIXART, "interrupt"),
     (ResetsAtTheEnd, PIXART, "exception"),

@@ -173,8 +173,12 @@ class Plugin:
 
     def __init__(self, **knobs: Any) -> None:
         self.config = build_config(self.name, self.Config, knobs)
+
+    @property
+    def is_neutral(self) -> bool:
+        """Whether it stands at its neutral settings, with nothing given beside them."""
         nothing_given = all(need.knob in self.neutral or getattr(self.config, need.knob) is None for need in self.needs)
-        self.is_neutral = bool(self.neutral) and nothing_given and is_at(self.config, self.neutral)
+        return bool(self.neutral) and nothing_given and is_at(self.config, self.neutral)
 
     @property
     def own_knobs(self) -> dict[str, Any]:

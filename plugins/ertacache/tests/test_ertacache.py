@@ -609,7 +609,7 @@ def test_unets_and_blocks_without_one_stream_are_refused():
     for takes, returns in ((("x",), ("x",)), (("hidden_states",), ("hidden_states", "skip"))):
         block = SimpleNamespace(is_layer=False, path="blocks.0", takes=takes, returns=returns)
         with pytest.raises(Unsupported, match=r"blocks\.0 takes"):
-            ERTACache().check(SimpleNamespace(blocks=[block]))
+            ERTACache().check(SimpleNamespace(blocks=[block], given={}))
 
 
 def test_the_artefact_is_not_changed_by_a_run(tmp_path):
