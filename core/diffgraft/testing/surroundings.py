@@ -16,6 +16,7 @@ from diffgraft.installed.errors import Unsupported
 from diffgraft.kernel.loading import unload
 from diffgraft.kernel.stack import stack_of
 from diffgraft.testing.case import check
+from diffgraft.testing.levels import VARIANCE, exactly_gaussian, level
 from diffgraft.testing.setting import ANOTHER, USUAL, Setting, under
 from diffgraft.testing.subject import Subject, distance
 from diffgraft.testing.tiny import SCHEDULERS, ForeignProcessor, add_lora, attention_layers, denoisers, make_scheduler, quiet
@@ -120,24 +121,32 @@ def conditioning_edited(s: Subject) -> None:
 
 @check("kind", when=lambda s: "scheduler" in s.plugin.effects.replaces and s.supports_scheduler("Euler") and seen_by_callbacks(s))
 def own_unit(s: Subject) -> None:
-    """A scheduler that takes the place of Euler's hands out latents as wide as Euler's: x0 + sigma eps, not a x0 + s eps."""
+    """A scheduler that takes the place of Euler's hands out latents as wide as Euler's: x0 + sigma eps, not a x0 + s eps.
+
+    As wide for their time: it may have another spacing, and so another sigma after its first step. The denoiser is the exact one of a
+    Gaussian, so that the width of both kinds of latents is known at any time.
+    """
+    setting = under("Euler").but(num_inference_steps=8)  # so many that the latents are still mostly noise after the first
 
     def widths(pipe: Any) -> list[float]:
         found: list[float] = []
 
         def look(pipe: Any, step: int, t: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-            found.append(float(tensors["latents"].std()))
+            a, noise = level(float(pipe.scheduler.timesteps[min(step + 1, len(pipe.scheduler.timesteps) - 1)]), pipe.scheduler, "epsilon")
+            found.append(float(tensors["latents"].std()) / (VARIANCE + (noise / a) ** 2) ** 0.5)
             return {}
 
-        s.run(pipe, under("Euler"), callback_on_step_end=look)
+        with exactly_gaussian(denoisers(pipe, s.family), s.family, pipe.scheduler):
+            s.run(pipe, setting, callback_on_step_end=look)
         return found
 
     try:
-        own, new = widths(s.make(under("Euler"))), widths(s.attach(s.make(under("Euler"))))
+        own, new = widths(s.make(setting)), widths(s.attach(s.make(setting)))
     except Unsupported as error:
         s.note(f"refused: {error}")
         return
-    assert 0.4 < new[0] / own[0] < 2.5, f"after a step a callback sees latents of width {new[0]:.3g}, under Euler itself {own[0]:.3g}"
+    told = f"after a step a callback sees latents {new[0]:.3g} times as wide as those of their time, under Euler itself {own[0]:.3g}"
+    assert 0.4 < new[0] / own[0] < 2.5, told
 
 
 @check("kind", when=lambda s: s.facts.has_offload)
