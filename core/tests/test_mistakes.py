@@ -239,6 +239,7 @@ MAKERS = (
         (("run", "owner/x", "--plugin", "spars"), "no plugin 'spars' is installed; did you mean 'sparse'"),
         (("run", "emoji-sdd", "--plugin", "sparse"), "'emoji-sdd' is no bundled pipeline; did you mean 'emoji-sd'"),
         (("invert", "spars", "--pipeline", "owner/x", "--image", "a.png", "--out", "a.safetensors"), "no plugin 'spars'"),
+        (("invert", "bdia", "--pipeline", "emoji-sdd", "--image", "a.png", "--out", "a.safetensors"), "'emoji-sdd' is no bundled pipeline"),
         (("compare", "owner/x", "--plugins", "spars"), "no plugin 'spars'"),
         (("tune", "owner/x", "--plugins", "spars", "--target", "psnr=30"), "no plugin 'spars'"),
     ],

@@ -51,8 +51,8 @@ def calibrate(
     """Measure what a plugin needs to know of a model; an interrupted calibration goes on where it stopped."""
     from diffgraft.cli.values import call_settings, load_bare, parse_assignments, read_prompts, specs_for
 
-    declared(registry.find(plugin), "calibration")  # before anything is loaded
     specs = specs_for(pipeline, [plugin], option)
+    declared(registry.find(plugin), "calibration")  # before the pipeline is loaded
     texts = read_prompts(prompt, prompts)
     if not texts:
         raise ConfigError("nothing to calibrate on: give --prompts FILE with one prompt a line, or --prompt TEXT")
@@ -121,8 +121,8 @@ def evolve(
         specs_for,
     )
 
-    declared(registry.find(plugin), "search")  # before anything is loaded
     specs = specs_for(pipeline, [plugin, *(beside or [])], option)
+    declared(registry.find(plugin), "search")  # before the pipeline is loaded
     texts = read_prompts(prompt, prompts)
     if not texts:
         raise ConfigError("nothing to judge the candidates on: give --prompts FILE with one prompt a line, or --prompt TEXT")
@@ -173,8 +173,8 @@ def invert(
     """Walk from a picture back to the noise that it comes from; `run` with the code makes it again, or edits it."""
     from diffgraft.cli.values import call_settings, load_bare, parse_assignments, specs_for
 
-    declared(registry.find(plugin), "inversion")  # before anything is loaded
     specs = specs_for(pipeline, [plugin], option)
+    declared(registry.find(plugin), "inversion")  # before the pipeline is loaded
     extra = parse_assignments(arg, "-a")
     path = out or Path(f"{plugin}-code.safetensors")
     check_file(path, [".safetensors"])

@@ -165,7 +165,6 @@ def make(recipe: Recipe) -> Made:
     from diffgraft.cli.pictures import check_controlnet, class_for, fitted, load_controlnet, read_given, strength_for
     from diffgraft.cli.values import call_settings, load_bare
     from diffgraft.installed import registry
-    from diffgraft.installed.registry import resolve
     from diffgraft.kernel.loading import load_pipeline
     from diffgraft.methods.inputs import as_array, make_pictures, make_samples
     from diffgraft.methods.variants import as_variant
@@ -183,7 +182,7 @@ def make(recipe: Recipe) -> Made:
     )
     cls = None
     if given:
-        cls = class_for(resolve(recipe.pipeline), given, recipe.controlnet)
+        cls = class_for(registry.resolve(recipe.pipeline), given, recipe.controlnet)
         call = replace(call, strength=strength_for(cls, recipe.strength, call.steps or (bundled.steps if bundled else None)))
         if recipe.controlnet is not None:
             check_controlnet(recipe.controlnet)

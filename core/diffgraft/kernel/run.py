@@ -64,8 +64,6 @@ class Run:
         """Whether a plugin has changed the schedule."""
         self.copies = 0
         """Copies of the scheduler that the pipeline has made."""
-        self.hears_denoisers = False
-        """Whether denoiser calls arrive here."""
         self.outer: RunView | None = active_run()
         """The run of this thread in which a plugin began this one: it ends with it."""
         self._stopped = False

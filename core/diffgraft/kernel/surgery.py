@@ -79,6 +79,9 @@ class Surgery:
 def _meet(slot: Slot, home: Any, name: str, parent: nn.Module) -> bool:
     """Whether another plugin's exchange is of the same module, or has brought the module in which the new one is to be made. What it has
     only wrapped is the pipeline's still."""
-    same = slot.home is home and slot.key == name
-    brought = any(parent is module for module in slot.value.modules()) if isinstance(slot.value, nn.Module) else False
-    return same or (brought and not any(parent is module for module in slot.inner.modules()))
+    return (slot.home is home and slot.key == name) or (_holds(slot.value, parent) and not _holds(slot.inner, parent))
+
+
+def _holds(module: nn.Module | None, part: nn.Module) -> bool:
+    """Whether ``part`` is somewhere in a module; a place for one may hold None."""
+    return module is not None and any(part is each for each in module.modules())

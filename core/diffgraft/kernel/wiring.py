@@ -50,7 +50,7 @@ class Wiring:
         # what a run is bound to is held against the first denoiser call; exchanged modules ask where they are (`now`)
         if points & {"denoise", "block", "attention", "guide", "modules"} or run.bound:
             slots += self._denoisers(run, onions)
-            run.hears_denoisers = run.report.counting = True
+            run.report.counting = True
         if "control" in points:
             networks = controls_of(self.pipe)
             lead = partial(run.control, onions.control)
@@ -93,8 +93,8 @@ class Wiring:
         copies (a user's callback does)."""
         if active_run() is not run:
             return None
-        if not run.hears_denoisers:  # which steps belong together is seen by the denoiser call between them
-            run.hears_denoisers = True
+        if not run.report.counting:  # which steps belong together is seen by the denoiser call between them
+            run.report.counting = True
             for each in self._denoisers(run, onions):
                 slots.append(each)
                 each.open()
