@@ -323,6 +323,7 @@ def test_at_neutral_settings_nobody_is_warned():
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         generate(pipe, {**kwargs, **KWARGS})
+    assert pipe.plugins.report().plugins["deepcache"].notes == ["inactive: it stands at its neutral settings, where it changes nothing"]
 
 
 # signatures -------------------------------------------------------------------------------------------------------------------------

@@ -443,8 +443,8 @@ class PluginStack:
         return Session(enter, end)
 
     def _warn_of_idle(self, run: Run) -> None:
-        """Warn of each plugin that saved nothing, once; at its neutral settings it was told to."""
+        """Warn of each plugin that saved nothing, once."""
         for entry, note in idle(run):
-            if not entry.plugin.is_neutral and entry not in self._warned:
+            if entry not in self._warned:
                 self._warned.add(entry)
                 warnings.warn(f"{entry.name}: {note}", UserWarning, stacklevel=4)

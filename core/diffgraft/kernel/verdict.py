@@ -34,6 +34,8 @@ def ensure_fired(run: Run, result: Any) -> None:
         if not part.fired and not part.notes and run.reached and entry.plugin.points() != ("modules",):
             by = next((run.answers[point] for point in ("denoise", "block", "run") if point in run.answers), None)
             part.notes.append(f"never called: {by.name if by else 'a plugin'} further out answered every call")
+        if entry.plugin.is_neutral and not any("inactive" in note for note in part.notes):
+            part.notes.append("inactive: it stands at its neutral settings, where it changes nothing")
 
 
 def _why(run: Run, entry: Entry, point: str) -> str:

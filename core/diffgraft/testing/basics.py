@@ -81,6 +81,9 @@ def neutral(s: Subject) -> None:
         plain = pipe.plugins.run_scheduler() is pipe.scheduler  # beside neutral plugins the planner lets everything stand
         assert plain, f"at {knobs} it replaces the scheduler: let make_scheduler give None there"
         s.expect(s.run(pipe), s.baseline(), f"at {knobs} against the baseline")
+        if pipe.plugins[s.plugin.name].is_neutral:
+            notes = s.report(pipe).notes
+            assert any("inactive" in note for note in notes), f"at {knobs} the report does not say that it is inactive: {notes}"
 
 
 @check("main")

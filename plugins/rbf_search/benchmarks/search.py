@@ -1,6 +1,7 @@
 """Rollover budget forcing beside best-of-N with as many function evaluations, on a bundled flow pipeline, prompt by prompt.
 
     python plugins/rbf_search/benchmarks/search.py --out out/rbf      # every arm is kept in --out, a second call makes what is missing
+    python plugins/rbf_search/benchmarks/search.py --settings --out out/rbf      # other settings, on the 24 prompts after those
 
 Writes results.json, curve.png (reward against evaluations) and grid.png (a row an arm).
 """
@@ -33,6 +34,17 @@ from rich.table import Table
 
 mpl.use("agg")
 ODE = {"norm": 0.0, "reward": None}
+OTHERS = 24
+SETTINGS: tuple[tuple[int, dict[str, Any]], ...] = (
+    (10, {"interpolant": "linear", "grid": "pipeline", "norm": 3.0, "particles": 12}),
+    (10, {"interpolant": "linear", "grid": "pipeline", "norm": 3.5, "particles": 12}),
+    (10, {"interpolant": "linear", "grid": "pipeline", "norm": 3.5, "particles": 6}),
+    (10, {"interpolant": "linear", "grid": "pipeline", "norm": 3.5, "particles": 20}),
+    (6, {"interpolant": "linear", "grid": "pipeline", "norm": 3.0, "particles": 20}),
+    (10, {"interpolant": "vp", "grid": "uniform", "norm": 5.0, "particles": 12}),
+    (10, {"interpolant": "vp", "grid": "uniform", "norm": 5.0, "particles": 20}),
+)
+"""Steps and knobs among which a setting is chosen, on prompts that the comparison does not use."""
 console = Console(width=150)
 
 
@@ -117,13 +129,17 @@ def main(
     linear_grid: str = "pipeline",
     batch: int = 24,
     threads: int = 1,
+    settings: Annotated[bool, typer.Option("--settings", help="instead: other settings on other prompts")] = False,
     out: Path = Path("out/rbf"),
 ) -> None:
     """All arms, their table and their pictures."""
     torch.set_num_threads(threads)
     diffusers.utils.logging.disable_progress_bar()
-    captions = list(map(scenes.pair_caption, held_out_pairs(prompts))) if pairs else list(map(scenes.caption, held_out_labels()[:prompts]))
-    bench = Bench(pipeline, captions, steps, nfe, batch)
+    first, last = (prompts, prompts + OTHERS) if settings else (0, prompts)
+    pair_captions, captions = map(scenes.pair_caption, held_out_pairs(last)), map(scenes.caption, held_out_labels()[:last])
+    bench = Bench(pipeline, list(pair_captions if pairs else captions)[first:], steps, nfe, batch)
+    if settings:
+        return choose(bench, out)
     linear, vp = ({"interpolant": name, "grid": "pipeline", **ODE} for name in ("linear", "vp"))
     arms = {
         "one picture, ODE": lambda: bench.best_of(linear, 1),
@@ -134,9 +150,9 @@ def main(
         ),
         "RBF, VP SDE": lambda: bench.search({"interpolant": "vp", "grid": grid, "norm": norm, "particles": particles}),
     }
-    settings = f"{nfe} evaluations, {steps} steps; {particles} particles; VP {norm:g}, {grid}; linear {linear_norm:g}, {linear_grid}"
+    told = f"{nfe} evaluations, {steps} steps; {particles} particles; VP {norm:g}, {grid}; linear {linear_norm:g}, {linear_grid}"
     what = "two objects" if pairs else "one object"
-    table = Table(title=f"{pipeline}: {prompts} held-out prompts for {what}, {settings}")
+    table = Table(title=f"{pipeline}: {prompts} held-out prompts for {what}, {told}")
     for name in ("", "NFE", "reward", "linear RBF more (95 %)", "VP RBF more (95 %)", "all right", "gained", "lost", "seconds"):
         table.add_column(name, justify="right")
     made = {name: kept(out / "arms", name, make) for name, make in arms.items()}
@@ -163,6 +179,17 @@ def main(
     shown = ("one picture, ODE", "best of N, ODE", "RBF, linear SDE", "RBF, VP SDE")
     labels = [([name, *([f"reward {made[name][1][-1].mean():.3f}"])], made[name][0][:8]) for name in shown]
     draw_grid(str(table.title), "reward and judge are one network", bench.prompts[:8], labels, 128).quantize(128).save(out / "grid.png")
+
+
+def choose(bench: Bench, out: Path) -> None:
+    """Reward and verdicts of every setting, one picture a prompt."""
+    for steps, knobs in SETTINGS:
+        bench.steps = steps
+        name = f"{steps} steps, " + ", ".join(f"{key} {value}" for key, value in knobs.items())
+        images, curve, seconds = kept(out / "settings", name, lambda knobs=knobs: bench.search(knobs))
+        verdicts = right(bench, images)
+        error = curve[-1].std(ddof=1) / math.sqrt(len(images))
+        console.print(f"{name}: reward {curve[-1].mean():.2f} ({error:.2f}), {sum(verdicts)}/{len(verdicts)} right, {seconds:.0f} s")
 
 
 def right(bench: Bench, images: list[Image.Image]) -> list[bool]:
