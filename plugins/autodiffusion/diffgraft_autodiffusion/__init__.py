@@ -176,6 +176,7 @@ class AutoDiffusion(Plugin):
         if found.timesteps is None:
             return made
         ensure_in_range(found.timesteps, call.scheduler, call.family)
+        call.acted()  # time steps are its work too, where no layer is left out
         return scheduled(found.timesteps, found.end, made, call.scheduler, call.family)
 
     def _beside_the_callers(self, call: Call) -> None:

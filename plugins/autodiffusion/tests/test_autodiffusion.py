@@ -548,6 +548,13 @@ def test_the_callers_own_schedule_is_not_overridden_without_a_word():
     assert "denoising_end = 0.6 cuts the plugin's time steps" in pipe.plugins.report().plugins["autodiffusion"].notes[0]
 
 
+@pytest.mark.filterwarnings("error::UserWarning")
+def test_time_steps_alone_are_not_called_inactive():
+    pipe, kwargs = tiny()
+    latents(attached(pipe, timesteps=(800, 500, 200)), kwargs, 3)
+    assert not any("inactive" in note for note in pipe.plugins.report().plugins["autodiffusion"].notes)
+
+
 @pytest.mark.parametrize("solver", ["bdia", "dpm_solver_v3"])
 def test_a_solver_in_the_schedulers_place_walks_along_the_found_steps(solver):
     pipe, kwargs = tiny()
