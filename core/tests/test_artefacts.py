@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import accelerate
@@ -107,6 +108,13 @@ def test_calibrate_use_and_leave_no_trace(pipe, tmp_path):
     assert torch.equal(picture(pipe), plain)
     pipe.plugins.configure("gain", artefact=made)  # a live one
     assert torch.equal(picture(pipe), changed)
+
+
+def test_a_calibration_may_make_several_pictures_of_a_prompt(pipe, tmp_path):
+    rows = []
+    pipe.unet.register_forward_pre_hook(lambda module, args: rows.append(args[0].shape[0]))
+    calibrate(pipe, Gain(), samples(1), replace(sized(pipe), extra={"num_images_per_prompt": 3}), tmp_path / "gain.safetensors")
+    assert set(rows) == {2 * 3}
 
 
 def test_another_model_is_refused_before_anything_is_touched(pipe, artefact):

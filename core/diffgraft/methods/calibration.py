@@ -62,7 +62,7 @@ def calibrate(
             digest = hashlib.sha256(json.dumps(what, sort_keys=True, default=str).encode()).hexdigest()
             found = resume(path, plugin.name, digest) if path.exists() else None
             if found is None:
-                pipe(**call_arguments(pipe, [sample], settings))
+                pipe(**call_arguments(pipe, [sample], settings, several=True))
                 fits = made_for(plugin, stack)
                 found = Artefact(fits, stack.report().plugins[calibrator.name].records, {"digest": digest})
                 found.save(path)

@@ -107,8 +107,10 @@ def make_samples(pipe: Any, seeds: Sequence[int], prompts: Sequence[str] = (), c
     ]
 
 
-def call_arguments(pipe: Any, samples: Sequence[Sample], settings: CallSettings) -> dict[str, Any]:
+def call_arguments(pipe: Any, samples: Sequence[Sample], settings: CallSettings, several: bool = False) -> dict[str, Any]:
     """The keyword arguments of one call that makes ``samples``: lists for several, as a user would write it for one.
+
+    ``several``: the caller keeps no pictures, so that the call may make more than one of each sample (``num_images_per_prompt``).
 
     Raises:
         ConfigError: a setting that this pipeline does not take, or an input that it needs and that is missing.
@@ -118,7 +120,7 @@ def call_arguments(pipe: Any, samples: Sequence[Sample], settings: CallSettings)
     one = len(samples) == 1
     arguments: dict[str, Any] = {}
     for key, value in settings.extra.items():
-        if key in MADE_HERE and key in known:
+        if key in MADE_HERE and key in known and not (several and key == "num_images_per_prompt"):
             raise ConfigError(f"{key} = {value!r}: that is what {MADE_HERE[key]} says")
         if (key == "output_type" and value not in ARRAYS) or (key == "return_dict" and value is not True):
             raise ConfigError(f"{key} = {value!r}: pictures are asked for ({', '.join(ARRAYS)}); call the pipeline for anything else")
