@@ -21,6 +21,7 @@ import generate
 import pytest
 from blocks import Block, blocks_of, inside, run_page
 from diffgraft.cli import app
+from diffgraft.cli.values import plugin_specs
 from diffgraft.installed import errors, registry
 from diffgraft.installed.plugin import POINTS, Plugin
 from diffgraft.testing import contract_cases
@@ -118,19 +119,65 @@ def test_a_hook_pages_plugin(point: str, tmp_path: Path) -> None:
 # commands ---------------------------------------------------------------------------------------------------------------------------------
 
 
-def commands_of(page: Path) -> set[str]:
-    shell = [block.code.replace("\\\n", " ") for block in blocks_of(page) if block.language == "bash"]
-    return {line for code in shell for line in re.findall(r"(?:^|&& |; |[A-Z_]=\S+ )diffgraft (.+)", code, re.MULTILINE)}
+COMMANDS = re.compile(r"(?:^ {4,}|^|&& |; |[A-Z_]=\S+ )diffgraft ([a-z]+(?: .*)?)$", re.MULTILINE)
 
 
-@pytest.mark.parametrize("page", [name for name, path in PAGES.items() if commands_of(path)])
-def test_commands_exist(page: str) -> None:
+def commands_of(page: Path) -> list[list[str]]:
+    """Every command that a page quotes, as words; a sentence that begins with the project's name is none."""
+    known = get_command(app).commands  # type: ignore[attr-defined]
+    lines = COMMANDS.findall(page.read_text(encoding="utf-8").replace("\\\n", " "))
+    return [shlex.split(line, comments=True) for line in lines if line.split()[0] in known]
+
+
+def wrong_in(words: list[str]) -> str:
+    """What the command line would say against it before anything is loaded: options, their values, the plugins' knobs."""
+    command, rest = get_command(app), list(words)
+    while hasattr(command, "commands"):
+        command = command.commands[rest.pop(0)]
+    try:
+        told = command.make_context(words[0], rest).params
+        names = [told[key] for key in ("plugin", "plugins", "name") if told.get(key)]
+        flat = [name for each in names for name in (each if isinstance(each, list) else each.split(","))]
+        given = [option for option in told.get("option") or [] if option.split(".")[0] in registry.installed()]
+        for name, knobs in plugin_specs(flat, given):
+            for knob in knobs:
+                if knob not in registry.find(name).Config.model_fields:
+                    return f"{name} has no knob {knob}"
+    except errors.DiffgraftError as error:
+        return str(error)
+    except Exception as error:
+        if not hasattr(error, "format_message"):  # typer brings its own copy of click, whose exceptions have no public name
+            raise
+        return str(error.format_message())
+    return ""
+
+
+QUOTING = {
+    path.relative_to(ROOT).as_posix(): path
+    for pattern in ("*.md", "plugins/*/README.md", "docs/**/*.md", "examples/**/*.md", "pipelines/*/README.md")
+    for path in sorted(ROOT.glob(pattern))
+    if not NOT_WRITTEN & set(path.parts) and commands_of(path)
+}
+
+
+@pytest.mark.parametrize("page", QUOTING)
+def test_commands_that_are_quoted_can_be_given(page: str) -> None:
     """Those of blocks that are only shown too."""
-    for line in commands_of(PAGES[page]):
-        name, *words = shlex.split(line, comments=True)
-        command = get_command(app).commands[name]  # type: ignore[attr-defined]
-        known = {option for parameter in command.params for option in [*parameter.opts, *parameter.secondary_opts]}
-        assert {word for word in words if word.startswith("-")} <= known, line
+    found = {" ".join(words): wrong_in(words) for words in commands_of(QUOTING[page])}
+    assert not {line: why for line, why in found.items() if why}
+
+
+@pytest.mark.parametrize(
+    ("line", "why"),
+    [
+        ("run emoji-sd --prompt x --stps 3", "No such option"),
+        ("run emoji-sd --prompt x --steps many", "--steps"),
+        ("compare emoji-sd --plugins deepcache -o deepcache.interwal=2", "has no knob interwal"),
+        ("compare emoji-sd --plugins deepcache -o a_star.alpha=2", "not in the list"),
+    ],
+)
+def test_a_wrong_command_is_found(line: str, why: str) -> None:
+    assert why in wrong_in(line.split())
 
 
 # the files of the two lowest floors and the names of the package are all told -------------------------------------------------------------
