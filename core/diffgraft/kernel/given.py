@@ -47,3 +47,8 @@ def ensure_family(plugin: Plugin, family: Family, pipeline: type) -> None:
         raise Unsupported(f"{plugin.name} does not work on {name}: {why}")
     if plugin.points() == ("guide",) and family.guidance.layout == "none":
         raise Unsupported(f"{plugin.name} changes guidance, but {name} runs none")
+    if lost := family.lost(plugin.effects.edits, plugin.points()):
+        raise Unsupported(
+            f"{plugin.name} works on the {', '.join(lost)}, which does not reach the steps of {name}: it makes a copy of its scheduler "
+            "for each frame, and those step by themselves"
+        )
