@@ -166,7 +166,7 @@ class FrameTimes(Probe):
     shares: ClassVar[tuple[float, ...]] = (1.0, 1.0)
 
     def denoise(self, call, next):
-        _, _, frames, height, width = call.sample.shape
+        height, width = call.sample.shape[-2:]
         t = call.step.t * torch.tensor(self.shares)
         _, p, q = call.model.config["patch_size"]
         return next(call.replace(timestep=t.repeat_interleave(height * width // (p * q))[None]))

@@ -71,7 +71,7 @@ def pipelines_of(cls: type[Plugin]) -> list[str]:
     return sorted(
         name
         for family in registry.families().values()
-        if family.is_among(cls.families)
+        if cls.claims(family)
         for name in family.pipelines
         if cls.why_not_on(name) is None
     )

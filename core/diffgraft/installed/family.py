@@ -123,8 +123,18 @@ class Family:
         return {"packed": -1, "pixels": 1}.get(self.latents, self.latents.find("c"))
 
     def is_among(self, families: Iterable[str]) -> bool:
-        """Whether a plugin's ``families`` name it: by name, by kind in the plural ("unets", "dits"; "dit" is a family), or by "*"."""
-        return bool({"*", self.name, f"{self.kind}s"} & set(families))
+        """Whether a plugin's ``families`` name it: by name, by kind in the plural ("unets", "dits"; "dit" is a family), or by "*".
+
+        A consistency family is named by its name only: what methods say of the noise or the clean sample in a prediction is not so there.
+        """
+        wide = set() if self.prediction == "consistency" else {"*", f"{self.kind}s"}
+        return bool({self.name, *wide} & set(families))
+
+    def lost(self, edits: Iterable[str], points: Iterable[str]) -> list[str]:
+        """What of a plugin's edits, in the words of its effects, would reach no step of these pipelines."""
+        if not self.copied_scheduler:
+            return []
+        return sorted({"latents", "schedule"} & set(edits)) + ["guidance"] * ("guide" in points)
 
 
 @dataclass

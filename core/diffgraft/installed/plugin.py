@@ -215,6 +215,11 @@ class Plugin:
         return bool(points & INSIDE and points & LOOP) and not cls.sessions
 
     @classmethod
+    def claims(cls, family: Family) -> bool:
+        """Whether its ``families`` name this one, and what it does reaches the steps there."""
+        return family.is_among(cls.families) and not family.lost(cls.effects.edits, cls.points())
+
+    @classmethod
     def points(cls) -> tuple[str, ...]:
         """The hook points that this class implements."""
         return tuple(point for point in POINTS if callable(getattr(cls, point, None)))

@@ -112,4 +112,4 @@ def cases_of(
 
 def claims(plugin: type[Plugin], family: Family) -> bool:
     """Whether the plugin's class says that it works on this family."""
-    return family.is_among(plugin.families)
+    return plugin.claims(family)

@@ -79,7 +79,7 @@ def at_step(number: int, action: Callable[[Any], None]) -> dict[str, Any]:
     return {"callback_on_step_end": callback}
 
 
-@check("kind", when=lambda s: "callback_on_step_end" in s.facts.arguments)
+@check("kind", when=lambda s: s.facts.has_stop and "callback_on_step_end" in s.facts.arguments)
 def stopped(s: Subject) -> None:
     """A user's stop (``pipe._interrupt``) ends the whole call: no denoiser runs after it, in no further pass either."""
     pipe = s.attach(s.make())

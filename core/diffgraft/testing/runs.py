@@ -26,13 +26,13 @@ from diffgraft.testing.tiny import EMBED, Facts, facts, prepared, quiet, tiny
 def arguments(family: Family, class_name: str, setting: Setting) -> dict[str, Any]:
     """The call's arguments."""
     known = facts(family, class_name)
-    kwargs = {**known.kwargs, "num_inference_steps": STEPS, "output_type": "latent"}
+    kwargs = {**known.kwargs, "num_inference_steps": STEPS, "output_type": "np" if family.latents == "pixels" else "latent"}
     kwargs.update(of_samples(known, setting.samples))
     kwargs.update(dict(setting.changes))
     seeds = [torch.Generator().manual_seed(100 + i) for i in setting.samples]
     kwargs["generator"] = seeds if len(seeds) > 1 else seeds[0]
     if setting.ip_adapter:
-        kwargs["ip_adapter_image_embeds"] = [torch.randn(2, 1, EMBED, generator=torch.Generator().manual_seed(9))]
+        kwargs["ip_adapter_image_embeds"] = [torch.randn(len(family.guidance.order), 1, EMBED, generator=torch.Generator().manual_seed(9))]
     if setting.cut is not None:
         kwargs["callback_on_step_end"] = cutter(family, setting.cut)
         kwargs["callback_on_step_end_tensor_inputs"] = [name for name in known.callback_inputs if name in BATCHED_INPUTS]
@@ -64,7 +64,7 @@ def cutter(family: Family, last: int) -> Callable[..., dict[str, Any]]:
         if step == last:
             pipe._guidance_scale = 0.0
             if family.guidance.layout == "batched":
-                return {name: value.chunk(2)[-1] for name, value in tensors.items()}
+                return {name: value.chunk(len(family.guidance.order))[-1] for name, value in tensors.items()}
         return tensors
 
     return cut

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import torch
 from diffgraft import BlockGroup, Family, Tiny
-from diffgraft_pipelines.tiny import make
 from diffgraft.installed.anatomy import layers_in
+from diffgraft_pipelines.tiny import make
 from torch import nn
 
 LAYOUTS = {"bchw": "bchw", "pixels": "bchw", "bcfhw": "bcfhw", "bfchw": "bfchw", "packed": "btc"}

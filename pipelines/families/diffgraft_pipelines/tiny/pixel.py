@@ -1,4 +1,4 @@
-"""Tiny pixel pipelines: unconditional, and a consistency model of five classes."""
+"""Tiny pixel pipelines: unconditional, and a consistency model of 1000 classes."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def _pipeline(name: str) -> Tiny:
 
 
 def _consistency(_name: str) -> Tiny:
-    pipe = ConsistencyModelPipeline(unet=_unet(5), scheduler=CMStochasticIterativeScheduler())
+    pipe = ConsistencyModelPipeline(unet=_unet(1000), scheduler=CMStochasticIterativeScheduler())
     return c.finish(pipe, class_labels=[1])
 
 
