@@ -35,7 +35,7 @@ def plan_in_steps(s: Subject) -> None:
     for name in paces(s):
         setting = under(name).but(num_inference_steps=9)
         pipe = s.make(setting)
-        reader = plan_reader(s.plugin.name)
+        reader = plan_reader(s.plugin)
         try:
             s.attach(pipe).plugins.add(reader)
             s.run(pipe, setting)

@@ -54,9 +54,9 @@ def observe(project: Project, families: Iterable[Family]) -> Observed:
         subject = Subject(cls, family, family.pipelines[0])
         seen = Seen()
         plain, listening = Listening(Seen(), project.package), Listening(seen, project.package)
-        before, after = neighbours(plain.seen)
+        before, after = neighbours(cls, plain.seen)
         bare = load_pipeline(subject.make(), plugins=[before, after])
-        outer, inner = neighbours(seen)
+        outer, inner = neighbours(cls, seen)
         pipe = load_pipeline(subject.make(), plugins=[outer, subject.instance(**cls.active), inner])
         subject.baseline()
         with plain:

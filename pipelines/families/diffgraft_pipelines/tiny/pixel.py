@@ -32,6 +32,4 @@ def _consistency(_name: str) -> Tiny:
     return c.finish(pipe, class_labels=[1])
 
 
-make = c.maker(
-    {"DDPMPipeline": _pipeline, "DDIMPipeline": _pipeline, "ConsistencyModelPipeline": _consistency}
-)
+make = c.maker({"DDPMPipeline": _pipeline, "DDIMPipeline": _pipeline, "ConsistencyModelPipeline": _consistency})

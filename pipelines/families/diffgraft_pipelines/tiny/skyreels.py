@@ -35,9 +35,7 @@ def _pipeline(name: str, **kwargs: object) -> Tiny:
         latents_mean=[0.0] * CHANNELS,
         latents_std=[1.0] * CHANNELS,
     )
-    scheduler = UniPCMultistepScheduler(
-        prediction_type="flow_prediction", use_flow_sigmas=True, num_train_timesteps=1000, flow_shift=8.0
-    )
+    scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, num_train_timesteps=1000, flow_shift=8.0)
     pipe = getattr(diffusers, name)(
         tokenizer=tokenizer,
         text_encoder=UMT5EncoderModel(UMT5Config(**c.t5_config(tokenizer))),
