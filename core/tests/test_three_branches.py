@@ -55,7 +55,7 @@ def test_it_is_the_pipelines_own_bit_for_bit(name, plugin):
     plain, before = generate(pipe, kwargs), trace(pipe)
     load_pipeline(pipe, plugins=[plugin])
     assert torch.equal(generate(pipe, kwargs), plain)
-    assert pipe.plugins.report().denoiser_calls == {"both": 4}
+    assert pipe.plugins.report().denoiser_calls == {"cond+image+uncond": 4}
     unload(pipe)
     assert trace(pipe) == before
 

@@ -62,6 +62,11 @@ class Guidance:
     doubled: bool = False
     extra: tuple[tuple[str, str], ...] = ()
 
+    @property
+    def together(self) -> str:
+        """What a denoiser call of all branches in one batch is called: "both", and of more than two "cond+image+uncond"."""
+        return "both" if len(self.order) == 2 else "+".join(self.order)
+
 
 @dataclass(frozen=True)
 class Family:

@@ -280,7 +280,7 @@ class Run:
             branches = guidance.order if together else ("cond",)
             if number == 0 and rows % len(branches) == 0:
                 self._rows, self._branches_in_step = rows, len(branches)
-                asked.append("both" if together else "cond")
+                asked.append(guidance.together if together else "cond")
                 return asked[0], branches
             if 0 < number <= len(guidance.extra) and rows * self._branches_in_step == self._rows:
                 asked.append(name := guidance.extra[number - 1][0])
