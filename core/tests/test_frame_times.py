@@ -143,6 +143,19 @@ def test_another_scheduler_and_an_answer_without_it():
     assert not torch.isclose(z[:, :, 0], noise[:, :, 0]).any()
 
 
+def test_a_plugins_scheduler_is_copied_for_each_frame():
+    class Solver(Probe):
+        name = "solver"
+        scheduler = DPMSolverMultistepScheduler
+        effects = Effects(replaces=frozenset({"scheduler"}))
+
+    (pipe, kwargs), (plain, _) = tiny(DF), tiny(DF)
+    plain.scheduler = DPMSolverMultistepScheduler.from_config(plain.scheduler.config)
+    load_pipeline(pipe, plugins=[Solver, Watches])
+    for more in ({}, {"ar_step": 1}):
+        assert torch.equal(generate(pipe, kwargs, output_type="latent", **more), generate(plain, kwargs, output_type="latent", **more))
+
+
 @pytest.mark.parametrize("what", ["latents", "schedule", "guidance"])
 def test_what_reaches_no_copy_is_refused_when_put_on(what):
     edits = frozenset({what} - {"guidance"})
