@@ -67,8 +67,8 @@ def neighbour(plugin: type[Plugin], name: str, points: Iterable[str], hook: Call
         "neutral": {},
         "select_blocks": lambda self, blocks: blocks,
     }
-    plugin: Plugin = type(name, (Plugin,), body)()
-    return plugin
+    beside: Plugin = type(name, (Plugin,), body)()
+    return beside
 
 
 def plan_reader(plugin: type[Plugin]) -> Any:
