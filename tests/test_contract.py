@@ -13,11 +13,11 @@ from sampling import sample_of
 
 
 class Nothing(Plugin):
-    """Does nothing at every hook point that a family without guidance has, on every block and layer."""
+    """Does nothing at every hook point that all families have, on every block and layer."""
 
     name = "nothing"
     paper = Paper("a probe", "0000.00000", "nothing")
-    families: ClassVar[tuple[str, ...]] = ("*",)
+    families: ClassVar[tuple[str, ...]] = ("*", "consistency")
     neutral: ClassVar[dict[str, Any]] = {}
 
     def run(self, call, next):
@@ -56,7 +56,7 @@ class NothingGuided(Nothing):
 
 
 TWO_DENOISERS = ("WanPipeline@2.2",)
-LIKE_SD = ("sdxl", "animatediff", "svd")
+LIKE_SD = ("sdxl", "sd_edit", "sdxl_edit", "animatediff", "svd")
 """Slow U-Nets of the kind that "sd" has: the probe gets on them what depends on a family's layout."""
 LAYOUT = (
     "neutral", "same_seed", "no_trace", "in_place", "exception", "steps_change", "another_size", "batch_change",
@@ -86,9 +86,10 @@ def spread(cases: list[Case]) -> list[Case]:
 
 def probe_cases(sampled: bool) -> list[Case]:
     """The core's own properties, proved once on every family by a plugin that does nothing."""
-    guided = [f.name for f in registry.families().values() if f.guidance.layout != "none"]
-    unguided = [f.name for f in registry.families().values() if f.guidance.layout == "none"]
-    probes = contract_cases(NothingGuided, guided, TWO_DENOISERS, True) + contract_cases(Nothing, unguided, (), True)
+    families = registry.families()
+    guided = [name for name, family in families.items() if family.guidance.layout != "none" and NothingGuided.claims(family)]
+    others = [name for name in families if name not in guided]
+    probes = contract_cases(NothingGuided, guided, TWO_DENOISERS, True) + contract_cases(Nothing, others, (), True)
     probes = spread(probes) if sampled else probes
     return [case for case in probes if case.family.name not in LIKE_SD or case.check.name in LAYOUT]
 

@@ -16,14 +16,14 @@ class Probe(Plugin):
 
     name = "probe"
     paper = PAPER
-    families = ("*",)
+    families = ("*", "consistency")
     neutral: ClassVar[dict[str, Any]] = {}
 
 
-class Everything(Probe):
-    """Does nothing at every hook point, on every block."""
+class Unguided(Probe):
+    """Does nothing at every hook point that all families have, on every block."""
 
-    name = "everything"
+    name = "unguided"
 
     def run(self, call, next):
         return next(call)
@@ -40,9 +40,6 @@ class Everything(Probe):
     def attention(self, call, next):
         return next(call)
 
-    def guide(self, call, next):
-        return next(call)
-
     def step(self, call, next):
         return next(call)
 
@@ -51,6 +48,15 @@ class Everything(Probe):
 
     def select_blocks(self, blocks):
         return blocks
+
+
+class Everything(Unguided):
+    """The same with guidance."""
+
+    name = "everything"
+
+    def guide(self, call, next):
+        return next(call)
 
 
 def tiny(name: str) -> tuple[Any, dict[str, Any]]:
@@ -85,4 +91,4 @@ ENTRY = {
 }
 """A published plugin as the catalogue holds it."""
 
-__all__ = ["ENTRY", "PAPER", "Effects", "Everything", "PluginConfig", "Probe", "generate", "tiny", "trace"]
+__all__ = ["ENTRY", "PAPER", "Effects", "Everything", "PluginConfig", "Probe", "Unguided", "generate", "tiny", "trace"]

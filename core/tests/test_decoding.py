@@ -87,3 +87,40 @@ def test_pixels_and_back_are_the_autoencoders_and_carry_gradients(name):
     posterior = pipe.vae.encode(pixels.detach()).latent_dist.mode()
     again = to_pixels(pipe, family, back, made.kwargs)  # right only if both ways have the same scale and layout
     assert torch.allclose(again, pipe.vae.decode(posterior, return_dict=False)[0], atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["StableDiffusionPipeline", "WanPipeline", "DDPMPipeline"])
+def test_in_float32_whatever_the_autoencoder_is_kept_in(name):
+    made = make(name)
+    pipe, family, latents = made.pipe, find_family(type(made.pipe)), last_latents(made)
+    pixels = to_pixels(pipe, family, latents, made.kwargs)
+    assert torch.equal(to_pixels(pipe, family, latents, made.kwargs, float32=True), pixels), "nothing is copied that is float32"
+    pipe.to(torch.bfloat16)
+    kept = {key: value.clone() for key, value in pipe.vae.state_dict().items()} if name != "DDPMPipeline" else {}
+    exact = to_pixels(pipe, family, latents.clone().requires_grad_(), made.kwargs, float32=True)
+    half = to_pixels(pipe, family, latents.bfloat16(), made.kwargs)
+    assert (exact.dtype, half.dtype) == (torch.float32, torch.bfloat16)
+    assert exact.requires_grad
+    back = to_latents(pipe, family, exact.detach(), float32=True)
+    for key, value in kept.items():
+        assert torch.equal(pipe.vae.state_dict()[key], value), "the pipeline's own is not touched"
+    pipe.to(torch.float32)  # its weights stay as they were rounded
+    torch.testing.assert_close(exact, to_pixels(pipe, family, latents, made.kwargs), rtol=0, atol=1e-5)
+    torch.testing.assert_close(back, to_latents(pipe, family, exact.detach()), rtol=0, atol=1e-5)
+
+
+def test_float32_where_an_autoencoder_would_overflow_and_where_it_is_offloaded():
+    made = make("StableDiffusionXLPipeline")
+    pipe, family = made.pipe, find_family(type(made.pipe))
+    pipe.vae.register_to_config(force_upcast=True)
+    pipe.vae.half()
+    z = torch.zeros(1, 4, 8, 8, dtype=torch.float16)
+    with pytest.raises(Unsupported, match="its vae overflows in float16"):
+        to_pixels(pipe, family, z, made.kwargs)
+    found = to_pixels(pipe, family, z, made.kwargs, float32=True)
+    pipe.enable_model_cpu_offload(device="cpu")
+    assert torch.equal(to_pixels(pipe, family, z, made.kwargs, float32=True), found)
+    assert pipe.vae._hf_hook is not None
+    pipe.vae.to("meta")
+    with pytest.raises(Unsupported, match="offloaded weight by weight"):
+        to_pixels(pipe, family, z, made.kwargs, float32=True)

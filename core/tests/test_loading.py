@@ -27,7 +27,7 @@ from diffgraft import (
 )
 from diffgraft.installed import registry
 from diffusers import DiffusionPipeline, EulerDiscreteScheduler, StableDiffusionImg2ImgPipeline
-from probes import Effects, Everything, PluginConfig, Probe, generate, tiny, trace
+from probes import Effects, Everything, PluginConfig, Probe, Unguided, generate, tiny, trace
 from pydantic import Field
 
 
@@ -403,15 +403,16 @@ def test_never_fired_is_an_error_that_keeps_the_picture(sd):
     assert raised.value.result is not None
 
 
-@pytest.mark.parametrize("name", sorted({cls for family in registry.families().values() if family.tiny for cls in family.pipelines[:1]}))
-def test_five_lines_on_every_family(name):
-    pipe, kwargs = tiny(name)
+@pytest.mark.parametrize("family", [family for family in registry.families().values() if family.tiny], ids=lambda family: family.name)
+def test_five_lines_on_every_family(family):
+    pipe, kwargs = tiny(family.pipelines[0])
     before = generate(pipe, kwargs)
-    load_pipeline(pipe, plugins=[Everything])
+    probe = next(probe for probe in (Everything, Unguided) if probe.claims(family))
+    load_pipeline(pipe, plugins=[probe])
     assert torch.equal(generate(pipe, kwargs), before)
     report = pipe.plugins.report()
     assert report.completed
-    assert report.plugins["everything"].fired["denoise"] == sum(report.denoiser_calls.values())
+    assert report.plugins[probe.name].fired["denoise"] == sum(report.denoiser_calls.values())
 
 
 def test_copies_and_pickles_of_a_pipeline_with_exchanged_modules():

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import functools
 import inspect
+from dataclasses import replace
 from typing import ClassVar
 
 import pytest
 import torch
 from diffgraft import load_pipeline, unload
+from diffgraft.installed import registry
 from diffusers import (
     EulerDiscreteScheduler,
 )
@@ -304,3 +306,33 @@ def test_edited_latents_reach_the_denoiser_and_the_step(name, euler):
     assert torch.allclose(edited, expected, atol=1e-5)
     if not euler:
         assert torch.equal(edited, expected)
+
+
+class Layers(Probe):
+    """Halves what the feed-forwards give, and notes where it is."""
+
+    name = "layers"
+    seen: ClassVar[list] = []
+
+    def select_blocks(self, blocks):
+        return [info for info in blocks if info.is_layer]
+
+    def block(self, call, next):
+        self.seen.append((call.info.path, call.info.kind, call.info.layer))
+        return next(call) * (0.5 if call.info.kind == "block.ffn" else 1.0)
+
+
+def test_a_single_module_in_a_block_is_a_layer(monkeypatch):
+    pipe, kwargs = tiny("WanPipeline")
+    kwargs |= {"num_inference_steps": 1, "guidance_scale": 1.0}
+    family = registry.find_family(type(pipe))
+    inner = replace(family.blocks[0], layers=("attn1", "ffn", "norm1", "nothing"))
+    monkeypatch.setattr("diffgraft.kernel.stack.find_family", lambda _: replace(family, blocks=(inner,)))
+    plain, before = generate(pipe, kwargs), trace(pipe)
+    load_pipeline(pipe, plugins=[Layers])
+    assert not torch.equal(generate(pipe, kwargs), plain)
+    names = ("attn1", "ffn", "norm1")
+    assert sorted(Layers.seen) == [(f"blocks.{i}.{name}", f"block.{name}", 0) for i in range(3) for name in names]
+    unload(pipe)
+    assert trace(pipe) == before
+    assert torch.equal(generate(pipe, kwargs), plain)

@@ -69,11 +69,7 @@ def table_row(*cells: str) -> str:
 def pipelines_of(cls: type[Plugin]) -> list[str]:
     """Pipeline classes whose families a plugin claims, without those that it says it does not work on."""
     return sorted(
-        name
-        for family in registry.families().values()
-        if family.is_among(cls.families)
-        for name in family.pipelines
-        if cls.why_not_on(name) is None
+        name for family in registry.families().values() if cls.claims(family) for name in family.pipelines if cls.why_not_on(name) is None
     )
 
 

@@ -88,13 +88,20 @@ def blocks_of(family: Family, denoisers: Mapping[str, nn.Module]) -> tuple[Block
             for index, block in enumerate(blocks):
                 path = group.path if block is part else f"{group.path}.{index}"
                 found.append(BlockInfo(path, group.kind, index, -1, len(found), group.takes, group.returns, model, block))
-                for layers in group.layers:
-                    kind = f"{group.kind}.{layers.removesuffix('s')}"
-                    for number, layer in enumerate(getattr(block, layers, None) or ()):
-                        if layer is not None:
-                            where = f"{path}.{layers}.{number}"
-                            found.append(BlockInfo(where, kind, index, number, len(found), (), (), model, layer))
+                for name in group.layers:
+                    for where, kind, number, layer in layers_in(block, name):
+                        place = f"{path}.{where}", f"{group.kind}.{kind}"
+                        found.append(BlockInfo(*place, index, number, len(found), (), (), model, layer))
     return tuple(found)
+
+
+def layers_in(block: nn.Module, name: str) -> list[tuple[str, str, int, nn.Module]]:
+    """(path in the block, kind, number, module) of each layer that the attribute ``name`` holds: those of a list, or a module alone."""
+    part = getattr(block, name, None)
+    if isinstance(part, nn.Module) and not isinstance(part, nn.ModuleList):
+        return [(name, name, 0, part)]
+    kind = name.removesuffix("s")
+    return [(f"{name}.{number}", kind, number, layer) for number, layer in enumerate(part or ()) if layer is not None]
 
 
 def attention_of(denoisers: Mapping[str, nn.Module]) -> tuple[AttentionInfo, ...]:

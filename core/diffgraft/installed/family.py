@@ -18,8 +18,9 @@ class BlockGroup:
     path     an attribute of the denoiser: a ``ModuleList`` or a single module (``mid_block``)
     takes, returns  in order, the tensors that flow into and out of a block's ``forward`` (parameter names; the output names of a block
              that returns a tuple)
-    layers   the ``ModuleList`` attributes *inside* each block (``resnets``, ``attentions``...); each layer is a hookable block of its
-             own, of kind ``<kind>.<list name without the final s>`` (``down.resnet``)
+    layers   the attributes *inside* each block that hold its layers, each a ``ModuleList`` (``resnets``, ``attentions``...) or a single
+             module (``attn1``, ``ffn``); each layer is a hookable block of its own, of kind ``<kind>.<list name without the final s>``
+             (``down.resnet``) or ``<kind>.<module name>`` (``block.ffn``)
 
     A group of U-Net blocks is described by its largest block: one without attention lacks the list ``attentions`` (or holds None) and
     takes no ``encoder_hidden_states``. A layer returns a tensor, an attention layer a tuple with that tensor.
@@ -38,10 +39,12 @@ class Guidance:
 
     layout   "batched": one denoiser call whose batch holds the branches, in ``order``; "sequential": one call per branch, in ``order``;
              "none": no guidance at all
+    order    the branches: "cond" and "uncond", and those in between, which a pipeline with more than one scale has ("image": of the start
+             picture without the text)
     scale    the call argument that holds the guidance scale
     active   the pipeline property that says whether guidance is on *now* (it can be cut in mid-run); where a pipeline has none, guidance
-             is on when ``scale`` is above 1 and, if ``requires`` is not empty, one of the arguments named there is given (Flux: no true
-             CFG without a negative prompt)
+             is on when ``scale`` is above 1, one of the arguments named in ``requires``, if any, is given (Flux: no true CFG without a
+             negative prompt), and each of ``least`` is at least so much: (call argument, value)
     second_scale  the argument that the second denoiser uses (None given: the same)
     doubled  the pipeline steps the scheduler with one copy of the guided prediction a branch, so ``model_output`` and the sample have as
              many rows as the denoiser's batch (DiT)
@@ -54,9 +57,15 @@ class Guidance:
     scale: str = "guidance_scale"
     active: str | None = None
     requires: tuple[str, ...] = ()
+    least: tuple[tuple[str, float], ...] = ()
     second_scale: str | None = None
     doubled: bool = False
     extra: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def together(self) -> str:
+        """What a denoiser call of all branches in one batch is called: "both", and of more than two "cond+image+uncond"."""
+        return "both" if len(self.order) == 2 else "+".join(self.order)
 
 
 @dataclass(frozen=True)
@@ -74,7 +83,11 @@ class Family:
     timestep      parameter that takes the timestep
     timestep_scale  what the pipeline multiplies the scheduler's timestep with before the denoiser gets it (Flux: 1/1000)
     conditioning  parameters that take text or class conditioning
-    prediction    "scheduler" (``scheduler.config.prediction_type`` says: epsilon, v_prediction, sample) or "flow"
+    prediction    "scheduler" (``scheduler.config.prediction_type`` says: epsilon, v_prediction, sample), "flow", or "consistency" (the
+                  scheduler makes the clean sample of it and the noisy one by weights of its own)
+    copied_scheduler  the pipeline steps copies of its scheduler, one for each frame of the latents, which may be at different times: the
+                  denoiser's timestep is [rows, frames], and what a plugin makes of the latents, the guidance or the schedule reaches no
+                  step
     latents       layout of the sample given to ``scheduler.step``: "bchw", "bcfhw", "bfchw", "packed" (tokens) or "pixels"
     appended      what the pipeline may put behind the noisy sample for the denoiser, whose sample is then larger than the latents on that
                   axis: "none", "channels" (mask, start picture; on the axis that ``latents`` names c, the last one of packed latents)
@@ -100,7 +113,8 @@ class Family:
     timestep: str = "timestep"
     timestep_scale: float = 1.0
     conditioning: tuple[str, ...] = ("encoder_hidden_states",)
-    prediction: Literal["scheduler", "flow"] = "scheduler"
+    prediction: Literal["scheduler", "flow", "consistency"] = "scheduler"
+    copied_scheduler: bool = False
     latents: Literal["bchw", "bcfhw", "bfchw", "packed", "pixels"] = "bchw"
     appended: Literal["none", "channels", "tokens"] = "none"
     branch_prediction: Literal["same", "drop_sigma", "first_tokens", "unpacked_tail"] = "same"
@@ -114,8 +128,18 @@ class Family:
         return {"packed": -1, "pixels": 1}.get(self.latents, self.latents.find("c"))
 
     def is_among(self, families: Iterable[str]) -> bool:
-        """Whether a plugin's ``families`` name it: by name, by kind in the plural ("unets", "dits"; "dit" is a family), or by "*"."""
-        return bool({"*", self.name, f"{self.kind}s"} & set(families))
+        """Whether a plugin's ``families`` name it: by name, by kind in the plural ("unets", "dits"; "dit" is a family), or by "*".
+
+        A consistency family is named by its name only: what methods say of the noise or the clean sample in a prediction is not so there.
+        """
+        wide = set() if self.prediction == "consistency" else {"*", f"{self.kind}s"}
+        return bool({self.name, *wide} & set(families))
+
+    def lost(self, edits: Iterable[str], points: Iterable[str]) -> list[str]:
+        """What of a plugin's edits, in the words of its effects, would reach no step of these pipelines."""
+        if not self.copied_scheduler:
+            return []
+        return sorted({"latents", "schedule"} & set(edits)) + ["guidance"] * ("guide" in points)
 
 
 @dataclass

@@ -111,6 +111,8 @@ class Need:
            "weights": what somebody else published, a file (path or Hub id), several, or a state dict -> ``methods.published.Weights``;
            "encoder": a transformers text encoder with its tokenizer (folder, Hub id or the two) -> ``methods.encoders.Encoder``
     knob   the knob that names it; where the knob is None the plugin does without
+    families  for "pipeline": the families that it may be of, named as a plugin names its own, where it need not be a stand-in for the first
+           one: the two meet as pixels (``methods.decoding``). By default it is of the first one's family and latent space
     fits   what of a run a file is held against beside the model; of what was found by a search also "guidance"
     holds  what an artefact, an inversion or a finding holds (``diffgraft.methods.schema.Holds``), or published weights
            (``diffgraft.methods.layouts.Layout``): checked before anything is touched
@@ -123,6 +125,7 @@ class Need:
     fits: frozenset[str] = RUN_FACTS
     holds: Any = None
     crosses: str | None = None
+    families: tuple[str, ...] = ()
 
 
 @dataclass
@@ -136,7 +139,7 @@ class Plugin:
     name      short snake_case name, the same as folder and entry point
     paper     :class:`Paper`
     api       contract number the plugin was written for (:data:`API`)
-    families  names of families it works on, or their kinds ("unets", "dits"), or "*" for all
+    families  names of families it works on, or their kinds ("unets", "dits"), or "*" for all; one of consistency models only by name
     not_on    pipeline classes of these families that it does not work on: a pattern of their names ("*Img2Img*") -> why
     Config    knobs, a :class:`~diffgraft.installed.config.PluginConfig`
     State     what is kept in a run; built without arguments
@@ -213,6 +216,11 @@ class Plugin:
         """Whether what it does in the denoiser rests on hooks that only a whole run has."""
         points = set(cls.points())
         return bool(points & INSIDE and points & LOOP) and not cls.sessions
+
+    @classmethod
+    def claims(cls, family: Family) -> bool:
+        """Whether its ``families`` name this one, and what it does reaches the steps there."""
+        return family.is_among(cls.families) and not family.lost(cls.effects.edits, cls.points())
 
     @classmethod
     def points(cls) -> tuple[str, ...]:

@@ -246,7 +246,7 @@ class DenoiseCall(Call):
 
     @property
     def guided(self) -> bool:
-        """Whether the pipeline asks for both guidance branches at this step, in this call or in one each."""
+        """Whether the pipeline asks for the guidance branches at this step, in this call or in one each."""
         return self.family.guidance.layout != "none" and self.run.guidance_active()
 
     @property

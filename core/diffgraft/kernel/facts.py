@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
@@ -90,6 +90,22 @@ def pace_of(scheduler: Any) -> Pace:
     if not hasattr(scheduler, "prk_timesteps"):
         return Pace(later=max(int(getattr(scheduler, "order", 1)), 1))
     return Pace(first=2, steps=1) if scheduler.config.skip_prk_steps else Pace(first=4, steps=3)
+
+
+@dataclass
+class ScheduledCopy:
+    """A copy of the scheduler that the pipeline has made in a run, which steps at times of its own."""
+
+    scheduler: Any
+    number: int
+    stepped: int = 0
+
+    def place(self, step: Step) -> Step:
+        """``step`` of the run, where this copy is in its schedule."""
+        timesteps, sigmas = self.scheduler.timesteps, getattr(self.scheduler, "sigmas", None)
+        at = min((getattr(self.scheduler, "begin_index", None) or 0) + self.stepped, len(timesteps) - 1)
+        sigma = sigmas[at] if isinstance(sigmas, Tensor) and at < len(sigmas) else None
+        return replace(step, t=timesteps[at], sigma=sigma, behind=len(timesteps) - 1 - at)
 
 
 @runtime_checkable

@@ -39,11 +39,17 @@ def ensure_family(plugin: Plugin, family: Family, pipeline: type) -> None:
     """Raises Unsupported when the plugin is not made for this class of pipelines."""
     name = pipeline.__name__
     if not family.is_among(plugin.families):
+        unless_named = ", and consistency models count only where a plugin names them" if family.prediction == "consistency" else ""
         raise Unsupported(
             f"{plugin.name} does not work on {name} (family {family.name!r}, one of the {family.kind}s): "
-            f"it is made for {', '.join(plugin.families)}"
+            f"it is made for {', '.join(plugin.families)}{unless_named}"
         )
     if why := next(filter(None, (plugin.why_not_on(cls.__name__) for cls in pipeline.__mro__)), None):
         raise Unsupported(f"{plugin.name} does not work on {name}: {why}")
     if plugin.points() == ("guide",) and family.guidance.layout == "none":
         raise Unsupported(f"{plugin.name} changes guidance, but {name} runs none")
+    if lost := family.lost(type(plugin).effects.edits, plugin.points()):
+        raise Unsupported(
+            f"{plugin.name} works on the {', '.join(lost)}, which does not reach the steps of {name}: it makes a copy of its scheduler "
+            "for each frame, and those step by themselves"
+        )

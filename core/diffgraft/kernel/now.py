@@ -29,7 +29,7 @@ class Now:
 
     @property
     def branch(self) -> str | None:
-        """The name of the denoiser call ("both", "cond"...); None between two."""
+        """The name of the denoiser call ("both", "cond"...; see `Guidance.together`); None between two."""
         return self._run.branch
 
     def state(self, plugin: str) -> Any:

@@ -12,7 +12,7 @@ from diffgraft.installed.errors import Unsupported
 from diffgraft.installed.family import Family
 from diffgraft.kernel.calls import AttentionCall, BlockCall, ControlCall, DenoiseCall, RunView, ScheduleCall, StepCall
 from diffgraft.kernel.entry import Entry
-from diffgraft.kernel.facts import Pace, RunBound, Step, pace_of
+from diffgraft.kernel.facts import Pace, RunBound, ScheduledCopy, Step, pace_of
 from diffgraft.kernel.guidance import fill_rows, guided
 from diffgraft.kernel.onion import Chain, Onions, active_run, call_inner, step_result
 from diffgraft.kernel.report import PluginReport, Report, tensor_bytes
@@ -63,7 +63,7 @@ class Run:
         self._edited = False
         """Whether a plugin has changed the schedule."""
         self.copies = 0
-        """Copies of the scheduler that the pipeline has made."""
+        """Copies of the scheduler that the pipeline has made, in this pass or window."""
         self.outer: RunView | None = active_run()
         """The run of this thread in which a plugin began this one: it ends with it."""
         self._stopped = False
@@ -112,6 +112,9 @@ class Run:
         self._in_loop = False
         if self.replaced is not None:
             self.replaced.check(arguments, self.report.plugins[self.replaced.by].notes)
+        self._begin_anew()
+
+    def _begin_anew(self) -> None:
         for entry, branch in list(self._states):
             if branch is not None or "run" not in entry.plugin.points():
                 del self._states[entry, branch]
@@ -148,6 +151,7 @@ class Run:
         self._begin: int | None = None
         self._asked: list[str] = []
         """Names of the denoiser calls of this step."""
+        self.copies = 0
         self._copies_stepped = self._own_stepped = False
         """Whether copies of the scheduler, or itself, have stepped since the last denoiser call."""
         self.predictions = {}
@@ -276,7 +280,7 @@ class Run:
             branches = guidance.order if together else ("cond",)
             if number == 0 and rows % len(branches) == 0:
                 self._rows, self._branches_in_step = rows, len(branches)
-                asked.append("both" if together else "cond")
+                asked.append(guidance.together if together else "cond")
                 return asked[0], branches
             if 0 < number <= len(guidance.extra) and rows * self._branches_in_step == self._rows:
                 asked.append(name := guidance.extra[number - 1][0])
@@ -313,7 +317,8 @@ class Run:
         if guidance.active is not None:
             return bool(getattr(self.pipe, guidance.active))
         given = not guidance.requires or any(self.arguments.get(name) is not None for name in guidance.requires)
-        return given and (self.arguments.get(guidance.scale) or 0) > 1
+        enough = all((self.arguments.get(name) or 0) >= value for name, value in guidance.least)
+        return given and enough and (self.arguments.get(guidance.scale) or 0) > 1
 
     def guidance_scale(self, model_name: str) -> float | None:
         """The guidance scale in force now for one denoiser, or None."""
@@ -380,11 +385,19 @@ class Run:
         self.carried = self.unscaled = None
         self._copies_stepped = False
 
-    def copied_step(
-        self, onions: Onions, scheduler: Any, number: int, inner: Any, names: Mapping[str, int], args: Any, kwargs: Any
-    ) -> Any:
+    def new_copy(self) -> int:
+        """The number of the copy of the scheduler that the pipeline makes now. Copies after others have stepped begin a long video's next
+        window of frames: another denoising, from noise on, so steps are counted and states begin anew, as in another pass."""
+        if self._copies_stepped:
+            self._advance()
+            self._begin_anew()
+        self.copies += 1
+        return self.copies
+
+    def copied_step(self, onions: Onions, copy: ScheduledCopy, inner: Any, names: Mapping[str, int], args: Any, kwargs: Any) -> Any:
         """A step of a copy of the scheduler, which the pipeline has made (one a frame, one for the sound). However many of them step
         after one denoiser call, they make one step of the run together, with that of the pipeline's own scheduler where there is one.
+        Each is in its own place of the schedule, so `t`, `sigma` and `behind` are the copy's.
 
         Raises:
             Unsupported: a plugin edits the latents or the guidance of a step, or the schedule, which a copy has from itself.
@@ -397,15 +410,16 @@ class Run:
                 f"the {what} does not reach them"
             )
         call = StepCall(self, inner, names, args, kwargs)
-        call.scheduler, call.copy = scheduler, number
+        call.scheduler, call.copy = copy.scheduler, copy.number
         self._copies_stepped = not self._own_stepped  # else the run went on by that one already, and this belongs to the step before
         self.calls -= self._own_stepped
-        self._step = None
+        self._step = copy.place(self.step_at(0))
         try:
             return call_inner(call) if onions.step is None else step_result(onions.step, call)
         finally:
             self.calls += self._own_stepped
             self._step = None
+            copy.stepped += 1
 
 
 def is_interrupted(pipe: Any) -> bool:

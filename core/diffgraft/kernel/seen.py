@@ -4,7 +4,7 @@ follow the first one's device and dtype. Objects are held against objects, and o
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
 from diffgraft.installed.anatomy import root_of
+from diffgraft.installed.family import Family
 from diffgraft.kernel.weights import PLAIN, kept_by, middle_of, read
 
 PROBES = 32
@@ -104,20 +105,21 @@ def follow_device(second: Any, device: torch.device) -> None:
         second.to(device)
 
 
-def see(pipe: Any, denoisers: Iterable[str], seconds: Sequence[Any], bound: bool) -> tuple[Seen, ...]:
+def see(pipe: Any, family: Family, seconds: Sequence[Any], bound: bool) -> tuple[Seen, ...]:
     """What the checks of a plugin rest on now, of the pipeline and its second ones, which follow the first one's dtype.
 
     ``bound``: whether a thing that was made for these weights was given.
     """
-    follow_dtypes(seconds, pipe)
-    models = {**dict.fromkeys(denoisers, bound), "vae": bool(seconds)}
+    follow_dtypes(seconds, pipe, family)
+    models = {**dict.fromkeys(family.denoisers, bound), "vae": bool(seconds)}
     return tuple(Seen(each, models) for each in (pipe, *seconds))
 
 
-def follow_dtypes(seconds: Sequence[Any], first: Any) -> None:
-    """:func:`follow_dtype` of each."""
+def follow_dtypes(seconds: Sequence[Any], first: Any, family: Family) -> None:
+    """:func:`follow_dtype` of each that is of the first one's family; parts of another one may have the same names and nothing else."""
     for second in seconds:
-        follow_dtype(second, first)
+        if type(second).__name__ in family.pipelines:
+            follow_dtype(second, first)
 
 
 def follow_dtype(second: Any, first: Any) -> None:

@@ -48,15 +48,16 @@ class SessionRun(Run):
         return super().step_at(ahead) if self._given is None else self._given
 
     def guidance_active(self) -> bool:
-        return self.named == "both" or (self.guidance_scale("") or 0) > 1
+        return self.named == self.family.guidance.together or (self.guidance_scale("") or 0) > 1
 
     def guidance_scale(self, model_name: str) -> float | None:
         return self.arguments.get(self.family.guidance.scale)
 
     def _branch_of_call(self, rows: int) -> tuple[str, tuple[str, ...]]:
-        branches = self.family.guidance.order if self.named == "both" else (self.named,)
+        guidance = self.family.guidance
+        branches = guidance.order if self.named == guidance.together else (self.named,)
         if rows % len(branches):
-            raise ConfigError(f"branch='both' of {rows} rows: the batch holds an equal part for each of {', '.join(branches)}")
+            raise ConfigError(f"branch={self.named!r} of {rows} rows: the batch holds an equal part for each of {', '.join(branches)}")
         return self.named, branches
 
 
@@ -93,7 +94,8 @@ class Session:
         """One call of a denoiser, with the arguments that the pipeline would give it; returns what it returns.
 
         Args:
-            branch: "cond", "uncond"..., or "both" for a batch with an equal part for each of the family's branches.
+            branch: "cond", "uncond"..., or "both" ("cond+image+uncond" where there are three) for a batch with an equal part for each of
+                the family's branches.
             denoiser: the attribute of the pipeline that holds it, where there are two.
 
         Raises:
@@ -101,7 +103,7 @@ class Session:
         """
         run = self._run
         name, guidance = denoiser or run.family.denoisers[0], run.family.guidance
-        names = ("both", *guidance.order, *(name for name, _ in guidance.extra))
+        names = (guidance.together, *guidance.order, *(name for name, _ in guidance.extra))
         if branch not in names:
             raise ConfigError(f"branch={branch!r}{choices(branch, names, 'Known')}")
         if name not in run.family.denoisers or getattr(run.pipe, name, None) is None:

@@ -259,7 +259,7 @@ class PluginStack:
 
     def _see(self, entry: Entry) -> None:
         bound = any(isinstance(value, RunBound) for value in entry.given.values())
-        entry.seen = see(self.pipe, self.family.denoisers, seconds_in(entry.given), bound)
+        entry.seen = see(self.pipe, self.family, seconds_in(entry.given), bound)
 
     def _verify(self, entries: Sequence[Entry]) -> None:
         """At every run: make the checks of attaching again where what they rest on has changed since.
@@ -271,7 +271,7 @@ class PluginStack:
             for second in seconds_in(entry.given):
                 follow_device(second, self.pipe._execution_device)
             if not all(seen.holds() for seen in entry.seen):
-                follow_dtypes(seconds_in(entry.given), self.pipe)
+                follow_dtypes(seconds_in(entry.given), self.pipe, self.family)
                 entry.given = self._fetch(entry.plugin, describe(self.pipe, self.family), entry.given)
                 self._see(entry)
         self.plan.ensure()

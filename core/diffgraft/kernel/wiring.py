@@ -20,6 +20,7 @@ from diffgraft.installed.anatomy import AttentionInfo, attention_of, blocks_of, 
 from diffgraft.installed.errors import Unsupported
 from diffgraft.installed.family import Family
 from diffgraft.kernel.entry import Entry
+from diffgraft.kernel.facts import ScheduledCopy
 from diffgraft.kernel.onion import Chain, Onions, active_run, compose, stream_terminal
 from diffgraft.kernel.run import Run
 from diffgraft.kernel.slots import Slot, StandIn, method_slot, shown_on, wraps_method
@@ -84,6 +85,9 @@ class Wiring:
         slots.append(stepping)
         if any("latents" in entry.plugin.effects.edits for entry in entries) and hasattr(scheduler, "scale_model_input"):
             slots.append(self._method(scheduler, "scale_model_input", run.note_scaling))
+        for slot in slots:
+            if slot is not stepping and slot.home is scheduler.__dict__:
+                slot.copied = partial(_plainly, run, slots, slot.key)
         if scheduler is not self.pipe.scheduler:  # made for this run: it goes with it
             self._used = {key: slot for key, slot in self._used.items() if key[0] != id(scheduler)}
         return slots
@@ -101,8 +105,7 @@ class Wiring:
         slot = method_slot(scheduler, "step")
         names = positions(scheduler, "step", STEP)
         slot.put(wraps_method(scheduler, "step", self._wrapper(slot, names, inside=False)))
-        run.copies += 1
-        slot.lead = partial(run.copied_step, onions, scheduler, run.copies)
+        slot.lead = partial(run.copied_step, onions, ScheduledCopy(scheduler, run.new_copy()))
         slots.append(slot)  # closed with the run's others
         slot.open()
         return slot.value
@@ -221,6 +224,17 @@ def compiled_in(graph: Any) -> Callable[[Any], Callable[..., Any]]:
         return known[1]  # type: ignore[no-any-return]
 
     return again
+
+
+def _plainly(run: Run, slots: list[Slot], name: str, scheduler: Any) -> Any:
+    """What a deep copy of the run's scheduler shows as its other methods: its own, by a slot, so that they are taken out again."""
+    if active_run() is not run:
+        return None
+    slot = method_slot(scheduler, name)
+    slot.put(wraps_method(scheduler, name, lambda *args, **kwargs: slot.inner(*args, **kwargs)))
+    slots.append(slot)
+    slot.open()
+    return slot.value
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,8 +14,11 @@ from diffgraft.installed.errors import Unsupported
 from diffgraft.installed.family import Family
 
 
-def ensure_decodes(pipe: Any, family: Family) -> None:
+def ensure_decodes(pipe: Any, family: Family, float32: bool = False) -> None:
     """Refuse a pipeline whose way from latents to pictures is not known here.
+
+    Args:
+        float32: the autoencoder will compute in float32.
 
     Raises:
         Unsupported: with the reason.
@@ -27,24 +31,37 @@ def ensure_decodes(pipe: Any, family: Family) -> None:
     scales = ("latents_mean",) if family.latents == "bcfhw" else ("latents_mean", "scaling_factor")
     if not known or all(vae.config.get(name) is None for name in scales):
         raise Unsupported(f"{type(pipe).__name__} has no autoencoder of which it is known how the latents become pictures")
-    if vae.dtype == torch.float16 and vae.config.get("force_upcast") and family.prediction != "flow":
+    if vae.dtype == torch.float16 and vae.config.get("force_upcast") and family.prediction != "flow" and not float32:
         raise Unsupported(f"{type(pipe).__name__}: its vae overflows in float16; give it one that does not, or .to(torch.float32)")
 
 
-def to_pixels(pipe: Any, family: Family, latents: Tensor, arguments: Mapping[str, Any]) -> Tensor:
+def _autoencoder(pipe: Any, float32: bool, device: torch.device) -> Any:
+    """The pipeline's autoencoder; in float32 a copy of it where it is kept in another dtype: the pipeline's own is never changed."""
+    vae = pipe.vae
+    if not float32 or vae.dtype == torch.float32:
+        return vae
+    if any(weight.is_meta for weight in vae.parameters()):
+        raise Unsupported(f"{type(pipe).__name__}: its vae is offloaded weight by weight, and cannot be copied to float32")
+    offload = getattr(vae, "_hf_hook", None)  # holds on to the model before it in the pipeline, and would bring this one to the GPU
+    return copy.deepcopy(vae, {id(offload): None}).requires_grad_(False).to(device, torch.float32)
+
+
+def to_pixels(pipe: Any, family: Family, latents: Tensor, arguments: Mapping[str, Any], *, float32: bool = False) -> Tensor:
     """The pixels of clean latents [batch, ...] in the layout of ``scheduler.step``: [batch, 3, height, width] in about -1 to 1, of video
     [batch, 3, frames, height, width]. Gradients flow where the caller has them on.
 
     Args:
         arguments: of the pipeline's call: ``height`` and ``width`` of packed latents, where given.
+        float32: compute in float32 and give float32, in whatever dtype the autoencoder is kept: by a copy of it that lives as long as the
+            call, and its graph. For gradients, and for one that overflows in float16.
 
     Raises:
         Unsupported: see :func:`ensure_decodes`.
     """
-    ensure_decodes(pipe, family)
+    ensure_decodes(pipe, family, float32)
     if family.latents == "pixels":
-        return latents
-    vae = pipe.vae
+        return latents.float() if float32 else latents
+    vae = _autoencoder(pipe, float32, latents.device)
     if family.latents == "packed":
         side = pipe.default_sample_size * pipe.vae_scale_factor
         latents = pipe._unpack_latents(latents, arguments.get("height") or side, arguments.get("width") or side, pipe.vae_scale_factor)
@@ -59,17 +76,17 @@ def to_pixels(pipe: Any, family: Family, latents: Tensor, arguments: Mapping[str
     return pixels[:, :, 0] if still else pixels
 
 
-def to_latents(pipe: Any, family: Family, pixels: Tensor) -> Tensor:
+def to_latents(pipe: Any, family: Family, pixels: Tensor, *, float32: bool = False) -> Tensor:
     """The clean latents of pixels as :func:`to_pixels` gives them, at the mode of the autoencoder's posterior; the way back, with gradients
-    where the caller has them on.
+    where the caller has them on, and with the same ``float32``.
 
     Raises:
         Unsupported: the pipeline has no autoencoder of which it is known how the latents are laid out.
     """
-    ensure_decodes(pipe, family)
+    ensure_decodes(pipe, family, float32)
     if family.latents == "pixels":
-        return pixels
-    vae = pipe.vae
+        return pixels.float() if float32 else pixels
+    vae = _autoencoder(pipe, float32, pixels.device)
     if family.latents == "packed" and vae.config.get("latents_mean") is not None:
         raise Unsupported(f"{type(pipe).__name__} encodes pictures by an autoencoder for video, in a way that is not known here")
     latents: Tensor = vae.encode(pixels.to(vae.dtype)).latent_dist.mode()

@@ -16,8 +16,10 @@ from torch import nn
 from diffgraft.installed.anatomy import Target
 from diffgraft.installed.errors import BrokenPlugin, ConfigError, Unsupported
 from diffgraft.installed.plugin import Need, Plugin
+from diffgraft.installed.registry import find_family
 from diffgraft.kernel.loading import read_pipeline
 from diffgraft.methods.artefacts import Artefact, Fingerprint
+from diffgraft.methods.decoding import ensure_decodes
 from diffgraft.methods.encoders import Encoder, follow, read_encoder
 from diffgraft.methods.findings import Finding
 from diffgraft.methods.layouts import Layout
@@ -92,12 +94,14 @@ def fetch_encoder(plugin: Plugin, need: Need, value: Any, target: Target) -> Enc
 def fetch_pipelines(plugin: Plugin, need: Need, value: Any, target: Target) -> Any:
     """A second pipeline, or a list of them."""
     if isinstance(value, (list, tuple)):
-        return [fetch_pipeline(plugin, need.knob, one, target) for one in value]
-    return fetch_pipeline(plugin, need.knob, value, target)
+        return [fetch_pipeline(plugin, need, one, target) for one in value]
+    return fetch_pipeline(plugin, need, value, target)
 
 
-def fetch_pipeline(plugin: Plugin, knob: str, value: Any, target: Target) -> Any:
-    """A second pipeline on the device and in the dtype of the first, of the same class and latent space."""
+def fetch_pipeline(plugin: Plugin, need: Need, value: Any, target: Target) -> Any:
+    """A second pipeline on the device of the first: of the same family and latent space, and then in the dtype of the first, or of a family
+    that the plugin names."""
+    knob = need.knob
     if isinstance(value, (str, os.PathLike)):
         second = read_pipeline(value, dtype=target.pipe.dtype).to(target.pipe.device)
         second.set_progress_bar_config(disable=True)
@@ -108,9 +112,23 @@ def fetch_pipeline(plugin: Plugin, knob: str, value: Any, target: Target) -> Any
         raise ConfigError(
             f"plugin {plugin.name!r}: {knob} = {type(value).__name__}: give a bundled name, a folder, a Hub id or a live diffusers pipeline"
         )
-    if differing := space_difference(target, second):
+    if differing := family_difference(need, target, second) if need.families else space_difference(target, second):
         raise Unsupported(f"{plugin.name}: {knob} = {value if isinstance(value, str) else type(value).__name__} does not fit: {differing}")
     return second
+
+
+def family_difference(need: Need, target: Target, second: Any) -> str | None:
+    """Why a second pipeline is not what a plugin with families for it asks for: one of these, whose latents become pixels, as the first's
+    do; or None when it is."""
+    try:
+        family = find_family(type(second))
+        if not family.is_among(need.families):
+            return f"{type(second).__name__} is of the family {family.name!r}, and it takes {', '.join(need.families)}"
+        ensure_decodes(target.pipe, target.family, float32=True)  # in which dtype is said where it is done
+        ensure_decodes(second, family, float32=True)
+    except Unsupported as error:
+        return str(error)
+    return None
 
 
 def as_tuple(value: Any) -> Any:

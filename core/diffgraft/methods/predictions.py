@@ -63,8 +63,8 @@ def noise_estimate(x: Tensor, output: Tensor, levels: SignalNoise, kind: str) ->
 
 
 def prediction_kind(family: Family, scheduler: Any) -> str:
-    """What the denoiser predicts: one of :data:`KINDS`, or the scheduler's own word for something else."""
-    return "flow" if family.prediction == "flow" else str(scheduler.config.get("prediction_type", "epsilon"))
+    """What the denoiser predicts: one of :data:`KINDS`, or the family's or scheduler's own word for something else."""
+    return str(scheduler.config.get("prediction_type", "epsilon")) if family.prediction == "scheduler" else family.prediction
 
 
 def levels_at(family: Family, scheduler: Any, t: Tensor, sigma: Tensor | None, device: torch.device) -> SignalNoise:

@@ -27,7 +27,7 @@ from collections.abc import Iterable
 from diffgraft.installed import registry
 from diffgraft.installed.plugin import Plugin
 from diffgraft.testing import basics, compiling, crafted, inside, levels, repeats, sessions, surroundings
-from diffgraft.testing.case import CHECKS, Case, cases_of, claims
+from diffgraft.testing.case import CHECKS, Case, cases_of
 from diffgraft.testing.cover import cover
 from diffgraft.testing.pairs import Pair, pair_cases
 from diffgraft.testing.setting import Setting
@@ -61,14 +61,15 @@ def contract_cases(
 
     Args:
         plugin: name of an installed plugin, or a plugin class.
-        families: names of families; default: all that the plugin claims.
+        families: names of families; of these, and by default of all, those that the plugin claims.
         variants: further pipelines of the tiny factories that get the checks of a first class ("WanPipeline@2.2").
         thorough: on every family also what the core alone decides (offload, save, copy, pickle...), for tests of the core.
     """
     cls = registry.find(plugin) if isinstance(plugin, str) else plugin
     known = registry.families()
-    chosen = [known[name] for name in families] if families is not None else [f for f in known.values() if claims(cls, f)]
-    return cases_of(cls, chosen, known.values() if families is None else (), variants, thorough)
+    if families is None:
+        return cases_of(cls, known.values(), known.values(), variants, thorough)
+    return cases_of(cls, [known[name] for name in families], (), variants, thorough)
 
 
 def run_contract(plugin: str | type[Plugin], families: Iterable[str] | None = None) -> list[str]:

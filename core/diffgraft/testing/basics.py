@@ -18,7 +18,7 @@ def declared(s: Subject) -> None:
     plugin = s.plugin
     registry.check_class(plugin, f"plugin {plugin.name!r}")
     known = {word for family in registry.families().values() for word in (family.name, f"{family.kind}s")}
-    unknown = set(plugin.families) - known - {"*"}
+    unknown = {*plugin.families, *(word for need in plugin.needs for word in need.families)} - known - {"*"}
     assert not unknown, f"families: {sorted(unknown)} are no families; known: {sorted(known)}"
     assert plugin.paper.title, "paper: the title is missing"
     assert plugin.paper.implemented, "paper: it must say what is implemented"

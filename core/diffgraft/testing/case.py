@@ -89,11 +89,12 @@ def one_of_each_kind(families: Iterable[Family]) -> list[Family]:
 def cases_of(
     plugin: type[Plugin], families: Iterable[Family], known: Iterable[Family], classes: Iterable[str] = (), thorough: bool = False
 ) -> list[Case]:
-    """The cases that apply: ``families`` to test on, of all the ``known`` ones; ``classes`` are further pipeline classes or variants.
+    """The cases that apply: on those of ``families`` that the plugin claims; those of the ``known`` ones that it does not claim must be
+    refused. ``classes`` are further pipeline classes or variants.
 
     ``thorough``: checks of scope "kind" on every family too.
     """
-    claimed = [family for family in families if family.tiny is not None]
+    claimed = [family for family in families if family.tiny is not None and plugin.claims(family)]
     extra = list(classes)
     cases: list[Case] = []
     for one in CHECKS:
@@ -102,14 +103,9 @@ def cases_of(
         elif one.scope == "kind" and not thorough:
             places = [(family, family.pipelines[0]) for family in one_of_each_kind(claimed)]
         elif one.scope == "foreign":
-            places = [(family, family.pipelines[0]) for family in known if family.tiny is not None and not claims(plugin, family)]
+            places = [(family, family.pipelines[0]) for family in known if family.tiny is not None and not plugin.claims(family)]
         else:
             places = [(f, name) for f in claimed for name in (f.pipelines if one.scope == "every" else f.pipelines[:1])]
             places += [(f, name) for f in claimed for name in extra if name.partition("@")[0] in f.pipelines]
         cases += [Case(plugin, f, name, one) for f, name in places if one.when(Subject(plugin, f, name))]
     return cases
-
-
-def claims(plugin: type[Plugin], family: Family) -> bool:
-    """Whether the plugin's class says that it works on this family."""
-    return family.is_among(plugin.families)

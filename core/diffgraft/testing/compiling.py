@@ -12,7 +12,7 @@ from torch import Tensor
 
 from diffgraft.installed import registry
 from diffgraft.installed.family import Family
-from diffgraft.testing.case import check, claims
+from diffgraft.testing.case import check
 from diffgraft.testing.runs import call
 from diffgraft.testing.setting import USUAL
 from diffgraft.testing.subject import Subject
@@ -24,7 +24,7 @@ COMPILED = ("sd", "dit", "flux")
 
 def is_compiled(s: Subject) -> bool:
     """Whether this family stands for its kind."""
-    claimed = [f for f in registry.families().values() if f.tiny is not None and claims(s.plugin, f) and f.kind == s.family.kind]
+    claimed = [f for f in registry.families().values() if f.tiny is not None and s.plugin.claims(f) and f.kind == s.family.kind]
     return s.family.name in COMPILED or (s.family is claimed[0] and not any(f.name in COMPILED for f in claimed))
 
 

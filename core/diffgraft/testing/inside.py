@@ -35,7 +35,7 @@ def plan_in_steps(s: Subject) -> None:
     for name in paces(s):
         setting = under(name).but(num_inference_steps=9)
         pipe = s.make(setting)
-        reader = plan_reader(s.plugin.name)
+        reader = plan_reader(s.plugin)
         try:
             s.attach(pipe).plugins.add(reader)
             s.run(pipe, setting)
@@ -79,7 +79,7 @@ def at_step(number: int, action: Callable[[Any], None]) -> dict[str, Any]:
     return {"callback_on_step_end": callback}
 
 
-@check("kind", when=lambda s: "callback_on_step_end" in s.facts.arguments)
+@check("kind", when=lambda s: s.facts.has_stop and "callback_on_step_end" in s.facts.arguments)
 def stopped(s: Subject) -> None:
     """A user's stop (``pipe._interrupt``) ends the whole call: no denoiser runs after it, in no further pass either."""
     pipe = s.attach(s.make())

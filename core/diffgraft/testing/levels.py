@@ -39,7 +39,7 @@ def changes_the_sampling(s: Subject) -> bool:
     return bool(plugin.effects.edits & {"latents", "timestep", "schedule"} or plugin.scheduler or "step" in plugin.points())
 
 
-@check("kind", when=lambda s: changes_the_sampling(s) and s.supports(FINE))
+@check("kind", when=lambda s: changes_the_sampling(s) and s.family.prediction != "consistency" and s.supports(FINE))
 def levels(s: Subject) -> None:
     """With an exact Gaussian denoiser the latents are as large as those of the time told (an explicit step across a stiff interval)."""
     plain, pipe = s.make(), s.attach(s.make())

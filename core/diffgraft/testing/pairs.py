@@ -13,7 +13,7 @@ from diffgraft.installed.planner import Part, plan
 from diffgraft.installed.plugin import Plugin
 from diffgraft.kernel.loading import load_pipeline, unload
 from diffgraft.lab.machine import threads
-from diffgraft.testing.case import claims, one_of_each_kind
+from diffgraft.testing.case import one_of_each_kind
 from diffgraft.testing.runs import artefacts
 from diffgraft.testing.setting import USUAL
 from diffgraft.testing.subject import Subject
@@ -107,6 +107,6 @@ def pair_cases(plugins: Iterable[str | type[Plugin]] | None = None) -> list[Pair
     classes = [registry.find(item) if isinstance(item, str) else item for item in plugins]
     cases: list[Pair] = []
     for outer, inner in permutations(classes, 2):
-        chosen = one_of_each_kind(f for f in registry.families().values() if claims(outer, f) and claims(inner, f))
+        chosen = one_of_each_kind(f for f in registry.families().values() if outer.claims(f) and inner.claims(f))
         cases += [Pair(outer, inner, family) for family in chosen] or [Pair(outer, inner, None)]
     return cases

@@ -12,12 +12,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from diffgraft.installed import registry
+from diffgraft.installed.errors import Unsupported
 from diffgraft.installed.family import Family
 from diffgraft.installed.plugin import Plugin
 from diffgraft.kernel.stack import stack_of
 from diffgraft.lab.machine import threads
 from diffgraft.methods.artefacts import Artefact
 from diffgraft.methods.calibration import calibrate_call
+from diffgraft.methods.decoding import ensure_decodes
 from diffgraft.methods.search import search_call
 from diffgraft.testing.setting import BATCHED_INPUTS, NEGATIVES, PROMPTS, STEPS, Setting
 from diffgraft.testing.tiny import EMBED, Facts, facts, prepared, quiet, tiny
@@ -26,13 +29,13 @@ from diffgraft.testing.tiny import EMBED, Facts, facts, prepared, quiet, tiny
 def arguments(family: Family, class_name: str, setting: Setting) -> dict[str, Any]:
     """The call's arguments."""
     known = facts(family, class_name)
-    kwargs = {**known.kwargs, "num_inference_steps": STEPS, "output_type": "latent"}
+    kwargs = {**known.kwargs, "num_inference_steps": STEPS, "output_type": "np" if family.latents == "pixels" else "latent"}
     kwargs.update(of_samples(known, setting.samples))
     kwargs.update(dict(setting.changes))
     seeds = [torch.Generator().manual_seed(100 + i) for i in setting.samples]
     kwargs["generator"] = seeds if len(seeds) > 1 else seeds[0]
     if setting.ip_adapter:
-        kwargs["ip_adapter_image_embeds"] = [torch.randn(2, 1, EMBED, generator=torch.Generator().manual_seed(9))]
+        kwargs["ip_adapter_image_embeds"] = [torch.randn(len(family.guidance.order), 1, EMBED, generator=torch.Generator().manual_seed(9))]
     if setting.cut is not None:
         kwargs["callback_on_step_end"] = cutter(family, setting.cut)
         kwargs["callback_on_step_end_tensor_inputs"] = [name for name in known.callback_inputs if name in BATCHED_INPUTS]
@@ -50,11 +53,12 @@ def of_samples(known: Facts, samples: tuple[int, ...]) -> dict[str, Any]:
     if "prompt" in kwargs:
         negative = {"negative_prompt": each(NEGATIVES)} if "negative_prompt" in kwargs else {}
         return {"prompt": each(PROMPTS), **negative}
+    batch = {"batch_size": len(samples)} if "batch_size" in known.arguments else {}
     if "class_labels" in kwargs:
-        return {"class_labels": [(207, 3)[i % 2] for i in samples]}
+        return {"class_labels": [(207, 3)[i % 2] for i in samples], **batch}
     if "image" in kwargs:
         return {"image": each((kwargs["image"], kwargs["image"].rotate(180)))}
-    return {"batch_size": len(samples)}
+    return batch
 
 
 def cutter(family: Family, last: int) -> Callable[..., dict[str, Any]]:
@@ -64,7 +68,8 @@ def cutter(family: Family, last: int) -> Callable[..., dict[str, Any]]:
         if step == last:
             pipe._guidance_scale = 0.0
             if family.guidance.layout == "batched":
-                return {name: value.chunk(2)[-1] for name, value in tensors.items()}
+                order = family.guidance.order
+                return {name: value.chunk(len(order))[order.index("cond")] for name, value in tensors.items()}
         return tensors
 
     return cut
@@ -93,6 +98,18 @@ def partner(family: Family, class_name: str) -> Any:
         if name not in family.denoisers and name != "controlnet":
             setattr(second, name, part)
     return second
+
+
+@functools.cache
+def stranger(families: tuple[str, ...]) -> Any:
+    """A tiny pipeline of the first of these families that has one whose latents become pixels; the same for all cases."""
+    for family in registry.families().values():
+        if family.tiny is not None and family.is_among(families):
+            pipe = tiny(family, family.pipelines[0], seed=1).pipe
+            with contextlib.suppress(Unsupported):
+                ensure_decodes(pipe, family, float32=True)
+                return pipe
+    raise AssertionError(f"none of the families {', '.join(families)} has a tiny pipeline whose latents become pixels")
 
 
 def has_plugin(pipe: Any, plugin: type[Plugin]) -> bool:
@@ -136,7 +153,7 @@ def plain(family: Family, class_name: str, setting: Setting) -> Tensor:
 @functools.cache
 def works(family: Family, class_name: str, setting: Setting) -> bool:
     """Whether the plain pipeline runs under ``setting``."""
-    if setting.scheduler is not None and setting.scheduler.startswith("FlowMatch") != (family.prediction == "flow"):
+    if setting.scheduler is not None and ("flow" if setting.scheduler.startswith("FlowMatch") else "scheduler") != family.prediction:
         return False  # a flow scheduler builds happily from a diffusion scheduler's config, but the two mean different things
     try:
         plain(family, class_name, setting)

@@ -18,8 +18,8 @@ PROMPTS = ("a red apple on the left", "two green dogs")
 NEGATIVES = ("blurry", "a drawing")
 
 
-BATCHED_INPUTS = ("prompt_embeds", "pooled_prompt_embeds", "add_text_embeds", "add_time_ids")
-"""Callback tensors that hold both guidance halves while guidance is on."""
+BATCHED_INPUTS = ("prompt_embeds", "pooled_prompt_embeds", "add_text_embeds", "add_time_ids", "image_latents")
+"""Callback tensors that hold all guidance branches while guidance is on."""
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from diffgraft.installed.plugin import Plugin
 from diffgraft.kernel.loading import load_pipeline
 from diffgraft.kernel.report import PluginReport
 from diffgraft.kernel.verdict import IDLE
-from diffgraft.testing.runs import artefacts, call, counting, has_plugin, partner, plain, works
+from diffgraft.testing.runs import artefacts, call, counting, has_plugin, partner, plain, stranger, works
 from diffgraft.testing.setting import USUAL, Outcome, Setting, under
 from diffgraft.testing.tiny import Facts, denoisers, facts, prepared, tiny
 
@@ -89,13 +89,13 @@ class Subject:
         """The plugin with these knobs, and a second pipeline in every knob that wants one."""
         for need in self.plugin.needs:
             if need.kind == "pipeline" and need.knob not in knobs:
-                knobs[need.knob] = partner(self.family, self.class_name)
+                knobs[need.knob] = stranger(need.families) if need.families else partner(self.family, self.class_name)
         return self.plugin(**knobs)
 
     def seconds(self, pipe: Any) -> list[Any]:
-        """The second pipelines that the plugin on ``pipe`` was given."""
+        """The second pipelines of this family that the plugin on ``pipe`` was given."""
         knobs = pipe.plugins[self.plugin.name].config
-        return [getattr(knobs, need.knob) for need in self.plugin.needs if need.kind == "pipeline"]
+        return [getattr(knobs, need.knob) for need in self.plugin.needs if need.kind == "pipeline" and not need.families]
 
     def run(self, pipe: Any, setting: Setting = USUAL, **extra: Any) -> Tensor:
         """One call; the latents (or pixels) that come out. A plugin with an artefact gets the one for this setting, as a user gives it."""

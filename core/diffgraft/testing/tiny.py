@@ -43,6 +43,7 @@ class Facts:
     has_processors: bool
     has_ip_adapter: bool
     has_offload: bool
+    has_stop: bool
     components: tuple[str, ...]
 
 
@@ -59,6 +60,7 @@ def facts(family: Family, class_name: str) -> Facts:
         has_processors=bool(attention_layers(pipe, family)),
         has_ip_adapter=all(type(model).__name__ == "UNet2DConditionModel" for model in denoisers(pipe, family))
         and "ip_adapter_image_embeds" in inspect.signature(type(pipe).__call__).parameters,
+        has_stop=hasattr(type(pipe), "interrupt"),
         has_offload=getattr(pipe, "model_cpu_offload_seq", None) is not None,
         components=tuple(pipe.components),
     )

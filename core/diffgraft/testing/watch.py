@@ -49,37 +49,41 @@ def watchers(plugin: type[Plugin]) -> tuple[Plugin, Plugin, Ledger]:
     """(outer, inner, ledger): put the plugin between the two."""
     ledger = Ledger()
     points = [point for point in plugin.points() if point in POINTS]
-    outer = neighbour("watch_outer", points, partial(_outer, ledger))
-    return outer, neighbour("watch_inner", points, partial(_inner, ledger)), ledger
+    outer = neighbour(plugin, "watch_outer", points, partial(_outer, ledger))
+    return outer, neighbour(plugin, "watch_inner", points, partial(_inner, ledger)), ledger
 
 
-def neighbour(name: str, points: Iterable[str], hook: Callable[[str], Any]) -> Plugin:
-    """A plugin that does nothing but look on: at each of ``points`` it has the method that ``hook(point)`` makes."""
-    body: dict[str, Any] = {point: hook(point) for point in points}
+def neighbour(plugin: type[Plugin], name: str, points: Iterable[str], hook: Callable[[str], Any]) -> Plugin:
+    """A plugin that does nothing but look on: at each of ``points`` it has the method that ``hook(point)`` makes.
+
+    It works wherever the ``plugin`` beside it does: on the same families, and with `guide`, which not all of them have, only beside one
+    that has it.
+    """
+    body: dict[str, Any] = {point: hook(point) for point in points if point != "guide" or point in plugin.points()}
     body |= {
         "name": name,
         "paper": Paper("a neighbour", "", "sees what the plugin beside it does"),
-        "families": ("*",),
+        "families": plugin.families,
         "neutral": {},
         "select_blocks": lambda self, blocks: blocks,
     }
-    plugin: Plugin = type(name, (Plugin,), body)()
-    return plugin
+    beside: Plugin = type(name, (Plugin,), body)()
+    return beside
 
 
-def plan_reader(name: str) -> Any:
-    """A do-nothing plugin whose ``plan`` holds what plugin ``name`` counted for the first ``scheduler.step`` call of each step."""
+def plan_reader(plugin: type[Plugin]) -> Any:
+    """A do-nothing plugin whose ``plan`` holds what ``plugin`` counted for the first ``scheduler.step`` call of each step."""
     plan: list[dict[str, int]] = []
     before: dict[str, int] = {}
 
     def step(self: Plugin, call: Any, next: Any) -> Any:
-        now = {key: sum(branches.values()) for key, branches in call.run.report.plugins[name].counts.items()}
+        now = {key: sum(branches.values()) for key, branches in call.run.report.plugins[plugin.name].counts.items()}
         if call.step.stage == 0:
             plan.append({key: n - before.get(key, 0) for key, n in now.items() if n != before.get(key, 0)})
         before.update(now)
         return next(call)
 
-    reader: Any = neighbour("plan_reader", ["step"], lambda point: step)
+    reader: Any = neighbour(plugin, "plan_reader", ["step"], lambda point: step)
     reader.plan = plan
     return reader
 

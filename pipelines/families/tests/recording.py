@@ -1,4 +1,7 @@
-"""What a tiny pipeline does in one call: the denoiser's calls, the blocks' inputs and outputs, the steps."""
+"""What a tiny pipeline does in one call: the denoiser's calls, the blocks' inputs and outputs, the steps.
+
+The steps of copies of the scheduler after one denoiser call, each of one frame, are one step, of those frames side by side.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from diffgraft import BlockGroup, Family, Tiny
+from diffgraft.installed.anatomy import layers_in
 from diffgraft_pipelines.tiny import make
 from torch import nn
 
@@ -81,26 +85,41 @@ def record(family: Family, tiny: Tiny, **changes: object) -> Record:
             for module in blocks(denoiser, group):
                 handles.append(module.register_forward_hook(block, with_kwargs=True))
                 for name in group.layers:
-                    for layer in getattr(module, name, None) or ():
+                    for _, _, _, layer in layers_in(module, name):
                         handles.append(layer.register_forward_pre_hook(lambda module, _: layers.append(module)))
 
     scheduler: Any = tiny.pipe.scheduler  # type: ignore[attr-defined]
-    original = scheduler.step
+    original = type(scheduler).step
     signature = inspect.signature(original)
+    frames: list[dict[str, Any]] = []  # of the copies' step in progress
 
     @functools.wraps(original)
-    def step(*args: Any, **kwargs: Any) -> Any:
-        steps.append(dict(signature.bind(*args, **kwargs).arguments))
-        return original(*args, **kwargs)
+    def step(self: Any, *args: Any, **kwargs: Any) -> Any:
+        given = dict(signature.bind(self, *args, **kwargs).arguments)
+        assert (self is not scheduler) == family.copied_scheduler
+        if self is scheduler:
+            steps.append(given)
+        else:
+            if not steps or steps[-1].get("call") != len(calls):
+                frames.clear()
+                steps.append({})
+            frames.append({name: value.clone() for name, value in given.items() if isinstance(value, torch.Tensor)})
+            steps[-1] = {name: side_by_side([frame[name] for frame in frames]) for name in frames[0]} | {"call": len(calls)}
+        return original(self, *args, **kwargs)
 
-    scheduler.step = step
+    type(scheduler).step = step  # on the class: an instance's own is copied with it
     try:
         image = run(tiny, **changes)
     finally:
-        del scheduler.step
+        type(scheduler).step = original
         for handle in handles:
             handle.remove()
     return Record(tiny, image, calls, steps, layers)
+
+
+def side_by_side(frames: list[torch.Tensor]) -> torch.Tensor:
+    """[b, c, h, w] of each frame -> [b, c, f, h, w]; a time each -> [f]."""
+    return torch.stack(frames, dim=2 if frames[0].ndim else 0)
 
 
 def different(kwargs: dict[str, object]) -> dict[str, object]:
@@ -143,7 +162,12 @@ def layout(family: Family, pipe: Any, call: Call, prediction: torch.Tensor, samp
     if family.branch_prediction == "unpacked_tail":
         size = [call.inputs[name] for name in ("num_frames", "height", "width")]
         return pipe._unpack_latents(prediction, *size)[:, :, 1:]
-    return prediction
+    return stepped_frames(family, prediction, sample)
+
+
+def stepped_frames(family: Family, x: torch.Tensor, sample: torch.Tensor) -> torch.Tensor:
+    """Of the denoiser's frames those that copies of the scheduler step: given ones (a start picture) come first and stay as they are."""
+    return x[:, :, x.shape[2] - sample.shape[2] :] if family.copied_scheduler else x
 
 
 def equal(first: Any, second: Any) -> bool:

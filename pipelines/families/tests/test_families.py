@@ -18,13 +18,14 @@ from diffgraft import Family, Tiny
 from diffgraft_pipelines.families import FAMILIES
 from diffgraft_pipelines.tiny import make
 from diffusers import (
+    CMStochasticIterativeScheduler,
     DDIMScheduler,
     DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
     FlowMatchHeunDiscreteScheduler,
     PNDMScheduler,
 )
-from recording import LAYOUTS, Call, blocks, branches, changed, denoisers, different, equal, layout, record, run, seen
+from recording import LAYOUTS, Call, blocks, branches, changed, denoisers, different, equal, layout, record, run, seen, stepped_frames
 from torch import nn
 
 torch.set_num_threads(1)
@@ -56,7 +57,12 @@ every_class = pytest.mark.parametrize(("family", "name"), CASES, ids=[name for _
 
 
 # What diffusers 0.42 itself cannot do, with or without plugins.
-ONE_PROMPT = ("AnimateDiffVideoToVideoPipeline", "AnimateDiffControlNetPipeline", "CogVideoXImageToVideoPipeline")
+ONE_PROMPT = (
+    "AnimateDiffVideoToVideoPipeline",
+    "AnimateDiffControlNetPipeline",
+    "CogVideoXImageToVideoPipeline",
+    "SkyReelsV2DiffusionForcingVideoToVideoPipeline",
+)
 
 
 ONE_VIDEO = (
@@ -68,7 +74,11 @@ ONE_VIDEO = (
     "CogVideoXVideoToVideoPipeline",
     "WanVideoToVideoPipeline",
     "WanImageToVideoPipeline",
+    "SkyReelsV2DiffusionForcingVideoToVideoPipeline",
 )
+
+
+EDITS = ("StableDiffusionInstructPix2PixPipeline", "StableDiffusionXLInstructPix2PixPipeline")
 
 
 SCHEDULERS = {
@@ -76,6 +86,8 @@ SCHEDULERS = {
     "StableDiffusionXLPipeline": (DDIMScheduler, DPMSolverMultistepScheduler, PNDMScheduler),
     "AnimateDiffPipeline": (EulerDiscreteScheduler,),
     "PixArtAlphaPipeline": (DDIMScheduler, EulerDiscreteScheduler),
+    "StableDiffusionInstructPix2PixPipeline": (EulerDiscreteScheduler, DPMSolverMultistepScheduler),
+    "SkyReelsV2DiffusionForcingPipeline": (DPMSolverMultistepScheduler,),
     "DiTPipeline": (DPMSolverMultistepScheduler,),
     "StableDiffusion3Pipeline": (FlowMatchHeunDiscreteScheduler,),
 }
@@ -152,7 +164,7 @@ def test_denoiser_calls_match_guidance(family: Family, name: str, how: str) -> N
     if guided and family.guidance.doubled:
         rows //= 2
     calls_a_step = 2 if guided and family.guidance.layout == "sequential" else 1
-    rows_a_call = rows * (2 if guided and family.guidance.layout == "batched" else 1)
+    rows_a_call = rows * (len(family.guidance.order) if guided and family.guidance.layout == "batched" else 1)
     for index, step in enumerate(seen_run.steps):
         calls = [call for call in seen_run.calls if call.step == index]
         assert len(calls) == calls_a_step
@@ -171,8 +183,11 @@ def check_call(family: Family, pipe: Any, call: Call, step: dict[str, Any], rows
     latents, sample = step["sample"], call.inputs[family.sample]
     assert sample.shape[0] == rows
     assert latents.ndim == len(axes)
-    given = torch.as_tensor(call.inputs[family.timestep]).float().max()
-    torch.testing.assert_close(given, torch.as_tensor(step["timestep"]).float() * family.timestep_scale)
+    given = torch.as_tensor(call.inputs[family.timestep]).float()
+    if family.copied_scheduler:
+        assert given.shape == (rows, sample.shape[2]), "a time for each frame"
+        sample = stepped_frames(family, sample, latents)
+    torch.testing.assert_close(given.max(), torch.as_tensor(step["timestep"]).float().max() * family.timestep_scale)
     if family.branch_prediction == "unpacked_tail":
         sample = pipe._unpack_latents(sample, *(call.inputs[name] for name in ("num_frames", "height", "width")))
         sample = sample[:, :, 1:]
@@ -181,7 +196,7 @@ def check_call(family: Family, pipe: Any, call: Call, step: dict[str, Any], rows
         assert sample.shape[axis] >= latents.shape[axis]
         sample = sample.narrow(axis, 0, latents.shape[axis])
     assert sample.shape[1:] == latents.shape[1:]
-    if not isinstance(pipe.scheduler, EulerDiscreteScheduler):  # which scales its input
+    if not isinstance(pipe.scheduler, (EulerDiscreteScheduler, CMStochasticIterativeScheduler)):  # which scale their input
         assert equal(sample[: len(latents)], latents[: len(sample)])
 
 
@@ -199,7 +214,9 @@ def check_combination(family: Family, tiny: Tiny, calls: list[Call], step: dict[
         scale = tiny.kwargs[family.guidance.second_scale]
     if family.name == "svd":
         scale = pipe.guidance_scale
-    expected = parts["uncond"] + scale * (parts["cond"] - parts["uncond"])
+    expected = parts["uncond"] + scale * (parts["cond"] - parts.get("image", parts["uncond"]))
+    if "image" in parts:
+        expected = expected + tiny.kwargs["image_guidance_scale"] * (parts["image"] - parts["uncond"])  # type: ignore[operator]
     if family.name == "qwen_image":
         expected = expected * parts["cond"].norm(dim=-1, keepdim=True) / expected.norm(dim=-1, keepdim=True)
     if family.guidance.doubled:
@@ -215,11 +232,34 @@ def test_branch_order(family: Family, name: str) -> None:
     which = family.conditioning[0]
     first, second = (seen(family, name, how).calls for how in ("on", "different"))
     if family.guidance.layout == "batched":
-        pairs = list(zip(first[0].inputs[which].chunk(2), second[0].inputs[which].chunk(2), strict=True))
+        n = len(family.guidance.order)
+        pairs = list(zip(first[0].inputs[which].chunk(n), second[0].inputs[which].chunk(n), strict=True))
     else:
         pairs = [(first[i].inputs[which], second[i].inputs[which]) for i in range(2)]
     for branch, pair in zip(family.guidance.order, pairs, strict=True):
-        assert equal(*pair) == (branch == "uncond"), branch
+        assert equal(*pair) == (branch != "cond"), branch
+
+
+@pytest.mark.parametrize("name", EDITS)
+def test_the_image_branch_has_the_picture_and_the_negative_text(name: str) -> None:
+    family = next(family for family in FAMILIES if name in family.pipelines)
+    call = seen(family, name).calls[0]
+    cond, image, uncond = (x[:, 4:] for x in call.inputs[family.sample].chunk(3))
+    assert equal(cond, image)
+    assert image.any()
+    assert not uncond.any()
+    _, image, uncond = call.inputs["encoder_hidden_states"].chunk(3)
+    assert equal(image, uncond)
+
+
+@pytest.mark.parametrize("name", EDITS)
+def test_both_scales_say_whether_editing_is_guided(name: str) -> None:
+    family = next(family for family in FAMILIES if name in family.pipelines)
+    for scale, image_scale, rows in ((2.0, 1.0, 3), (1.0, 1.5, 1), (2.0, 0.9, 1)):
+        tiny = make(name)
+        how = {"guidance_scale": scale, "image_guidance_scale": image_scale, "num_inference_steps": 1}
+        plain = record(family, tiny, **how)
+        assert len(plain.calls[0].inputs["sample"]) == rows
 
 
 @every_class

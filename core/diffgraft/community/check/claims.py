@@ -29,7 +29,7 @@ def quality_of(project: Project) -> Quality:
 
 def two_families(project: Project) -> bool:
     """Whether the plugin claims two families or more that are known here."""
-    return sum(family.is_among(project.cls.families) for family in registry.families().values()) >= 2
+    return sum(project.cls.claims(family) for family in registry.families().values()) >= 2
 
 
 def claim_problems(project: Project, found: Mapping[str, list[str]], unknown: frozenset[str]) -> Iterator[Problem]:

@@ -19,7 +19,7 @@ def families_to_run(cls: type[Plugin], names: Iterable[str] | None = None) -> li
     """The families with a tiny pipeline to watch a plugin on: those named, or the fastest U-Net and DiT that it claims."""
     from diffgraft.testing.case import one_of_each_kind
 
-    claimed = [family for family in registry.families().values() if family.is_among(cls.families) and family.tiny is not None]
+    claimed = [family for family in registry.families().values() if cls.claims(family) and family.tiny is not None]
     if names is None:
         return one_of_each_kind(claimed)
     chosen = list(names)
@@ -54,9 +54,9 @@ def observe(project: Project, families: Iterable[Family]) -> Observed:
         subject = Subject(cls, family, family.pipelines[0])
         seen = Seen()
         plain, listening = Listening(Seen(), project.package), Listening(seen, project.package)
-        before, after = neighbours(plain.seen)
+        before, after = neighbours(cls, plain.seen)
         bare = load_pipeline(subject.make(), plugins=[before, after])
-        outer, inner = neighbours(seen)
+        outer, inner = neighbours(cls, seen)
         pipe = load_pipeline(subject.make(), plugins=[outer, subject.instance(**cls.active), inner])
         subject.baseline()
         with plain:

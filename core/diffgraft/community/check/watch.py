@@ -77,9 +77,9 @@ def same(given: Any, handed: Any) -> bool:
         return False
 
 
-def neighbours(seen: Seen) -> tuple[Plugin, Plugin]:
+def neighbours(plugin: type[Plugin], seen: Seen) -> tuple[Plugin, Plugin]:
     """(outer, inner): put the plugin between the two."""
-    return neighbour("check_outer", POINTS, partial(outer, seen)), neighbour("check_inner", POINTS, partial(inner, seen))
+    return neighbour(plugin, "check_outer", POINTS, partial(outer, seen)), neighbour(plugin, "check_inner", POINTS, partial(inner, seen))
 
 
 def facts(call: Any, point: str) -> dict[str, Any]:

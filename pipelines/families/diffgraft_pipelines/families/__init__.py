@@ -5,6 +5,7 @@ from __future__ import annotations
 from diffgraft_pipelines.families import (
     animatediff,
     cogvideox,
+    consistency,
     dit,
     flux,
     ltx,
@@ -14,6 +15,7 @@ from diffgraft_pipelines.families import (
     sd,
     sd3,
     sdxl,
+    skyreels,
     svd,
     wan,
 )
@@ -21,10 +23,13 @@ from diffgraft_pipelines.families import (
 FAMILIES = (
     sd.family,
     sd.latent_consistency,
+    sd.edit,
     animatediff.family,
     sdxl.family,
+    sdxl.edit,
     svd.family,
     pixel.family,
+    consistency.family,
     dit.family,
     pixart.family,
     sd3.family,
@@ -34,6 +39,7 @@ FAMILIES = (
     qwen_image.family,
     qwen_image.edit,
     wan.family,
+    skyreels.family,
     ltx.family,
     ltx.image,
     cogvideox.family,

@@ -1,4 +1,4 @@
-"""Stable Diffusion 1.x and 2.x, and latent consistency models."""
+"""Stable Diffusion 1.x and 2.x, latent consistency models, and InstructPix2Pix."""
 
 from __future__ import annotations
 
@@ -34,5 +34,18 @@ latent_consistency = Family(
     guidance=Guidance("none"),  # guidance_scale is an input of the U-Net (timestep_cond), there is one branch
     sample="sample",
     conditioning=("encoder_hidden_states", "timestep_cond"),
+    tiny="diffgraft_pipelines.tiny.sd:make",
+)
+
+edit = Family(
+    name="sd_edit",
+    pipelines=("StableDiffusionInstructPix2PixPipeline",),
+    denoisers=("unet",),
+    kind="unet",
+    blocks=unet_blocks("resnets", "attentions"),
+    # uncond + guidance_scale (cond - image) + image_guidance_scale (image - uncond)
+    guidance=Guidance("batched", ("cond", "image", "uncond"), active="do_classifier_free_guidance"),
+    sample="sample",
+    appended="channels",  # the start picture; none in "uncond"
     tiny="diffgraft_pipelines.tiny.sd:make",
 )

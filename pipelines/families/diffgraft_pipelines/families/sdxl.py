@@ -1,4 +1,4 @@
-"""Stable Diffusion XL."""
+"""Stable Diffusion XL, and InstructPix2Pix on it."""
 
 from __future__ import annotations
 
@@ -23,5 +23,19 @@ family = Family(
     sample="sample",
     conditioning=("encoder_hidden_states", "added_cond_kwargs"),
     appended="channels",  # inpainting U-Nets with 9 channels: latents, mask, masked picture
+    tiny="diffgraft_pipelines.tiny.sdxl:make",
+)
+
+edit = Family(
+    name="sdxl_edit",
+    pipelines=("StableDiffusionXLInstructPix2PixPipeline",),
+    denoisers=("unet",),
+    kind="unet",
+    blocks=unet_blocks("resnets", "attentions"),
+    # uncond + guidance_scale (cond - image) + image_guidance_scale (image - uncond); the pipeline has no property that says so
+    guidance=Guidance("batched", ("cond", "image", "uncond"), least=(("image_guidance_scale", 1.0),)),
+    sample="sample",
+    conditioning=("encoder_hidden_states", "added_cond_kwargs"),
+    appended="channels",  # the start picture; none in "uncond"
     tiny="diffgraft_pipelines.tiny.sdxl:make",
 )

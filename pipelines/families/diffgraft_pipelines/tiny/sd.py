@@ -67,6 +67,10 @@ def _inpaint(name: str, in_channels: int = 4) -> Tiny:
     )
 
 
+def _edit(name: str) -> Tiny:
+    return _pipeline(name, 8, image=c.picture(), image_guidance_scale=1.5)
+
+
 def _control(name: str) -> Tiny:
     return _pipeline(name, image=c.picture(seed=1), height=c.SIDE, width=c.SIDE)
 
@@ -88,6 +92,7 @@ make = c.maker(
         "StableDiffusionControlNetPipeline": _control,
         "StableDiffusionControlNetImg2ImgPipeline": _control_image,
         "StableDiffusionControlNetInpaintPipeline": _control_inpaint,
+        "StableDiffusionInstructPix2PixPipeline": _edit,
         "LatentConsistencyModelPipeline": _text,
         "LatentConsistencyModelImg2ImgPipeline": _image,
     }

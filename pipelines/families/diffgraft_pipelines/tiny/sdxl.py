@@ -11,10 +11,11 @@ from diffgraft_pipelines.tiny import _common as c
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 
 
-def _unet() -> UNet2DConditionModel:
+def _unet(in_channels: int) -> UNet2DConditionModel:
     """Three levels, the outer one without attention as in SDXL, two layers a block."""
     return UNet2DConditionModel(
         sample_size=8,
+        in_channels=in_channels,
         block_out_channels=(16, 32, 32),
         layers_per_block=2,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
@@ -30,7 +31,7 @@ def _unet() -> UNet2DConditionModel:
     )
 
 
-def _pipeline(name: str, **kwargs: object) -> Tiny:
+def _pipeline(name: str, in_channels: int = 4, **kwargs: object) -> Tiny:
     tokenizer = c.clip_tokenizer()
     parts = {
         "vae": c.vae(),
@@ -38,7 +39,7 @@ def _pipeline(name: str, **kwargs: object) -> Tiny:
         "text_encoder_2": c.clip_text(tokenizer, projection=32),
         "tokenizer": tokenizer,
         "tokenizer_2": c.clip_tokenizer(),
-        "unet": _unet(),
+        "unet": _unet(in_channels),
         "scheduler": EulerDiscreteScheduler(**BETAS, timestep_spacing="leading", steps_offset=1),
     }
     if "ControlNet" in name:
@@ -55,6 +56,10 @@ def _image(name: str) -> Tiny:
 
 def _inpaint(name: str) -> Tiny:
     return _pipeline(name, image=c.picture(), mask_image=c.mask(), strength=0.8)
+
+
+def _edit(name: str) -> Tiny:
+    return _pipeline(name, 8, image=c.picture(), image_guidance_scale=1.5)
 
 
 def _control(name: str) -> Tiny:
@@ -74,6 +79,7 @@ make = c.maker(
         "StableDiffusionXLPipeline": _pipeline,
         "StableDiffusionXLImg2ImgPipeline": _image,
         "StableDiffusionXLInpaintPipeline": _inpaint,
+        "StableDiffusionXLInstructPix2PixPipeline": _edit,
         "StableDiffusionXLControlNetPipeline": _control,
         "StableDiffusionXLControlNetImg2ImgPipeline": _control_image,
         "StableDiffusionXLControlNetInpaintPipeline": _control_inpaint,
