@@ -326,7 +326,7 @@ variance. The judge is more lenient than a person about fine detail, so look at 
 
 def emoji_dit(
     out: Out,
-    steps: Steps = 4000,
+    steps: Steps = 6500,
     base: Base = BASE,
     scenes: Scenes = 24_000,
     seed: Seed = 0,

@@ -13,7 +13,7 @@ import torch
 import typer
 from accelerate import Accelerator
 from diffgraft.methods.fitness import frechet
-from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, DDPMScheduler, UNet2DModel
+from diffusers import DDIMPipeline, DDPMPipeline, DDPMScheduler, UNet2DModel
 from PIL import Image
 from rich.progress import track
 from torch import Tensor
@@ -141,8 +141,6 @@ def evaluate(folder: Path, judge: Judge, training: Tensor, out: Path, count: int
     result: dict[str, Any] = {"pictures": count, "true_renders": figures(other), "samplers": {}}
     for name, (cls, steps) in SAMPLERS.items():
         pipe = cls.from_pretrained(folder, local_files_only=True)
-        if cls is DDIMPipeline:
-            pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
         began = time.perf_counter()
         images = generate(pipe, count, steps)
         seconds = round((time.perf_counter() - began) / count, 2)
