@@ -281,7 +281,7 @@ def fill(template: str, labels: Labels) -> str:
         place=place,
         phrase=PLACE_PHRASES[place],
     )
-    return _articles(text)
+    return articles(text)
 
 
 PAIR_TEMPLATES: tuple[tuple[str, float], ...] = (
@@ -302,7 +302,7 @@ def fill_pair(template: str, pair: Pair) -> str:
         other_phrase=PLACE_PHRASES[second.place or "center"],
         background=first.background,
     )
-    return _articles(text)
+    return articles(text)
 
 
 def pair_caption(pair: Pair, rng: np.random.Generator | None = None) -> str:
@@ -313,7 +313,8 @@ def pair_caption(pair: Pair, rng: np.random.Generator | None = None) -> str:
     return fill_pair(PAIR_TEMPLATES[int(rng.choice(len(PAIR_TEMPLATES), p=weights / weights.sum()))][0], pair)
 
 
-def _articles(text: str) -> str:
+def articles(text: str) -> str:
+    """ "an" instead of "a" where the next word begins with a vowel."""
     return re.sub(r"\ba (?=[aeio]|um)", "an ", text)
 
 

@@ -14,12 +14,15 @@ from ..emoji import scenes as emoji_scenes
 from ..emoji.judge import FIELDS, Judge
 from . import cards
 from . import decoder as decoder_stage
+from . import dit as dit_stage
+from . import edit as edit_stage
 from . import evaluate as measuring
 from . import export as exporting
 from . import flux as flux_stage
 from . import judge as judge_stage
 from . import lcm as lcm_stage
 from . import more as more_stage
+from . import pixel as pixel_stage
 from . import small as small_stage
 from . import unet as unet_stage
 from . import vae as vae_stage
@@ -48,6 +51,12 @@ app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__)
 app.command("emoji-flux")(flux_stage.emoji_flux)
 app.command("measure-flux")(flux_stage.measure_flux)
 app.command("emoji-wan")(wan_stage.emoji_wan)
+app.command("emoji-dit")(dit_stage.emoji_dit)
+app.command("measure-dit")(dit_stage.measure_dit)
+app.command("emoji-edit")(edit_stage.emoji_edit)
+app.command("measure-edit")(edit_stage.measure_edit)
+app.command("emoji-pixel")(pixel_stage.emoji_pixel)
+app.command("measure-pixel")(pixel_stage.measure_pixel)
 
 GUIDANCES = (1.5, 2.0, 3.0)
 

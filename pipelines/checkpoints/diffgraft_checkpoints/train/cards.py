@@ -112,13 +112,13 @@ Font License 1.1. Both notices lie beside the weights: `LICENSE-APACHE-2.0.txt`,
 `NOTICE-noto-emoji.txt`.
 """
 
-HEAD = """---
-license: other
-license_name: apache-2.0-and-ofl-1.1
-pipeline_tag: text-to-image
-library_name: diffusers
----
-"""
+
+def head(tag: str) -> str:
+    """What a model hub reads of a card; `tag` says what the pipeline does."""
+    return EMOJI_SD[: EMOJI_SD.index("# emoji-sd")].replace("text-to-image", tag)
+
+
+HEAD = head("text-to-image")
 
 FIGURES = """## Figures on held-out prompts
 

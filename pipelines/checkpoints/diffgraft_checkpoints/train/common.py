@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from diffusers.models.attention_processor import Attention, AttnProcessor
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor, nn
@@ -21,6 +22,8 @@ from torch import Tensor, nn
 console = Console()
 SAVE_EVERY = 250
 """Steps between checkpoints."""
+SAVE_SECONDS = 300
+"""Seconds after which a checkpoint is written in any case."""
 LOG_EVERY = 50
 AVERAGE_EVERY = 5
 """Steps between updates of the averaged weights."""
@@ -45,6 +48,13 @@ def keep_freed_memory() -> None:
         mallopt(m_mmap_max, 0)
         mallopt(m_trim_threshold, 2**31 - 1)
         mallopt(m_top_pad, 256 * 2**20)
+
+
+def plain_attention(model: nn.Module) -> None:
+    """Give every attention layer of `model` plain matrix products: the backward pass of PyTorch's own in bf16 is slow on a CPU."""
+    for module in model.modules():
+        if isinstance(module, Attention):
+            module.set_processor(AttnProcessor())
 
 
 def cosine(step: int, steps: int, warmup: int = 100) -> float:
@@ -144,10 +154,10 @@ class Stage:
             TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
             TimeRemainingColumn(), TextColumn("{task.fields[note]}"),
         )  # fmt: skip
-        recent = 0.0
+        recent: list[float] = []
         with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
             task = progress.add_task(self.name, total=self.steps, completed=step, note="")
-            mark = time.perf_counter()
+            mark = saved = time.perf_counter()
             while step < self.steps:
                 factor = trapezoid(step, self.steps, self.decay) if self.decay else cosine(step, self.horizon or self.steps)
                 for group in optimizer.param_groups:
@@ -159,19 +169,20 @@ class Stage:
                 torch.nn.utils.clip_grad_norm_(parameters, 1.0)
                 optimizer.step()
                 averages.update(self.modules, step)
-                recent += value.item()
+                recent.append(value.item())
                 step += 1
                 progress.advance(task)
+                now = time.perf_counter()
+                seconds, mark = seconds + now - mark, now
                 if step % LOG_EVERY == 0 or step == self.steps:
-                    now = time.perf_counter()
-                    seconds, mark = seconds + now - mark, now
-                    note = f"loss {recent / LOG_EVERY:.4f}"
+                    note = f"loss {sum(recent) / len(recent):.4f}"
                     progress.update(task, note=note)
                     if not console.is_terminal:
                         console.print(f"{self.name} {step}/{self.steps} {note} {seconds:.0f} s", highlight=False)
-                    recent = 0.0
-                if step % SAVE_EVERY == 0 or step == self.steps:
+                    recent.clear()
+                if step % SAVE_EVERY == 0 or step == self.steps or now - saved > SAVE_SECONDS:
                     save()
+                    saved = now
         note_seconds(self.folder, self.name, seconds, step)
         return averages.values
 

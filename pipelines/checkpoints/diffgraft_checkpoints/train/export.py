@@ -14,7 +14,7 @@ import accelerate
 import diffusers
 import torch
 import transformers
-from diffusers import AutoencoderKL, LCMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, DiffusionPipeline, LCMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
@@ -42,15 +42,17 @@ def stable_diffusion(
     )
 
 
-def export(folder: Path, pipe: StableDiffusionPipeline, judge: Judge | None = None) -> None:
+def export(folder: Path, pipe: DiffusionPipeline, judge: Judge | None = None) -> None:
     """Replace `folder` by the checkpoint in fp16; `pipe` is fp32 afterwards as before."""
     with replacing(folder) as fresh:
         pipe.to(dtype=torch.float16).save_pretrained(fresh)
         pipe.to(dtype=torch.float32)
-        load_as_fp32(fresh / "text_encoder" / "config.json")
+        for config in fresh.glob("text_encoder/config.json"):
+            load_as_fp32(config)
         for config in (fresh / "model_index.json", *fresh.glob("*/config.json")):
             forget_origin(config)
-        pipe.tokenizer.backend_tokenizer.model.save(str(fresh / "tokenizer"))
+        if "tokenizer" in pipe.components:
+            pipe.tokenizer.backend_tokenizer.model.save(str(fresh / "tokenizer"))
         if judge is not None:
             judge.save_pretrained(fresh / "judge")
 
@@ -99,8 +101,7 @@ def write_card(
     folder: Path, template: str, recipe: dict[str, Any], judge: Judge, result: dict[str, Any], notes: str = "", **more: Any
 ) -> None:
     """README.md from a template with the recipe, the true figures and a person's `notes`; the figures as data in evaluation.json."""
-    data = {"recipe": recipe, "judge": judge.config.accuracy, **result}
-    (folder / "evaluation.json").write_text(json.dumps(data, indent=1) + "\n")
+    save_figures(folder, {"recipe": recipe, "judge": judge.config.accuracy, **result})
     judged = "\n".join(
         f"| {what} | " + " | ".join(f"{100 * row[f]:.1f} %" if f in row else "" for f in FIELDS) + " |"
         for what, row in judge.config.accuracy.items()
@@ -112,19 +113,38 @@ def write_card(
     training, held_out = scenes.split()
     tables = {name: score_table(rows) for name, rows in result.items() if name in ("scores", "pairs", "half_size")}
     card = template.format(
-        **tables, **more, judged=judged, sweep=sweep, command=recipe["command"], hardware=recipe["hardware"],
-        stages="\n".join(f"| {name} | {row['steps']} | {row['seconds']} s |" for name, row in recipe["stages"].items()),
-        parts=", ".join(f"{name} {count / 1e6:.2f} M" for name, count in recipe["parameters"].items()),
-        versions=", ".join(f"{k} {v}" for k, v in recipe["versions"].items()), scene_count=recipe["scenes"],
+        **tables, **more, **recipe_values(recipe), judged=judged, sweep=sweep,
         pair_count=recipe["pairs"], pair_prompts=HELD_OUT_PAIRS, pairs_held_out=len(scenes.held_out_pairs()),
         prompts=result["prompts"], steps=result["steps"], guidance=result["guidance"], seconds=result["seconds_per_picture"],
         objects=", ".join(scenes.OBJECTS), backgrounds=", ".join(scenes.BACKGROUNDS), sizes=", ".join(scenes.SIZES),
         places=", ".join(scenes.PLACES), total=len(training) + len(held_out), held_out=len(held_out),
         diversity=result["diversity_rms"]["generated"], true_diversity=result["diversity_rms"]["true_renders"],
         frechet=result["frechet_to_renders"], true_frechet=result["frechet_renders_to_renders"],
-        psnr=recipe.get("vae_psnr_db"), scaling=recipe.get("scaling_factor"), notes=f"{notes.strip()}\n\n" if notes else "",
+        psnr=recipe.get("vae_psnr_db"), scaling=recipe.get("scaling_factor"), notes=remarks(notes),
     )  # fmt: skip
     (folder / "README.md").write_text(card)
+
+
+def recipe_values(recipe: dict[str, Any]) -> dict[str, Any]:
+    """What every card says of a recipe, by the names of the templates."""
+    return {
+        "command": recipe["command"],
+        "hardware": recipe["hardware"],
+        "stages": "\n".join(f"| {name} | {row['steps']} | {row['seconds']} s |" for name, row in recipe["stages"].items()),
+        "parts": ", ".join(f"{name} {count / 1e6:.2f} M" for name, count in recipe["parameters"].items()),
+        "versions": ", ".join(f"{k} {v}" for k, v in recipe["versions"].items()),
+        "scene_count": recipe["scenes"],
+    }
+
+
+def remarks(notes: str) -> str:
+    """A person's notes as a paragraph of a card, or nothing."""
+    return f"{notes.strip()}\n\n" if notes else ""
+
+
+def save_figures(folder: Path, data: dict[str, Any]) -> None:
+    """What the figures of a card come from, as evaluation.json: before the card, as measuring takes longer than writing."""
+    (folder / "evaluation.json").write_text(json.dumps(data, indent=1) + "\n")
 
 
 def score_table(scores: dict[str, dict[str, Any]]) -> str:

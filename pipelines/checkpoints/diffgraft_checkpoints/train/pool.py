@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -66,15 +68,24 @@ Job = tuple[int, int, int, bool, bool]
 """Seed, first index, last index + 1, from the held-out combinations?, upright?"""
 
 
-def render_chunk(job: Job) -> tuple[np.ndarray, list[list[int]], list[tuple[float, float]]]:
+def draw_scene(seed: int, index: int, held_out: bool = False, upright: bool = False) -> scenes.Scene:
+    """Scene `index` of the pool of `seed`."""
+    combinations = scenes.split()[1 if held_out else 0]
+    rng = np.random.default_rng([seed, index])
+    scene = scenes.sample_scene(combinations[int(rng.integers(len(combinations)))], rng)
+    return scenes.upright(scene) if upright else scene
+
+
+Draw = Callable[[int, int, bool, bool], scenes.Scene]
+"""How the scene of seed, index, held out?, upright? is found."""
+
+
+def render_chunk(job: Job, draw: Draw = draw_scene) -> tuple[np.ndarray, list[list[int]], list[tuple[float, float]]]:
     """Scenes `start` to `stop` - 1 of the pool of `seed`, from the training or the held-out combinations."""
     seed, start, stop, held_out, upright = job
-    combinations = scenes.split()[1 if held_out else 0]
     pictures, labels, centers = [], [], []
     for index in range(start, stop):
-        rng = np.random.default_rng([seed, index])
-        scene = scenes.sample_scene(combinations[int(rng.integers(len(combinations)))], rng)
-        scene = scenes.upright(scene) if upright else scene
+        scene = draw(seed, index, held_out, upright)
         pictures.append(np.asarray(scenes.render(scene)))
         labels.append(encode_labels(scene.labels))
         centers.append((scene.x, scene.y))
@@ -84,12 +95,17 @@ def render_chunk(job: Job) -> tuple[np.ndarray, list[list[int]], list[tuple[floa
 def load_pool(folder: Path, count: int, seed: int, held_out: bool = False, upright: bool = False) -> Pool:
     """The pool from `folder`, rendered first where it is not there yet; `upright`: with objects as the artist drew them."""
     path = folder / f"{'held-out' if held_out else 'training'}-{count}-{seed}{'-upright' if upright else ''}.pt"
+    return load_rendered(path, draw_scene, count, seed, held_out, upright)
+
+
+def load_rendered(path: Path, draw: Draw, count: int, seed: int, held_out: bool, upright: bool) -> Pool:
+    """The pool in `path`, rendered first, in chunks on all cores, where it is not there yet."""
     if not path.exists():
         scenes.load_artwork()
         console.print(f"rendering {count} scenes")
         jobs = [(seed, start, min(start + CHUNK, count), held_out, upright) for start in range(0, count, CHUNK)]
         with ProcessPoolExecutor() as workers:
-            parts = list(workers.map(render_chunk, jobs))
+            parts = list(workers.map(partial(render_chunk, draw=draw), jobs))
         state = {
             "pictures": torch.from_numpy(np.concatenate([p[0] for p in parts])).permute(0, 3, 1, 2).contiguous(),
             "labels": torch.tensor([row for p in parts for row in p[1]]),
