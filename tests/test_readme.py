@@ -33,7 +33,7 @@ def test_a_plugins_row_is_what_its_card_says():
 
     plugins = [registry.find(name) for name in ("deepcache", "ertacache", "faster_diffusion")]
     table = goal_tables(plugins, lambda name: f"{name}.md", lambda name, card: card.gain_where.partition("#")[0], most=1)
-    assert "| [`ertacache`](ertacache.md) | transformers | a calibration file | [2.04x" in table
+    assert "| [`ertacache`](ertacache.md) | transformers | a calibration file | [2.00x" in table
     assert "| [`deepcache`](deepcache.md) | U-Nets |  | [" in table
     assert "faster_diffusion" not in table
     assert "And 1 more" in table
