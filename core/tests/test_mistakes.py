@@ -349,11 +349,15 @@ def test_threads_are_set_and_put_back(monkeypatch):
 @pytest.mark.parametrize(
     ("file", "ours"),
     [
-        ("/home/me/diffgraft/.venv/lib/python3.11/site-packages/torch/nn/modules/conv.py", False),
-        ("/home/me/diffgraft/core/diffgraft/kernel/run.py", True),
-        ("/home/me/env/lib/python3.11/site-packages/diffgraft_deepcache/__init__.py", True),
-        ("/usr/lib/python3.11/json/decoder.py", False),
+        ("diffgraft/.venv/lib/python3.11/site-packages/torch/nn/modules/conv.py", False),
+        ("diffgraft/core/diffgraft/kernel/run.py", True),
+        ("diffgraft/core/tests/test_foreign.py", False),
+        ("env/lib/python3.11/site-packages/diffgraft_deepcache/deep/hooks.py", True),
+        ("lib/python3.11/json/decoder.py", False),
     ],
 )
-def test_a_checkout_called_diffgraft_makes_no_library_ours(file, ours):
-    assert is_ours(file) == ours
+def test_a_checkout_called_diffgraft_makes_nobodys_files_ours(file, ours, tmp_path):
+    for package in ("diffgraft/core/diffgraft", "env/lib/python3.11/site-packages/diffgraft_deepcache"):
+        (tmp_path / package).mkdir(parents=True)
+        (tmp_path / package / "__init__.py").touch()
+    assert is_ours(str(tmp_path / file)) == ours

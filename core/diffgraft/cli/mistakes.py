@@ -79,11 +79,8 @@ def is_foreign(error: Exception) -> bool:
 
 
 def is_ours(file: str) -> bool:
-    """Whether a file belongs to diffgraft or a plugin. A checkout may be called diffgraft too, and hold the libraries in its .venv."""
-    parts = Path(file).parts
-    if "site-packages" in parts:
-        parts = parts[len(parts) - parts[::-1].index("site-packages") :]
-    return any(re.fullmatch(r"diffgraft(_\w+)?", part) for part in parts[:-1])
+    """Whether a file belongs to a package of diffgraft or of a plugin. A checkout may be called diffgraft too, and hold anybody's files."""
+    return any(re.fullmatch(r"diffgraft(_\w+)?", folder.name) and (folder / "__init__.py").exists() for folder in Path(file).parents)
 
 
 def options_given(ctx: typer.Context) -> dict[str, str]:
