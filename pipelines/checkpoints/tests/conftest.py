@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -23,10 +24,11 @@ def artwork() -> None:
 
 
 @pytest.fixture
-def interrupted(monkeypatch: pytest.MonkeyPatch) -> Callable[[ModuleType, Callable[[], Any]], None]:
-    """Runs a training of `module` that is interrupted in its third step, every step being saved."""
+def resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    """Trains emoji-`what` of `module` in two goes, interrupted in the third step, every step being saved; and again in one go, which gives
+    the same `parts`. Returns the latter."""
 
-    def run(module: ModuleType, train: Callable[[], Any]) -> None:
+    def run(module: ModuleType, what: str, train: Callable[[], Any], parts: Sequence[str]) -> Any:
         steps = itertools.count()
 
         def draw(count: int, generator: torch.Generator, progress: float) -> Tensor:
@@ -39,5 +41,14 @@ def interrupted(monkeypatch: pytest.MonkeyPatch) -> Callable[[ModuleType, Callab
             patch.setattr(module, "draw_timesteps", draw)
             with pytest.raises(KeyboardInterrupt):
                 train()
+        with monkeypatch.context() as patch:
+            patch.setattr(module, f"measure_{what}", lambda *arguments, **more: None)
+            in_two_goes = train()
+        (tmp_path / "state" / "upright" / f"{what}.pt").unlink()
+        straight = train()
+        for part in parts:
+            for one, other in zip(getattr(straight, part).parameters(), getattr(in_two_goes, part).parameters(), strict=True):
+                assert torch.equal(one, other)
+        return straight
 
     return run

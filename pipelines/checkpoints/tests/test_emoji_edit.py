@@ -80,7 +80,7 @@ def test_a_widened_unet_begins_as_the_narrow_one() -> None:
 
 
 def test_one_command_trains_resumes_exports_and_measures(
-    tmp_path: Path, artwork: None, interrupted: Any, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, artwork: None, resumed: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for module in (edit, unet):
         monkeypatch.setattr(module, "BATCH", 4)
@@ -94,15 +94,7 @@ def test_one_command_trains_resumes_exports_and_measures(
         edit.emoji_edit(tmp_path, 4, BASE, 24, 0, "cpu", each=2)
         return StableDiffusionInstructPix2PixPipeline.from_pretrained(tmp_path / edit.NAME, local_files_only=True)
 
-    interrupted(edit, train)
-    with monkeypatch.context() as patch:
-        patch.setattr(edit, "measure_edit", lambda *arguments, **more: None)
-        resumed = train()
-    (tmp_path / "state" / "upright" / "edit.pt").unlink()
-    straight = train()
-    for part in ("unet", "text_encoder"):
-        for one, other in zip(getattr(straight, part).parameters(), getattr(resumed, part).parameters(), strict=True):
-            assert torch.equal(one, other)
+    straight = resumed(edit, "edit", train, ["unet", "text_encoder"])
     assert straight.unet.conv_in.weight[:, 4:].any()
     folder = tmp_path / edit.NAME
     result = json.loads((folder / "evaluation.json").read_text())

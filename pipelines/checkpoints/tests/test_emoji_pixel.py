@@ -14,7 +14,7 @@ from diffusers import DDIMPipeline, DDPMPipeline
 
 
 def test_one_command_trains_resumes_exports_and_measures(
-    tmp_path: Path, artwork: None, interrupted: Any, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, artwork: None, resumed: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for module in (pixel, unet):
         monkeypatch.setattr(module, "BATCH", 4)
@@ -25,14 +25,7 @@ def test_one_command_trains_resumes_exports_and_measures(
         pixel.emoji_pixel(tmp_path, 4, 24, 0, "cpu", pictures=4)
         return DDPMPipeline.from_pretrained(tmp_path / pixel.NAME, local_files_only=True)
 
-    interrupted(pixel, train)
-    with monkeypatch.context() as patch:
-        patch.setattr(pixel, "measure_pixel", lambda *arguments, **more: None)
-        resumed = train()
-    (tmp_path / "state" / "upright" / "pixel.pt").unlink()
-    straight = train()
-    for one, other in zip(straight.unet.parameters(), resumed.unet.parameters(), strict=True):
-        assert torch.equal(one, other)
+    resumed(pixel, "pixel", train, ["unet"])
     folder = tmp_path / pixel.NAME
     assert load_pipeline(str(folder), plugins=[]).plugins.family.name == "pixel"
     result = json.loads((folder / "evaluation.json").read_text())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
@@ -42,6 +41,7 @@ from .recipe import (
     continued,
     describe,
     load_data,
+    read_recipe,
     recipe_of,
     start,
     write_recipe,
@@ -213,7 +213,7 @@ def measure(
         sweep = measuring.sweep_guidance(pipe, judge, GUIDANCES)
         best = guidance or max(GUIDANCES, key=lambda g: sum(sweep[str(g)][field] for field in FIELDS))
         result = {**measuring.evaluate(pipe, judge, out / f"grids-{name}", prompts, best), "guidance_sweep": sweep}
-    recipe = json.loads((out / f"recipe-{name}.json").read_text())
+    recipe = read_recipe(out, name)
     exporting.write_card(folder, cards.CARDS[name], recipe, judge, result, notes.read_text() if notes else "")
     for what in ("scores", "pairs"):
         for field, row in result[what].items():

@@ -2,7 +2,20 @@
 
 from __future__ import annotations
 
-EMOJI_SD = """---
+MADE = """{notes}## Recipe
+
+Command: `{command}`
+
+| stage | steps | time |
+|---|---|---|
+{stages}
+
+Hardware: {hardware}. Versions: {versions}. Parameters: {parts}.
+"""
+"""How a checkpoint was made: what `export.recipe_values` and `export.remarks` fill in."""
+
+EMOJI_SD = (
+    """---
 license: other
 license_name: apache-2.0-and-ofl-1.1
 pipeline_tag: text-to-image
@@ -67,16 +80,9 @@ object was scrambled or melted ("other" is the right answer):
 |---|---|---|---|---|
 {judged}
 
-{notes}## Recipe
-
-Command: `{command}`
-
-| stage | steps | time |
-|---|---|---|
-{stages}
-
-Hardware: {hardware}. Versions: {versions}. Parameters: {parts}.
-
+"""
+    + MADE
+    + """
 - Data: {scene_count} rendered scenes of one and {pair_count} of two Noto Color Emoji: free places,
   mirrored, rotated by up to 25 degrees, size and   background level jittered; captions from eight templates, for pairs three.
 - Autoencoder: 64 x 64 x 3 to 16 x 16 x 4, L1 + MSE + gradient + KL loss on 32 px crops around the object; round trip of
@@ -111,6 +117,7 @@ Trained on, and drawing, Noto Emoji (Copyright 2013-2017 Google Inc., Arjen Nien
 Font License 1.1. Both notices lie beside the weights: `LICENSE-APACHE-2.0.txt`, `LICENSE-OFL-1.1.txt`,
 `NOTICE-noto-emoji.txt`.
 """
+)
 
 
 def head(tag: str) -> str:
@@ -141,18 +148,12 @@ FIGURES = """## Figures on held-out prompts
 
 """
 
-RECIPE = """{notes}## Recipe
-
-Command: `{command}`
-
-| stage | steps | time |
-|---|---|---|
-{stages}
-
-Hardware: {hardware}. Versions: {versions}. Parameters: {parts}.
-Data: {scene_count} scenes of one and {pair_count} of two objects, those of emoji-sd.
+RECIPE = (
+    MADE
+    + """Data: {scene_count} scenes of one and {pair_count} of two objects, those of emoji-sd.
 
 """
+)
 
 LICENCE = EMOJI_SD[EMOJI_SD.index("## Licence of the artwork") :]
 

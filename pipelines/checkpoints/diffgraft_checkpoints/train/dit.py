@@ -5,7 +5,6 @@ It learns the variance of its steps beside the picture, as DiT and Nichol & Dhar
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Sequence
@@ -28,7 +27,7 @@ from . import evaluate as measuring
 from . import export as exporting
 from .common import Stage, console, plain_attention, step_generator
 from .pool import Pool, load_pool, to_float
-from .recipe import BASE, HELD_OUT_SCENES, Base, Device, Out, Scenes, Seed, Steps, describe, start, write_recipe
+from .recipe import BASE, HELD_OUT_SCENES, Base, Device, Out, Scenes, Seed, Steps, describe, read_recipe, start, write_recipe
 from .unet import BATCH, CAPTION_DROPOUT, LEARNING_RATE, build_scheduler, draw_timesteps, encode_pool, loss_weight
 
 NAME = "emoji-dit"
@@ -258,7 +257,8 @@ def sweep_guidance(pipe: DiTPipeline, judge: Judge) -> dict[str, float]:
     return found
 
 
-CARD = """# emoji-dit
+CARD = (
+    """# emoji-dit
 
 A small real class-conditional checkpoint: a standard `DiTPipeline` (12 blocks, adaLN-Zero, learned variance) that draws 64 x 64 pictures
 of the emoji that its label names, at a size, in a place and on a background of its own choice. It was trained from scratch by
@@ -300,16 +300,9 @@ Guidance scales on other seeds, a picture of each object:
 |---|---|
 {guidances}
 
-{notes}## Recipe
-
-Command: `{command}`
-
-| stage | steps | time |
-|---|---|---|
-{stages}
-
-Hardware: {hardware}. Versions: {versions}. Parameters: {parts}.
-
+"""
+    + cards.MADE
+    + """
 - Data: {scene_count} upright scenes of one object, as in the later stages of emoji-sd.
 - Transformer: 12 blocks of width 128, 4 heads, patches of 2 x 2; modulations and output start at zero; AdamW (learning rate 1e-3, cosine),
   batch 64, bf16 autocast, 10 % of the labels dropped, averaged weights (.998).
@@ -322,6 +315,7 @@ One object a picture, only these 64; softer than the artwork (small objects most
 variance. The judge is more lenient than a person about fine detail, so look at the pictures too.
 
 """
+)
 
 
 def emoji_dit(
@@ -357,7 +351,7 @@ def measure_dit(
     sweep = sweep_guidance(pipe, judge)
     best = guidance or max(GUIDANCES, key=lambda scale: sweep[str(scale)])
     result = {**evaluate(pipe, judge, held_out, out / f"grids-{NAME}", each, best), "guidances": sweep}
-    recipe = json.loads((out / f"recipe-{NAME}.json").read_text())
+    recipe = read_recipe(out, NAME)
     worst = sorted(result["right_of_each"].items(), key=lambda item: item[1])[:8]
     exporting.write_card(
         folder,

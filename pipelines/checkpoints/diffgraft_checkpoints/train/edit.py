@@ -5,7 +5,6 @@ The pairs are rendered, so the true result of every instruction is known pixel b
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Sequence
 from functools import cache
@@ -28,7 +27,7 @@ from . import evaluate as measuring
 from . import export as exporting
 from .common import Stage, console, plain_attention, step_generator
 from .pool import Pool, decode_labels, draw_scene, load_rendered
-from .recipe import BASE, Base, Device, Out, Scenes, Seed, Steps, describe, start, write_recipe
+from .recipe import BASE, Base, Device, Out, Scenes, Seed, Steps, describe, read_recipe, start, write_recipe
 from .unet import BATCH, PAIRS_LEARNING_RATE, POSITIONS, draw_timesteps, encode_pool, loss_weight
 from .vae import round_trip
 
@@ -242,7 +241,8 @@ def sweep_guidance(pipe: StableDiffusionInstructPix2PixPipeline, judge: Judge) -
     return found
 
 
-CARD = """# emoji-edit
+CARD = (
+    """# emoji-edit
 
 A small real editing checkpoint: a standard `StableDiffusionInstructPix2PixPipeline` that changes a 64 x 64 picture of one emoji as a
 sentence says: its background, its place, its size, or the emoji. What the true result is, is known pixel by pixel, so how well it edits
@@ -299,16 +299,9 @@ Guidance scales on other held-out edits ({tried}):
 |---|---|---|---|---|---|---|
 {sweep}
 
-{notes}## Recipe
-
-Command: `{command}`
-
-| stage | steps | time |
-|---|---|---|
-{stages}
-
-Hardware: {hardware}. Versions: {versions}. Parameters: {parts}.
-
+"""
+    + cards.MADE
+    + """
 - Data: {scene_count} upright scenes of one object, as in the later stages of emoji-sd, and the result of one edit of each.
 - U-Net and text encoder: emoji-sd's, trained on. The U-Net has four input channels more for the picture, which begin at zero (Brooks et
   al. 2023). AdamW (learning rate 5e-4, cosine), batch 64, bf16 autocast, averaged weights (.998); v-prediction; uniform timesteps,
@@ -322,6 +315,7 @@ One object a picture, only the sentences above, one change at a time; the edited
 comes through the autoencoder. The judge is more lenient than a person about fine detail, so look at the pictures too.
 
 """
+)
 
 
 def emoji_edit(
@@ -354,7 +348,7 @@ def measure_edit(
     sweep = sweep_guidance(pipe, judge)
     best = max(GUIDANCES, key=lambda guidance: sweep[guidance]["psnr_db"])
     result = evaluate(pipe, judge, out / f"grids-{NAME}", each, best)
-    recipe = json.loads((out / f"recipe-{NAME}.json").read_text())
+    recipe = read_recipe(out, NAME)
     tried = [{"guidance": guidance, **row} for guidance, row in sweep.items()]
     exporting.save_figures(folder, {"recipe": recipe, "judge": judge.config.accuracy, **result, "guidance_sweep": tried})
     fields = (*FIELDS, "all four")

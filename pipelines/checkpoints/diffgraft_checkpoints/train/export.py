@@ -133,7 +133,7 @@ def recipe_values(recipe: dict[str, Any]) -> dict[str, Any]:
         "stages": "\n".join(f"| {name} | {row['steps']} | {row['seconds']} s |" for name, row in recipe["stages"].items()),
         "parts": ", ".join(f"{name} {count / 1e6:.2f} M" for name, count in recipe["parameters"].items()),
         "versions": ", ".join(f"{k} {v}" for k, v in recipe["versions"].items()),
-        "scene_count": recipe["scenes"],
+        **({"scene_count": recipe["scenes"]} if "scenes" in recipe else {}),
     }
 
 

@@ -5,7 +5,6 @@ The autoencoder, the CLIP tokenizer, the judge and the scenes are those of emoji
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from functools import cache
@@ -39,7 +38,7 @@ from .flux_model import (
     export,
 )
 from .pool import Pairs, Pool
-from .recipe import BASE, Base, Device, Out, Prompts, Scenes, Seed, Steps, describe, start, write_recipe
+from .recipe import BASE, Base, Device, Out, Prompts, Scenes, Seed, Steps, describe, read_recipe, start, write_recipe
 from .unet import (
     BATCH,
     CAPTION_DROPOUT,
@@ -207,7 +206,8 @@ def evaluate(folder: Path, judge: Judge, out: Path, count: int, guidance: float)
     return {**result, "half_size": measuring.tally(judge.score(small, few))}
 
 
-CARD = """# emoji-flux
+CARD = (
+    """# emoji-flux
 
 A small real text-to-image checkpoint: a standard `FluxPipeline` (double and single blocks, packed latents, flow matching, a CLIP and
 a T5 text encoder) that draws 64 x 64 pictures of one or two emoji on a plain background. Its prompts say things that can be
@@ -271,16 +271,9 @@ Guidance scales on other held-out combinations (64 prompts):
 |---|---|---|---|---|---|
 {sweep}
 
-{notes}## Recipe
-
-Command: `{command}`
-
-| stage | steps | time |
-|---|---|---|
-{stages}
-
-Hardware: {hardware}. Versions: {versions}. Parameters: {parts}.
-
+"""
+    + cards.MADE
+    + """
 - Autoencoder, judge and scenes: those of emoji-sd; {scene_count} scenes of one object, {pair_count} of two.
 - Transformer and both text encoders: trained jointly from scratch, AdamW (learning rate 1e-3, cosine), batch 64, bf16 autocast, 10 %
   caption dropout, averaged weights (.998). Every fifth batch shows the scenes at 32 x 32 pixels; pairs join after 30 % of the steps.
@@ -295,6 +288,7 @@ One or two objects a picture; only the words above; softer than the artwork (sma
 trained on: it is more lenient than a person about fine detail, so look at the pictures too.
 
 """
+)
 
 
 def emoji_flux(
@@ -327,7 +321,7 @@ def measure_flux(
     sweep = measuring.sweep_guidance(guided, judge, GUIDANCES)
     best = guidance or max(GUIDANCES, key=lambda g: sum(sweep[str(g)][name] for name in FIELDS))
     result = {**evaluate(folder, judge, out / f"grids-{NAME}", prompts, best), "guidance_sweep": sweep}
-    recipe = json.loads((out / f"recipe-{NAME}.json").read_text())
+    recipe = read_recipe(out, NAME)
     text = notes.read_text() if notes else ""
     half = min(HALF_SIZE_PROMPTS, prompts)
     exporting.write_card(folder, cards.HEAD + CARD + cards.LICENCE, recipe, judge, result, text, tokens=TOKENS, half_size_prompts=half)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,7 +25,7 @@ from . import export as exporting
 from .common import Stage, console, keep_freed_memory, make_accelerator, plain_attention, step_generator
 from .flux import shrink
 from .pool import Pool, draw_scene, to_float
-from .recipe import Device, Out, Scenes, Seed, Steps, describe, load_data, write_recipe
+from .recipe import Device, Out, Scenes, Seed, Steps, describe, load_data, read_recipe, write_recipe
 from .unet import BATCH, LEARNING_RATE, draw_timesteps
 
 NAME = "emoji-pixel"
@@ -160,7 +159,8 @@ def to_image(picture: Tensor) -> Image.Image:
     return Image.fromarray(picture.permute(1, 2, 0).numpy())
 
 
-CARD = """# emoji-pixel
+CARD = (
+    """# emoji-pixel
 
 A small real unconditional checkpoint: a standard `DDPMPipeline` (a U-Net on pixels, prediction of the noise) that draws 32 x 32 pictures
 of one emoji on a plain background. It was trained from scratch by diffgraft's own script, to try plugins on a pixel model without a
@@ -191,16 +191,9 @@ training. The judge is that of emoji-sd, which looks at all of them enlarged to 
 - Diversity: mean pairwise RMS pixel difference (0..255).
 - Seconds a picture (batches of {batch}) on the machine below: {seconds}.
 
-{notes}## Recipe
-
-Command: `{command}`
-
-| stage | steps | time |
-|---|---|---|
-{stages}
-
-Hardware: {hardware}. Versions: {versions}. Parameters: {parts}.
-
+"""
+    + cards.MADE
+    + """
 - Data: {scene_count} upright scenes of one object, as in the later stages of emoji-sd, averaged to 32 x 32 pixels.
 - U-Net: widths 32, 64, 96, two layers a block, attention at 8 x 8; AdamW (learning rate 1e-3, cosine), batch 64, bf16
   autocast, averaged weights (.998). Ho et al.'s linear schedule; the error of the noise weighted by clamp(1 / SNR, 1, 10); timesteps
@@ -212,6 +205,7 @@ One object a picture, of 64, and no way to ask for one; 32 x 32 pixels. The judg
 a person about fine detail, so look at the pictures too.
 
 """
+)
 
 
 def emoji_pixel(
@@ -245,7 +239,7 @@ def measure_pixel(
     judge = load_bundled()
     pool, _ = load_data(out, scenes, seed, upright=True)
     result = evaluate(folder, judge, shrink(pool).pictures, out / f"grids-{NAME}", pictures)
-    recipe = json.loads((out / f"recipe-{NAME}.json").read_text())
+    recipe = read_recipe(out, NAME)
     exporting.save_figures(folder, {"recipe": recipe, **result})
     card = (cards.head("unconditional-image-generation") + CARD + cards.LICENCE).format(
         **exporting.recipe_values(recipe),

@@ -78,7 +78,7 @@ def recipe_of(folder: Path) -> dict[str, Any]:
     measured = folder / "evaluation.json"
     if measured.exists():
         return dict(json.loads(measured.read_text())["recipe"])
-    return dict(json.loads((folder.parent / f"recipe-{folder.name}.json").read_text()))
+    return read_recipe(folder.parent, folder.name)
 
 
 def continued(before: dict[str, Any], recipe: dict[str, Any]) -> dict[str, Any]:
@@ -91,6 +91,11 @@ def continued(before: dict[str, Any], recipe: dict[str, Any]) -> dict[str, Any]:
 def write_recipe(out: Path, name: str, recipe: dict[str, Any]) -> None:
     """Keep the recipe for `measure`."""
     (out / f"recipe-{name}.json").write_text(json.dumps(recipe, indent=1) + "\n")
+
+
+def read_recipe(out: Path, name: str) -> dict[str, Any]:
+    """What `write_recipe` has kept."""
+    return dict(json.loads((out / f"recipe-{name}.json").read_text()))
 
 
 def hardware(device: torch.device) -> str:

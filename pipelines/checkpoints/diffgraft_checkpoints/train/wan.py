@@ -22,9 +22,9 @@ from transformers import T5Tokenizer, UMT5Config, UMT5EncoderModel
 
 from ..emoji import motion, motion_judge, scenes
 from ..emoji.motion_judge import FIELDS
-from .cards import LICENCE
+from .cards import LICENCE, MADE
 from .common import Stage, console, keep_freed_memory, make_accelerator, step_generator
-from .export import load_as_fp32, replacing, score_table, versions
+from .export import load_as_fp32, recipe_values, remarks, replacing, save_figures, score_table, versions
 from .pool import load_pool
 from .recipe import hardware
 from .wan_measure import POSITIONS, check_judge, evaluate
@@ -166,7 +166,7 @@ def export(folder: Path, vae: AutoencoderKLWan, transformer: WanTransformer3DMod
 
 def write_card(folder: Path, recipe: dict[str, Any], result: dict[str, Any], notes: str = "") -> None:
     """README.md with the recipe, the true figures and a person's `notes`; the figures as data in evaluation.json."""
-    (folder / "evaluation.json").write_text(json.dumps({"recipe": recipe, **result}, indent=1) + "\n")
+    save_figures(folder, {"recipe": recipe, **result})
 
     def table(rows: dict[str, dict[str, float]], fields: Sequence[str]) -> str:
         return "\n".join(f"| {what} | " + " | ".join(f"{100 * row[field]:.1f} %" for field in fields) + " |" for what, row in rows.items())
@@ -175,15 +175,13 @@ def write_card(folder: Path, recipe: dict[str, Any], result: dict[str, Any], not
     card = (CARD + LICENCE).format(
         scores=score_table(result["scores"]), judged=table(recipe["judge"], FIELDS),
         sweep=table(result["guidance_sweep"], (*FIELDS, "all four")),
-        stages="\n".join(f"| {name} | {row['steps']} | {row['seconds']} s |" for name, row in recipe["stages"].items()),
-        parts=", ".join(f"{name} {count / 1e6:.2f} M" for name, count in recipe["parameters"].items()),
-        versions=", ".join(f"{k} {v}" for k, v in recipe["versions"].items()), command=recipe["command"], hardware=recipe["hardware"],
-        videos=recipe["videos"], psnr=recipe["vae_psnr_db"], prompts=result["prompts"], guidance=result["guidance"],
+        **recipe_values(recipe), videos=recipe["videos"], psnr=recipe["vae_psnr_db"],
+        prompts=result["prompts"], guidance=result["guidance"],
         seconds=result["seconds_per_clip"], diversity=result["diversity_rms"]["generated"],
         true_diversity=result["diversity_rms"]["true_renders"], total=len(training) + len(held_out), held_out=len(held_out),
         objects=", ".join(scenes.OBJECTS), backgrounds=", ".join(scenes.BACKGROUNDS), sizes=", ".join(scenes.SIZES),
         motions=", ".join(f'"{phrase}"' for phrase in motion.MOTION_PHRASES.values()), positions=POSITIONS,
-        notes=f"{notes.strip()}\n\n" if notes else "",
+        notes=remarks(notes),
     )  # fmt: skip
     (folder / "README.md").write_text(card)
 
@@ -241,7 +239,8 @@ def emoji_wan(
         console.print(f"{name}: {row['right']} / {row['total']}, 95 % interval {row['wilson_95']}", highlight=False)
 
 
-CARD = """---
+CARD = (
+    """---
 license: other
 license_name: apache-2.0-and-ofl-1.1
 pipeline_tag: text-to-video
@@ -300,16 +299,9 @@ round trips through the autoencoder:
 |---|---|---|---|---|
 {judged}
 
-{notes}## Recipe
-
-Command: `{command}`
-
-| stage | steps | time |
-|---|---|---|
-{stages}
-
-Hardware: {hardware}. Versions: {versions}. Parameters: {parts}.
-
+"""
+    + MADE
+    + """
 - Data: {videos} rendered clips of Noto Color Emoji for the transformer (their latents are kept), ever new ones for the autoencoder:
   straight ways at free places, mirrored, rotated by up to 25 degrees, size and background level jittered; seven caption templates.
 - Autoencoder: 9 x 64 x 64 x 3 to 3 x 8 x 8 x 22, L1 + MSE + gradient + KL loss on crops of pictures first, then on clips; round trip
@@ -327,3 +319,4 @@ encoder leaves six channels empty. The judge is more lenient than
 a person about fine detail, so look at the clips in `grids/` too.
 
 """
+)

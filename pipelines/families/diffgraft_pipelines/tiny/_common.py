@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from diffgraft import Tiny
-from diffusers import AutoencoderKL, DiffusionPipeline
+from diffusers import AutoencoderKL, AutoencoderKLWan, DiffusionPipeline, UniPCMultistepScheduler
 from PIL import Image
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import (
@@ -23,6 +23,8 @@ from transformers import (
     T5Config,
     T5EncoderModel,
     T5Tokenizer,
+    UMT5Config,
+    UMT5EncoderModel,
 )
 
 PROMPT = "a red apple on the left"
@@ -153,6 +155,30 @@ def t5_config(tokenizer: T5Tokenizer) -> dict[str, int]:
 def t5_text(tokenizer: T5Tokenizer) -> T5EncoderModel:
     """A two-layer T5 encoder."""
     return T5EncoderModel(T5Config(**t5_config(tokenizer)))
+
+
+def umt5_text(tokenizer: T5Tokenizer) -> UMT5EncoderModel:
+    """The text encoder of Wan and its relatives."""
+    return UMT5EncoderModel(UMT5Config(**t5_config(tokenizer)))
+
+
+def wan_vae(channels: int) -> AutoencoderKLWan:
+    """The video autoencoder of Wan and its relatives."""
+    return AutoencoderKLWan(
+        base_dim=4,
+        z_dim=channels,
+        dim_mult=[1, 1, 1, 1],
+        num_res_blocks=1,
+        latents_mean=[0.0] * channels,
+        latents_std=[1.0] * channels,
+    )
+
+
+def flow_unipc(shift: float) -> UniPCMultistepScheduler:
+    """The scheduler that Wan and its relatives ship with."""
+    return UniPCMultistepScheduler(
+        prediction_type="flow_prediction", use_flow_sigmas=True, num_train_timesteps=1000, flow_shift=shift
+    )
 
 
 def vae(channels: int = 4, **config: object) -> AutoencoderKL:

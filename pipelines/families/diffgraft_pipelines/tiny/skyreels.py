@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import diffusers
 from diffgraft import Tiny
-from diffusers import AutoencoderKLWan, SkyReelsV2Transformer3DModel, UniPCMultistepScheduler
-from transformers import UMT5Config, UMT5EncoderModel
+from diffusers import SkyReelsV2Transformer3DModel
 
 from diffgraft_pipelines.tiny import _common as c
 
@@ -27,21 +26,13 @@ def _pipeline(name: str, **kwargs: object) -> Tiny:
         num_layers=3,
         rope_max_seq_len=64,
     )
-    vae = AutoencoderKLWan(
-        base_dim=4,
-        z_dim=CHANNELS,
-        dim_mult=[1, 1, 1, 1],
-        num_res_blocks=1,
-        latents_mean=[0.0] * CHANNELS,
-        latents_std=[1.0] * CHANNELS,
-    )
-    scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, num_train_timesteps=1000, flow_shift=8.0)
+    vae = c.wan_vae(CHANNELS)
     pipe = getattr(diffusers, name)(
         tokenizer=tokenizer,
-        text_encoder=UMT5EncoderModel(UMT5Config(**c.t5_config(tokenizer))),
+        text_encoder=c.umt5_text(tokenizer),
         transformer=transformer,
         vae=vae,
-        scheduler=scheduler,
+        scheduler=c.flow_unipc(8.0),
     )
     return c.finish(
         pipe,

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import diffusers
 from diffgraft import Tiny
-from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanTransformer3DModel
-from transformers import UMT5Config, UMT5EncoderModel
+from diffusers import WanTransformer3DModel
 
 from diffgraft_pipelines.tiny import _common as c
 
@@ -36,19 +35,10 @@ def _pipeline(name: str, second: bool = False, **kwargs: object) -> Tiny:
     image = name == "WanImageToVideoPipeline"
     parts: dict[str, object] = {
         "tokenizer": tokenizer,
-        "text_encoder": UMT5EncoderModel(UMT5Config(**c.t5_config(tokenizer))),
+        "text_encoder": c.umt5_text(tokenizer),
         "transformer": _transformer(image, second),
-        "vae": AutoencoderKLWan(
-            base_dim=4,
-            z_dim=CHANNELS,
-            dim_mult=[1, 1, 1, 1],
-            num_res_blocks=1,
-            latents_mean=[0.0] * CHANNELS,
-            latents_std=[1.0] * CHANNELS,
-        ),
-        "scheduler": UniPCMultistepScheduler(
-            prediction_type="flow_prediction", use_flow_sigmas=True, num_train_timesteps=1000, flow_shift=3.0
-        ),
+        "vae": c.wan_vae(CHANNELS),
+        "scheduler": c.flow_unipc(3.0),
     }
     if second:
         parts |= {"transformer_2": _transformer(image, second), "boundary_ratio": 0.875}
