@@ -12,15 +12,16 @@
             prediction = session.model(x, t, **text, return_dict=False)[0]
             return (self.trained(prediction) - target).square().mean((1, 2, 3))
 
-Its plugin declares ``fitting = HeadFitter`` and ``needs = (Need("artefact", "artefact"),)``, and builds the same module of the artefact's
+Its plugin declares ``fitting = HeadFitter`` and ``needs = (Need("fit", "artefact"),)``, and builds the same module of the artefact's
 tensors: they are ``trained.state_dict()``.
 """
 
 from __future__ import annotations
 
+import inspect
 import math
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -32,13 +33,14 @@ from diffgraft.installed.anatomy import root_of
 from diffgraft.installed.config import build_config
 from diffgraft.installed.errors import ConfigError, Unsupported
 from diffgraft.installed.plugin import Paper, Plugin
+from diffgraft.kernel.calls import DenoiseCall
 from diffgraft.kernel.session import Session
 from diffgraft.methods.artefacts import Artefact
 from diffgraft.methods.conditioning import own_conditioning
 from diffgraft.methods.decoding import to_latents
 from diffgraft.methods.examples import Example
 from diffgraft.methods.files import write_atomic
-from diffgraft.methods.inputs import CallSettings, call_arguments, parameters_of
+from diffgraft.methods.inputs import CallSettings, call_arguments
 from diffgraft.methods.search import Probe
 
 
@@ -119,6 +121,10 @@ class Fitter(Plugin):
         """Plain JSON values that the plugin reads beside the tensors."""
         return {}
 
+    def denoise(self, call: DenoiseCall, next: Callable[[DenoiseCall], Tensor]) -> Tensor:
+        """What it does in the denoiser while it learns; nothing unless it is written anew."""
+        return next(call)
+
     # what it may use -----------------------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
@@ -134,8 +140,10 @@ class Fitter(Plugin):
         return own_conditioning(self.probe.target.pipe, self.arguments(batch)).of_branch[branch]
 
     def arguments(self, batch: Batch) -> dict[str, Any]:
-        """The arguments of a call that makes the batch's prompts; its noise follows from ``batch.generator``."""
-        seeds = torch.randint(2**62, (len(batch.examples),), generator=batch.generator.clone_state()).tolist()
+        """The arguments of a call that makes the batch's prompts: the same each time, and nothing is drawn from ``batch.generator``."""
+        seeds = torch.randint(
+            2**62, (len(batch.examples),), generator=torch.Generator().manual_seed(batch.generator.initial_seed())
+        ).tolist()
         samples = [each.sample(seed) for each, seed in zip(batch.examples, seeds, strict=True)]
         return call_arguments(self.probe.target.pipe, samples, self.settings)
 
@@ -157,7 +165,7 @@ class Fitter(Plugin):
     def write(self, artefact: Artefact, out: Path) -> None:
         """Write the file: the whole of it, or nothing."""
         for need in self.plugin.needs:
-            if need.kind == "artefact" and need.holds is not None:
+            if need.kind == "fit" and need.holds is not None:
                 artefact.ensure_holds(need.holds)
         artefact.save(out)
 
@@ -204,7 +212,7 @@ class LoraFitter(Fitter):
 
         state = get_peft_model_state_dict(self.trained, state_dict=artefact.tensors, adapter_name="fit")
         cls, layers = type(self.probe.target.pipe), f"{self._attribute}_lora_layers"
-        if layers not in parameters_of_method(cls.save_lora_weights):
+        if layers not in inspect.signature(cls.save_lora_weights).parameters:
             raise Unsupported(f"{cls.__name__} writes no LoRA of its {self._attribute}")
         with tempfile.TemporaryDirectory(prefix="diffgraft-") as folder:
             cls.save_lora_weights(folder, **{layers: state}, weight_name=out.name)
