@@ -254,9 +254,39 @@ def test_unlabelled_pictures_have_no_prompt():
     assert [each.label for each in pictures(1)] == ["'picture 0'"]
 
 
-def test_the_command(tmp_path, monkeypatch):
-    import cli_plugins
+@pytest.fixture
+def call(tmp_path, monkeypatch):
+    """The command line with `gate` installed."""
+    from cli_plugins import dist
     from diffgraft.cli import app
     from typer.testing import CliRunner
 
-    cli_plugins.install(monkeypatch, {"gate": GateUser}) if hasattr(cli_plugins, "install") else None
+    (tmp_path / "site").mkdir()
+    dist(tmp_path / "site", "diffgraft-gate", {"gate": "fitters:GateUser"})
+    monkeypatch.syspath_prepend(str(tmp_path / "site"))
+    return lambda *words: CliRunner().invoke(app, ["fit", *map(str, words)])
+
+
+def test_the_command(call, tmp_path):
+    folder, data, out = tmp_path / "sd", tmp_path / "data", tmp_path / "gate.safetensors"
+    bare().save_pretrained(folder)
+    data.mkdir()
+    for number, each in enumerate(pictures(2)):
+        each.picture.save(data / f"{number}.png")
+        (data / f"{number}.txt").write_text(each.prompt)
+    size = ["--height", "32", "--width", "32", "--inference-steps", "2", "--out", out]
+    refused = {
+        "learns from pictures: give --data FOLDER": ["--steps", "2"],
+        "fit: steps = 0: at least 1": ["--steps", "0", "--data", data],
+        "there is no such folder": ["--steps", "2", "--data", tmp_path / "none"],
+        "give one of them": ["--steps", "2", "--data", data, "--prompt", "x"],
+        "unknown knob 'rat'": ["--steps", "2", "--data", data, "--set", "rat=1"],
+    }
+    for says, words in refused.items():
+        done = call("gate", "--pipeline", folder, *size, *words)
+        assert (done.exit_code, says in done.output) == (2, True), done.output
+    assert not out.exists()
+    done = call("gate", "--pipeline", folder, "--data", data, "--steps", "2", "--batch", "2", *size)
+    assert done.exit_code == 0, done.output
+    assert "2 steps of 2 examples: loss" in done.output
+    assert Artefact.load(out, "gate", "fit").made_for.steps == 2

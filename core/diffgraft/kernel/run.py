@@ -380,7 +380,9 @@ class Run:
         self.carried = self.unscaled = None
         self._copies_stepped = False
 
-    def copied_step(self, onions: Onions, scheduler: Any, number: int, inner: Any, names: Mapping[str, int], args: Any, kwargs: Any) -> Any:
+    def copied_step(
+        self, onions: Onions, scheduler: Any, number: int, inner: Any, names: Mapping[str, int], args: Any, kwargs: Any
+    ) -> Any:
         """A step of a copy of the scheduler, which the pipeline has made (one a frame, one for the sound). However many of them step
         after one denoiser call, they make one step of the run together, with that of the pipeline's own scheduler where there is one.
 

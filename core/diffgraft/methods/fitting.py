@@ -286,7 +286,8 @@ def learn(
     def refuse(step: int, what: str) -> None:
         batch = ", ".join(examples[row].label for row in plan.rows(step, len(examples)))
         raise NotFinite(
-            f"fit of {fitter.plugin.name}: {what} at step {step}, batch: {batch}; the state after {kept_step} steps is kept in {path.parent}. "
+            f"fit of {fitter.plugin.name}: {what} at step {step}, batch: {batch}; "
+            f"the state after {kept_step} steps is kept in {path.parent}. "
             "Going on would come to the same: delete it, and take a smaller rate, or mend the batch"
         )
 
@@ -323,10 +324,7 @@ def loss_of(stack: PluginStack, fitter: Fitter, batch: Batch, plan: FitPlan) -> 
     rows = len(batch.examples)
     if not isinstance(loss, Tensor) or loss.shape != (rows,) or not loss.requires_grad:
         shape = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
-        why = (
-            "one that no weight has a part in" if getattr(loss, "shape", None) == (rows,) else f"{shape}, not one loss an example [{rows}]"
-        )
-        raise BrokenPlugin(f"{fitter.plugin.name}: {type(fitter).__name__}.loss gave {why}")
+        raise BrokenPlugin(f"{fitter.plugin.name}: {type(fitter).__name__}.loss gave {shape}; wanted is [{rows}], with gradients")
     return loss.mean()
 
 
