@@ -114,9 +114,7 @@ def file(tmp_path_factory):
 
 def looks(pipe):
     model = pipe.unet
-    layers = {
-        key: (id(module), sorted(module.__dict__), list(getattr(module, "active_adapters", []))) for key, module in model.named_modules()
-    }
+    layers = {key: (id(each), sorted(each.__dict__), each.__dict__.get("_active_adapter")) for key, each in model.named_modules()}
     grads = {key: value.requires_grad for key, value in model.named_parameters()}
     scales = {key: dict(module.scaling) for key, module in model.named_modules() if hasattr(module, "scaling")}
     return (
