@@ -13,6 +13,7 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -104,7 +105,7 @@ class Adapter(Attached):
             model = root_of(getattr(pipe, attribute))
             before = [(value, value.requires_grad) for value in model.parameters()]
             layers = {layer: layer.active_adapters for layer in adapter_layers(model)}
-            active = next(iter(layers.values()), [])
+            active: list[str] = next(iter(layers.values()), [])
             more = {"load_into_transformer_2": True} if attribute.endswith("_2") else {}
             pipe.load_lora_weights(dict(state), adapter_name=self.name, **more)
             for layer in adapter_layers(model):  # the new one waits, those of the user go on
@@ -114,7 +115,7 @@ class Adapter(Attached):
 
     def take_off(self, pipe: Any) -> None:
         for attribute in self.states:
-            surely(lambda attribute=attribute: remove_adapter(root_of(getattr(pipe, attribute)), self.name))
+            surely(partial(remove_adapter, root_of(getattr(pipe, attribute)), self.name))
 
 
 def remove_adapter(model: nn.Module, name: str) -> None:

@@ -202,7 +202,7 @@ def fit(
         return work(**call_arguments(work, [examples[0].sample(0)], settings))
 
     with beginning(pipe, plugin, fitter, call, settings, plan.seed) as (stack, artefact):
-        what = {
+        what: dict[str, Any] = {
             "knobs": plugin.config.model_dump(mode="json", exclude={need.knob for need in plugin.needs}),
             "fitter": [type(fitter).__qualname__, fitter.config.model_dump(mode="json")],
             "plan": {**asdict(plan), "keep_every": None},
@@ -334,7 +334,8 @@ class Loader:
     def __init__(self, pipe: Any, fitter: Fitter, examples: Sequence[Example], plan: FitPlan) -> None:
         self.examples, self.plan = examples, plan
         self.device = pipe._execution_device
-        size = (fitter.settings.height, fitter.settings.width) if fitter.settings.height else own_size(pipe)
+        height, width = fitter.settings.height, fitter.settings.width
+        size = (height, width) if height and width else own_size(pipe)
         self.size = size if "pictures" in fitter.wants else None
         if "pictures" in fitter.wants and size is None:
             raise ConfigError(f"{type(pipe).__name__} does not say how large its pictures are: give --height and --width")
