@@ -55,6 +55,7 @@ if TYPE_CHECKING:
     from diffgraft.kernel.facts import Step
     from diffgraft.kernel.loading import load_pipeline, unload
     from diffgraft.kernel.now import Now, now
+    from diffgraft.methods.fitter import Fitter, LoraFitter
     from diffgraft.methods.watching import Calibrator, Inverter, Watcher
 
 logging.getLogger("diffgraft").addHandler(logging.NullHandler())  # silent until its user turns it on
@@ -74,6 +75,7 @@ _LAZY = {
     **dict.fromkeys(("AttentionInfo", "BlockInfo", "Target", "blocks_of", "denoisers_of"), "installed.anatomy"),
     **dict.fromkeys(("Call", "RunCall", "ScheduleCall", "ControlCall", "DenoiseCall", "BlockCall", "AttentionCall"), "kernel.calls"),
     **dict.fromkeys(("GuideCall", "StepCall", "ModulesCall", "Schedule", "StepOutput"), "kernel.calls"),
+    **dict.fromkeys(("Fitter", "LoraFitter"), "methods.fitter"),
     **dict.fromkeys(("Watcher", "Calibrator", "Inverter"), "methods.watching"),
 }
 
@@ -97,9 +99,11 @@ __all__ = [
     "DiffgraftError",
     "Effects",
     "Family",
+    "Fitter",
     "Guidance",
     "GuideCall",
     "Inverter",
+    "LoraFitter",
     "ModulesCall",
     "Need",
     "NeverFired",

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import copy
+from typing import Any
+
 import pytest
 import torch
-from diffgraft import Unsupported
-from diffgraft.methods.adapters import without_adapters
+from diffgraft import ArtefactMismatch, ConfigError, DiffgraftError, Need, PluginConfig, Unsupported, load_pipeline, unload
+from diffgraft.methods.adapters import weighted, without_adapters
 from diffgraft.testing.tiny import has_peft
 from peft import LoraConfig
-from probes import generate, tiny
+from peft.utils import get_peft_model_state_dict
+from probes import Probe, generate, tiny, trace
+from pydantic import Field
+from safetensors.torch import load_file, save_file
 
 pytestmark = pytest.mark.skipif(not has_peft(), reason="needs peft")
 
@@ -63,3 +69,147 @@ def test_no_lora_and_a_fused_one_are_refused():
     model.fuse_lora()
     with pytest.raises(Unsupported, match="unfuse_lora"), without_adapters(model):
         pass
+
+
+# adapters that plugins bring
+
+
+class BringsConfig(PluginConfig):
+    lora: Any = Field(None, description="a LoRA")
+
+
+class Brings(Probe):
+    """Shows its LoRA in every call."""
+
+    name = "brings"
+    Config = BringsConfig
+    needs = (Need("adapter", "lora"),)
+    weight = 1.0
+
+    def denoise(self, call, next):
+        with weighted(call.model, {call.given("lora").name: self.weight}):
+            return next(call)
+
+
+class BringsToo(Brings):
+    name = "brings_too"
+    weight = 0.0
+
+
+class Waits(Brings):
+    name = "waits"
+
+    def denoise(self, call, next):
+        return next(call)
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory):
+    """A LoRA, as `save_lora_weights` writes it."""
+    pipe, _, model, _ = with_lora()
+    folder = tmp_path_factory.mktemp("lora")
+    type(pipe).save_lora_weights(folder, unet_lora_layers=get_peft_model_state_dict(model))
+    return folder / "pytorch_lora_weights.safetensors"
+
+
+def looks(pipe):
+    model = pipe.unet
+    layers = {key: (id(each), sorted(each.__dict__), each.__dict__.get("_active_adapter")) for key, each in model.named_modules()}
+    grads = {key: value.requires_grad for key, value in model.named_parameters()}
+    scales = {key: dict(module.scaling) for key, module in model.named_modules() if hasattr(module, "scaling")}
+    return (
+        trace(pipe),
+        layers,
+        grads,
+        scales,
+        list(model.state_dict()),
+        sorted(getattr(model, "peft_config", {})),
+        pipe.get_active_adapters(),
+    )
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_a_plugins_adapter_comes_and_goes_without_trace(own, file):
+    pipe, kwargs = tiny("StableDiffusionPipeline")
+    if own:  # on other layers too, so that some are shared
+        pipe.unet.add_adapter(LoraConfig(r=2, init_lora_weights=False, target_modules=["to_q", "to_out.0"]), "mine")
+    plain = generate(pipe, kwargs)
+    before = looks(pipe)
+    load_pipeline(pipe, plugins=[Waits(lora=str(file))])
+    assert torch.equal(generate(pipe, kwargs), plain)
+    assert pipe.get_active_adapters() == (["mine"] if own else [])
+    pipe.plugins.add(Brings(lora=str(file)), BringsToo(lora=str(file)))
+    assert {"diffgraft:brings:lora", "diffgraft:brings_too:lora"} <= set(pipe.unet.peft_config)
+    pipe.plugins.remove("brings_too", "waits")
+    tuned = generate(pipe, kwargs)
+    assert not torch.equal(tuned, plain)
+    pipe.plugins.disable("brings")
+    assert torch.equal(generate(pipe, kwargs), plain)
+    pipe.plugins.enable("brings")
+    assert torch.equal(generate(pipe, kwargs), tuned)
+    assert torch.equal(generate(copy.deepcopy(pipe), kwargs), tuned)
+    unload(pipe)
+    assert looks(pipe) == before
+    assert torch.equal(generate(pipe, kwargs), plain)
+
+
+def test_it_is_the_lora_that_the_user_would_load(file):
+    pipe, kwargs = tiny("StableDiffusionPipeline")
+    load_pipeline(pipe, plugins=[Brings(lora=str(file))])
+    brought = generate(pipe, kwargs)
+    unload(pipe)
+    pipe.load_lora_weights(str(file))
+    assert torch.equal(generate(pipe, kwargs), brought)
+
+
+def test_what_does_not_fit_is_refused_and_nothing_is_touched(file, tmp_path, monkeypatch):
+    pipe, kwargs = tiny("StableDiffusionPipeline")
+    pipe(**kwargs)
+    before = looks(pipe)
+    tensors = load_file(file)
+    name = next(iter(tensors))
+    save_file({**tensors, name: torch.zeros(2, 5)}, tmp_path / "shape.safetensors")
+    save_file({"unet.nowhere.to_q.lora_A.weight": torch.zeros(2, 5)}, tmp_path / "other.safetensors")
+    (tmp_path / "damaged.safetensors").write_bytes(b"nothing")
+    refused = [
+        (tmp_path / "shape.safetensors", ArtefactMismatch, rf"lora = .*shape.safetensors is no LoRA of this UNet2D.*{name}"),
+        (tmp_path / "other.safetensors", ArtefactMismatch, "nowhere.to_q.lora_A.weight has no layer here"),
+        (tmp_path / "damaged.safetensors", DiffgraftError, "damaged.safetensors"),
+        (tmp_path / "none.safetensors", DiffgraftError, "none.safetensors"),
+        ({"unet_2": str(file)}, ConfigError, "no denoiser 'unet_2'"),
+    ]
+    for value, error, says in refused:
+        with pytest.raises(error, match=says):
+            load_pipeline(pipe, plugins=[Brings(lora=value)])
+        unload(pipe)
+        assert looks(pipe) == before
+
+    def half(*args, **kwargs):
+        type(pipe).load_lora_weights(pipe, *args, **kwargs)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setitem(pipe.__dict__, "load_lora_weights", half)
+        with pytest.raises(KeyboardInterrupt):
+            load_pipeline(pipe, plugins=[Brings(lora=str(file))])
+    unload(pipe)
+    assert looks(pipe) == before
+    with_lora_fused, _, model, _ = with_lora()
+    model.fuse_lora()
+    with pytest.raises(Unsupported, match="unfuse_lora"):
+        load_pipeline(with_lora_fused, plugins=[Brings(lora=str(file))])
+
+
+def test_weighted_shows_others_and_leaves_no_trace():
+    pipe, kwargs, model, plain = with_lora()
+    tuned = generate(pipe, kwargs)
+    before = looks(pipe)
+    with weighted(model, {"default": 0.0}):
+        assert torch.equal(generate(pipe, kwargs), plain)
+    with weighted(model, {"default": 1.0}):
+        assert torch.equal(generate(pipe, kwargs), tuned)
+    with weighted(model, {}):
+        assert torch.equal(generate(pipe, kwargs), plain)
+    with pytest.raises(ConfigError, match="no adapter 'defalt'"), weighted(model, {"defalt": 1.0}):
+        pass
+    assert looks(pipe) == before

@@ -1,5 +1,5 @@
-"""The command line: ``diffgraft list | show | search | run | again | compare | tune | calibrate | evolve | invert | weights | doctor |
-new | check``.
+"""The command line: ``diffgraft list | show | search | run | again | compare | tune | calibrate | evolve | invert | fit | weights |
+doctor | new | check``.
 
 Torch is imported inside the commands that need it.
 """
@@ -16,7 +16,7 @@ from diffgraft import __version__
 from diffgraft.cli.catalogue import search
 from diffgraft.cli.community import check, new
 from diffgraft.cli.listing import doctor, list_plugins, show
-from diffgraft.cli.making import calibrate, evolve, invert
+from diffgraft.cli.making import calibrate, evolve, fit, invert
 from diffgraft.cli.measuring import compare, tune
 from diffgraft.cli.mistakes import Command, Group
 from diffgraft.cli.running import again, run
@@ -92,7 +92,7 @@ def main(
 
 
 app.command("list", cls=Command)(list_plugins)
-for command in (show, run, again, compare, tune, calibrate, evolve, invert, doctor, new, check, search):
+for command in (show, run, again, compare, tune, calibrate, evolve, invert, fit, doctor, new, check, search):
     app.command(cls=Command)(command)
 app.add_typer(weights, name="weights")
 

@@ -1,4 +1,4 @@
-"""``diffgraft calibrate | evolve | invert``: files that plugins need."""
+"""``diffgraft calibrate | evolve | invert | fit``: files that plugins need."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from diffgraft.cli.options import (
+    ClassLabels,
     Device,
     Dtype,
     Extra,
@@ -27,7 +28,6 @@ from diffgraft.installed import registry
 from diffgraft.installed.errors import ConfigError
 from diffgraft.lab.terminal import say
 from diffgraft.methods.files import check_file
-from diffgraft.methods.named import declared
 
 
 def calibrate(
@@ -50,6 +50,7 @@ def calibrate(
 ) -> None:
     """Measure what a plugin needs to know of a model; an interrupted calibration goes on where it stopped."""
     from diffgraft.cli.values import call_settings, load_bare, parse_assignments, read_prompts, specs_for
+    from diffgraft.methods.named import declared
 
     specs = specs_for(pipeline, [plugin], option)
     declared(registry.find(plugin), "calibration")  # before the pipeline is loaded
@@ -120,6 +121,7 @@ def evolve(
         read_prompts,
         specs_for,
     )
+    from diffgraft.methods.named import declared
 
     specs = specs_for(pipeline, [plugin, *(beside or [])], option)
     declared(registry.find(plugin), "search")  # before the pipeline is loaded
@@ -172,6 +174,7 @@ def invert(
 ) -> None:
     """Walk from a picture back to the noise that it comes from; `run` with the code makes it again, or edits it."""
     from diffgraft.cli.values import call_settings, load_bare, parse_assignments, specs_for
+    from diffgraft.methods.named import declared
 
     specs = specs_for(pipeline, [plugin], option)
     declared(registry.find(plugin), "inversion")  # before the pipeline is loaded
@@ -207,3 +210,63 @@ def invert(
     said = {"steps": whole, "height": height, "width": width, "negative-prompt": negative_prompt, "device": device, "dtype": dtype}
     words += [word for name, value in {**said, "prompt": prompt}.items() if value is not None for word in (f"--{name}", str(value))]
     say(f"make it again, or edit it with another prompt:\n{shlex.join(words)}")
+
+
+def fit(
+    plugin: Annotated[str, typer.Argument(metavar="PLUGIN", help="A plugin that learns what it needs.")],
+    pipeline: Annotated[str, typer.Option("--pipeline", help="A bundled name, a folder, or a Hub id.")],
+    steps: Annotated[int, typer.Option(help="Steps of the optimizer.")],
+    data: Annotated[
+        Path | None, typer.Option("--data", help="A folder of pictures, with metadata.jsonl (file_name, text) or a .txt beside each.")
+    ] = None,
+    prompts: PromptFile = None,
+    prompt: PromptTexts = None,
+    class_label: ClassLabels = None,
+    out: Annotated[Path | None, typer.Option("--out", help="File to write (default: PLUGIN.safetensors).")] = None,
+    option: KnobValues = None,
+    fitter: Annotated[
+        list[str] | None, typer.Option("--set", "-s", metavar="NAME=VALUE", help="A knob of the fit itself, where the plugin has some.")
+    ] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Examples in one step.")] = 8,
+    seed: Annotated[int, typer.Option(help="Seed of everything that is drawn.")] = 0,
+    keep_every: Annotated[float, typer.Option(min=0, help="Seconds after which the state is written, to go on from.")] = 60.0,
+    inference_steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps of the calls that it is for.")] = None,
+    guidance_scale: GuidanceScale = None,
+    negative_prompt: NegativePrompt = None,
+    height: Height = None,
+    width: Width = None,
+    arg: Extra = None,
+    device: Device = None,
+    dtype: Annotated[str, typer.Option(help="float32, float16 or bfloat16 of the pipeline.")] = "float32",
+    threads: Threads = None,
+) -> None:
+    """Learn what a plugin needs by gradient descent, the pipeline's weights stay; an interrupted fit goes on where it stopped."""
+    from diffgraft.cli.values import call_settings, load_bare, parse_assignments, read_prompts, specs_for
+    from diffgraft.methods.named import declared
+
+    specs = specs_for(pipeline, [plugin], option)
+    learns = declared(registry.find(plugin), "fitting")  # before the pipeline is loaded
+    path = out or Path(f"{plugin}.safetensors")
+    check_file(path, [".safetensors"])
+    texts = read_prompts(prompt, prompts)
+    if sum(map(bool, (data, texts, class_label))) > 1:
+        raise ConfigError("--data, --prompts and --class-label: give one of them; pictures bring their own captions and labels")
+    knobs, extra = parse_assignments(fitter, "--set"), parse_assignments(arg, "-a")
+    from diffgraft.lab.terminal import progress
+    from diffgraft.methods.examples import Example, read_examples
+    from diffgraft.methods.fitting import FitPlan
+    from diffgraft.methods.fitting import fit as learn
+
+    plan = FitPlan(steps, batch, seed, keep_every)
+    examples = [*map(Example, texts), *(Example(class_label=label) for label in class_label or [])]
+    examples = examples if data is None else read_examples(data)
+    if learns.wants and not examples:
+        wanted = " and ".join(sorted(learns.wants))
+        raise ConfigError(f"{plugin} learns from {wanted}: give --data FOLDER, or --prompts FILE where prompts are enough")
+    call = call_settings(inference_steps, guidance_scale, negative_prompt, height, width, None, extra)
+    pipe, built = load_bare(pipeline, specs, device, dtype)
+    with steady(threads), progress() as on_progress:
+        found = learn(pipe, built[0], examples, call, path, plan, knobs=knobs, on_progress=on_progress)
+    losses = found.facts["fit"]["losses"]
+    say(f"{steps} steps of {batch} examples: loss {losses[0]:.6g} at the start, {losses[-1]:.6g} at the end")
+    say(f"wrote {path}: for {found.made_for.pipeline}, {found.made_for.scheduler}, {found.made_for.steps} steps")

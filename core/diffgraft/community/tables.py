@@ -107,6 +107,8 @@ TAKES = {
     "artefact": "a calibration file",
     "search": "what a search found",
     "inversion": "a picture's latents",
+    "fit": "a file that was learned",
+    "adapter": "a LoRA",
     "pipeline": "a second pipeline",
     "reward": "a reward function",
     "weights": "published weights",

@@ -108,6 +108,7 @@ class Need:
            "artefact": what `calibrate` made, a file (path or Hub id) or an ``Artefact``; "inversion": what `invert` made, likewise;
            "pipeline": a second pipeline of the same latent space (bundled name, folder, Hub id or a live one), or a list of them;
            "reward": how good a picture is, any callable or registered name; "search": what `search` found, a file or a ``Finding``;
+           "fit": what `fit` learned, likewise; "adapter": a LoRA file (path or Hub id), on the denoiser while the plugin is on;
            "weights": what somebody else published, a file (path or Hub id), several, or a state dict -> ``methods.published.Weights``;
            "encoder": a transformers text encoder with its tokenizer (folder, Hub id or the two) -> ``methods.encoders.Encoder``
     knob   the knob that names it; where the knob is None the plugin does without
@@ -151,6 +152,7 @@ class Plugin:
     calibration  the ``Calibrator`` that makes its artefact, or None
     inversion    the ``Inverter`` that makes the code of a picture, or None
     search       the ``Searcher`` that finds its settings, or None
+    fitting      the ``Fitter`` that learns what it needs, or None
     sessions     whether its hooks of the denoiser do in a session what they do in a run, though it has hooks around the loop too
     tune         knob -> the values worth trying for time against fidelity, gentlest first, each valid with the other knobs' defaults;
                  one value alone sets the knob for tuning. Read by ``diffgraft tune``
@@ -171,6 +173,7 @@ class Plugin:
     calibration: ClassVar[type[Any] | None] = None
     inversion: ClassVar[type[Any] | None] = None
     search: ClassVar[type[Any] | None] = None
+    fitting: ClassVar[type[Any] | None] = None
     sessions: ClassVar[bool] = False
     tune: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
 

@@ -371,3 +371,15 @@ def set_requires_grad(parameters: Iterable[Any], value: bool) -> None:
 def write_global(owner: Any, name: str, value: Any) -> None:
     """Write an attribute that diffusers itself changes process-wide (the attention backend)."""
     setattr(owner, name, value)
+
+
+def keep(home: MutableMapping[str, Any], key: str, value: Any) -> None:
+    """Leave ``value`` in a foreign mapping, where it was before another library wrote there (the module that a LoRA layer wrapped)."""
+    with Slot.gate:
+        home[key] = value
+
+
+def forget(home: MutableMapping[str, Any], key: str) -> None:
+    """Delete a key of a foreign mapping that another library has made there; nothing where it is gone."""
+    with Slot.gate:
+        home.pop(key, None)

@@ -1,4 +1,4 @@
-"""Modules that plugins exchange: the only thing that stays between runs, because exchanged modules must follow ``pipe.to``."""
+"""Modules that plugins exchange, and LoRA that they bring: the only things that stay between runs, because they must follow ``pipe.to``."""
 
 from __future__ import annotations
 
@@ -15,18 +15,34 @@ from diffgraft.kernel.entry import Entry
 from diffgraft.kernel.slots import Slot
 
 
+class Attached:
+    """What a plugin is given that lies on the pipeline while the plugin is on (a LoRA). Taking it off may be done again."""
+
+    def put_on(self, pipe: Any) -> None:
+        raise NotImplementedError
+
+    def take_off(self, pipe: Any) -> None:
+        raise NotImplementedError
+
+
 class Surgery:
     """What the plugins of one stack have exchanged, and the way back."""
 
     def __init__(self) -> None:
         self._swaps: dict[Entry, Sequence[Slot]] = {}
+        self._attached: dict[Entry, Sequence[tuple[Attached, Any]]] = {}
 
     def operate(self, entry: Entry, pipe: Any, family: Family) -> None:
         """Let a plugin exchange its modules, all or none; nothing where it has no such hook or has done it."""
-        if "modules" not in entry.plugin.points() or entry in self._swaps:
+        things = [(thing, pipe) for thing in entry.given.values() if isinstance(thing, Attached)]
+        if entry in self._swaps or not (things or "modules" in entry.plugin.points()):
             return
-        self._swaps[entry] = ()
+        self._swaps[entry], self._attached[entry] = (), things
         try:
+            for thing, _ in things:
+                thing.put_on(pipe)
+            if "modules" not in entry.plugin.points():
+                return
             call = ModulesCall(None, None, {}, (), {})  # type: ignore[arg-type]
             call.entry, call.denoisers = entry, denoisers_of(pipe, family)
             call.swap = lambda parent, name, new: self._swap(entry, parent, name, new)
@@ -73,6 +89,9 @@ class Surgery:
             slot.close()
             if where is not None and isinstance(original, nn.Module):
                 original.to(where.device)  # the pipeline may have moved in the meantime
+        for thing, pipe in reversed(self._attached.get(entry, ())):
+            thing.take_off(pipe)
+        self._attached.pop(entry, None)
         self._swaps.pop(entry, None)
 
 

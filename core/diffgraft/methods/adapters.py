@@ -1,15 +1,29 @@
-"""A denoiser without its LoRA: what the base model says beside what its distilled or tuned version says, with no second copy of it."""
+"""LoRA on a denoiser, with no second copy of it: without the user's own, with others, with one that a plugin brings (``Need("adapter")``).
+
+    with weighted(call.model, {call.given("lora").name: 0.5}):     # in a plugin's `denoise`
+        return next(call)
+
+What a plugin brings is there while the plugin is on, and acts only where the plugin shows it; the user's own stay active.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+import re
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
-from diffgraft.installed.errors import Unsupported
-from diffgraft.kernel.slots import Slot, opened
+from diffgraft.installed.anatomy import Target, root_of
+from diffgraft.installed.errors import ArtefactMismatch, ConfigError, Unsupported, choices
+from diffgraft.installed.foreign import said
+from diffgraft.installed.plugin import Need, Plugin
+from diffgraft.kernel.slots import Slot, forget, keep, opened, set_requires_grad, surely
+from diffgraft.kernel.surgery import Attached
 
 
 def adapter_layers(model: nn.Module) -> list[Any]:
@@ -39,8 +53,155 @@ def without_adapters(model: nn.Module) -> Iterator[None]:
         yield
 
 
-def switch(layer: Any) -> Slot:
-    """A slot that shows a layer's adapters as disabled (peft's own setter would also touch ``requires_grad``)."""
-    slot = Slot(layer.__dict__, "_disable_adapters", lambda: layer._disable_adapters)
-    slot.value = True
+@contextmanager
+def weighted(model: nn.Module, weights: Mapping[str, float]) -> Iterator[None]:
+    """Run ``model`` with these adapters alone, each at its own scale times a weight; afterwards (also after an exception) all is as it was.
+
+    Raises:
+        ConfigError: it has no adapter of that name.
+        Unsupported: a LoRA is fused into the weights.
+    """
+    model = root_of(model)
+    ensure_unfused(model)
+    known = getattr(model, "peft_config", {})
+    if unknown := next((name for name in weights if name not in known), None):
+        raise ConfigError(f"no adapter {unknown!r} on this {type(model).__name__}{choices(unknown, known, 'On it')}")
+    slots = []
+    for layer in adapter_layers(model):
+        scaling = {name: scale * weights.get(name, 1.0) for name, scale in layer.scaling.items()}
+        slots += [switch(layer, "_active_adapter", list(weights)), switch(layer, "scaling", scaling)]
+        slots += [switch(layer, "_disable_adapters", False)] if layer.disable_adapters else []
+    with opened(slots):
+        yield
+
+
+def switch(layer: Any, name: str = "_disable_adapters", value: Any = True) -> Slot:
+    """A slot that shows a layer's adapters as disabled, or others (peft's own setters would also touch ``requires_grad``)."""
+    slot = Slot(layer.__dict__, name, lambda: getattr(layer, name))
+    slot.value = value
     return slot
+
+
+def ensure_unfused(model: nn.Module) -> None:
+    """Raises Unsupported where a LoRA is fused into the weights: what is beside it cannot be told from it."""
+    if any(layer.merged_adapters for layer in adapter_layers(model)):
+        raise Unsupported(f"the LoRA of this {type(model).__name__} is fused into its weights; pipe.unfuse_lora() first, and leave it so")
+
+
+@dataclass(frozen=True, eq=False)
+class Adapter(Attached):
+    """A LoRA that a plugin brings, read and found to fit.
+
+    name    under which it is on the denoiser, for :func:`weighted`
+    states  the denoiser's attribute -> tensors as ``pipe.load_lora_weights`` takes them
+    """
+
+    name: str
+    states: Mapping[str, Mapping[str, Tensor]]
+
+    def put_on(self, pipe: Any) -> None:
+        self.take_off(pipe)  # a deep copy of the pipeline has it already
+        for attribute, state in self.states.items():
+            model = root_of(getattr(pipe, attribute))
+            before = [(value, value.requires_grad) for value in model.parameters()]
+            layers = {layer: layer.active_adapters for layer in adapter_layers(model)}
+            active: list[str] = next(iter(layers.values()), [])
+            more = {"load_into_transformer_2": True} if attribute.endswith("_2") else {}
+            pipe.load_lora_weights(dict(state), adapter_name=self.name, **more)
+            for layer in adapter_layers(model):  # the new one waits, those of the user go on
+                keep(layer.__dict__, "_active_adapter", layers.get(layer, active))
+            set_requires_grad(model.parameters(), False)
+            set_requires_grad([value for value, grad in before if grad], True)
+
+    def take_off(self, pipe: Any) -> None:
+        for attribute in self.states:
+            surely(partial(remove_adapter, root_of(getattr(pipe, attribute)), self.name))
+
+
+def remove_adapter(model: nn.Module, name: str) -> None:
+    """Take an adapter off, and the layers that nothing is left in; done again, it does what is left to do."""
+    for parent in list(model.modules()):
+        for key, layer in list(parent._modules.items()):
+            if layer is None or not hasattr(layer, "merged_adapters") or not hasattr(layer, "scaling"):
+                continue
+            if name in layer.scaling or name in layer.lora_A:
+                layer.delete_adapter(name)
+                if not layer.scaling:
+                    keep(parent._modules, key, layer.get_base_layer())  # type: ignore[arg-type]
+    config = model.__dict__.get("peft_config", {})
+    forget(config, name)
+    if not config:
+        for key in ("peft_config", "_hf_peft_config_loaded"):
+            forget(model.__dict__, key)
+
+
+def fetch_adapter(plugin: Plugin, need: Need, value: Any, target: Target) -> Adapter:
+    """A LoRA file (path or Hub id), or tensors; or a dict of them by denoiser (``{"transformer_2": ...}``), where there are two.
+
+    Raises:
+        Unsupported: the pipeline loads no LoRA, or has one that is fused.
+        ConfigError: there is no such file, or no such denoiser.
+        ArtefactMismatch: it is of another model.
+    """
+    if isinstance(value, Adapter):
+        return value
+    where = f"plugin {plugin.name!r}: {need.knob}"
+    pipe = target.pipe
+    if not hasattr(pipe, "load_lora_weights"):
+        raise Unsupported(f"{where}: {type(pipe).__name__} loads no LoRA")
+    from diffusers.utils import is_peft_available
+
+    if not is_peft_available():
+        raise Unsupported(f"{where}: a LoRA needs peft: `pip install peft`")
+    of_each = isinstance(value, Mapping) and not any(isinstance(each, Tensor) for each in value.values())
+    sources = value if of_each else {next(iter(target.denoisers)): value}
+    states = {}
+    for attribute, source in sources.items():
+        if attribute not in target.denoisers:
+            raise ConfigError(f"{where}: no denoiser {attribute!r}{choices(attribute, target.denoisers, 'There are')}")
+        model = root_of(target.denoisers[attribute])
+        ensure_unfused(model)
+        states[attribute] = read_lora(pipe, model, source, where)
+    return Adapter(f"diffgraft:{plugin.name}:{need.knob}", states)
+
+
+def read_lora(pipe: Any, model: nn.Module, source: Any, where: str) -> dict[str, Tensor]:
+    """The tensors of a LoRA, every one of which has its place in ``model``."""
+    shown = os.fspath(source) if isinstance(source, (str, os.PathLike)) else "(in memory)"
+    given = dict(source) if isinstance(source, Mapping) else shown
+    try:
+        read = type(pipe).lora_state_dict(given)
+    except OSError as error:
+        raise ConfigError(f"{where} = {shown}: {said(error)}") from None
+    except Exception as error:  # whatever a wrong file does in diffusers' converters
+        raise ArtefactMismatch(f"{where} = {shown} cannot be read as a LoRA: {said(error)}") from error
+    state: dict[str, Tensor] = read[0] if isinstance(read, tuple) else read
+    wrong = [why for name, value in state.items() if (why := misfit(model, name, value)) is not None]
+    if wrong or not state:
+        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        why = "; ".join(wrong[:3]) + more if wrong else "it is empty"
+        raise ArtefactMismatch(f"{where} = {shown} is no LoRA of this {type(model).__name__}: {why}")
+    return dict(given) if isinstance(given, dict) else state
+
+
+PLACE = re.compile(r"(?:unet|transformer)\.(?P<path>.+?)(?:\.lora_(?P<new>[AB])|\.lora\.(?P<old>down|up))\.weight")
+"""A tensor of a LoRA, as diffusers names it once a file is read."""
+
+
+def misfit(model: nn.Module, name: str, value: Tensor) -> str | None:
+    """What is wrong with a tensor of a LoRA, or None."""
+    if name.endswith(".alpha"):
+        return None
+    found = PLACE.fullmatch(name)
+    if found is None:
+        return f"{name} is no part of a denoiser's LoRA"
+    try:
+        layer: Any = model.get_submodule(found["path"])
+    except AttributeError:
+        return f"{name} has no layer here"
+    weight = getattr(getattr(layer, "base_layer", layer), "weight", None)
+    if weight is None:
+        return f"{name} is of a layer without weights"
+    into = "A" in (found["new"] or "") or found["old"] == "down"
+    wanted, has = (weight.shape[1], value.shape[1]) if into else (weight.shape[0], value.shape[0])
+    return None if wanted == has else f"{name} has shape {tuple(value.shape)}, its layer {tuple(weight.shape)}"

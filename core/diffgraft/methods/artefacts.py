@@ -297,6 +297,8 @@ def make_again(plugin: str, kind: str = "artefact") -> str:
         return f"make one with `diffgraft invert {plugin} --pipeline NAME --image FILE`"
     if kind == "search":
         return f"make one with `diffgraft evolve {plugin} --pipeline NAME --prompts FILE --steps K`"
+    if kind == "fit":
+        return f"make one with `diffgraft fit {plugin} --pipeline NAME --steps N`"
     return f"make one with `diffgraft calibrate {plugin} --pipeline NAME --prompts FILE`"
 
 

@@ -93,16 +93,16 @@ def calibrate_call(pipe: Any, plugin: Plugin, call: Callable[[], Any]) -> Artefa
         return Artefact(made_for(plugin, stack), *calibrator.summarise([stack.report().plugins[calibrator.name].records]))
 
 
-def resume(path: Path, plugin: str, digest: str) -> Artefact:
-    """A record of an interrupted calibration.
+def resume(path: Path, plugin: str, digest: str, what: str = "calibration") -> Artefact:
+    """A record of an interrupted calibration, or of another long piece of work.
 
     Raises:
-        ConfigError: it is of another calibration.
+        ConfigError: it is of another one.
     """
     found = Artefact.load(path, plugin)
     if found.facts.get("digest") != digest:
         raise ConfigError(
-            f"{path.parent} holds an unfinished calibration with other knobs, prompts or settings: finish that one, delete the folder, "
+            f"{path.parent} holds an unfinished {what} with other knobs, prompts or settings: finish that one, delete the folder, "
             "or choose another --out"
         )
     return found

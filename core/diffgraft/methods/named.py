@@ -58,7 +58,7 @@ def ensure_takes(knob: str, name: str, function: Callable[..., Any], takes: Sequ
     return name, function
 
 
-ABLE = {"calibration": "be calibrated", "inversion": "invert pictures", "search": "be searched for settings"}
+ABLE = {"calibration": "be calibrated", "inversion": "invert pictures", "search": "be searched for settings", "fitting": "be fitted"}
 """What a plugin class may declare -> what it then can."""
 
 

@@ -52,7 +52,7 @@ class Inverter(Watcher):
 
 
 @contextmanager
-def watching(pipe: Any, plugin: Plugin, watcher: Watcher, beside: Sequence[Plugin] = ()) -> Iterator[PluginStack]:
+def watching(pipe: Any, plugin: Plugin, watcher: Plugin, beside: Sequence[Plugin] = ()) -> Iterator[PluginStack]:
     """``watcher`` on ``pipe``, on behalf of ``plugin``, over the plugins that run ``beside`` it; afterwards the pipeline is as it was.
 
     Raises:

@@ -24,7 +24,7 @@ from diffgraft.testing.runs import artefacts, call
 from diffgraft.testing.setting import PROMPTS, STEPS, USUAL
 from diffgraft.testing.subject import Subject
 
-FILES = ("artefact", "inversion", "search")
+FILES = ("artefact", "inversion", "search", "fit")
 WRONG: tuple[Any, ...] = (None, "x", [], {}, -1, 1e300, float("nan"))
 """What a fact is set to."""
 

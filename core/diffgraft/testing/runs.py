@@ -21,6 +21,7 @@ from diffgraft.lab.machine import threads
 from diffgraft.methods.artefacts import Artefact
 from diffgraft.methods.calibration import calibrate_call
 from diffgraft.methods.decoding import ensure_decodes
+from diffgraft.methods.fitting import fit_call
 from diffgraft.methods.search import search_call
 from diffgraft.testing.setting import BATCHED_INPUTS, NEGATIVES, PROMPTS, STEPS, Setting
 from diffgraft.testing.tiny import EMBED, Facts, facts, prepared, quiet, tiny
@@ -118,14 +119,16 @@ def has_plugin(pipe: Any, plugin: type[Plugin]) -> bool:
     return stack is not None and plugin.name in stack and type(stack[plugin.name]) is plugin
 
 
+MADE_BY = {"artefact": "calibration", "search": "search", "fit": "fitting"}
+"""Kinds of needs that are made for a test -> what the plugin declares for it."""
 _artefacts: dict[tuple[Any, ...], Artefact] = {}
 
 
 def artefacts(plugin: type[Plugin], family: Family, class_name: str, setting: Setting) -> dict[str, Any]:
     """The artefacts that the plugin needs under ``setting``, by knob."""
-    if plugin.calibration is None and plugin.search is None:
+    needs = [need for need in plugin.needs if getattr(plugin, MADE_BY.get(need.kind, ""), None) is not None]
+    if not needs:
         return {}
-    needs = [need for need in plugin.needs if need.kind in ("artefact", "search")]
     if any(need.fits for need in needs):
         made_under = replace(setting, samples=(0,), cut=None)
     else:  # it is of the model alone, so one serves every run
@@ -137,10 +140,12 @@ def artefacts(plugin: type[Plugin], family: Family, class_name: str, setting: Se
 
 
 def calibrated(plugin: type[Plugin], family: Family, class_name: str, setting: Setting) -> Artefact:
-    """What the plugin's calibrator makes of one run under ``setting``, or an example of what its search would find."""
+    """What the plugin's calibrator makes of one run under ``setting``, or an example of what a search or a fit gives."""
     pipe = prepared(tiny(family, class_name).pipe, family, setting)
     if plugin.search is not None:
         return search_call(pipe, plugin(**plugin.active), lambda: call(pipe, family, class_name, setting))
+    if plugin.fitting is not None:
+        return fit_call(pipe, plugin(**plugin.active), lambda it: call(it, family, class_name, setting))
     return calibrate_call(pipe, plugin(**plugin.active), lambda: call(pipe, family, class_name, setting))
 
 
