@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 import torch
 from diffgraft import Calibrator, Effects, Need, Paper, PluginConfig, Unsupported
+from diffgraft.methods.adapters import weighted
 from diffgraft.methods.layouts import Layout
 from diffgraft.methods.schema import Holds, Values
 from diffusers import DDIMScheduler
@@ -129,6 +130,27 @@ class TakesAnyWeights(Scaled):
 
     Config = WeightKnobs
     needs = (Need("weights", "weights", holds=Layout({"a.weight": ("d",), "b.weight": ("d",)}, ignored=("*",), small={"d": 2})),)
+
+
+class LoraKnobs(PluginConfig):
+    lora: Any = Field(None, description="a LoRA")
+
+
+class Wears(Scaled):
+    """Correct: shows its own LoRA in every second step."""
+
+    name = "wears"
+    Config = LoraKnobs
+    neutral: ClassVar[dict[str, Any]] = {"lora": None}
+    active: ClassVar[dict[str, Any]] = {}
+    needs = (Need("adapter", "lora"),)
+
+    def denoise(self, call, next):
+        adapter = call.given("lora")
+        if adapter is None or call.step.index % 2 == 1:
+            return next(call)
+        with weighted(call.model, {adapter.name: 1.0}):
+            return next(call)
 
 
 class NeedsTheLoop(Scaled):

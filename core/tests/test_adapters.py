@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from typing import Any
 
 import pytest
@@ -112,8 +113,8 @@ def file(tmp_path_factory):
     return folder / "pytorch_lora_weights.safetensors"
 
 
-def looks(pipe):
-    model = pipe.unet
+def looks(pipe, part="unet"):
+    model = getattr(pipe, part)
     layers = {key: (id(each), sorted(each.__dict__), each.__dict__.get("_active_adapter")) for key, each in model.named_modules()}
     grads = {key: value.requires_grad for key, value in model.named_parameters()}
     scales = {key: dict(module.scaling) for key, module in model.named_modules() if hasattr(module, "scaling")}
@@ -194,10 +195,14 @@ def test_what_does_not_fit_is_refused_and_nothing_is_touched(file, tmp_path, mon
             load_pipeline(pipe, plugins=[Brings(lora=str(file))])
     unload(pipe)
     assert looks(pipe) == before
-    with_lora_fused, _, model, _ = with_lora()
+    with_lora_fused, kwargs, model, _ = with_lora()
     model.fuse_lora()
+    fused, before = generate(with_lora_fused, kwargs), looks(with_lora_fused)
     with pytest.raises(Unsupported, match="unfuse_lora"):
         load_pipeline(with_lora_fused, plugins=[Brings(lora=str(file))])
+    unload(with_lora_fused)
+    assert looks(with_lora_fused) == before
+    assert torch.equal(generate(with_lora_fused, kwargs), fused)
 
 
 def test_weighted_shows_others_and_leaves_no_trace():
@@ -213,3 +218,42 @@ def test_weighted_shows_others_and_leaves_no_trace():
     with pytest.raises(ConfigError, match="no adapter 'defalt'"), weighted(model, {"defalt": 1.0}):
         pass
     assert looks(pipe) == before
+
+
+class WhereItIs(Brings):
+    """Shows its LoRA on the denoisers that have one."""
+
+    name = "where_it_is"
+
+    def denoise(self, call, next):
+        adapter = call.given("lora")
+        with weighted(call.model, {adapter.name: 1.0} if call.model_name in adapter.states else {}):
+            return next(call)
+
+
+def test_each_of_two_denoisers_has_a_lora_of_its_own(tmp_path):
+    """Wan 2.2: one transformer for the noisy half, one for the rest."""
+    name, files = "WanPipeline@2.2", {}
+    pipe, kwargs = tiny(name)
+    for seed, part in enumerate(("transformer", "transformer_2")):
+        model = getattr(tiny(name)[0], part)
+        torch.manual_seed(seed)
+        model.add_adapter(LoraConfig(r=2, init_lora_weights=False, target_modules=["to_q", "to_v"]))
+        files[part] = str(tmp_path / f"{part}.safetensors")
+        type(pipe).save_lora_weights(tmp_path, transformer_lora_layers=get_peft_model_state_dict(model), weight_name=f"{part}.safetensors")
+    plain = generate(pipe, kwargs)
+    before = [looks(pipe, part) for part in files]
+    outputs = {}
+    for parts in (("transformer",), ("transformer_2",), ("transformer", "transformer_2")):
+        load_pipeline(pipe, plugins=[WhereItIs(lora={part: files[part] for part in parts})])
+        assert [part for part in files if hasattr(getattr(pipe, part), "peft_config")] == list(parts)
+        outputs[parts] = generate(pipe, kwargs)
+        unload(pipe)
+        assert [looks(pipe, part) for part in files] == before
+    assert torch.equal(generate(pipe, kwargs), plain)
+    assert not any(torch.equal(one, other) for one, other in itertools.combinations([plain, *outputs.values()], 2))
+    load_pipeline(pipe, plugins=[WhereItIs(lora=files["transformer"])])
+    assert torch.equal(generate(pipe, kwargs), outputs["transformer",]), "without a name it is the first one's"
+    unload(pipe)
+    pipe.load_lora_weights(files["transformer_2"], load_into_transformer_2=True)
+    assert torch.equal(generate(pipe, kwargs), outputs["transformer_2",]), "as the user would load it"

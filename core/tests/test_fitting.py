@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import os
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
-import diffgraft.methods.files
 import pytest
 import torch
 from diffgraft import BrokenPlugin, ConfigError, Conflict, Unsupported, load_pipeline, unload
-from diffgraft.installed.errors import NotFinite
+from diffgraft.installed.errors import NotFinite, OutputError
 from diffgraft.methods.artefacts import Artefact
 from diffgraft.methods.examples import Example, read_examples
-from diffgraft.methods.fitting import FitPlan, fit, fit_call
+from diffgraft.methods.fitting import FitPlan, Learning, fit, fit_call
 from fitters import SETTINGS, GateFitter, GateUser, LoraUser, Nothing, bare, pictures, run
 from PIL import Image
 from probes import Everything, generate, tiny, trace
@@ -122,23 +122,81 @@ def test_killed_it_goes_on_to_the_same(whole, tmp_path):
     assert equal(out, whole)
 
 
+@pytest.mark.parametrize("part", ["value.factor", "value.seen", "average", "optimizer", "losses"])
+def test_a_state_that_lacks_a_part_would_be_seen(part, whole, tmp_path, monkeypatch):
+    """The comparison with the uninterrupted fit is no empty one: weights, buffers, average, optimizer and losses all count in it."""
+    go_on = Learning.go_on
+
+    def forgetful(self, tensors, facts):
+        fresh, kept = self.state()[0], {name: value for name, value in tensors.items() if not name.startswith(part)}
+        go_on(self, kept | {name: value for name, value in fresh.items() if name.startswith(part)}, facts)
+
+    monkeypatch.setattr(Learning, "go_on", forgetful)
+    out = tmp_path / "gate.safetensors"
+    with pytest.raises(Stop):
+        run(out, on_progress=stop_at(3))
+    run(out)
+    assert not equal(out, whole)
+
+
+@pytest.mark.parametrize("kind", [0, 1, 2], ids=["the order of the data", "the batch's generator", "torch's own"])
+def test_draws_that_do_not_follow_from_the_step_would_be_seen(kind, tmp_path, monkeypatch):
+    """They are counted from the beginning of the process here, as a generator would that no state holds."""
+    drawn = FitPlan.drawn
+
+    def in_a_new_process(out, **more):
+        count = itertools.count()
+        monkeypatch.setattr(FitPlan, "drawn", lambda self, *what: next(count) if what[0] == kind else drawn(self, *what))
+        run(out, **more)
+
+    in_a_new_process(whole := tmp_path / "whole.safetensors")
+    out = tmp_path / "gate.safetensors"
+    with pytest.raises(Stop):
+        in_a_new_process(out, on_progress=stop_at(3))
+    in_a_new_process(out)
+    assert not equal(out, whole)
+
+
 def test_a_full_disk_leaves_the_last_good_state(whole, tmp_path, monkeypatch):
     out = tmp_path / "gate.safetensors"
     with pytest.raises(Stop):
         run(out, on_progress=stop_at(2))
     state = (Path(f"{out}.partial") / "state.safetensors").read_bytes()
 
+    half = Path.write_bytes
+
+    def full(path, data):
+        if kept_at in path.name:
+            half(path, data[: len(data) // 2])
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return half(path, data)
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    for kept_at, says in (("state", "the state after 2 steps is kept"), ("gate", r"all that was learned is kept in .*partial")):
+        pipe = bare()
+        before = everything_of(pipe)
+        with pytest.raises(OutputError, match=f"No space left on device; {says}. Make room: the same call goes on"):
+            run(out, pipe=pipe)
+        same(before, everything_of(pipe))
+        assert [path.name for path in tmp_path.iterdir()] == ["gate.safetensors.partial"]
+        assert [path.name for path in Path(f"{out}.partial").iterdir()] == ["state.safetensors"]
+        if kept_at == "state":
+            assert (Path(f"{out}.partial") / "state.safetensors").read_bytes() == state
+    monkeypatch.undo()
+    done = []
+    run(out, on_progress=lambda *seen: done.append(seen))
+    assert not done, "nothing is learned again"
+    assert equal(out, whole)
+
+
+def test_a_first_state_that_cannot_be_written_is_told_before_anything_is_learned(tmp_path, monkeypatch):
     def full(*args):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    with monkeypatch.context() as patched:
-        patched.setattr(diffgraft.methods.files.os, "replace", full)
-        with pytest.raises(OSError, match="No space"):
-            run(out)
-    assert [path.name for path in Path(f"{out}.partial").iterdir()] == ["state.safetensors"]
-    assert (Path(f"{out}.partial") / "state.safetensors").read_bytes() == state
-    run(out)
-    assert equal(out, whole)
+    monkeypatch.setattr(Path, "write_bytes", full)
+    monkeypatch.setattr(GateFitter, "loss", lambda *args: pytest.fail("begun"))
+    with pytest.raises(OutputError, match=r"state\.safetensors: No space left on device; nothing was learned yet"):
+        run(tmp_path / "gate.safetensors")
 
 
 def test_a_loss_that_is_no_number_is_named(tmp_path):

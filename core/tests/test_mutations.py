@@ -66,6 +66,7 @@ from mutants_outside import (
     SpeaksItsOwnUnit,
     TakesAnyWeights,
     TrustsTheFile,
+    Wears,
 )
 
 SD, IMAGE, CONTROL = "StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline", "StableDiffusionControlNetPipeline"
@@ -187,9 +188,18 @@ def test_every_check_has_a_mutant() -> None:
     assert any(name.startswith("scheduler_") for name in caught - {"scheduler_replaced"})
 
 
-@pytest.mark.parametrize(("plugin", "family"), [(Reuse, "flux"), (Scaled, "dit")])
+@pytest.mark.parametrize(("plugin", "family"), [(Reuse, "flux"), (Scaled, "dit"), (Wears, "sd")])
 def test_a_correct_plugin_passes_everything(plugin: type[Plugin], family: str) -> None:
     run_contract(plugin, [family])
+
+
+def test_a_lora_of_each_of_two_denoisers() -> None:
+    cases = contract_cases(Wears, ["wan"], ["WanPipeline@2.2"])
+    for case in cases:
+        if case.class_name == "WanPipeline@2.2" and case.check.name in ("neutral", "fires", "no_trace"):
+            case.run()
+    with pytest.raises(AssertionError, match="DiTPipeline loads no LoRA: a plugin with Need"):
+        next(case for case in contract_cases(Wears, ["dit"]) if case.check.name == "fires").run()
 
 
 def test_all_failures_are_named_at_once() -> None:

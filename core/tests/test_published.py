@@ -176,8 +176,11 @@ def test_a_plugin_gets_tensors_and_numbers_or_nothing_is_touched(tmp_path, monke
     path = tmp_path / "ella.safetensors"
     state = ELLA.synthetic(path=path)
     damaged = {key: value for key, value in state.items() if "latents" not in key}
+    other = tmp_path / "of_another_method.safetensors"
+    save_file({f"router.{i}.weight": torch.zeros(7, 3) for i in range(40)}, other)
     for plugin, error in [
         (Reads(weights=Weights(damaged)), r"reads: weights = \(in memory\) is not as reads reads it(.|\n)*connector.latents"),
+        (Reads(weights=other), "weights = .*of_another_method.safetensors: this looks like no file of reads: 0 of "),
         (Reads(weights=tmp_path / "no.safetensors"), "no weights"),
         (Undeclared(weights=path), "says no holds=Layout"),
         (Reads(encoder=3), "encoder = int: give a folder"),

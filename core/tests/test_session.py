@@ -12,7 +12,10 @@ from typing import Any
 import pytest
 import torch
 from diffgraft import ConfigError, DiffgraftError, Unsupported, load_pipeline
+from diffgraft.installed import registry
+from diffgraft.installed.plugin import INSIDE
 from diffgraft.kernel.facts import Step
+from diffgraft.testing import contract_cases
 from diffusers import HeunDiscreteScheduler
 from probes import Effects, Probe, tiny, trace
 
@@ -88,6 +91,20 @@ def test_a_session_predicts_what_the_run_did(name):
     assert counts == pipe.plugins.report().plugins["caches"].counts
     assert sum(forwards.values()) == len(calls)
     assert trace(pipe) == before
+
+
+@pytest.mark.parametrize("family", ["sd", "flux"])
+def test_the_contract_holds_a_plugin_that_draws_to_it(family):
+    [case] = [case for case in contract_cases(Caches, [family]) if case.check.name == "session"]
+    case.run()
+
+
+def test_every_installed_plugin_with_hooks_of_the_denoiser_is_held_to_it():
+    """Each either predicts in a session what it does in a run, or says that it needs the loop, and is refused there."""
+    inside = {name for name in registry.installed() if INSIDE & set(registry.find(name).points())}
+    assert {"deepcache", "superdiff"} <= inside
+    for name in inside:
+        assert "session" in {case.check.name for case in contract_cases(name)}, name
 
 
 def test_steps_are_the_solvers(sd):

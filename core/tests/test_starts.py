@@ -23,7 +23,7 @@ from diffusers import (
     StableDiffusionImg2ImgPipeline,
     UniPCMultistepScheduler,
 )
-from probes import Effects, PluginConfig, Probe, generate, tiny
+from probes import Effects, PluginConfig, Probe, generate, tiny, trace
 
 SD = "StableDiffusionPipeline"
 SCHEDULERS = (
@@ -114,8 +114,11 @@ def test_the_noise_is_the_pipelines_own(scheduler):
 @pytest.mark.parametrize("level", [0.0, -3.0, 1001.0, 0.5])
 def test_a_level_outside_the_schedule_is_refused(sd, level):
     pipe, kwargs = sd
+    plain, before = generate(pipe, kwargs), trace(pipe)
     with pytest.raises(ConfigError, match=rf"from: no step of this run begins at timestep {level:g}"):
         begun(pipe, {**kwargs, "num_inference_steps": 4}, torch.zeros(1), level)
+    assert trace(pipe) == before
+    assert torch.equal(generate(pipe, kwargs), plain)
 
 
 def test_a_run_that_begins_with_a_picture_is_refused():

@@ -26,7 +26,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from diffgraft.installed.anatomy import denoisers_of, root_of
-from diffgraft.installed.errors import BrokenPlugin, ConfigError, NotFinite
+from diffgraft.installed.errors import BrokenPlugin, ConfigError, NotFinite, OutputError
 from diffgraft.installed.plugin import Plugin
 from diffgraft.installed.registry import find_family
 from diffgraft.kernel.defaults import filled, plain_class
@@ -188,6 +188,7 @@ def fit(
         Conflict: there are plugins on the pipeline.
         ConfigError: there is nothing to learn from, ``out`` cannot be written, or is an unfinished fit of something else.
         NotFinite: a loss is no finite number; the last good state is kept.
+        OutputError: the disk takes no more; likewise.
     """
     out = Path(out)
     fitter: Fitter = declared(plugin, "fitting")(plugin, **(knobs or {}))
@@ -215,7 +216,8 @@ def fit(
         about = {**asdict(plan), "knobs": what["fitter"][1], "losses": by_parts(learning.losses)}
         values = {name: value.detach() for name, value in learning.values().items()}
         artefact = replace(artefact, tensors=values, facts={**artefact.facts, **fitter.facts(), "fit": about})
-        fitter.write(artefact, out)
+        with writing(out, f"all that was learned is kept in {partial_of(out)}"):
+            fitter.write(artefact, out)
     shutil.rmtree(partial_of(out))
     return artefact
 
@@ -295,7 +297,8 @@ def learn(
         if not learning.is_finite():
             refuse(learning.step - 1, "a weight is no finite number")
         tensors, facts = learning.state()
-        Artefact(empty.made_for, tensors, {**facts, "digest": digest}).save(path)
+        with writing(path, f"the state after {kept_step} steps is kept" if path.exists() else "nothing was learned yet"):
+            Artefact(empty.made_for, tensors, {**facts, "digest": digest}).save(path)
 
     if not written:
         keep()
@@ -364,6 +367,15 @@ class Loader:
 def partial_of(out: Path) -> Path:
     """Where the state lies until a fit is finished."""
     return out.with_name(out.name + ".partial")
+
+
+@contextmanager
+def writing(path: Path, kept: str) -> Iterator[None]:
+    """Raises OutputError where the disk takes no more; ``kept`` says what there is all the same."""
+    try:
+        yield
+    except OSError as error:
+        raise OutputError(f"{error.filename or path}: {error.strerror or error}; {kept}. Make room: the same call goes on") from error
 
 
 def by_parts(losses: Sequence[float]) -> list[float]:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,7 +26,7 @@ from diffgraft.methods.decoding import ensure_decodes
 from diffgraft.methods.fitting import fit_call
 from diffgraft.methods.search import search_call
 from diffgraft.testing.setting import BATCHED_INPUTS, NEGATIVES, PROMPTS, STEPS, Setting
-from diffgraft.testing.tiny import EMBED, Facts, facts, prepared, quiet, tiny
+from diffgraft.testing.tiny import EMBED, Facts, add_lora, facts, prepared, quiet, tiny
 
 
 def arguments(family: Family, class_name: str, setting: Setting) -> dict[str, Any]:
@@ -111,6 +113,35 @@ def stranger(families: tuple[str, ...]) -> Any:
                 ensure_decodes(pipe, family, float32=True)
                 return pipe
     raise AssertionError(f"none of the families {', '.join(families)} has a tiny pipeline whose latents become pixels")
+
+
+@functools.cache
+def adapter(family: Family, class_name: str) -> Any:
+    """A LoRA file with random weights, as ``pipe.save_lora_weights`` writes it; where there are two denoisers, one for each, by its
+    attribute. The same for all cases.
+
+    Raises:
+        Unsupported: a pipeline of this class loads none.
+    """
+    pipe = tiny(family, class_name).pipe
+    if not hasattr(pipe, "save_lora_weights"):
+        raise Unsupported(f"{class_name} loads no LoRA: a plugin with Need('adapter') does not claim the family {family.name!r}")
+    add_lora(pipe, family, seed=8)
+    from peft.utils import get_peft_model_state_dict
+
+    files = {}
+    for name in family.denoisers:
+        if (model := getattr(pipe, name, None)) is not None:
+            files[name] = Path(folder().name) / f"{class_name}-{name}.safetensors"
+            layers = {f"{name.removesuffix('_2')}_lora_layers": get_peft_model_state_dict(model)}
+            type(pipe).save_lora_weights(files[name].parent, **layers, weight_name=files[name].name)
+    return files if len(files) > 1 else next(iter(files.values()))
+
+
+@functools.cache
+def folder() -> tempfile.TemporaryDirectory[str]:
+    """Where files for plugins lie until the process ends."""
+    return tempfile.TemporaryDirectory(prefix="diffgraft-")
 
 
 def has_plugin(pipe: Any, plugin: type[Plugin]) -> bool:

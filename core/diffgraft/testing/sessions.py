@@ -17,22 +17,23 @@ from diffgraft.testing.case import check
 from diffgraft.testing.subject import Subject, refused
 from diffgraft.testing.watch import neighbour
 
-Asked = tuple[int, str, str, tuple[Any, ...], dict[str, Any], Tensor]
-"""(scheduler call, branch, denoiser, args, kwargs, answer) of a denoiser call."""
+Asked = tuple[int, str, str, Tensor, tuple[Any, ...], dict[str, Any], Tensor]
+"""(scheduler call, branch, denoiser, state of the generator, args, kwargs, answer) of a denoiser call."""
 
 
 def tape(plugin: type[Plugin], asked: list[Asked]) -> Plugin:
     """To be put outermost beside ``plugin``: keeps what the pipeline asks of the denoiser, and what it is answered."""
 
     def denoise(self: Plugin, call: DenoiseCall, next: Callable[[DenoiseCall], Tensor]) -> Tensor:
+        drawn = call.generator.get_state()
         answer = next(call)
-        asked.append((call.step.call, call.branch or "cond", call.model_name, call.args, dict(call.kwargs), answer))
+        asked.append((call.step.call, call.branch or "cond", call.model_name, drawn, call.args, dict(call.kwargs), answer))
         return answer
 
     return neighbour(plugin, "tape", ["denoise"], lambda point: denoise)
 
 
-@check("kind", when=lambda s: bool(INSIDE & set(s.plugin.points())) and not s.couples)
+@check("kind", when=lambda s: bool(INSIDE & set(s.plugin.points())))
 def session(s: Subject) -> None:
     """The same denoiser calls through a session give the same predictions, bit for bit; a plugin that needs the loop is refused there."""
     pipe = s.attach(s.make())
@@ -47,10 +48,11 @@ def session(s: Subject) -> None:
     scheduler = copy.deepcopy(pipe.scheduler)
     pipe.plugins.remove("tape")
     arguments = {s.family.guidance.scale: s.facts.kwargs.get(s.family.guidance.scale)} if s.has_guidance else {}
-    apart = []
-    with torch.no_grad(), pipe.plugins.session(arguments, scheduler=scheduler) as entered:
-        for number, branch, denoiser, args, kwargs, answer in asked:
+    apart, generator = [], torch.Generator()
+    with torch.no_grad(), pipe.plugins.session(arguments, scheduler=scheduler, generator=generator) as entered:
+        for number, branch, denoiser, drawn, args, kwargs, answer in asked:
             entered.at(number)
+            generator.set_state(drawn)  # the pipeline draws too, in between
             if not torch.equal(entered.model(*args, **kwargs, branch=branch, denoiser=denoiser)[0], answer):
                 apart.append((number, branch))
     assert not apart, f"{len(apart)} of {len(asked)} predictions of a session are not those of the run, first at {apart[0]}"

@@ -19,7 +19,7 @@ from diffgraft.installed.plugin import Plugin
 from diffgraft.kernel.loading import load_pipeline
 from diffgraft.kernel.report import PluginReport
 from diffgraft.kernel.verdict import IDLE
-from diffgraft.testing.runs import artefacts, call, counting, has_plugin, partner, plain, stranger, works
+from diffgraft.testing.runs import adapter, artefacts, call, counting, has_plugin, partner, plain, stranger, works
 from diffgraft.testing.setting import USUAL, Outcome, Setting, under
 from diffgraft.testing.tiny import Facts, denoisers, facts, prepared, tiny
 
@@ -86,10 +86,14 @@ class Subject:
         return load_pipeline(pipe, plugins=[self.instance(**{**self.plugin.active, **knobs})])
 
     def instance(self, **knobs: Any) -> Plugin:
-        """The plugin with these knobs, and a second pipeline in every knob that wants one."""
+        """The plugin with these knobs, and a second pipeline or a LoRA in every knob that wants one."""
         for need in self.plugin.needs:
-            if need.kind == "pipeline" and need.knob not in knobs:
+            if need.knob in knobs:
+                continue
+            if need.kind == "pipeline":
                 knobs[need.knob] = stranger(need.families) if need.families else partner(self.family, self.class_name)
+            elif need.kind == "adapter" and self.plugin.claims(self.family):
+                knobs[need.knob] = adapter(self.family, self.class_name)
         return self.plugin(**knobs)
 
     def seconds(self, pipe: Any) -> list[Any]:

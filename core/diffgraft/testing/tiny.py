@@ -185,13 +185,13 @@ def has_peft() -> bool:
     return importlib.util.find_spec("peft") is not None
 
 
-def add_lora(pipe: Any, family: Family) -> None:
+def add_lora(pipe: Any, family: Family, seed: int = 7) -> None:
     """A LoRA with random weights on the attention projections of every denoiser."""
     peft = imported("peft", "a LoRA in the contract suite")
     for model in denoisers(pipe, family):
         names = {path.rpartition(".")[2] for path, _ in model.named_modules()} & {"to_q", "to_k", "to_v"}
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(7)
+            torch.manual_seed(seed)
             model.add_adapter(peft.LoraConfig(r=2, lora_alpha=4, init_lora_weights=False, target_modules=sorted(names)))  # type: ignore[operator]
         model.eval().requires_grad_(False)
 
