@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -133,7 +134,7 @@ class TakesAnyWeights(Scaled):
 
 
 class LoraKnobs(PluginConfig):
-    lora: Any = Field(None, description="a LoRA")
+    lora: Path | dict[str, Path] | None = Field(None, description="a LoRA file, or one for each denoiser")
 
 
 class Wears(Scaled):

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import copy
 import itertools
+import pickle
 from typing import Any
 
 import pytest
 import torch
 from diffgraft import ArtefactMismatch, ConfigError, DiffgraftError, Need, PluginConfig, Unsupported, load_pipeline, unload
-from diffgraft.methods.adapters import weighted, without_adapters
+from diffgraft.methods.adapters import adapter_layers, weighted, without_adapters
 from diffgraft.testing.tiny import has_peft
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
@@ -154,12 +155,54 @@ def test_a_plugins_adapter_comes_and_goes_without_trace(own, file):
     assert torch.equal(generate(pipe, kwargs), plain)
 
 
-def test_it_is_the_lora_that_the_user_would_load(file):
+def kohya(file, folder):
+    """The same in the names of sd-scripts, with a scale of 3 / 2 beside each layer."""
+    state = {}
+    for key, value in load_file(file).items():
+        path, _, part = key.removeprefix("unet.").rpartition(".lora_")
+        layer = f"lora_unet_{path.replace('.to_out.0', '.to_out_0').replace('.', '_')}"
+        state[f"{layer}.lora_{'down' if part[0] == 'A' else 'up'}.weight"] = value
+        state[f"{layer}.alpha"] = torch.tensor(3.0)
+    save_file(state, folder / "kohya.safetensors")
+    return folder / "kohya.safetensors"
+
+
+def with_metadata(file, folder):
+    """The same with a header that says its alpha."""
+    config = {"r": 2, "lora_alpha": 5, "target_modules": ["to_q", "to_k", "to_v"]}
+    layers = {key.removeprefix("unet."): value for key, value in load_file(file).items()}
+    cls = type(tiny("StableDiffusionPipeline")[0])
+    cls.save_lora_weights(folder, unet_lora_layers=layers, unet_lora_adapter_metadata=config)
+    return folder / "pytorch_lora_weights.safetensors"
+
+
+@pytest.mark.parametrize("written", [lambda file, folder: file, kohya, with_metadata])
+@pytest.mark.parametrize("in_memory", [False, True])
+def test_it_is_the_lora_that_the_user_would_load(written, in_memory, file, tmp_path):
+    source = written(file, tmp_path)
+    given = load_file(source) if in_memory else str(source)  # tensors alone have no header
     pipe, kwargs = tiny("StableDiffusionPipeline")
+    load_pipeline(pipe, plugins=[Brings(lora=given)])
+    draws = torch.get_rng_state()
+    brought = generate(pipe, kwargs)
+    assert torch.equal(torch.get_rng_state(), draws)
+    scales = {scale for layer in adapter_layers(pipe.unet) for scale in layer.scaling.values()}
+    assert scales == {1.5 if written is kohya else 2.5 if written is with_metadata and not in_memory else 1.0}
+    unload(pipe)
+    pipe.load_lora_weights(dict(given) if in_memory else given)
+    assert torch.equal(generate(pipe, kwargs), brought)
+
+
+def test_what_is_saved_and_pickled_is_plain(file, tmp_path):
+    pipe, kwargs = tiny("StableDiffusionPipeline")
+    plain = generate(pipe, kwargs)
     load_pipeline(pipe, plugins=[Brings(lora=str(file))])
     brought = generate(pipe, kwargs)
-    unload(pipe)
-    pipe.load_lora_weights(str(file))
+    pipe.save_pretrained(tmp_path / "saved")
+    assert not any("lora" in key or "base_layer" in key for key in load_file(next((tmp_path / "saved" / "unet").glob("*.safetensors"))))
+    pickled = pickle.loads(pickle.dumps(pipe))
+    assert not adapter_layers(pickled.unet)
+    assert torch.equal(generate(pickled, kwargs), plain)
     assert torch.equal(generate(pipe, kwargs), brought)
 
 
@@ -185,12 +228,14 @@ def test_what_does_not_fit_is_refused_and_nothing_is_touched(file, tmp_path, mon
         unload(pipe)
         assert looks(pipe) == before
 
+    whole = type(pipe.unet).load_lora_adapter
+
     def half(*args, **kwargs):
-        type(pipe).load_lora_weights(pipe, *args, **kwargs)
+        whole(*args, **kwargs)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setitem(pipe.__dict__, "load_lora_weights", half)
+        patched.setattr(type(pipe.unet), "load_lora_adapter", half)
         with pytest.raises(KeyboardInterrupt):
             load_pipeline(pipe, plugins=[Brings(lora=str(file))])
     unload(pipe)
@@ -227,7 +272,7 @@ class WhereItIs(Brings):
 
     def denoise(self, call, next):
         adapter = call.given("lora")
-        with weighted(call.model, {adapter.name: 1.0} if call.model_name in adapter.states else {}):
+        with weighted(call.model, {adapter.name: 1.0} if call.model_name in adapter.loras else {}):
             return next(call)
 
 

@@ -7,13 +7,14 @@ in the middle of one, or makes another of its components, gets what lies under t
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from typing import Any, Protocol
 
 from torch import nn
 
 from diffgraft.kernel.defaults import plain_class
 from diffgraft.kernel.slots import class_for_one, plain_state, reduced_as, uncover, underneath, wraps_method
+from diffgraft.kernel.surgery import Surgery
 
 STACK = "_diffgraft_stack"
 
@@ -22,10 +23,9 @@ class GraftedStack(Protocol):
     """What the class asks of its stack."""
 
     base_class: type
+    surgery: Surgery
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
-
-    def exchanged(self) -> Sequence[tuple[nn.Module, nn.Module]]: ...
 
     def copy_to(self, pipe: Any) -> None: ...
 
@@ -40,7 +40,7 @@ def class_with(stack: GraftedStack) -> type:
     def __deepcopy__(pipe: Any, memo: dict[int, Any]) -> Any:  # noqa: N807
         new: Any = object.__new__(base)
         memo[id(pipe)] = new
-        for exchanged, original in stack.exchanged():  # the copy's plugins exchange its own modules themselves
+        for exchanged, original in stack.surgery.exchanged():  # the copy's plugins exchange its own modules themselves
             memo[id(exchanged)] = twin = copy.deepcopy(original, memo)
             if (where := next(exchanged.parameters(), None)) is not None:
                 twin.to(where.device)
@@ -58,15 +58,19 @@ def class_with(stack: GraftedStack) -> type:
     def components(pipe: Any) -> dict[str, Any]:  # `from_pipe` in a run takes the user's own, not what a plugin shows in its place
         return {name: underneath(value) for name, value in base.components.__get__(pipe).items()}  # type: ignore[attr-defined]
 
+    def bare(pipe: Any) -> Any:
+        """What is written down is the plain pipeline: which plugins its reader has installed is not ours to say."""
+        if not stack.surgery.operated():
+            return pipe
+        pipe = copy.deepcopy(pipe)
+        pipe.plugins.clear()
+        return pipe
+
     def save_pretrained(pipe: Any, *args: Any, **kwargs: Any) -> Any:
-        return base.save_pretrained(copy.copy(pipe), *args, **kwargs)  # type: ignore[attr-defined]
+        return base.save_pretrained(copy.copy(bare(pipe)), *args, **kwargs)  # type: ignore[attr-defined]
 
     def __reduce_ex__(pipe: Any, protocol: Any) -> Any:  # noqa: N807
-        # a pickle holds the plain pipeline: which plugins its reader has installed is not ours to say
-        if stack.exchanged():
-            pipe = copy.deepcopy(pipe)
-            pipe.plugins.clear()
-        return reduced_as(pipe, plain_class(base), protocol)
+        return reduced_as(bare(pipe), plain_class(base), protocol)
 
     body = {
         "__call__": wraps_method(base, "__call__", __call__),

@@ -12,8 +12,6 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
-from torch import nn
-
 from diffgraft.installed.anatomy import Target, denoisers_of
 from diffgraft.installed.errors import ConfigError, Conflict, DiffgraftError, PluginNotFound, choices
 from diffgraft.installed.family import Family
@@ -88,7 +86,7 @@ class PluginStack:
         self.base_class: type = type(pipe)
         self._entries: tuple[Entry, ...] = ()
         self._wiring = Wiring(pipe, family)
-        self._surgery = Surgery()
+        self.surgery = Surgery()
         self._undo: tuple[Callable[[], None], ...] = ()
         self._busy = Claim()
         self._open: tuple[Run, Sequence[Slot]] | None = None
@@ -332,14 +330,10 @@ class PluginStack:
     def _switch(self, entry: Entry, enabled: bool) -> None:
         """Turn an entry on or off; the modules that it exchanges go in and out with it."""
         if enabled:
-            self._surgery.operate(entry, self.pipe, self.family)
+            self.surgery.operate(entry, self.pipe, self.family)
         else:
-            self._surgery.undo(entry)
+            self.surgery.undo(entry)
         entry.enabled = enabled
-
-    def exchanged(self) -> Sequence[tuple[nn.Module, nn.Module]]:
-        """(module that a plugin put in, the one that was there), in the order in which they were put in."""
-        return self._surgery.exchanged()
 
     # running ----------------------------------------------------------------------------------------------------------------------
 

@@ -70,6 +70,10 @@ class Surgery:
         """(module that a plugin put in, the one that was there), in the order in which they were put in."""
         return [(slot.value, slot.inner) for slots in self._swaps.values() for slot in slots]
 
+    def operated(self) -> bool:
+        """Whether something of a plugin lies in the denoiser now."""
+        return bool(self._swaps)
+
     def undo(self, entry: Entry) -> None:
         """Put back what a plugin has exchanged.
 

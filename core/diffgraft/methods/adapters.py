@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from accelerate.hooks import CpuOffload
+from diffusers.utils import convert_unet_state_dict_to_peft
 from torch import Tensor, nn
 
 from diffgraft.installed.anatomy import Target, root_of
@@ -89,32 +91,51 @@ def ensure_unfused(model: nn.Module) -> None:
 
 
 @dataclass(frozen=True, eq=False)
+class Lora:
+    """A LoRA of one denoiser, as diffusers reads it from a file.
+
+    tensors  by the names that diffusers gives them
+    strength  what its file says of its scale: the keywords of ``load_lora_adapter`` for it
+    """
+
+    tensors: Mapping[str, Tensor]
+    strength: Mapping[str, Any]
+
+
+@dataclass(frozen=True, eq=False)
 class Adapter(Attached):
     """A LoRA that a plugin brings, read and found to fit.
 
-    name    under which it is on the denoiser, for :func:`weighted`
-    states  the denoiser's attribute -> tensors as ``pipe.load_lora_weights`` takes them
+    name   under which it is on the denoiser, for :func:`weighted`
+    loras  by the denoiser's attribute
     """
 
     name: str
-    states: Mapping[str, Mapping[str, Tensor]]
+    loras: Mapping[str, Lora]
 
     def put_on(self, pipe: Any) -> None:
         self.take_off(pipe)  # a deep copy of the pipeline has it already
-        for attribute, state in self.states.items():
-            model = root_of(getattr(pipe, attribute))
+        for attribute, lora in self.loras.items():
+            model: Any = root_of(getattr(pipe, attribute))
             before = [(value, value.requires_grad) for value in model.parameters()]
             layers = {layer: layer.active_adapters for layer in adapter_layers(model)}
             active: list[str] = next(iter(layers.values()), [])
-            more = {"load_into_transformer_2": True} if attribute.endswith("_2") else {}
-            pipe.load_lora_weights(dict(state), adapter_name=self.name, **more)
+            whole = isinstance(getattr(model, "_hf_hook", None), CpuOffload)  # what moves as one takes its new layers along
+            model.load_lora_adapter(
+                dict(lora.tensors),
+                prefix=attribute.removesuffix("_2"),
+                adapter_name=self.name,
+                low_cpu_mem_usage=True,  # no weights are drawn that are exchanged at once
+                _pipeline=None if whole else pipe,  # other offloading is taken off meanwhile, and put on again for torch's own device
+                **lora.strength,
+            )
             for layer in adapter_layers(model):  # the new one waits, those of the user go on
                 keep(layer.__dict__, "_active_adapter", layers.get(layer, active))
             set_requires_grad(model.parameters(), False)
             set_requires_grad([value for value, grad in before if grad], True)
 
     def take_off(self, pipe: Any) -> None:
-        for attribute in self.states:
+        for attribute in self.loras:
             surely(partial(remove_adapter, root_of(getattr(pipe, attribute)), self.name))
 
 
@@ -155,43 +176,42 @@ def fetch_adapter(plugin: Plugin, need: Need, value: Any, target: Target) -> Ada
         raise Unsupported(f"{where}: a LoRA needs peft: `pip install peft`")
     of_each = isinstance(value, Mapping) and not any(isinstance(each, Tensor) for each in value.values())
     sources = value if of_each else {next(iter(target.denoisers)): value}
-    states = {}
+    loras = {}
     for attribute, source in sources.items():
         if attribute not in target.denoisers:
             raise ConfigError(f"{where}: no denoiser {attribute!r}{choices(attribute, target.denoisers, 'There are')}")
         model = root_of(target.denoisers[attribute])
         ensure_unfused(model)
-        states[attribute] = read_lora(pipe, model, source, where)
-    return Adapter(f"diffgraft:{plugin.name}:{need.knob}", states)
+        loras[attribute] = read_lora(pipe, model, source, where)
+    return Adapter(f"diffgraft:{plugin.name}:{need.knob}", loras)
 
 
-def read_lora(pipe: Any, model: nn.Module, source: Any, where: str) -> dict[str, Tensor]:
-    """The tensors of a LoRA, every one of which has its place in ``model``."""
+def read_lora(pipe: Any, model: Any, source: Any, where: str) -> Lora:
+    """A LoRA, every tensor of which has its place in ``model``."""
     shown = os.fspath(source) if isinstance(source, (str, os.PathLike)) else "(in memory)"
     given = dict(source) if isinstance(source, Mapping) else shown
     try:
-        read = type(pipe).lora_state_dict(given)
+        read = type(pipe).lora_state_dict(given, return_lora_metadata=True, return_alphas=True, unet_config=model.config)
     except OSError as error:
         raise ConfigError(f"{where} = {shown}: {said(error)}") from None
     except Exception as error:  # whatever a wrong file does in diffusers' converters
         raise ArtefactMismatch(f"{where} = {shown} cannot be read as a LoRA: {said(error)}") from error
-    state: dict[str, Tensor] = read[0] if isinstance(read, tuple) else read
+    state, *alphas, metadata = read  # some classes know no alphas beside the tensors
+    state = convert_unet_state_dict_to_peft(state)  # older names
     wrong = [why for name, value in state.items() if (why := misfit(model, name, value)) is not None]
     if wrong or not state:
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         why = "; ".join(wrong[:3]) + more if wrong else "it is empty"
         raise ArtefactMismatch(f"{where} = {shown} is no LoRA of this {type(model).__name__}: {why}")
-    return dict(given) if isinstance(given, dict) else state
+    return Lora(state, {"metadata": metadata} | ({"network_alphas": alphas[0]} if alphas else {}))
 
 
-PLACE = re.compile(r"(?:unet|transformer)\.(?P<path>.+?)(?:\.lora_(?P<new>[AB])|\.lora\.(?P<old>down|up))\.weight")
+PLACE = re.compile(r"(?:unet|transformer)\.(?P<path>.+?)\.lora_(?P<half>[AB])\.weight")
 """A tensor of a LoRA, as diffusers names it once a file is read."""
 
 
 def misfit(model: nn.Module, name: str, value: Tensor) -> str | None:
     """What is wrong with a tensor of a LoRA, or None."""
-    if name.endswith(".alpha"):
-        return None
     found = PLACE.fullmatch(name)
     if found is None:
         return f"{name} is no part of a denoiser's LoRA"
@@ -202,6 +222,6 @@ def misfit(model: nn.Module, name: str, value: Tensor) -> str | None:
     weight = getattr(getattr(layer, "base_layer", layer), "weight", None)
     if weight is None:
         return f"{name} is of a layer without weights"
-    into = "A" in (found["new"] or "") or found["old"] == "down"
-    wanted, has = (weight.shape[1], value.shape[1]) if into else (weight.shape[0], value.shape[0])
+    axis = 1 if found["half"] == "A" else 0
+    wanted, has = weight.shape[axis], value.shape[axis]
     return None if wanted == has else f"{name} has shape {tuple(value.shape)}, its layer {tuple(weight.shape)}"

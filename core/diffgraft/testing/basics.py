@@ -128,7 +128,7 @@ def no_trace(s: Subject) -> None:
     """Detach = bit-equal, no trace in ``__dict__``, class, config, processors, nor between runs (cache-dit C1, C2; tgate)."""
     pipe = s.make()
     base = type(pipe)
-    modules = "modules" not in s.plugin.points()
+    modules = not s.stays
     s.run(pipe)
     before, outside = trace(pipe, base), trace(pipe, base, modules)
     s.attach(pipe)
@@ -159,11 +159,12 @@ def switches(s: Subject) -> None:
     """Neutral by ``configure``, off by ``disabled()``, and on again: nothing of one setting stays in the next (diffusers #14037)."""
     pipe = s.attach(s.make())
     s.run(pipe, ANOTHER)
+    active = pipe.plugins[s.plugin.name].own_knobs
     with pipe.plugins.disabled():
         s.expect(s.run(pipe), s.baseline(), "disabled, against the baseline")
     pipe.plugins.configure(s.plugin.name, **s.plugin.neutral)
     s.expect(s.run(pipe), s.baseline(), "configured neutral, against the baseline")
-    pipe.plugins.configure(s.plugin.name, **s.plugin.active)
+    pipe.plugins.configure(s.plugin.name, **active)
     s.expect_fresh(pipe, what="the run after configuring it back")
 
 

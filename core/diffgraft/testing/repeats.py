@@ -33,7 +33,7 @@ def interrupted(s: Subject, error: BaseException) -> None:
     """End a run in mid-denoiser; the pipeline must be as between runs, and the next runs like fresh ones."""
     pipe = s.make()
     base = type(pipe)
-    modules = "modules" not in s.plugin.points()
+    modules = not s.stays
     s.run(pipe)
     before = trace(pipe, base, modules)
     s.attach(pipe)

@@ -66,6 +66,11 @@ class Subject:
         return not (self.couples or "guide" in self.plugin.points() or "branches" in effects.skips)
 
     @property
+    def stays(self) -> bool:
+        """Whether something of the plugin lies in the denoiser between runs: modules that it exchanges, a LoRA that it brings."""
+        return "modules" in self.plugin.points() or any(need.kind == "adapter" for need in self.plugin.needs)
+
+    @property
     def several_a_prompt(self) -> Setting:
         """Two outputs a prompt; an argument that no pipeline has where this one offers none."""
         offered = [name for name in ("num_images_per_prompt", "num_videos_per_prompt") if name in self.facts.arguments]
