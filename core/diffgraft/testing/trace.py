@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks")
+PEFT = frozenset({"peft_config", "_hf_peft_config_loaded"})
+"""What peft and diffusers note on a model that has a LoRA."""
 
 
 class Same:
@@ -38,7 +40,8 @@ def trace(pipe: Any, base: type, modules: bool = True) -> Trace:
 
     Args:
         base: the pipeline's class before anything was attached (the core gives the object a subclass of it).
-        modules: False leaves out submodules and weights, for plugins that exchange some while they are attached.
+        modules: False leaves out submodules, weights and what peft notes of a LoRA, for plugins that exchange or bring some while they
+            are attached.
     """
     seen: dict[str, Any] = {"pipe.__dict__": frozenset(pipe.__dict__), "pipe.config": dict(pipe.config)}
     classes: set[type] = set(base.__mro__)
@@ -70,7 +73,7 @@ def _of_module(name: str, root: nn.Module, classes: set[type], modules: bool) ->
         where = f"{name}.{path}" if path else name
         classes.update(type(module).__mro__)
         yield f"{where}.__class__", Same(type(module))
-        yield f"{where}.__dict__", frozenset(module.__dict__)
+        yield f"{where}.__dict__", frozenset(module.__dict__) - (frozenset() if modules else PEFT)
         yield f"{where} hooks", tuple(len(getattr(module, hooks, ())) for hooks in HOOKS)
         if "processor" in module.__dict__ or "processor" in module._modules:
             yield f"{where}.processor", Same(module.processor)
