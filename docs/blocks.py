@@ -139,7 +139,7 @@ def run(block: Block, folder: Path, scope: dict[str, Any], commands: Path) -> No
 
 def run_python(block: Block, scope: dict[str, Any]) -> None:
     """Python: in this process, so that torch is imported once."""
-    code = compile("\n" * (block.line - 1) + block.code, str(block.page), "exec")
+    code = compile("\n" * (block.line - 1) + block.code, str(block.page), "exec", dont_inherit=True)  # not the annotations of this file
     if block.mark == "compile only":
         return
     said = io.StringIO()

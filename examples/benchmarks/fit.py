@@ -1,6 +1,6 @@
 """Steps a second of ``fit`` against a bare accelerate loop that learns the same module on the same batches with the same pipeline.
 
-    python examples/benchmarks/fit.py [--pipeline emoji-sd] [--steps 20] [--batch 8] [--rounds 3]
+    python examples/benchmarks/fit.py [--pipeline emoji-sd] [--steps 10] [--batch 8] [--rounds 5]
 
 Both take turns in one process. What both do: encode pictures and prompts, one denoiser call, a head of two convolutions on its prediction,
 AdamW, clipped gradients. The first steps are not counted. On the CPU it is processor time that counts (of all threads), so that others on
@@ -108,9 +108,9 @@ def bare(pipe: Any, examples: list[Example], steps: int, batch: int) -> float:
 
 def main(
     pipeline: Annotated[str, typer.Option(help="A pipeline of the family sd.")] = "emoji-sd",
-    steps: Annotated[int, typer.Option(min=3)] = 20,
+    steps: Annotated[int, typer.Option(min=3)] = 10,
     batch: Annotated[int, typer.Option(min=1)] = 8,
-    rounds: Annotated[int, typer.Option(min=1)] = 3,
+    rounds: Annotated[int, typer.Option(min=1)] = 5,
     device: Annotated[str, typer.Option()] = "cpu",
 ) -> None:
     """Print the throughput of each round and the median share."""

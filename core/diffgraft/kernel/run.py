@@ -64,6 +64,7 @@ class Run:
         """Whether a plugin has changed the schedule."""
         self.copies = 0
         """Copies of the scheduler that the pipeline has made, in this pass or window."""
+        self._copy: ScheduledCopy | None = None  # that is stepping
         self.outer: RunView | None = active_run()
         """The run of this thread in which a plugin began this one: it ends with it."""
         self._stopped = False
@@ -160,7 +161,8 @@ class Run:
     @property
     def step(self) -> Step:
         if self._step is None:
-            self._step = self.step_at(0)
+            here = self.step_at(0)
+            self._step = here if self._copy is None else self._copy.place(here)
         return self._step
 
     @property
@@ -413,12 +415,12 @@ class Run:
         call.scheduler, call.copy = copy.scheduler, copy.number
         self._copies_stepped = not self._own_stepped  # else the run went on by that one already, and this belongs to the step before
         self.calls -= self._own_stepped
-        self._step = copy.place(self.step_at(0))
+        self._step, self._copy = None, copy
         try:
             return call_inner(call) if onions.step is None else step_result(onions.step, call)
         finally:
             self.calls += self._own_stepped
-            self._step = None
+            self._step = self._copy = None
             copy.stepped += 1
 
 

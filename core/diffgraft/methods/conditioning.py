@@ -73,6 +73,27 @@ def sibling(pipe: Any) -> Any:
     return made
 
 
+class Listening:
+    """A pipeline of the same parts as another one, asked for what it hands to its denoiser; for whoever asks often."""
+
+    def __init__(self, pipe: Any) -> None:
+        from diffgraft.kernel.loading import load_pipeline
+
+        self.pipe = load_pipeline(sibling(pipe), [Listener()])  # the other's scheduler stays as it is, and it may be running
+        self.asked = parameters(self.pipe).keys() - NOT_COPIED - PARTS_OF_A_RUN
+
+    def conditioning(self, arguments: Mapping[str, Any]) -> Conditioning:
+        """What comes of these arguments of a call; those that it does not take (a base without ControlNet) are left out."""
+        given = {name: value for name, value in arguments.items() if value is not None and name in self.asked}
+        if "strength" in given:
+            given["strength"] = 1.0  # else one step is none; the conditioning does not depend on it
+        try:
+            self.pipe(**given, num_inference_steps=1, output_type="latent", generator=torch.Generator().manual_seed(0))
+        except Heard as end:
+            return Conditioning(end.of_branch)
+        return Conditioning({})
+
+
 def own_conditioning(second: Any, arguments: Mapping[str, Any]) -> Conditioning:
     """What ``second`` hands to its denoiser when it is called with these arguments (of the first pipeline's call).
 
@@ -82,29 +103,15 @@ def own_conditioning(second: Any, arguments: Mapping[str, Any]) -> Conditioning:
     Raises:
         Unsupported: the prompt was given as embeddings, which only the first pipeline understands.
     """
-    from diffgraft.kernel.loading import load_pipeline
-
     run = active_run()
-    is_itself = run is not None and run.pipe is second
-    second = sibling(second)  # its scheduler stays as it is; the running pipeline itself can be asked
-    asked = parameters(second).keys() - NOT_COPIED - PARTS_OF_A_RUN
-    given = {name: value for name, value in arguments.items() if value is not None and name in asked}
-    if "strength" in given:
-        given["strength"] = 1.0  # else one step is none; the conditioning does not depend on it
-    if not is_itself and (embeddings := [name for name in given if "prompt_embeds" in name]):
+    listening = Listening(second)
+    embeddings = [name for name, value in arguments.items() if value is not None and name in listening.asked and "prompt_embeds" in name]
+    if embeddings and not (run is not None and run.pipe is second):
         raise Unsupported(
             f"{', '.join(embeddings)}: embeddings of the first pipeline say nothing to {type(second).__name__} with another text encoder; "
             "give the prompt as text"
         )
-    stack = load_pipeline(second, [Listener()]).plugins
-    heard: dict[str, dict[str, Any]] = {}
-    try:
-        second(**given, num_inference_steps=1, output_type="latent", generator=torch.Generator().manual_seed(0))
-    except Heard as end:
-        heard = end.of_branch
-    finally:
-        stack.clear()
-    return Conditioning(heard)
+    return listening.conditioning(arguments)
 
 
 def is_of_the_prompt(name: str) -> bool:

@@ -36,7 +36,7 @@ from diffgraft.installed.plugin import Paper, Plugin
 from diffgraft.kernel.calls import DenoiseCall
 from diffgraft.kernel.session import Session
 from diffgraft.methods.artefacts import Artefact
-from diffgraft.methods.conditioning import own_conditioning
+from diffgraft.methods.conditioning import Listening
 from diffgraft.methods.decoding import to_latents
 from diffgraft.methods.examples import Example
 from diffgraft.methods.files import write_atomic
@@ -137,7 +137,7 @@ class Fitter(Plugin):
 
     def conditioning(self, batch: Batch, branch: str = "cond") -> Mapping[str, Any]:
         """What the pipeline hands to its denoiser for the batch's prompts (or classes), by the names of the denoiser's arguments."""
-        return own_conditioning(self.probe.target.pipe, self.arguments(batch)).of_branch[branch]
+        return self._listening.conditioning(self.arguments(batch)).of_branch[branch]
 
     def arguments(self, batch: Batch) -> dict[str, Any]:
         """The arguments of a call that makes the batch's prompts: the same each time, and nothing is drawn from ``batch.generator``."""
@@ -152,6 +152,7 @@ class Fitter(Plugin):
     def begin(self, probe: Probe, settings: CallSettings) -> None:
         """Learn of the pipeline, and build."""
         self.probe, self.settings = probe, settings
+        self._listening = Listening(probe.target.pipe)
         self.trained = self.build(probe)
 
     @classmethod
