@@ -137,7 +137,10 @@ class Fitter(Plugin):
 
     def conditioning(self, batch: Batch, branch: str = "cond") -> Mapping[str, Any]:
         """What the pipeline hands to its denoiser for the batch's prompts (or classes), by the names of the denoiser's arguments."""
-        return self._listening.conditioning(self.arguments(batch)).of_branch[branch]
+        arguments, guidance = self.arguments(batch), self.probe.target.family.guidance
+        if branch == "cond" and guidance.layout != "none":
+            arguments[guidance.scale] = 1.0  # guidance off: no text is encoded that nobody asks for
+        return self._listening.conditioning(arguments).of_branch[branch]
 
     def arguments(self, batch: Batch) -> dict[str, Any]:
         """The arguments of a call that makes the batch's prompts: the same each time, and nothing is drawn from ``batch.generator``."""
