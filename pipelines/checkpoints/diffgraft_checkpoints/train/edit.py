@@ -27,7 +27,7 @@ from . import evaluate as measuring
 from . import export as exporting
 from .common import Stage, console, plain_attention, step_generator
 from .pool import Pool, decode_labels, draw_scene, load_rendered
-from .recipe import BASE, Base, Device, Out, Scenes, Seed, Steps, describe, read_recipe, start, write_recipe
+from .recipe import BASE, Base, Device, Out, Scenes, Seed, Steps, describe, load_scenes, read_recipe, start, write_recipe
 from .unet import BATCH, PAIRS_LEARNING_RATE, POSITIONS, draw_timesteps, encode_pool, loss_weight
 from .vae import round_trip
 
@@ -328,7 +328,8 @@ def emoji_edit(
     each: Each = 32,
 ) -> None:
     """Train emoji-sd's U-Net and text encoder on to edit pictures as told, export, measure."""
-    accelerator, (sources, _), sd = start(out, base, scenes, seed, device, upright=True)
+    accelerator, sd = start(base, device)
+    sources = load_scenes(out, scenes, seed, upright=True)
     state = out / "state" / "upright"
     pipe = train_edit(sources, load_targets(out / "pool", scenes, seed), sd, state, steps, seed, accelerator)
     exporting.export(out / NAME, pipe)

@@ -114,7 +114,7 @@ def write_card(
     tables = {name: score_table(rows) for name, rows in result.items() if name in ("scores", "pairs", "half_size")}
     card = template.format(
         **tables, **more, **recipe_values(recipe), judged=judged, sweep=sweep,
-        pair_count=recipe["pairs"], pair_prompts=HELD_OUT_PAIRS, pairs_held_out=len(scenes.held_out_pairs()),
+        pair_count=recipe.get("pairs"), pair_prompts=HELD_OUT_PAIRS, pairs_held_out=len(scenes.held_out_pairs()),
         prompts=result["prompts"], steps=result["steps"], guidance=result["guidance"], seconds=result["seconds_per_picture"],
         objects=", ".join(scenes.OBJECTS), backgrounds=", ".join(scenes.BACKGROUNDS), sizes=", ".join(scenes.SIZES),
         places=", ".join(scenes.PLACES), total=len(training) + len(held_out), held_out=len(held_out),
