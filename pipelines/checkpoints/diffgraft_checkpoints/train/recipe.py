@@ -54,7 +54,7 @@ def start(base: Path, device: str) -> tuple[Accelerator, StableDiffusionPipeline
     return make_accelerator(device), StableDiffusionPipeline.from_pretrained(base, local_files_only=True)
 
 
-PARTS = ("unet", "transformer", "vae", "text_encoder", "text_encoder_2")
+PARTS = ("unet", "transformer", "model", "vae", "text_encoder", "text_encoder_2")
 
 
 def describe(
@@ -63,19 +63,20 @@ def describe(
     state: Path,
     stages: tuple[str, ...],
     steps: dict[str, int],
-    scenes: int,
+    scenes: int | None,
     seed: int,
     device: str,
     pairs: bool = False,
 ) -> dict[str, Any]:
-    """How a checkpoint was made, for its card; `pairs`: from pictures of two objects too."""
+    """How a checkpoint was made, for its card: from `scenes` pictures (None: from no pictures) and, with `pairs`, of two objects too."""
     seconds = json.loads((state / "seconds.json").read_text())
     counted = " ".join(f"--steps{f'-{stage}' if stage else ''} {count}" for stage, count in steps.items())
+    drawn = "" if scenes is None else f" --scenes {scenes}"
     return {
-        "command": f"python -m diffgraft_checkpoints.train {name} --out DIR {counted} --scenes {scenes} --seed {seed} --device {device}",
+        "command": f"python -m diffgraft_checkpoints.train {name} --out DIR {counted}{drawn} --seed {seed} --device {device}",
         "stages": {stage: seconds[stage] for stage in stages if stage in seconds},
-        "scenes": scenes,
-        **({"pairs": round(PAIR_SHARE * scenes)} if pairs else {}),
+        **({} if scenes is None else {"scenes": scenes}),
+        **({} if scenes is None or not pairs else {"pairs": round(PAIR_SHARE * scenes)}),
         "hardware": hardware(make_accelerator(device).device),
         "versions": versions(),
         "parameters": {part: sum(p.numel() for p in getattr(pipe, part).parameters()) for part in PARTS if hasattr(pipe, part)},
