@@ -23,6 +23,7 @@ from . import lcm as lcm_stage
 from . import more as more_stage
 from . import pixel as pixel_stage
 from . import small as small_stage
+from . import sr as sr_stage
 from . import text as text_stage
 from . import unet as unet_stage
 from . import vae as vae_stage
@@ -59,6 +60,8 @@ app.command("emoji-edit")(edit_stage.emoji_edit)
 app.command("measure-edit")(edit_stage.measure_edit)
 app.command("emoji-pixel")(pixel_stage.emoji_pixel)
 app.command("measure-pixel")(pixel_stage.measure_pixel)
+app.command("emoji-sr")(sr_stage.emoji_sr)
+app.command("measure-sr")(sr_stage.measure_sr)
 app.command("emoji-text")(text_stage.emoji_text)
 app.command("measure-text")(text_stage.measure_text)
 

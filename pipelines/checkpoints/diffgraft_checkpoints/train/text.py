@@ -266,7 +266,7 @@ text = pipe("", gen_length={written}, block_length={tokens}, num_inference_steps
             editing_threshold=None).texts[0]
 ```
 
-The tokenizer is given because diffusers 0.42 neither writes nor reads that of a `LLaDA2Pipeline`, and `gen_length` and `block_length` because
+The tokenizer is given because diffusers 0.42 neither writes nor reads that of a `LLaDA2Pipeline`; `gen_length` and `block_length`, because
 a text has {tokens} tokens, of which the first is the (empty) prompt. A caption may be begun: `pipe("a small", gen_length={begun}, ...)`.
 diffgraft has no family for this pipeline yet, so `load_pipeline` does not take it and no plugin works on it.
 
@@ -288,8 +288,8 @@ orders, which MDLM's loss bounds, is estimated (with its standard error):
 |---|---|---|---|
 {samplers}
 
-- Templates apart: total variation distance between the shares of the eight templates among the valid captions and those of the grammar. The
-  pipeline writes its most certain token first, which changes what it writes: the samples are not the distribution above.
+- Templates apart: total variation distance between the shares of the eight templates among the valid captions and those of the grammar.
+  The pipeline writes its most certain token first, which changes what it writes: the samples are not the distribution above.
 - {seconds} s a caption with {written} steps (batches of 256) on the machine below.
 
 Written with {written} steps: {examples}.
