@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from diffgraft import Bundled
-from diffgraft_checkpoints.bundled import emoji_sd
+from diffgraft_checkpoints import bundled as first
 
 HERE = Path(__file__).parent
 
-emoji_dit = Bundled(name="emoji-dit", path=str(HERE / "emoji-dit"), judge=emoji_sd.judge, guidance_scale=1.5)
+emoji_dit = Bundled(name="emoji-dit", path=str(HERE / "emoji-dit"), judge=first.emoji_sd.judge, guidance_scale=2.0)
 """Class labels instead of prompts: the objects of emoji-sd, by number or by name."""
