@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,18 @@ import pytest
 import torch
 from diffgraft import Bundled, load_pipeline
 from diffgraft.installed import registry
-from diffgraft_checkpoints.emoji import scenes
+from diffgraft.kernel.defaults import own_defaults
+from diffgraft_checkpoints.emoji import edit_judge, edits, scenes
 from diffgraft_checkpoints.emoji.judge import load_bundled
+from diffgraft_checkpoints.train import edit
 from diffgraft_checkpoints_more import bundled
 
 CALLS: dict[str, tuple[str, dict[str, Any]]] = {
     "emoji-dit": ("DiTPipeline", {"num_inference_steps": 50, "guidance_scale": 2.0}),
+    "emoji-edit": (
+        "StableDiffusionInstructPix2PixPipeline",
+        {"num_inference_steps": 50, "guidance_scale": 2.0, "image_guidance_scale": 1.5},
+    ),
 }
 """Pipeline class, and what a call takes where nobody says otherwise."""
 
@@ -56,3 +63,24 @@ def test_emoji_dit_draws_what_its_labels_name() -> None:
     images = pipe(**call, num_inference_steps=16).images
     assert [image.size for image in images] == [(scenes.SIZE, scenes.SIZE)] * len(names)
     assert sum(map(bool, load_bundled().score(images, names)["object"])) >= len(names) - 1
+
+
+def test_emoji_edit_edits_its_start_picture_and_others_as_told() -> None:
+    pipe = opened("emoji-edit")
+    start = edit.start_scene()
+    said = bundled.emoji_edit.prompts
+    asked = [edits.asked(each) for each in said]
+    assert len({*said}) == len(said)
+    assert all(getattr(start.labels, kind) != value for kind, value in asked), "each changes something"
+    assert own_defaults(pipe)["image"].tobytes() == edit.start_picture().tobytes()
+    some = [i for i, (kind, _) in enumerate(asked) if kind != "object"]
+    call = {"num_inference_steps": 16, "generator": torch.Generator().manual_seed(0)}
+    images = pipe([said[i] for i in some], **call).images
+    after = [edits.apply(start, replace(start.labels, **{asked[i][0]: asked[i][1]})) for i in some]
+    unedited = edit.psnr([edit.start_picture()] * len(some), [scenes.render(each) for each in after])
+    assert sum(edit.psnr(images, [scenes.render(each) for each in after])) > sum(unedited) + 2 * len(some)
+    scores = edit_judge.load_bundled().score(images, [said[i] for i in some])
+    assert sum(bool(verdict) for row in scores.values() for verdict in row) >= len(some) - 1
+    other = scenes.render(scenes.upright(replace(start, labels=replace(start.labels, object="star"))))
+    [moved] = pipe("make the background blue", image=other, num_inference_steps=16, generator=torch.Generator().manual_seed(0)).images
+    assert load_bundled().score([moved], ["a star on a blue background"])["background"] == [True]

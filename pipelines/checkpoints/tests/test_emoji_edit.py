@@ -16,6 +16,7 @@ from diffgraft_checkpoints.train import common, edit, unet
 from diffgraft_checkpoints.train.pool import draw_scene
 from diffgraft_checkpoints.train.recipe import BASE
 from diffusers import StableDiffusionInstructPix2PixPipeline, UNet2DConditionModel
+from PIL import Image
 from transformers import CLIPTokenizer
 
 SOURCE = scenes.Scene(scenes.Labels("apple", "red", "small", "left"), 16.0, 34.0, 28.0, 5.0, False, (200, 60, 70))
@@ -97,6 +98,9 @@ def test_one_command_trains_resumes_exports_and_measures(
     straight = resumed(edit, "edit", train, ["unet", "text_encoder"])
     assert straight.unet.conv_in.weight[:, 4:].any()
     folder = tmp_path / edit.NAME
+    assert edit.START in scenes.split()[1]
+    with Image.open(folder / edit.START_FILE) as start:
+        assert start.tobytes() == edit.start_picture().tobytes()
     result = json.loads((folder / "evaluation.json").read_text())
     assert result["edits"] == 8
     assert set(result["psnr_db"]) == {"edited", "unedited", "true edit through the autoencoder"}

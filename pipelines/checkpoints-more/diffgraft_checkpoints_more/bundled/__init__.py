@@ -11,3 +11,39 @@ HERE = Path(__file__).parent
 
 emoji_dit = Bundled(name="emoji-dit", path=str(HERE / "emoji-dit"), judge=first.emoji_sd.judge, guidance_scale=2.0)
 """Class labels instead of prompts: the objects of emoji-sd, by number or by name."""
+
+emoji_edit = Bundled(
+    name="emoji-edit",
+    path=str(HERE / "emoji-edit"),
+    prompts=(  # edits of the start picture, a small crown at the top of a gray background
+        "make the background blue",
+        "move it to the left",
+        "make it bigger",
+        "turn the crown into a heart",
+        "make the background red",
+        "move it to the right",
+        "turn the crown into an elephant",
+        "make the background orange",
+        "move it to the bottom",
+        "turn the crown into a sunflower",
+        "make the background yellow",
+        "move it to the center",
+        "turn the crown into a cactus",
+        "make the background green",
+        "turn the crown into a gift",
+        "make the background purple",
+        "turn the crown into a basketball",
+        "make the background pink",
+        "turn the crown into a star",
+        "turn the crown into an apple",
+        "turn the crown into a robot",
+        "turn the crown into a pizza",
+        "turn the crown into a car",
+        "turn the crown into an owl",
+    ),
+    judge="diffgraft_checkpoints.emoji.edit_judge:load_bundled",
+    guidance_scale=2.0,
+    call={"image_guidance_scale": 1.5},
+    pictures={"image": str(HERE / "emoji-edit" / "start.png")},
+)
+"""Instructions instead of captions. A call without a picture edits the start picture."""

@@ -33,7 +33,7 @@ TOKENS = 24
 WRITTEN = TOKENS - 1
 """Tokens that the model writes."""
 WIDTH, LAYERS, HEADS = 128, 4, 4
-BATCH, LEARNING_RATE = 128, 1.5e-3
+BATCH, LEARNING_RATE = 64, 2e-3
 LEAST_MASKED = 1e-3
 BEGIN, END, MASK, UNKNOWN = "<begin>", "<end>", "<mask>", "<unknown>"
 SAMPLERS: dict[str, dict[str, Any]] = {
@@ -306,7 +306,7 @@ Hardware: {hardware}. Versions: {versions}. Parameters: {parts}.
 
 - Data: captions drawn anew in every step: the templates of emoji-sd's training as often as there, every object, background, size and place
   as likely as any other. Tokens: every word is one, {vocabulary} in all.
-- Model: {layers} layers of width {width}, no time; AdamW (learning rate {learning_rate}, cosine), batch {batch}, bf16 autocast, averaged
+- Model: {layers} layers of width {width}, no time; AdamW (learning rate {learning_rate:g}, cosine), batch {batch}, bf16 autocast, averaged
   weights (.998).
 - Loss: MDLM's, linear schedule: of each text a share t of the tokens is hidden, t spread evenly over a batch, cross-entropy divided by t.
 
@@ -320,7 +320,7 @@ Apache-2.0; no artwork went into it.
 """
 
 
-def emoji_text(out: Out, steps: Steps = 12_000, seed: Seed = 0, device: Device = "auto", samples: Samples = 2048) -> None:
+def emoji_text(out: Out, steps: Steps = 3000, seed: Seed = 0, device: Device = "auto", samples: Samples = 2048) -> None:
     """Train a masked diffusion language model on the captions, export, measure."""
     keep_freed_memory()
     accelerator = make_accelerator(device)
