@@ -50,7 +50,7 @@ def read_picture(name: str, path: Path) -> Image.Image:
     """
     try:
         with Image.open(path) as image:
-            return image.convert("RGB")
+            return image.convert("RGB")  # type: ignore[no-any-return]
     except (OSError, ValueError) as error:
         raise ConfigError(f"{name} = {path}: {error}") from None
 
