@@ -40,7 +40,7 @@ FRESH = 60_000
 """Seed of the scenes to edit: not one of the training."""
 SWEEP_EACH, SWEEP_FROM = 12, 50_000
 """Edits of each kind with which the guidance is chosen, and the first scene that they may begin at."""
-START, START_FILE = scenes.Labels("crown", "gray", "small", "top"), "start.png"
+START, START_FILE = scenes.Labels("carrot", "purple", "small", "right"), "start.png"
 """The scene to edit where nobody gives one: a held-out combination, and its picture's file beside the weights."""
 Each = Annotated[int, typer.Option(min=1, help="Held-out edits of each kind to measure.")]
 
