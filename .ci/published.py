@@ -55,7 +55,7 @@ OTHER = re.compile(
 def folders() -> list[Path]:
     """The packages of this repository: what others require comes first."""
     plugins = sorted(path.parent for path in ROOT.glob("plugins/*/pyproject.toml"))
-    return [ROOT / "core", ROOT / "pipelines/families", ROOT, ROOT / "pipelines/checkpoints", *plugins]
+    return [ROOT / "core", ROOT / "pipelines/families", ROOT, ROOT / "pipelines/checkpoints", ROOT / "pipelines/checkpoints-more", *plugins]
 
 
 def project_of(folder: Path) -> dict[str, Any]:

@@ -83,6 +83,7 @@ def test_every_floor_is_looked_at_and_every_requirement_is_used() -> None:
     [
         ("pipelines/families", "diffgraft_pipelines", ()),
         ("pipelines/checkpoints", "diffgraft_checkpoints/bundled", ()),
+        ("pipelines/checkpoints-more", "diffgraft_checkpoints_more", ()),
         ("pipelines/checkpoints", "diffgraft_checkpoints/emoji", ("train",)),  # the font is read to draw scenes, in training only
         ("pipelines/checkpoints", "diffgraft_checkpoints/train", ("train",)),
     ],
@@ -236,6 +237,7 @@ def test_what_brings_what() -> None:
     assert ours.pop("diffgraft-core") == set()
     assert ours.pop("diffgraft-families") == {"diffgraft-core"}
     assert ours.pop("diffgraft-checkpoints") == {"diffgraft-core", "diffgraft-families"}
+    assert ours.pop("diffgraft-checkpoints-more") == {"diffgraft-core", "diffgraft-families", "diffgraft-checkpoints"}
     assert set(map(frozenset, ours.values())) == {frozenset({"diffgraft"})}
 
 

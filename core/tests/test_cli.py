@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 import types
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,7 +16,9 @@ from diffgraft.cli.measuring import choose_samples
 from diffgraft.cli.values import parse_assignments, parse_seeds, parse_value, plugin_specs
 from diffgraft.installed import registry
 from diffgraft.installed.errors import ConfigError
+from diffgraft.lab.recipes import read_record
 from diffgraft_pipelines.tiny import make
+from diffusers import DiTPipeline
 from PIL import Image
 
 SIZE = ["--height", "64", "--width", "64"]
@@ -28,7 +31,16 @@ def folders(tmp_path_factory):
     names = {"sd": "StableDiffusionPipeline", "dit": "DiTPipeline", "pixel": "DDIMPipeline", "wan": "WanPipeline"}
     for short, name in names.items():
         make(name).pipe.save_pretrained(home / short)
+    named_dit().save_pretrained(home / "named")
     return home
+
+
+def named_dit():
+    """A tiny DiT whose classes have names, also after saving."""
+    names = {3: "cat", 207: "hound, dog"}
+    pipe = DiTPipeline(**make("DiTPipeline").pipe.components, id2label=names)
+    pipe.register_to_config(id2label=names)
+    return pipe
 
 
 # list, show, doctor
@@ -169,6 +181,22 @@ def test_run_without_a_prompt(call, folders):
     assert call("run", folders / "pixel", "--steps", 2, "--plugin", "idle", "--out", "b.jpg").exit_code == 0
     with Image.open("b.jpg") as image:
         assert image.format == "JPEG"
+
+
+def test_a_class_is_named_or_numbered(call, folders):
+    for label, name in (("dog", "a.png"), ("207", "b.png"), ("cat", "c.png")):
+        result = call("run", folders / "named", "--class-label", label, "--steps", 2, "--out", name)
+        assert result.exit_code == 0, result.output
+    with Image.open("a.png") as named, Image.open("b.png") as numbered, Image.open("c.png") as other:
+        assert named.tobytes() == numbered.tobytes() != other.tobytes()
+    assert read_record(Path("a.png")).recipe.class_label == [207], "in the file by number, for whom has other names"
+    assert call("again", "a.png").exit_code == 0
+    result = call("run", folders / "named", "--class-label", "catt", "--out", "d.png")
+    assert result.exit_code == 2
+    assert "class label = 'catt': DiTPipeline knows none of that name; did you mean 'cat'?" in result.stderr
+    result = call("run", folders / "dit", "--class-label", "cat", "--out", "d.png")
+    assert "its classes have no names; give a number" in result.stderr
+    assert "StableDiffusionPipeline takes no class label" in call("run", folders / "sd", "--prompt", "a", "--class-label", 1).stderr
 
 
 def test_run_writes_videos(call, folders):
@@ -332,6 +360,29 @@ def test_an_interrupted_compare_keeps_what_it_has(call, folders, tmp_path, monke
     assert [arm["arm"]["name"] for arm in raw["arms"]][:2] == ["baseline", "sparse"]
     assert raw["arms"][1]["latency"]["seconds"]["p50"] > 0
     assert not (tmp_path / "work/out/compare.png").exists()
+
+
+class NameJudge:
+    def score(self, images, prompts):
+        return {"object": [prompt == "dog" for prompt in prompts]}
+
+
+@pytest.mark.parametrize("words", [["--class-label", "hound", "--class-label", "3", "--class-label", "7"], ["--class-label", "dog"]])
+def test_a_judge_reads_the_name_of_a_class(call, folders, tmp_path, monkeypatch, words):
+    bundled = Bundled("tiny-dit", str(folders / "named"), judge=f"{__name__}:NameJudge", steps=2)
+    monkeypatch.setattr(registry, "bundled_names", lambda: ["tiny-dit"])
+    monkeypatch.setattr(registry, "find_bundled", {"tiny-dit": bundled}.__getitem__)
+    monkeypatch.setitem(sys.modules, __name__, sys.modules.get(__name__) or types.SimpleNamespace(NameJudge=NameJudge))
+    result = call("compare", "tiny-dit", "--plugins", "sparse", *words, "--repeats", 1, "--warmup", 0, "--out", "out")
+    assert result.exit_code == 0, result.output
+    raw = json.loads((tmp_path / "work/out/compare.json").read_text())
+    several = len(words) > 2
+    assert [(s["class_label"], s["class_name"]) for s in raw["settings"]["samples"]] == (
+        [(207, "dog"), (3, "cat"), (7, None)] if several else [(207, "dog")]
+    )
+    assert (raw["arms"][0]["verdicts"] is None) == several, "of a class without a name nobody can say whether it is right"
+    if not several:
+        assert raw["arms"][0]["verdicts"]["raw"] == {"object": [True]}
 
 
 def test_choice_of_samples():

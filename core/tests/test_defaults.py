@@ -12,10 +12,12 @@ import torch
 from diffgraft import BrokenPlugin, Bundled, ConfigError, load_pipeline, unload
 from diffgraft.installed import registry
 from diffgraft.kernel.defaults import filled, give_defaults, own_defaults, plain_class
+from diffgraft.lab.results import plain as plain_json
 from diffgraft.methods.conditioning import sibling
 from diffgraft.methods.inputs import default_steps
 from diffgraft.methods.variants import as_variant, own_size
 from diffusers import FluxPipeline, StableDiffusionImg2ImgPipeline, StableDiffusionPipeline
+from PIL import Image
 from probes import Everything, Probe, tiny
 
 OWN = {"num_inference_steps": 3, "guidance_scale": 2.0, "height": 32, "width": 32}
@@ -140,6 +142,30 @@ def test_a_negative_prompt_of_its_own_fits_every_form_of_a_prompt(grafted):
     assert not torch.equal(one, call("a", negative_prompt=None)), "the negative prompt makes guidance active"
     given = {"negative_prompt_embeds": embeds[:1], "negative_pooled_prompt_embeds": pooled[:1]}
     assert call("a", **given).shape == one.shape  # diffusers refuses text and embeddings together
+
+
+def test_a_picture_of_its_own_goes_with_every_prompt_until_another_is_given(tmp_path, monkeypatch):
+    plain, _ = tiny("StableDiffusionInstructPix2PixPipeline")
+    plain.save_pretrained(tmp_path / "edit")
+    Image.new("RGBA", (32, 32), (200, 60, 70)).save(tmp_path / "start.png")
+    bundled = Bundled("edit", str(tmp_path / "edit"), steps=2, pictures={"image": str(tmp_path / "start.png")})
+    monkeypatch.setattr(registry, "bundled_names", lambda: ["edit"])
+    monkeypatch.setattr(registry, "find_bundled", {"edit": bundled}.__getitem__)
+    pipe = load_pipeline("edit", plugins=[Everything])
+    start = own_defaults(pipe)["image"]
+    assert (start.mode, start.getpixel((0, 0))) == ("RGB", (200, 60, 70))
+
+    def call(*args, **given):
+        return pipe(*args, **given, output_type="latent", generator=torch.Generator().manual_seed(0)).images
+
+    one, two = call("make it blue"), call(["make it blue", "make it bigger"])
+    assert (len(one), len(two)) == (1, 2)
+    assert torch.equal(two, call(["make it blue", "make it bigger"], image=[start, start]))
+    assert not torch.equal(one, call("make it blue", image=Image.new("RGB", (32, 32))))
+    assert plain_json(own_defaults(pipe)["image"]) == "a picture, 32x32"
+    (tmp_path / "start.png").write_text("no picture")
+    with pytest.raises(BrokenPlugin, match=r"bundled pipeline 'edit': image = .*start\.png: cannot identify"):
+        load_pipeline("edit")
 
 
 def test_an_argument_that_the_pipeline_does_not_take_is_refused_and_it_is_as_it_was():

@@ -183,6 +183,7 @@ def test_other_groups_break_nobody_either(install, group, source):
         (offers.PLUGINS, "deepcache", "diffgraft-deepcache"),
         (offers.FAMILIES, "sd", "diffgraft-families"),
         (offers.PIPELINES, "emoji-sd", "diffgraft-checkpoints"),
+        (offers.PIPELINES, "emoji-dit", "diffgraft-checkpoints-more"),
         (offers.NEEDS, "artefact", "diffgraft-core"),
         ("diffgraft.rewards", "emoji_judge", "diffgraft-checkpoints"),
     ],

@@ -140,9 +140,11 @@ def test_without_any_family_it_says_what_to_install(monkeypatch):
 def test_without_the_checkpoints_it_says_what_to_install(monkeypatch):
     monkeypatch.setattr(registry, "offers", lambda group, name=None: [])
     there = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "diffgraft_checkpoints" else there(name))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name.startswith("diffgraft_checkpoints") else there(name))
     with pytest.raises(PipelineNotFound, match=r"'emoji-sd' is no bundled pipeline\. Bundled: none\. `pip install diffgraft-checkpoints`"):
         registry.find_bundled("emoji-sd")
+    with pytest.raises(PipelineNotFound, match=r"`pip install diffgraft-checkpoints-more` brings small ones"):
+        registry.find_bundled("emoji-dit")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: there("json") if name == "diffgraft_checkpoints" else there(name))
     with pytest.raises(PipelineNotFound) as error:
         registry.find_bundled("emoji-sd")

@@ -256,15 +256,16 @@ def fit(
     from diffgraft.methods.examples import Example, read_examples
     from diffgraft.methods.fitting import FitPlan
     from diffgraft.methods.fitting import fit as learn
+    from diffgraft.methods.inputs import class_labels_of
 
     plan = FitPlan(steps, batch, seed, keep_every)
-    examples = [*map(Example, texts), *(Example(class_label=label) for label in class_label or [])]
-    examples = examples if data is None else read_examples(data)
-    if learns.wants and not examples:
+    examples = [*map(Example, texts)] if data is None else read_examples(data)
+    if learns.wants and not (examples or class_label):
         wanted = " and ".join(sorted(learns.wants))
         raise ConfigError(f"{plugin} learns from {wanted}: give --data FOLDER, or --prompts FILE where prompts are enough")
     call = call_settings(inference_steps, guidance_scale, negative_prompt, height, width, None, extra)
     pipe, built = load_bare(pipeline, specs, device, dtype)
+    examples += [Example(class_label=label) for label in class_labels_of(pipe, class_label or [])]
     with steady(threads), progress() as on_progress:
         found = learn(pipe, built[0], examples, call, path, plan, knobs=knobs, on_progress=on_progress)
     losses = found.facts["fit"]["losses"]

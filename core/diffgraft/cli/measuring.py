@@ -115,15 +115,11 @@ def compare(
     bundled = registry.bundled_of(pipeline)
     call = call_settings(None, guidance_scale, negative_prompt, height, width, image, extra)
     pipe, built = load_bare(pipeline, specs, device, dtype)
-    asked: list[Any] = texts or list(class_label or ())
+    asked = texts or list(class_label or ())
     examples = list(bundled.prompts) if bundled else []
     chosen = choose_samples(asked or examples, bool(asked), seed_list, num_prompts, bundled is not None)
-    samples = make_samples(
-        pipe,
-        [seed for _, seed in chosen],
-        [text for text, _ in chosen if isinstance(text, str)],
-        [label for label, _ in chosen if isinstance(label, int)],
-    )
+    words = [word for word, _ in chosen if word is not None]
+    samples = make_samples(pipe, [seed for _, seed in chosen], **{"prompts" if texts or not class_label else "class_labels": words})
     settings = CompareSettings(
         samples=tuple(samples),
         steps=steps or default_steps(pipe),
@@ -152,13 +148,15 @@ def compare(
     say(f"wrote {out / 'compare.png'} and {out / 'compare.json'}")
 
 
-def choose_samples(asked: list[Any], given: bool, seeds: list[int] | None, number: int | None, bundled: bool) -> list[tuple[Any, int]]:
+def choose_samples(
+    asked: list[str], given: bool, seeds: list[int] | None, number: int | None, bundled: bool
+) -> list[tuple[str | None, int]]:
     """(prompt or class label or None, seed) of every picture."""
     number = number or (len(asked) if given else BUNDLED_SAMPLES if bundled else OTHER_SAMPLES)
-    asked = asked or [None]
+    items: list[str | None] = [*asked] or [None]
     if seeds is not None:
-        return [(item, seed) for seed in seeds for item in asked[:number]]
-    return [(asked[i % len(asked)], i) for i in range(number)]
+        return [(item, seed) for seed in seeds for item in items[:number]]
+    return [(items[i % len(items)], i) for i in range(number)]
 
 
 def tune(
@@ -220,14 +218,9 @@ def tune(
     call = call_settings(None, guidance_scale, negative_prompt, height, width, image, extra)
     pipe, _ = load_bare(pipeline, [], device, dtype)
     found, left_out = (named, {}) if named else find_plugins(pipe, {name: knobs for name, knobs in specs if knobs})
-    asked: list[Any] = texts or list(class_label or ()) or (list(bundled.prompts) if bundled else [None])
-    chosen = [(asked[i % len(asked)], seed + i) for i in range(3 * num_prompts)]
-    samples = make_samples(
-        pipe,
-        [number for _, number in chosen],
-        [text for text, _ in chosen if isinstance(text, str)],
-        [label for label, _ in chosen if isinstance(label, int)],
-    )
+    asked = texts or list(class_label or ()) or (list(bundled.prompts) if bundled else [])
+    words = {"prompts" if texts or not class_label else "class_labels": asked}
+    samples = make_samples(pipe, [seed + i for i in range(3 * num_prompts)], **words)
     settings = TuneSettings(
         goal=goal,
         samples=tuple(samples[:num_prompts]),

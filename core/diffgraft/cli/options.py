@@ -40,7 +40,8 @@ KnobValues = Annotated[
 ]
 NegativePrompt = Annotated[str | None, typer.Option(help="What the picture should not show.")]
 ClassLabels = Annotated[
-    list[int] | None, typer.Option("--class-label", help="Class number, for class-conditional pipelines; repeat for several.")
+    list[str] | None,
+    typer.Option("--class-label", metavar="CLASS", help="Number or name of a class, for class-conditional pipelines; repeat for several."),
 ]
 ImagePath = Annotated[Path | None, typer.Option("--image", help="Input picture, for pipelines that take one.")]
 PromptTexts = Annotated[list[str] | None, typer.Option("--prompt", help="A prompt; repeat for several.")]

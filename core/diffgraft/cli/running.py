@@ -87,7 +87,7 @@ def run(
         guidance_scale=guidance_scale,
         height=height,
         width=width,
-        class_label=class_label or [],
+        class_label=[*(class_label or [])],
         image=image,
         mask=mask,
         controlnet=controlnet,
@@ -222,7 +222,7 @@ def record_of(pipe: Any, recipe: Recipe, call: CallSettings, prompt: str | None,
     from diffgraft.installed import registry
     from diffgraft.kernel.defaults import own_defaults
     from diffgraft.lab.recipes import Record, digest_of, versions_of
-    from diffgraft.methods.inputs import default_steps, parameters
+    from diffgraft.methods.inputs import class_labels_of, default_steps, parameters
 
     guidance = call.guidance_scale
     if guidance is None:
@@ -237,6 +237,7 @@ def record_of(pipe: Any, recipe: Recipe, call: CallSettings, prompt: str | None,
         "steps": call.steps or (default_steps(pipe) if "num_inference_steps" in parameters(pipe) else None),
         "guidance_scale": guidance,
         "strength": call.strength,
+        "class_label": class_labels_of(pipe, recipe.class_label),
         "args": dict(call.extra),
         "device": pipe.device.type,
         "dtype": str(pipe.dtype).removeprefix("torch."),

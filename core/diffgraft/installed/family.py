@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 
@@ -161,6 +162,7 @@ class Bundled:
             for each thing the prompt asks for; a video is a list of images), or None
     steps, guidance_scale, call  what its calls take where nobody says otherwise (None: the pipeline's own); ``call`` any other argument
             (``num_frames``)
+    pictures  arguments that are pictures (``image``) -> their files
     """
 
     name: str
@@ -171,9 +173,10 @@ class Bundled:
     guidance_scale: float | None = None
     lora: str | None = None
     call: Mapping[str, object] = field(default_factory=dict)
+    pictures: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def defaults(self) -> dict[str, object]:
-        """All of them by the name that the pipeline's call has for them."""
+        """All that its calls take where nobody says otherwise, by the name that the pipeline's call has for it; pictures as paths."""
         guidance = {} if self.guidance_scale is None else {"guidance_scale": self.guidance_scale}
-        return {"num_inference_steps": self.steps, **guidance, **self.call}
+        return {"num_inference_steps": self.steps, **guidance, **self.call, **{name: Path(file) for name, file in self.pictures.items()}}

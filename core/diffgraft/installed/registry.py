@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from diffgraft.installed.errors import BrokenPlugin, DiffgraftError, PipelineNotFound, PluginNotFound, Unsupported, choices, nearest
 from diffgraft.installed.family import Bundled, Family
-from diffgraft.installed.offers import ALLOW, API, FAMILIES, NEEDS, PIPELINES, PLUGINS, Offer, allow_list, blamed, offers
+from diffgraft.installed.offers import ALLOW, API, FAMILIES, NEEDS, PIPELINES, PLUGINS, Offer, allow_list, blamed, offers, own_names
 
 if TYPE_CHECKING:
     from diffgraft.installed.plugin import Plugin
@@ -241,8 +241,9 @@ def find_bundled(name: str) -> Bundled:
     if offer is not None:
         return checked(offer, offer.load(), Bundled)  # type: ignore[no-any-return]
     known = bundled_names()
-    here = importlib.util.find_spec(CHECKPOINTS.replace("-", "_")) is not None
-    brings = "" if here else f"`pip install {CHECKPOINTS}` brings emoji-sd and others that run offline. "
+    dist = own_names()[PIPELINES].get(name, CHECKPOINTS)
+    here = importlib.util.find_spec(dist.replace("-", "_")) is not None
+    brings = "" if here else f"`pip install {dist}` brings small ones that run offline. "
     raise PipelineNotFound(
         f"{name!r} is no bundled pipeline{nearest(name, known)} "
         f"Bundled: {', '.join(known) or 'none'}. {brings}"

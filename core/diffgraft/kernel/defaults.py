@@ -9,8 +9,11 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Mapping
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
+
+from PIL import Image
 
 from diffgraft.installed.errors import ConfigError, nearest
 from diffgraft.kernel.slots import class_for_one, reduced_as, set_class, wraps_method
@@ -24,10 +27,10 @@ def own_defaults(pipe: Any) -> Mapping[str, Any]:
 
 
 def give_defaults(pipe: Any, defaults: Mapping[str, Any]) -> None:
-    """Have every call of ``pipe`` take ``defaults`` for what it does not name.
+    """Have every call of ``pipe`` take ``defaults`` for what it does not name; a path is that of a picture, which is read here.
 
     Raises:
-        ConfigError: the pipeline has no such argument.
+        ConfigError: the pipeline has no such argument, or a file is no picture.
     """
     base = type(pipe)
     signature = inspect.signature(base.__call__)
@@ -35,7 +38,21 @@ def give_defaults(pipe: Any, defaults: Mapping[str, Any]) -> None:
     for name in defaults:
         if name not in known:
             raise ConfigError(f"{name} = {defaults[name]!r}: {base.__name__} takes no {name}{nearest(name, known)}")
-    set_class(pipe, _class_with(base, signature, MappingProxyType(dict(defaults))))
+    ready = {name: read_picture(name, value) if isinstance(value, Path) else value for name, value in defaults.items()}
+    set_class(pipe, _class_with(base, signature, MappingProxyType(ready)))
+
+
+def read_picture(name: str, path: Path) -> Image.Image:
+    """The picture in RGB.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")  # type: ignore[no-any-return]
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{name} = {path}: {error}") from None
 
 
 def plain_class(cls: type) -> type:
@@ -51,8 +68,9 @@ def filled(pipe: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[
     names = [*inspect.signature(type(pipe).__call__).parameters][1:]
     given = dict(zip(names, args, strict=False)) | dict(kwargs)
     missing = {name: value for name, value in defaults.items() if name not in given and given.get(f"{name}_embeds") is None}
-    if isinstance(missing.get("negative_prompt"), str) and (rows := rows_of(given)) is not None:
-        missing["negative_prompt"] = [missing["negative_prompt"]] * rows  # some pipelines do not spread one text over a batch
+    if (rows := rows_of(given)) is not None:  # some pipelines do not spread one text or one picture over a batch
+        alone = {name: v for name, v in missing.items() if isinstance(v, Image.Image) or (name == "negative_prompt" and isinstance(v, str))}
+        missing |= {name: [value] * rows for name, value in alone.items()}
     return {**missing, **kwargs}
 
 

@@ -266,9 +266,9 @@ class Bench:
     def judge_all(self, judge: Judge | None, pictures: Sequence[Pictures]) -> tuple[list[Verdicts | None], str | None]:
         """The judge's verdicts by arm, and a note when it does not understand some prompts."""
         self.during = "the judge"
-        if judge is None or any(sample.prompt is None for sample in self.settings.samples):
+        if judge is None or any(sample.wanted is None for sample in self.settings.samples):
             return [None] * len(pictures), None
-        prompts = [sample.prompt or "" for sample in self.settings.samples]
+        prompts = [sample.wanted or "" for sample in self.settings.samples]
         understood, note = understood_by(judge, prompts, pictures[0])
         if not understood:
             return [None] * len(pictures), note

@@ -16,6 +16,7 @@ PACKAGES = (
     "diffgraft-core",
     "diffgraft-families",
     "diffgraft-checkpoints",
+    "diffgraft-checkpoints-more",
     "torch",
     "diffusers",
     "transformers",

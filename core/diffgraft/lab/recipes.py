@@ -43,7 +43,7 @@ class Recipe(Strict):
     guidance_scale: float | None = None
     height: int | None = None
     width: int | None = None
-    class_label: list[int] = []
+    class_label: list[int | str] = []
     image: str | None = None
     mask: str | None = None
     controlnet: str | None = None

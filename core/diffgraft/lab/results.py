@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, Literal
 
 import numpy as np
+from PIL import Image
 
 from diffgraft.installed.errors import ConfigError
 from diffgraft.kernel.report import Report
@@ -331,4 +332,6 @@ def plain(value: Any) -> Any:
         return [plain(item) for item in value]
     if isinstance(value, float):
         return value if math.isfinite(value) else None
+    if isinstance(value, Image.Image):
+        return f"a picture, {value.width}x{value.height}"
     return value if value is None or isinstance(value, (bool, int, str)) else str(value)

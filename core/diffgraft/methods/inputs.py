@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from diffgraft.installed.errors import ConfigError, Unsupported, choices
+from diffgraft.installed.errors import ConfigError, Unsupported, choices, nearest
 
 Pictures = NDArray[np.float32]
 """Float arrays [n, frames, height, width, channels] in 0..1; a still picture has one frame."""
@@ -29,21 +29,27 @@ ARRAYS = ("np", "pil", "pt")
 
 @dataclass(frozen=True)
 class Sample:
-    """One picture to make: what is asked for, and the seed of its noise."""
+    """One picture to make: what is asked for, and the seed of its noise. ``class_name``: what the pipeline calls the class."""
 
     seed: int
     prompt: str | None = None
     class_label: int | None = None
+    class_name: str | None = None
 
     def __post_init__(self) -> None:
         if not LEAST_SEED <= self.seed <= LARGEST_SEED:
             raise ConfigError(f"seed = {self.seed}: a seed is a whole number from {LEAST_SEED} to {LARGEST_SEED} (64 bits)")
 
     @property
+    def wanted(self) -> str | None:
+        """What is asked for in words, as a judge or a reward reads it."""
+        return self.class_name if self.prompt is None else self.prompt
+
+    @property
     def label(self) -> str:
         """A caption for people."""
-        if self.prompt is not None:
-            return self.prompt
+        if self.wanted is not None:
+            return self.wanted
         return "unconditional" if self.class_label is None else f"class {self.class_label}"
 
 
@@ -81,11 +87,33 @@ def default_steps(pipe: Any) -> int:
     return found.default
 
 
-def make_samples(pipe: Any, seeds: Sequence[int], prompts: Sequence[str] = (), class_labels: Sequence[int] = ()) -> list[Sample]:
-    """One sample a seed; prompts or labels are taken in turn.
+def class_ids(pipe: Any) -> dict[str, int]:
+    """The names that the pipeline has for its classes (``labels`` of a ``DiTPipeline``) -> their numbers; most pipelines have none."""
+    return dict(getattr(pipe, "labels", None) or {})
+
+
+def class_labels_of(pipe: Any, given: Sequence[int | str]) -> list[int]:
+    """The numbers of classes that are given by number (also as text) or by name.
 
     Raises:
-        ConfigError: the pipeline needs a prompt and got none, or takes none and got one.
+        ConfigError: no number, and no class of the pipeline is called so.
+    """
+    known = class_ids(pipe)
+    found = []
+    for label in given:
+        text = str(label)
+        if text not in known and not text.removeprefix("-").isdecimal():
+            hint = nearest(text, known) if known else ": its classes have no names; give a number"
+            raise ConfigError(f"class label = {text!r}: {type(pipe).__name__} knows none of that name{hint}")
+        found.append(known[text] if text in known else int(text))
+    return found
+
+
+def make_samples(pipe: Any, seeds: Sequence[int], prompts: Sequence[str] = (), class_labels: Sequence[int | str] = ()) -> list[Sample]:
+    """One sample a seed; prompts or labels (numbers, or names where the pipeline has some) are taken in turn.
+
+    Raises:
+        ConfigError: the pipeline needs a prompt and got none, takes none and got one, or knows no class of that name.
     """
     known = parameters(pipe)
     name = type(pipe).__name__
@@ -95,16 +123,12 @@ def make_samples(pipe: Any, seeds: Sequence[int], prompts: Sequence[str] = (), c
         raise ConfigError(f"{name} takes no class label")
     if "prompt" in known and not prompts:
         raise ConfigError(f"{name} needs a prompt: give --prompt TEXT")
-    if "class_labels" in known and not class_labels:
-        class_labels = range(len(seeds))
-    return [
-        Sample(
-            seed,
-            prompt=prompts[i % len(prompts)] if prompts else None,
-            class_label=class_labels[i % len(class_labels)] if class_labels else None,
-        )
-        for i, seed in enumerate(seeds)
-    ]
+    if "class_labels" not in known:
+        return [Sample(seed, prompts[i % len(prompts)] if prompts else None) for i, seed in enumerate(seeds)]
+    labels = class_labels_of(pipe, class_labels) or range(len(seeds))
+    names = {number: text for text, number in reversed(class_ids(pipe).items())}  # of several names the first
+    turn = [labels[i % len(labels)] for i in range(len(seeds))]
+    return [Sample(seed, class_label=label, class_name=names.get(label)) for seed, label in zip(seeds, turn, strict=True)]
 
 
 def call_arguments(pipe: Any, samples: Sequence[Sample], settings: CallSettings, several: bool = False) -> dict[str, Any]:

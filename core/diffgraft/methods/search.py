@@ -299,7 +299,7 @@ def search(
     folder = Path(out).with_name(Path(out).name + ".partial")
     records = Records(folder, digest)
     fitness.prepare(pipe, samples, settings, batch, folder, on_progress)
-    prompts = [sample.prompt or "" for sample in samples]
+    prompts = [sample.wanted or "" for sample in samples]
     stack = None
 
     def judge(genome: Genome) -> float:

@@ -17,13 +17,13 @@ from typing import Any
 
 import torch
 from diffgraft.installed.anatomy import denoisers_of
-from diffgraft.installed.registry import find_bundled, find_family
+from diffgraft.installed.registry import find_family
 from diffgraft.kernel.backends import use_attention_backend
 from diffgraft.lab.instruments import LiveBytes, MacMode, synchronize
 from diffgraft.lab.machine import machine, versions
 from diffgraft.lab.pictures import strip, to_images
 from diffgraft.methods.files import write_atomic, write_json
-from diffgraft.methods.inputs import Pictures, Sample
+from diffgraft.methods.inputs import Pictures, make_samples
 
 from .cases import Bout, Method
 from .methods import own_copy, put_on
@@ -158,9 +158,9 @@ def open_model(bout: Bout, how: How) -> Model:
     """The pipeline of a bout."""
     if bout.arm == "speed":
         return LayoutModel(bout.pipeline, bout.steps, how.device, getattr(torch, how.dtype), how.full, how.timed_batch)
-    prompts = find_bundled(bout.pipeline).prompts
-    samples = [Sample(i, prompts[i % len(prompts)]) for i in range(how.samples)]
-    return BundledModel(bout.pipeline, bout.steps, samples, how.device, Path(how.out) / "kept" / how.device.replace(":", "-"))
+    model = BundledModel(bout.pipeline, bout.steps, [], how.device, Path(how.out) / "kept" / how.device.replace(":", "-"))
+    model.samples = make_samples(model.pipe, range(how.samples), model.bundled.prompts)
+    return model
 
 
 def package(env: str) -> dict[str, str]:

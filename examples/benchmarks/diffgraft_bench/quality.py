@@ -33,7 +33,7 @@ class Quality:
 
     def __init__(self, model: BundledModel, plain: Pictures, reference: Pictures) -> None:
         self.model, self.plain, self.reference = model, plain, reference
-        self.prompts = [sample.prompt or "" for sample in model.samples]
+        self.prompts = [sample.wanted or "" for sample in model.samples]
         self.judge: Any = load_judge(model.bundled)
         self.features = getattr(self.judge, "features", None)
         self.truth = load_file(TRUE_FEATURES)["features"].float() if self.features else None

@@ -11,11 +11,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffgraft_checkpoints.emoji import edits, scenes
+from diffgraft_checkpoints.emoji import edit_judge, edits, scenes
 from diffgraft_checkpoints.train import common, edit, unet
 from diffgraft_checkpoints.train.pool import draw_scene
 from diffgraft_checkpoints.train.recipe import BASE
 from diffusers import StableDiffusionInstructPix2PixPipeline, UNet2DConditionModel
+from PIL import Image
 from transformers import CLIPTokenizer
 
 SOURCE = scenes.Scene(scenes.Labels("apple", "red", "small", "left"), 16.0, 34.0, 28.0, 5.0, False, (200, 60, 70))
@@ -97,9 +98,38 @@ def test_one_command_trains_resumes_exports_and_measures(
     straight = resumed(edit, "edit", train, ["unet", "text_encoder"])
     assert straight.unet.conv_in.weight[:, 4:].any()
     folder = tmp_path / edit.NAME
+    assert edit.START in scenes.split()[1]
+    with Image.open(folder / edit.START_FILE) as start:
+        assert start.tobytes() == edit.start_picture().tobytes()
     result = json.loads((folder / "evaluation.json").read_text())
     assert result["edits"] == 8
     assert set(result["psnr_db"]) == {"edited", "unedited", "true edit through the autoencoder"}
     assert set(result["psnr_db"]["edited"]) == {"all", *edits.KINDS}
     assert set(re.findall(r"{(.*?)}", (folder / "README.md").read_text())) == {"colour", "object"}, "what the instructions leave open"
     assert {path.name for path in (tmp_path / f"grids-{edit.NAME}").iterdir()} == {f"{kind}.png" for kind in edits.KINDS}
+
+
+def test_what_an_instruction_asks_is_read_back() -> None:
+    for kind in edits.KINDS:
+        for held_out in (False, True):
+            for target in edits.choices(SOURCE.labels, kind, held_out):
+                assert edits.asked(edits.instruction(SOURCE.labels, target)) == (kind, getattr(target, kind))
+    assert edits.asked("Turn the christmas tree into an ice cream.") == ("object", "ice cream")
+    for said in ("make it blue", "make the background beige", "move it", "turn the apple into a robin", ""):
+        with pytest.raises(ValueError, match="is not understood; an edit reads like"):
+            edits.asked(said)
+
+
+def test_the_judge_of_edits_looks_at_what_was_to_change(artwork: None) -> None:
+    judge = edit_judge.load_bundled()
+    tasks = edit.held_out_tasks(4, 0)
+    said = [task.instruction for task in tasks]
+    verdicts = judge.score([scenes.render(task.after) for task in tasks], said)
+    assert {name: [i for i, v in enumerate(row) if v is not None] for name, row in verdicts.items()} == {
+        name: [i for i, task in enumerate(tasks) if task.kind == name] for name in verdicts
+    }
+    assert sum(bool(v) for row in verdicts.values() for v in row) >= len(tasks) - 1
+    before = judge.score([scenes.render(task.before) for task in tasks], said)
+    assert not any(v for row in before.values() for v in row)
+    with pytest.raises(ValueError, match="one for each image"):
+        judge.score([], said)

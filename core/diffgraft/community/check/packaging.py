@@ -154,7 +154,7 @@ def imports(project: Project) -> Iterator[Problem]:
             for top in dict.fromkeys(module.partition(".")[0] for module in modules):
                 if top in sys.stdlib_module_names or top in BROUGHT or top == project.module:
                     continue
-                if top.startswith("diffgraft_") and top != "diffgraft_checkpoints":
+                if top.startswith("diffgraft_") and not top.startswith("diffgraft_checkpoints"):
                     yield Problem(
                         f"imports {top}: a plugin that needs another one cannot be installed, tested or removed alone",
                         "say what it must do (`effects`, `needs`) and let the user stack the two",

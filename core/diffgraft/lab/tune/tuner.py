@@ -236,7 +236,7 @@ class Tuner:
         if measure == "judge":
             assert self.judge is not None
             try:
-                raw = verdicts_of(self.judge, [as_seen(picture) for picture in made], [sample.prompt or "" for sample in samples])
+                raw = verdicts_of(self.judge, [as_seen(picture) for picture in made], [sample.wanted or "" for sample in samples])
             except ValueError as error:
                 raise ConfigError(f"target judge: the judge does not understand a prompt: {error}; take psnr or ssim") from error
             return [float(right) for right in all_right(raw)]

@@ -6,6 +6,7 @@ nothing else. So the picture that a method should give is known pixel by pixel.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import lru_cache
@@ -21,6 +22,8 @@ VALUES: dict[str, Sequence[str]] = {
 }  # fmt: skip
 MOVES = {"left": "to the left", "right": "to the right", "top": "to the top", "bottom": "to the bottom", "center": "to the center"}
 """Place -> what "move it ..." says of it."""
+
+SIZES_ASKED = {"make it bigger": "big", "make it smaller": "small"}
 
 
 def kind_of(source: Labels, target: Labels) -> str:
@@ -43,8 +46,29 @@ def instruction(source: Labels, target: Labels) -> str:
     if kind == "place":
         return f"move it {MOVES[str(target.place)]}"
     if kind == "size":
-        return f"make it {'bigger' if target.size == 'big' else 'smaller'}"
+        return next(said for said, size in SIZES_ASKED.items() if size == target.size)
     return scenes.articles(f"turn the {source.object} into a {target.object}")
+
+
+def asked(said: str) -> tuple[str, str]:
+    """The field that an instruction changes and the value that it asks for: ("background", "blue").
+
+    Raises:
+        ValueError: the sentence is none of an edit's.
+    """
+    text = said.lower().strip(" .")
+    moves = {f"move it {phrase}": place for place, phrase in MOVES.items()}
+    if text in moves:
+        return "place", moves[text]
+    if text in SIZES_ASKED:
+        return "size", SIZES_ASKED[text]
+    for kind, pattern in (("background", r"make the background (.+)"), ("object", r"turn the .+ into an? (.+)")):
+        if (found := re.fullmatch(pattern, text)) and found[1] in VALUES[kind]:
+            return kind, found[1]
+    raise ValueError(
+        f"{said!r} is not understood; an edit reads like 'make the background blue', 'move it to the left', 'make it bigger', 'turn the "
+        "apple into a star'"
+    )
 
 
 def apply(source: Scene, target: Labels) -> Scene:

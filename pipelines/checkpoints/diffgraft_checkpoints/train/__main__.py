@@ -23,6 +23,8 @@ from . import lcm as lcm_stage
 from . import more as more_stage
 from . import pixel as pixel_stage
 from . import small as small_stage
+from . import sr as sr_stage
+from . import text as text_stage
 from . import unet as unet_stage
 from . import vae as vae_stage
 from . import wan as wan_stage
@@ -41,6 +43,7 @@ from .recipe import (
     continued,
     describe,
     load_data,
+    load_scenes,
     read_recipe,
     recipe_of,
     start,
@@ -57,6 +60,10 @@ app.command("emoji-edit")(edit_stage.emoji_edit)
 app.command("measure-edit")(edit_stage.measure_edit)
 app.command("emoji-pixel")(pixel_stage.emoji_pixel)
 app.command("measure-pixel")(pixel_stage.measure_pixel)
+app.command("emoji-sr")(sr_stage.emoji_sr)
+app.command("measure-sr")(sr_stage.measure_sr)
+app.command("emoji-text")(text_stage.emoji_text)
+app.command("measure-text")(text_stage.measure_text)
 
 GUIDANCES = (1.5, 2.0, 3.0)
 
@@ -86,7 +93,7 @@ def emoji_sd(
     pipe = exporting.stable_diffusion(vae, unet, text, tokenizer)
     exporting.export(out / "emoji-sd", pipe, judge)
     options = {"vae": steps_vae, "judge": steps_judge, "unet": steps_unet, "pairs": steps_pairs}
-    recipe = describe("emoji-sd", pipe, state, ("vae", "judge", "unet", "unet-pairs"), options, scenes, seed, device)
+    recipe = describe("emoji-sd", pipe, state, ("vae", "judge", "unet", "unet-pairs"), options, scenes, seed, device, pairs=True)
     recipe["vae_psnr_db"] = round(vae_stage.psnr(trips, held_out.pictures), 2)
     recipe["scaling_factor"] = vae.config.scaling_factor
     write_recipe(out, "emoji-sd", recipe)
@@ -104,10 +111,11 @@ def emoji_sd_small(
     prompts: Prompts = 160,
 ) -> None:
     """Train a small U-Net for the autoencoder and the text encoder of emoji-sd, export, measure."""
-    accelerator, pools, pipe = start(out, base, scenes, seed, device)
+    accelerator, pipe = start(base, device)
+    pools = load_data(out, scenes, seed)
     pipe.register_modules(unet=small_stage.train_small(pools, pipe, out / "state", steps, seed, accelerator))
     exporting.export(out / "emoji-sd-small", pipe.to("cpu"))
-    recipe = describe("emoji-sd-small", pipe, out / "state", ("unet-small",), {"": steps}, scenes, seed, device)
+    recipe = describe("emoji-sd-small", pipe, out / "state", ("unet-small",), {"": steps}, scenes, seed, device, pairs=True)
     write_recipe(out, "emoji-sd-small", recipe)
     measure(out, "emoji-sd-small", prompts, base=base)
 
@@ -131,11 +139,12 @@ def emoji_sd_more(
     if unknown := [name for name in hard if name not in emoji_scenes.OBJECTS]:
         raise typer.BadParameter(f"{', '.join(unknown)}: not among the objects {', '.join(emoji_scenes.OBJECTS)}", param_hint="--often")
     before = recipe_of(base)
-    accelerator, pools, pipe = start(out, base, scenes, seed, device, upright)
+    accelerator, pipe = start(base, device)
+    pools = load_data(out, scenes, seed, upright)
     state = out / "state" / ("upright" if upright else "free")
     more_stage.train_more(pools, pipe, state, steps, decay, seed, accelerator, hard)
     exporting.export(out / "emoji-sd", pipe.to("cpu"), Judge.from_pretrained(base / "judge"))
-    recipe = describe("emoji-sd-more", pipe, state, ("unet-more",), {"": steps}, scenes, seed, device)
+    recipe = describe("emoji-sd-more", pipe, state, ("unet-more",), {"": steps}, scenes, seed, device, pairs=True)
     recipe["command"] += f" --decay {decay} {'--upright' if upright else '--no-upright'}" + (f" --often '{often}'" if often else "")
     write_recipe(out, "emoji-sd", continued(before, recipe))
     if figures:
@@ -157,7 +166,8 @@ def emoji_sd_decoder(
 ) -> None:
     """Train the decoder of BASE on for sharper edges, export as OUT/emoji-sd, measure. The encoder stays as it is."""
     before = recipe_of(base)
-    accelerator, (pool, _), pipe = start(out, base, scenes, seed, device, upright)
+    accelerator, pipe = start(base, device)
+    pool = load_scenes(out, scenes, seed, upright)
     held_out = load_pool(out / "pool", HELD_OUT_SCENES, seed + 1, held_out=True)
     judge = Judge.from_pretrained(base / "judge")
     state = out / "state" / ("upright" if upright else "free")
@@ -182,10 +192,11 @@ def emoji_sd_lcm(
     prompts: Prompts = 160,
 ) -> None:
     """Distil emoji-sd into a LoRA for four steps without guidance, export it, measure."""
-    accelerator, pools, pipe = start(out, base, scenes, seed, device)
+    accelerator, pipe = start(base, device)
+    pools = load_data(out, scenes, seed)
     lora = lcm_stage.train_lcm(pools, pipe, out / "state", steps, seed, accelerator)
     exporting.export_lora(out / "emoji-sd-lcm", lora, lcm_stage.build_lcm_scheduler())
-    recipe = describe("emoji-sd-lcm", pipe, out / "state", ("lcm",), {"": steps}, scenes, seed, device)
+    recipe = describe("emoji-sd-lcm", pipe, out / "state", ("lcm",), {"": steps}, scenes, seed, device, pairs=True)
     recipe["parameters"] = {"LoRA": sum(part.numel() for part in lora.values())}
     write_recipe(out, "emoji-sd-lcm", recipe)
     measure(out, "emoji-sd-lcm", prompts, base=base)
@@ -224,7 +235,7 @@ def measure(
 def export_now(out: Out, to: Annotated[Path, typer.Option(help="Folder to write.")], scenes: Scenes = 40_000, seed: Seed = 0) -> None:
     """Write emoji-sd with the averaged weights of the latest U-Net checkpoint while training goes on; nothing is measured."""
     state = out / "state"
-    pool, _ = load_data(out, scenes, seed)
+    pool = load_scenes(out, scenes, seed)
     held_out = load_pool(out / "pool", HELD_OUT_SCENES, seed + 1, held_out=True)
     accelerator = make_accelerator("cpu")
     unet_name = "unet-pairs" if (state / "unet-pairs.pt").exists() else "unet"

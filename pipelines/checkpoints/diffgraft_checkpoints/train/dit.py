@@ -27,7 +27,7 @@ from . import evaluate as measuring
 from . import export as exporting
 from .common import Stage, console, plain_attention, step_generator
 from .pool import Pool, load_pool, to_float
-from .recipe import BASE, HELD_OUT_SCENES, Base, Device, Out, Scenes, Seed, Steps, describe, read_recipe, start, write_recipe
+from .recipe import BASE, HELD_OUT_SCENES, Base, Device, Out, Scenes, Seed, Steps, describe, load_scenes, read_recipe, start, write_recipe
 from .unet import BATCH, CAPTION_DROPOUT, LEARNING_RATE, build_scheduler, draw_timesteps, encode_pool, loss_weight
 
 NAME = "emoji-dit"
@@ -328,7 +328,8 @@ def emoji_dit(
     each: Each = 8,
 ) -> None:
     """Train a class-conditional transformer on the latents of emoji-sd's autoencoder, export, measure."""
-    accelerator, (pool, _), sd = start(out, base, scenes, seed, device, upright=True)
+    accelerator, sd = start(base, device)
+    pool = load_scenes(out, scenes, seed, upright=True)
     state = out / "state" / "upright"
     pipe = build_pipeline(sd.vae, train_dit(pool, sd.vae, state, steps, seed, accelerator))
     exporting.export(out / NAME, pipe)

@@ -27,7 +27,7 @@ from . import evaluate as measuring
 from . import export as exporting
 from .common import Stage, console, plain_attention, step_generator
 from .pool import Pool, decode_labels, draw_scene, load_rendered
-from .recipe import BASE, Base, Device, Out, Scenes, Seed, Steps, describe, read_recipe, start, write_recipe
+from .recipe import BASE, Base, Device, Out, Scenes, Seed, Steps, describe, load_scenes, read_recipe, start, write_recipe
 from .unet import BATCH, PAIRS_LEARNING_RATE, POSITIONS, draw_timesteps, encode_pool, loss_weight
 from .vae import round_trip
 
@@ -40,6 +40,8 @@ FRESH = 60_000
 """Seed of the scenes to edit: not one of the training."""
 SWEEP_EACH, SWEEP_FROM = 12, 50_000
 """Edits of each kind with which the guidance is chosen, and the first scene that they may begin at."""
+START, START_FILE = scenes.Labels("carrot", "purple", "small", "right"), "start.png"
+"""The scene to edit where nobody gives one: a held-out combination, and its picture's file beside the weights."""
 Each = Annotated[int, typer.Option(min=1, help="Held-out edits of each kind to measure.")]
 
 
@@ -118,6 +120,16 @@ def build_pipeline(sd: StableDiffusionPipeline, unet: UNet2DConditionModel) -> S
         feature_extractor=None,
         requires_safety_checker=False,
     ).to("cpu")
+
+
+def start_scene() -> scenes.Scene:
+    """The scene of `START_FILE`."""
+    return scenes.upright(scenes.sample_scene(START, np.random.default_rng(FRESH)))
+
+
+def start_picture() -> Image.Image:
+    """What `START_FILE` shows."""
+    return scenes.render(start_scene())
 
 
 class Task(NamedTuple):
@@ -258,7 +270,8 @@ edited = pipe("make the background blue", image=picture, guidance_scale={by_text
 ```
 
 Instructions: "make the background {{colour}}"; "move it to the left" (right, top, bottom, center); "make it bigger", "make it smaller";
-"turn the {{object}} into a {{object}}". The picture: one that `diffgraft_checkpoints.emoji.scenes.render` or emoji-sd draws.
+"turn the {{object}} into a {{object}}". The picture: one that `diffgraft_checkpoints.emoji.scenes.render` or emoji-sd draws; `start.png` is
+one, of a combination that was never shown in training.
 
 - objects: {objects}
 - backgrounds: {backgrounds}
@@ -328,10 +341,12 @@ def emoji_edit(
     each: Each = 32,
 ) -> None:
     """Train emoji-sd's U-Net and text encoder on to edit pictures as told, export, measure."""
-    accelerator, (sources, _), sd = start(out, base, scenes, seed, device, upright=True)
+    accelerator, sd = start(base, device)
+    sources = load_scenes(out, scenes, seed, upright=True)
     state = out / "state" / "upright"
     pipe = train_edit(sources, load_targets(out / "pool", scenes, seed), sd, state, steps, seed, accelerator)
     exporting.export(out / NAME, pipe)
+    start_picture().save(out / NAME / START_FILE)
     write_recipe(out, NAME, describe(NAME, pipe, state, ("edit",), {"": steps}, scenes, seed, device))
     measure_edit(out, each)
 

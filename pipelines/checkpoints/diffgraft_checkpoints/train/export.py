@@ -42,13 +42,14 @@ def stable_diffusion(
     )
 
 
-def export(folder: Path, pipe: DiffusionPipeline, judge: Judge | None = None) -> None:
-    """Replace `folder` by the checkpoint in fp16; `pipe` is fp32 afterwards as before."""
-    with replacing(folder) as fresh:
+def export(folder: Path, pipe: DiffusionPipeline, judge: Judge | None = None, artwork: bool = True) -> None:
+    """Replace `folder` by the checkpoint in fp16, with the notices of the artwork if it shows that; `pipe` is fp32 afterwards as before."""
+    with replacing(folder, artwork) as fresh:
         pipe.to(dtype=torch.float16).save_pretrained(fresh)
         pipe.to(dtype=torch.float32)
-        for config in fresh.glob("text_encoder/config.json"):
-            load_as_fp32(config)
+        for part in ("text_encoder", "model"):
+            for config in fresh.glob(f"{part}/config.json"):
+                load_as_fp32(config)
         for config in (fresh / "model_index.json", *fresh.glob("*/config.json")):
             forget_origin(config)
         if "tokenizer" in pipe.components:
@@ -65,13 +66,13 @@ def export_lora(folder: Path, lora: dict[str, Tensor], scheduler: LCMScheduler) 
 
 
 @contextmanager
-def replacing(folder: Path) -> Iterator[Path]:
+def replacing(folder: Path, artwork: bool = True) -> Iterator[Path]:
     """A fresh folder that takes the place of `folder` at the end, with the licence notices in it."""
     fresh = folder.with_name(folder.name + ".partial")
     shutil.rmtree(fresh, ignore_errors=True)
     fresh.mkdir(parents=True)
     yield fresh
-    for notice in sorted(NOTICES.iterdir()):
+    for notice in sorted(NOTICES.iterdir() if artwork else [NOTICES / "LICENSE-APACHE-2.0.txt"]):
         shutil.copy(notice, fresh)
     shutil.rmtree(folder, ignore_errors=True)
     fresh.replace(folder)
@@ -114,7 +115,7 @@ def write_card(
     tables = {name: score_table(rows) for name, rows in result.items() if name in ("scores", "pairs", "half_size")}
     card = template.format(
         **tables, **more, **recipe_values(recipe), judged=judged, sweep=sweep,
-        pair_count=recipe["pairs"], pair_prompts=HELD_OUT_PAIRS, pairs_held_out=len(scenes.held_out_pairs()),
+        pair_count=recipe.get("pairs"), pair_prompts=HELD_OUT_PAIRS, pairs_held_out=len(scenes.held_out_pairs()),
         prompts=result["prompts"], steps=result["steps"], guidance=result["guidance"], seconds=result["seconds_per_picture"],
         objects=", ".join(scenes.OBJECTS), backgrounds=", ".join(scenes.BACKGROUNDS), sizes=", ".join(scenes.SIZES),
         places=", ".join(scenes.PLACES), total=len(training) + len(held_out), held_out=len(held_out),

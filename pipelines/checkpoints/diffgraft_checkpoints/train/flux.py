@@ -38,7 +38,7 @@ from .flux_model import (
     export,
 )
 from .pool import Pairs, Pool
-from .recipe import BASE, Base, Device, Out, Prompts, Scenes, Seed, Steps, describe, read_recipe, start, write_recipe
+from .recipe import BASE, Base, Device, Out, Prompts, Scenes, Seed, Steps, describe, load_data, read_recipe, start, write_recipe
 from .unet import (
     BATCH,
     CAPTION_DROPOUT,
@@ -301,10 +301,10 @@ def emoji_flux(
     prompts: Prompts = 160,
 ) -> None:
     """Train transformer and text encoders on the latents of emoji-sd's autoencoder, export, measure."""
-    accelerator, pools, sd = start(out, base, scenes, seed, device)
-    pipe = train_flux(pools, sd.vae, sd.tokenizer, out / "state", steps, seed, accelerator)
+    accelerator, sd = start(base, device)
+    pipe = train_flux(load_data(out, scenes, seed), sd.vae, sd.tokenizer, out / "state", steps, seed, accelerator)
     export(out / NAME, pipe)
-    write_recipe(out, NAME, describe(NAME, pipe, out / "state", ("flux",), {"": steps}, scenes, seed, device))
+    write_recipe(out, NAME, describe(NAME, pipe, out / "state", ("flux",), {"": steps}, scenes, seed, device, pairs=True))
     measure_flux(out, prompts)
 
 

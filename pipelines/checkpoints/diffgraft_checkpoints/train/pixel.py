@@ -25,7 +25,7 @@ from . import export as exporting
 from .common import Stage, console, keep_freed_memory, make_accelerator, plain_attention, step_generator
 from .flux import shrink
 from .pool import Pool, draw_scene, to_float
-from .recipe import Device, Out, Scenes, Seed, Steps, describe, load_data, read_recipe, write_recipe
+from .recipe import Device, Out, Scenes, Seed, Steps, describe, load_scenes, read_recipe, write_recipe
 from .unet import BATCH, LEARNING_RATE, draw_timesteps
 
 NAME = "emoji-pixel"
@@ -219,7 +219,7 @@ def emoji_pixel(
     """Train an unconditional U-Net on small pictures, export, measure."""
     keep_freed_memory()
     accelerator = make_accelerator(device)
-    pool, _ = load_data(out, scenes, seed, upright=True)
+    pool = load_scenes(out, scenes, seed, upright=True)
     state = out / "state" / "upright"
     pipe = DDPMPipeline(unet=train_pixel(pool, state, steps, seed, accelerator), scheduler=build_scheduler())
     exporting.export(out / NAME, pipe)
@@ -237,7 +237,7 @@ def measure_pixel(
     """Measure OUT/emoji-pixel; write its model card, and picture grids to OUT/grids-emoji-pixel."""
     folder = out / NAME
     judge = load_bundled()
-    pool, _ = load_data(out, scenes, seed, upright=True)
+    pool = load_scenes(out, scenes, seed, upright=True)
     result = evaluate(folder, judge, shrink(pool).pictures, out / f"grids-{NAME}", pictures)
     recipe = read_recipe(out, NAME)
     exporting.save_figures(folder, {"recipe": recipe, **result})

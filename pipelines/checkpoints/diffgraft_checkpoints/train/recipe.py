@@ -34,39 +34,49 @@ BASE = Path(emoji_sd.path)
 Base = Annotated[Path, typer.Option(help="The emoji-sd to start from: a folder with its judge.")]
 
 
-def load_data(out: Path, scenes: int, seed: int, upright: bool = False) -> tuple[Pool, Pairs]:
-    """Training scenes and pairs, rendered where they are not there yet."""
-    folder = out / "pool"
+def load_scenes(out: Path, scenes: int, seed: int, upright: bool = False) -> Pool:
+    """Training scenes, rendered where they are not there yet."""
     try:
-        return load_pool(folder, scenes, seed, upright=upright), load_pairs(folder, round(PAIR_SHARE * scenes), seed, upright)
+        return load_pool(out / "pool", scenes, seed, upright=upright)
     except ArtworkMissing as missing:
         console.print(f"[red]{missing}[/red]")
         raise typer.Exit(2) from missing
 
 
-def start(
-    out: Path, base: Path, scenes: int, seed: int, device: str, upright: bool = False
-) -> tuple[Accelerator, tuple[Pool, Pairs], StableDiffusionPipeline]:
-    """What a training that begins from emoji-sd needs: the device, the training data, and emoji-sd itself."""
+def load_data(out: Path, scenes: int, seed: int, upright: bool = False) -> tuple[Pool, Pairs]:
+    """Training scenes and pairs, rendered where they are not there yet."""
+    return load_scenes(out, scenes, seed, upright), load_pairs(out / "pool", round(PAIR_SHARE * scenes), seed, upright)
+
+
+def start(base: Path, device: str) -> tuple[Accelerator, StableDiffusionPipeline]:
+    """What a training that begins from emoji-sd needs beside its data: the device, and emoji-sd itself."""
     keep_freed_memory()
-    accelerator = make_accelerator(device)
-    return accelerator, load_data(out, scenes, seed, upright), StableDiffusionPipeline.from_pretrained(base, local_files_only=True)
+    return make_accelerator(device), StableDiffusionPipeline.from_pretrained(base, local_files_only=True)
 
 
-PARTS = ("unet", "transformer", "vae", "text_encoder", "text_encoder_2")
+PARTS = ("unet", "transformer", "model", "vae", "text_encoder", "text_encoder_2")
 
 
 def describe(
-    name: str, pipe: Any, state: Path, stages: tuple[str, ...], steps: dict[str, int], scenes: int, seed: int, device: str
+    name: str,
+    pipe: Any,
+    state: Path,
+    stages: tuple[str, ...],
+    steps: dict[str, int],
+    scenes: int | None,
+    seed: int,
+    device: str,
+    pairs: bool = False,
 ) -> dict[str, Any]:
-    """How a checkpoint was made, for its card."""
+    """How a checkpoint was made, for its card: from `scenes` pictures (None: from no pictures) and, with `pairs`, of two objects too."""
     seconds = json.loads((state / "seconds.json").read_text())
     counted = " ".join(f"--steps{f'-{stage}' if stage else ''} {count}" for stage, count in steps.items())
+    drawn = "" if scenes is None else f" --scenes {scenes}"
     return {
-        "command": f"python -m diffgraft_checkpoints.train {name} --out DIR {counted} --scenes {scenes} --seed {seed} --device {device}",
+        "command": f"python -m diffgraft_checkpoints.train {name} --out DIR {counted}{drawn} --seed {seed} --device {device}",
         "stages": {stage: seconds[stage] for stage in stages if stage in seconds},
-        "scenes": scenes,
-        "pairs": round(PAIR_SHARE * scenes),
+        **({} if scenes is None else {"scenes": scenes}),
+        **({} if scenes is None or not pairs else {"pairs": round(PAIR_SHARE * scenes)}),
         "hardware": hardware(make_accelerator(device).device),
         "versions": versions(),
         "parameters": {part: sum(p.numel() for p in getattr(pipe, part).parameters()) for part in PARTS if hasattr(pipe, part)},

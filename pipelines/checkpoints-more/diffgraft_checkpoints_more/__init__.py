@@ -1,0 +1,3 @@
+"""More small real checkpoints that run offline, for diffgraft."""
+
+__version__ = "0.1.0"

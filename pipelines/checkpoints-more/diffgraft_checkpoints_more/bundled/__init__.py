@@ -1,0 +1,49 @@
+"""Real checkpoints that ship with this package."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from diffgraft import Bundled
+from diffgraft_checkpoints import bundled as first
+
+HERE = Path(__file__).parent
+
+emoji_dit = Bundled(name="emoji-dit", path=str(HERE / "emoji-dit"), judge=first.emoji_sd.judge, guidance_scale=2.0)
+"""Class labels instead of prompts: the objects of emoji-sd, by number or by name."""
+
+emoji_edit = Bundled(
+    name="emoji-edit",
+    path=str(HERE / "emoji-edit"),
+    prompts=(  # edits of the start picture, a small carrot on the right of a purple background
+        "make the background blue",
+        "move it to the left",
+        "make it bigger",
+        "turn the carrot into a heart",
+        "make the background red",
+        "move it to the top",
+        "turn the carrot into an elephant",
+        "make the background orange",
+        "move it to the bottom",
+        "turn the carrot into a sunflower",
+        "make the background yellow",
+        "move it to the center",
+        "turn the carrot into a cactus",
+        "make the background green",
+        "turn the carrot into a gift",
+        "make the background gray",
+        "turn the carrot into a basketball",
+        "make the background pink",
+        "turn the carrot into a star",
+        "turn the carrot into an apple",
+        "turn the carrot into a robot",
+        "turn the carrot into a pizza",
+        "turn the carrot into a car",
+        "turn the carrot into an owl",
+    ),
+    judge="diffgraft_checkpoints.emoji.edit_judge:load_bundled",
+    guidance_scale=2.0,
+    call={"image_guidance_scale": 1.5},
+    pictures={"image": str(HERE / "emoji-edit" / "start.png")},
+)
+"""Instructions instead of captions. A call without a picture edits the start picture."""

@@ -1,0 +1,86 @@
+"""The checkpoints of this package: plain small folders that do what their cards say."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffgraft import Bundled, load_pipeline
+from diffgraft.installed import registry
+from diffgraft.kernel.defaults import own_defaults
+from diffgraft_checkpoints.emoji import edit_judge, edits, scenes
+from diffgraft_checkpoints.emoji.judge import load_bundled
+from diffgraft_checkpoints.train import edit
+from diffgraft_checkpoints_more import bundled
+
+CALLS: dict[str, tuple[str, dict[str, Any]]] = {
+    "emoji-dit": ("DiTPipeline", {"num_inference_steps": 50, "guidance_scale": 2.0}),
+    "emoji-edit": (
+        "StableDiffusionInstructPix2PixPipeline",
+        {"num_inference_steps": 50, "guidance_scale": 2.0, "image_guidance_scale": 1.5},
+    ),
+}
+"""Pipeline class, and what a call takes where nobody says otherwise."""
+
+
+def opened(name: str) -> Any:
+    pipe = load_pipeline(name)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_it_is_a_plain_small_folder_with_its_notices(name: str) -> None:
+    record = registry.find_bundled(name)
+    files = [path for path in Path(record.path).rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) < 18e6
+    assert {path.suffix for path in files} <= {".safetensors", ".json", ".txt", ".md", ".png"}
+    assert {"README.md", "evaluation.json", "LICENSE-APACHE-2.0.txt", "LICENSE-OFL-1.1.txt", "NOTICE-noto-emoji.txt"} <= {
+        path.name for path in files
+    }
+    cls, call = CALLS[name]
+    assert json.loads((Path(record.path) / "model_index.json").read_text())["_class_name"] == cls
+    pipe = opened(name)
+    assert type(pipe).__name__ == cls
+    shown = inspect.signature(pipe.__call__).parameters
+    assert {key: shown[key].default for key in call} == call
+
+
+def test_all_of_them_are_offered() -> None:
+    assert {record.name for record in vars(bundled).values() if isinstance(record, Bundled)} == set(CALLS)
+
+
+def test_emoji_dit_draws_what_its_labels_name() -> None:
+    pipe = opened("emoji-dit")
+    assert list(pipe.labels) == sorted(scenes.OBJECTS)
+    names = ["apple", "star", "heart", "soccer ball", "pumpkin", "watermelon", "ghost", "christmas tree"]
+    call = {"class_labels": pipe.get_label_ids(names), "generator": torch.Generator().manual_seed(0)}
+    images = pipe(**call, num_inference_steps=16).images
+    assert [image.size for image in images] == [(scenes.SIZE, scenes.SIZE)] * len(names)
+    assert sum(map(bool, load_bundled().score(images, names)["object"])) >= len(names) - 1
+
+
+def test_emoji_edit_edits_its_start_picture_and_others_as_told() -> None:
+    pipe = opened("emoji-edit")
+    start = edit.start_scene()
+    said = bundled.emoji_edit.prompts
+    asked = [edits.asked(each) for each in said]
+    assert len({*said}) == len(said)
+    assert all(getattr(start.labels, kind) != value for kind, value in asked), "each changes something"
+    assert own_defaults(pipe)["image"].tobytes() == edit.start_picture().tobytes()
+    some = [i for i, (kind, _) in enumerate(asked) if kind != "object"]
+    call = {"num_inference_steps": 16, "generator": torch.Generator().manual_seed(0)}
+    images = pipe([said[i] for i in some], **call).images
+    after = [edits.apply(start, replace(start.labels, **{asked[i][0]: asked[i][1]})) for i in some]
+    unedited = edit.psnr([edit.start_picture()] * len(some), [scenes.render(each) for each in after])
+    assert sum(edit.psnr(images, [scenes.render(each) for each in after])) > sum(unedited) + 2 * len(some)
+    scores = edit_judge.load_bundled().score(images, [said[i] for i in some])
+    assert sum(bool(verdict) for row in scores.values() for verdict in row) >= len(some) - 1
+    other = scenes.render(scenes.upright(replace(start, labels=replace(start.labels, object="star"))))
+    [moved] = pipe("make the background blue", image=other, num_inference_steps=16, generator=torch.Generator().manual_seed(0)).images
+    assert load_bundled().score([moved], ["a star on a blue background"])["background"] == [True]
