@@ -26,7 +26,7 @@ from torch import Tensor
 
 from diffgraft_one_more_step.fitting import OneMoreStepFitter
 from diffgraft_one_more_step.method import Std, clean, guided, share_of_noise
-from diffgraft_one_more_step.network import HOLDS, LAYOUT, network_of, predict, sizes_of
+from diffgraft_one_more_step.network import LAYOUT, AsPublished, network_of, predict, sizes_of
 
 __all__ = ["OneMoreStep"]
 __version__ = "0.1.0"
@@ -81,7 +81,7 @@ class OneMoreStep(Plugin):
     active: ClassVar[dict[str, Any]] = {"one_more": True}
     effects = Effects(edits=frozenset({"latents"}), stochastic=True)
     needs = (
-        Need("fit", "artefact", fits=frozenset(), holds=HOLDS),
+        Need("fit", "artefact", fits=frozenset(), holds=AsPublished()),
         Need("weights", "weights", holds=LAYOUT),
         Need("encoder", "encoder"),
     )

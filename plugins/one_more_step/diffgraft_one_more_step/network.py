@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from diffgraft.methods.axes import Axes
-from diffgraft.methods.layouts import FLOATS, Layout
+from diffgraft.methods.layouts import Layout
 from diffgraft.methods.published import spec_of
-from diffgraft.methods.schema import Holds, Values
+from diffgraft.methods.schema import Holds
 from diffusers import UNet2DConditionModel
 from torch import Tensor
 
@@ -83,19 +84,25 @@ LAYOUT = Layout(
 """What is published at ``h1t/oms_*``, and what ``diffgraft fit one_more_step`` writes."""
 
 
-def wrong(tensors: Mapping[str, Tensor], facts: object) -> str | None:
-    """What of an artefact is not as the layout says, or None."""
-    comparison = LAYOUT.compare({key: spec_of(value) for key, value in tensors.items()})
-    return next((f"{key} {group}: {words}" for group, keys in comparison.faults.items() for key, words in keys.items()), None)
+class AsPublished(Holds):
+    """The same of an artefact."""
 
-
-HOLDS = Holds({re.sub(r"\{\w\}", "*", key): Values(tuple(map(str, axes)), FLOATS) for key, axes in KEYS.items()}, also=wrong)
-"""The same of an artefact."""
+    def fault(self, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> str | None:
+        faults = LAYOUT.compare({key: spec_of(value) for key, value in tensors.items()}).faults
+        wrong = (f"{key} ({group}): {words}" for group, keys in faults.items() for key, words in keys.items())
+        infinite = (f"{key} holds numbers that are not finite" for key, value in tensors.items() if not bool(value.isfinite().all()))
+        return next(wrong, None) or next(infinite, None)
 
 
 def sizes_of(tensors: Mapping[str, Tensor]) -> dict[str, int]:
-    """The letters' numbers: w, c, d, and how many transformer blocks the second level (m) and the third (n) have each."""
-    return LAYOUT.compare({key: spec_of(value) for key, value in tensors.items()}).sizes
+    """The letters' numbers, of tensors that are as the layout says."""
+
+    def depth(level: int) -> int:
+        """How many transformer blocks it has after each residual one."""
+        return sum(f"down_blocks.{level}.attentions.0.transformer_blocks.{i}.norm1.bias" in tensors for i in range(len(tensors)))
+
+    d = tensors["mid_block.attentions.0.transformer_blocks.0.attn2.to_k.weight"].shape[1]
+    return {"w": len(tensors["conv_in.bias"]), "c": len(tensors["conv_out.bias"]), "d": d, "m": depth(1), "n": depth(2)}
 
 
 def network(w: int, c: int, d: int, m: int = 1, n: int = 1) -> UNet2DConditionModel:
