@@ -26,7 +26,7 @@ from torch import Tensor
 
 from diffgraft_one_more_step.fitting import OneMoreStepFitter
 from diffgraft_one_more_step.method import Std, clean, guided, share_of_noise
-from diffgraft_one_more_step.network import LAYOUT, AsPublished, network_of, predict, sizes_of
+from diffgraft_one_more_step.network import GROUPS, LAYOUT, AsPublished, network_of, predict, sizes_of
 
 __all__ = ["OneMoreStep"]
 __version__ = "0.1.0"
@@ -100,6 +100,8 @@ class OneMoreStep(Plugin):
         sizes, config = sizes_of(tensors), target.denoisers["unet"].config
         if sizes["c"] != config["out_channels"]:
             raise Unsupported(f"one_more_step: its network is for latents of {sizes['c']} channels, these have {config['out_channels']}")
+        if sizes["w"] % GROUPS:
+            raise Unsupported(f"one_more_step: its network is {sizes['w']} channels wide, no multiple of {GROUPS}: nobody publishes such")
         encoder = given["encoder"]
         width = config["cross_attention_dim"] if encoder is None else width_of(encoder)
         if sizes["d"] != width:

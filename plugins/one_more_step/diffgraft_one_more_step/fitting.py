@@ -11,13 +11,13 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from diffgraft_one_more_step.method import clean
-from diffgraft_one_more_step.network import TIME, network, predict
+from diffgraft_one_more_step.network import GROUPS, TIME, network, predict
 
 
 class FitConfig(PluginConfig):
     """Knobs of the fit."""
 
-    width: int = Field(8, ge=4, le=640, multiple_of=4, description="w: channels at full size, doubled twice; the published ones have 160")
+    width: int = Field(8, ge=4, le=640, multiple_of=GROUPS, description="w: channels at full size, doubled twice; published: 160")
     dropout: float = Field(0.1, ge=0, lt=1, description="share of captions that are left out, for guidance")
 
 

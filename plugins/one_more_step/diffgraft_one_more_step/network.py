@@ -21,7 +21,9 @@ from torch import Tensor
 TIME = re.compile(r"time_embedding\.|.*\.time_emb_proj\.")
 """Keys of the stock class that no file has."""
 PUBLISHED = 160
-"""Widths of the published networks are multiples of this one; they have 5, 10 and 20 heads, and groups of 32. Ours have 1, 2, 4 and 4."""
+"""Widths of the published networks are multiples of this one; they have 5, 10 and 20 heads and norms of 32 groups, others 1, 2 and 4."""
+GROUPS = 4
+"""Of the norms of all others."""
 
 
 def axis(factor: int, letter: str = "w") -> str:
@@ -116,7 +118,7 @@ def network(w: int, c: int, d: int, m: int = 1, n: int = 1) -> UNet2DConditionMo
         block_out_channels=(w, 2 * w, 4 * w),
         transformer_layers_per_block=(1, m, n),
         attention_head_dim=(5, 10, 20) if published else (1, 2, 4),  # diffusers' name for the numbers of heads
-        norm_num_groups=32 if published else 4,
+        norm_num_groups=32 if published else GROUPS,
         cross_attention_dim=d,
         use_linear_projection=True,
     )

@@ -252,6 +252,7 @@ def test_a_schedule_without_a_mismatch_is_refused():
 
 def test_a_network_of_something_else_is_refused():
     refuses(Unsupported, "text of width 48", weights=Weights(LAYOUT.synthetic({**LAYOUT.small, "d": 48})))
+    refuses(Unsupported, "no multiple of 4", weights=Weights(LAYOUT.synthetic({**LAYOUT.small, "w": 6})))
     refuses(Unsupported, "latents of 8 channels", weights=Weights(LAYOUT.synthetic({**LAYOUT.small, "c": 8})))
     made = make("StableDiffusionPipeline")
     wide = make("StableDiffusionXLPipeline").pipe
