@@ -15,7 +15,8 @@ Held-out captions of emoji-sd, DDIM with `leading` timesteps, prompt i from seed
 Colour is the error of the background (the median of the outermost pixels) against the mean of true renders of its word, RGB of 0..255;
 brightness the error of the mean luminance against four true renders of the caption. Intervals are 95 % of a bootstrap over the prompts,
 those of a difference to `plain` over pairs. The moments are of the means of 2 x 2 fields of the latents (16 numbers): Gaussian fits of
-where runs begin, against one of true pictures noised to that level. Writes OUT.json and OUT.png.
+where runs begin, against one of true pictures noised to that level. At last the pipeline is told a caption without its background, and the
+network the whole caption (`prompt`): how often the background is the one asked for. Writes OUT.json and OUT.png.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ import typer
 from diffgraft import load_pipeline, unload
 from diffgraft.installed import registry
 from diffgraft.lab.judging import all_right, load_judge
+from diffgraft.lab.metrics import share
 from diffgraft.methods.artefacts import Artefact
 from diffgraft.methods.decoding import to_latents
 from diffgraft_checkpoints.emoji import scenes
@@ -50,6 +52,8 @@ from torch import Tensor
 BATCH = 16
 RENDERS = 4
 """True renders of a caption against which brightness is measured."""
+LONG = 20
+"""Steps from which on `trailing` and `true` are left out: what they show is in the shorter runs."""
 LUMINANCE = np.array([0.299, 0.587, 0.114])
 Rows = np.ndarray
 
@@ -164,6 +168,38 @@ def moments(pipe: Any, artefact: Artefact, steps: list[int], captions: int, cons
     return rows
 
 
+# a prompt of its own ------------------------------------------------------------------------------------------------------------------
+
+
+def told(
+    pipe: Any,
+    labels: list[scenes.Labels],
+    colours: dict[Any, Rows],
+    steps: list[int],
+    scale: float,
+    knobs: dict[str, Any],
+    console: Console,
+) -> list[dict[str, Any]]:
+    """How often the background is the one that only the network was told of: captions without one for the pipeline, the whole for it."""
+    texts = [scenes.fill("a {size} {object} {phrase}", each) for each in labels]
+    whole = tuple(scenes.caption(each) for each in labels)
+    rows = []
+    for n in (n for n in steps if n <= LONG):
+        for name, w in (("plain", None), ("oms, w = 1", 1.0), ("oms, w = 2", 2.0)):
+            images: list[Image.Image] = []
+            for first in range(0, len(texts), BATCH):
+                if w is not None:
+                    load_pipeline(pipe, plugins=[OneMoreStep(**knobs, prompt=whole[first : first + BATCH], guidance_scale=w)])
+                seeds = [torch.Generator().manual_seed(first + i) for i in range(len(texts[first : first + BATCH]))]
+                images += pipe(texts[first : first + BATCH], num_inference_steps=n, guidance_scale=scale, generator=seeds).images
+                unload(pipe)
+            nearest = [min(colours, key=lambda word, im=image: ((background(im) - colours[word]) ** 2).sum()) for image in images]
+            found = share([near == each.background for near, each in zip(nearest, labels, strict=True)])
+            rows.append({"start": name, "steps": n, "right": vars(found)})
+            say(f"told the background alone, {n} steps, {name}: {vars(found)}")
+    return rows
+
+
 # pictures -----------------------------------------------------------------------------------------------------------------------------
 
 
@@ -204,7 +240,7 @@ def main(
 
     pictures: dict[tuple[str, int], list[Image.Image]] = {}
     for n in counts:
-        for name in ("plain", "oms", "zero snr", "trailing", "true"):
+        for name in ("plain", "oms", "zero snr", *(("trailing", "true") if n <= LONG else ())):
             start = noised(x0, abar_of(own, n), 0) if name == "true" else None
             try:
                 if name in remedies:
@@ -216,6 +252,7 @@ def main(
                 unload(pipe)
                 pipe.scheduler = own
     pictures["renders", 0] = [ims[0] for ims in truth]
+    said = told(pipe, labels, wanted_colour, counts, scale, knobs, console.print)
     table = Table("start", "steps", "colour", "less plain", "brightness, abs", "less plain", "brightness, signed", "judge: all right")
     rows = []
     for (name, n), images in pictures.items():
@@ -231,7 +268,8 @@ def main(
         table.add_row(name, str(n), *(f"{mean:.2f} ({low:.2f} to {high:.2f})" for mean, low, high in cells))
     console.print(table)
     facts = {"pipeline": pipeline, "prompts": prompts, "captions": captions, "guidance": scale, "python": platform.python_version(),
-             "torch": torch.__version__, "diffusers": diffusers.__version__, "moments": start_moments, "rows": rows}  # fmt: skip
+             "torch": torch.__version__, "diffusers": diffusers.__version__, "moments": start_moments, "told": said,
+             "rows": rows}  # fmt: skip
     out.with_suffix(".json").write_text(json.dumps(facts, indent=1))
     grid(pictures, counts[0], out.with_suffix(".png"))
 

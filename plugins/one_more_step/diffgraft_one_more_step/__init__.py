@@ -22,7 +22,7 @@ from diffgraft.methods.published import Weights
 from diffgraft.methods.starts import is_first, start_from, unit_noise
 from diffusers.utils.torch_utils import randn_tensor
 from pydantic import Field
-from torch import Tensor
+from torch import Tensor, nn
 
 from diffgraft_one_more_step.fitting import OneMoreStepFitter
 from diffgraft_one_more_step.method import Std, clean, guided, share_of_noise
@@ -42,7 +42,7 @@ class OneMoreStepConfig(PluginConfig):
     weights: str | Path | list[str | Path] | Weights | None = Field(
         None, description="a published network: a file, 'owner/name/file' on the Hub, or what `diffgraft fit` made for a sibling"
     )
-    encoder: Any = Field(
+    encoder: str | Path | Encoder | tuple[Any, nn.Module] | None = Field(
         None, description="the text encoder of `weights`: a folder, a Hub id or (tokenizer, model); none: the pipeline's own serves"
     )
     artefact: str | Path | Artefact | None = Field(None, description="a network that `diffgraft fit one_more_step` learned on this model")
