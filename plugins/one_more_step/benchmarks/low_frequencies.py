@@ -178,7 +178,7 @@ def told(
     steps: list[int],
     scale: float,
     knobs: dict[str, Any],
-    console: Console,
+    say: Callable[[str], Any],
 ) -> list[dict[str, Any]]:
     """How often the background is the one that only the network was told of: captions without one for the pipeline, the whole for it."""
     texts = [scenes.fill("a {size} {object} {phrase}", each) for each in labels]
