@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from diffgraft import ConfigError, DenoiseCall, Effects, Need, Paper, Plugin, PluginConfig, RunCall, Target, Unsupported
+from diffgraft import ConfigError, Conflict, DenoiseCall, Effects, Need, Paper, Plugin, PluginConfig, RunCall, Target, Unsupported
 from diffgraft.methods.artefacts import Artefact
 from diffgraft.methods.conditioning import number_of_prompts, own_conditioning, with_prompt
 from diffgraft.methods.encoders import Encoder
@@ -122,9 +122,9 @@ class OneMoreStep(Plugin):
             )
             return next(call)
         if call.get("latents") is not None:
-            raise ConfigError(
-                "plugin 'one_more_step': latents were given (by the call, or a plugin further out), but where a run begins is what this "
-                "plugin says; leave latents out, or take it off"
+            raise Unsupported(
+                "one_more_step: latents were given (by the call, or a plugin further out), but where a run begins is what it says itself; "
+                "leave latents out, or take it off"
             )
         if self.config.prompt is not None or call.given("encoder") is not None:
             said.text = self.told(call, self.prompts(call))
@@ -140,7 +140,10 @@ class OneMoreStep(Plugin):
     def start(self, call: DenoiseCall) -> Tensor:
         """x_T, in the pipeline's layout and dtype."""
         said, w = call.shared, self.config.guidance_scale
-        noise = unit_noise(call)
+        try:
+            noise = unit_noise(call)
+        except Conflict as error:
+            raise Unsupported(f"{error}, or name one_more_step before it") from error
         psi = network_of(self.tensors(call), noise.device, call.sample.dtype)  # kept for this one call: it takes memory
         v = predict(psi, noise, call.only("cond")["encoder_hidden_states"] if said.text is None else said.text)
         if w != 1:

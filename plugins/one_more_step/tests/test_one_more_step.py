@@ -273,12 +273,33 @@ def test_a_network_of_something_else_is_refused():
 def test_a_call_that_says_where_it_begins_is_refused():
     made = make("StableDiffusionPipeline")
     load_pipeline(made.pipe, plugins=[OneMoreStep(weights=Weights(tensors()))])
-    with pytest.raises(ConfigError, match="latents were given"):
+    with pytest.raises(Unsupported, match="latents were given"):
         made.pipe(**made.kwargs, latents=torch.randn(1, 4, 8, 8))
     with pytest.raises(Unsupported, match="begins with a noised picture"):
         load_pipeline(make("StableDiffusionImg2ImgPipeline").pipe, plugins=[OneMoreStep()])
     with pytest.raises(Unsupported, match="one_more_step does not work"):
         load_pipeline(make("FluxPipeline").pipe, plugins=[OneMoreStep()])
+
+
+class Nudge(Watch):
+    """Further out or further in: edits the first latents."""
+
+    name = "nudge"
+
+    def denoise(self, call, next):
+        return next(call.with_latents(call.latents + 0.1))
+
+
+def test_it_stands_before_plugins_that_edit_latents():
+    made = make("StableDiffusionPipeline")
+    made.pipe.set_progress_bar_config(disable=True)
+    plugin = OneMoreStep(weights=Weights(tensors()))
+    load_pipeline(made.pipe, plugins=[plugin, Nudge])
+    made.pipe(**made.kwargs)
+    unload(made.pipe)
+    load_pipeline(made.pipe, plugins=[Nudge, plugin])
+    with pytest.raises(Unsupported, match="name one_more_step before it"):
+        made.pipe(**made.kwargs)
 
 
 def test_prompts_that_do_not_go_with_the_call_are_refused():
