@@ -212,7 +212,7 @@ def main(
     sibling: Annotated[bool, typer.Option(help="the artefact is of another model with the same autoencoder and text encoder")] = False,
     out: Annotated[Path, typer.Option()] = Path("low"),
 ) -> None:
-    console = Console()
+    console = Console(markup=False, highlight=False)
     torch.set_num_threads(1)
     bundled = registry.bundled()[pipeline]
     scale = bundled.guidance_scale or 1.0
