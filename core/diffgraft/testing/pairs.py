@@ -87,7 +87,7 @@ class Pair:
                 part = report.plugins[cls.name]
                 assert part.fired or part.notes or cls.points() == ("modules",), f"{self}: {cls.name} did nothing and does not say why"
             subject.expect(subject.run(pipe), first, f"{self}: the second run with the same seed")
-        except (Unsupported, ArtefactMismatch) as error:
+        except (Conflict, Unsupported, ArtefactMismatch) as error:
             refusal = str(error)
             assert len(refusal) > 20, f"{self}: refused without a reason: {refusal!r}"
         unload(pipe)
