@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 import torch
-from diffgraft import Bundled, load_pipeline
+from diffgraft import Bundled, Unsupported, load_pipeline
 from diffgraft.installed import registry
 from diffgraft.kernel.defaults import own_defaults
 from diffgraft_checkpoints.emoji import edit_judge, edits, scenes
 from diffgraft_checkpoints.emoji.judge import load_bundled
-from diffgraft_checkpoints.train import edit
+from diffgraft_checkpoints.train import edit, text
 from diffgraft_checkpoints_more import bundled
 
 CALLS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -84,3 +84,15 @@ def test_emoji_edit_edits_its_start_picture_and_others_as_told() -> None:
     other = scenes.render(scenes.upright(replace(start, labels=replace(start.labels, object="star"))))
     [moved] = pipe("make the background blue", image=other, num_inference_steps=16, generator=torch.Generator().manual_seed(0)).images
     assert load_bundled().score([moved], ["a star on a blue background"])["background"] == [True]
+
+
+def test_emoji_text_writes_captions_of_its_grammar() -> None:
+    folder = bundled.HERE / "emoji-text"
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) < 3e6
+    assert {"README.md", "evaluation.json", "LICENSE-APACHE-2.0.txt"} <= {path.name for path in files}
+    pipe = text.load(folder)
+    drawn = text.generate(pipe, 64, **text.SAMPLERS["23 steps"])
+    assert text.figures(drawn)["valid"] >= 0.8
+    with pytest.raises(Unsupported):  # when a family takes it: the card says that none does
+        load_pipeline(pipe)
