@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import pickle
+import sys
 from typing import Any
 
 import pytest
@@ -302,3 +303,10 @@ def test_each_of_two_denoisers_has_a_lora_of_its_own(tmp_path):
     unload(pipe)
     pipe.load_lora_weights(files["transformer_2"], load_into_transformer_2=True)
     assert torch.equal(generate(pipe, kwargs), outputs["transformer_2",]), "as the user would load it"
+
+
+def test_what_needs_peft_says_how_to_get_it(monkeypatch):
+    pipe, _ = tiny("StableDiffusionPipeline")
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(Unsupported, match=r"LoRA needs peft.*pip install 'diffgraft\[lora\]'"):
+        load_pipeline(pipe, plugins=[Brings(lora="a.safetensors")])

@@ -26,6 +26,7 @@ from diffgraft.installed.foreign import said
 from diffgraft.installed.plugin import Need, Plugin
 from diffgraft.kernel.slots import Slot, forget, keep, opened, set_requires_grad, surely
 from diffgraft.kernel.surgery import Attached
+from diffgraft.methods.extras import imported
 
 
 def adapter_layers(model: nn.Module) -> list[Any]:
@@ -170,10 +171,7 @@ def fetch_adapter(plugin: Plugin, need: Need, value: Any, target: Target) -> Ada
     pipe = target.pipe
     if not hasattr(pipe, "load_lora_weights"):
         raise Unsupported(f"{where}: {type(pipe).__name__} loads no LoRA")
-    from diffusers.utils import is_peft_available
-
-    if not is_peft_available():
-        raise Unsupported(f"{where}: a LoRA needs peft: `pip install peft`")
+    imported("peft", f"{where}: a LoRA")
     of_each = isinstance(value, Mapping) and not any(isinstance(each, Tensor) for each in value.values())
     sources = value if of_each else {next(iter(target.denoisers)): value}
     loras = {}

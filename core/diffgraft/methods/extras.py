@@ -13,7 +13,7 @@ EXTRAS = {
     "matplotlib": "lab",
     "jinja2": "author",
     "pytest": "author",
-    "peft": "author",
+    "peft": "lora",
     "ftfy": "author",
     "xformers": "xformers",
 }

@@ -39,6 +39,7 @@ from diffgraft.methods.artefacts import Artefact
 from diffgraft.methods.conditioning import Listening
 from diffgraft.methods.decoding import to_latents
 from diffgraft.methods.examples import Example
+from diffgraft.methods.extras import imported
 from diffgraft.methods.files import write_atomic
 from diffgraft.methods.inputs import CallSettings, call_arguments
 from diffgraft.methods.search import Probe
@@ -201,10 +202,7 @@ class LoraFitter(Fitter):
 
     @classmethod
     def ensure_writable(cls, pipe: Any) -> None:
-        from diffusers.utils import is_peft_available
-
-        if not is_peft_available():
-            raise Unsupported("what is learned is a LoRA, which needs peft: `pip install peft`")
+        imported("peft", "a fit that learns a LoRA")
         if not hasattr(pipe, "save_lora_weights"):
             raise Unsupported(f"what is learned is a LoRA, and {type(pipe).__name__} loads none")
 
