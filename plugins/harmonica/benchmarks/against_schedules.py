@@ -361,7 +361,7 @@ def main(
     if judge:
         module, function = judge.split(":")
         knows = getattr(importlib.import_module(module), function)()
-        names = {number: str(name) for number, name in enumerate(pipe.config.get("id2label", {}).values())}
+        names = {number: name for name, number in pipe.labels.items()}
         prompts = [f"{'an' if names[label][0] in 'aeiou' else 'a'} {names[label]}" for label, _ in asked]
         for side in sides:
             images = [Image.fromarray((255 * picture).round().astype(np.uint8)) for picture in side.pictures]

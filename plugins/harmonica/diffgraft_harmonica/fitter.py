@@ -38,10 +38,19 @@ class Router(nn.Module):
         self.lambdas: Tensor
 
 
+@dataclass(frozen=True)
+class Asked:
+    """What the next run is for: the scores r [T, L] that mix its layers, where these are above tau, and whether rows learn in it."""
+
+    scores: Tensor
+    above: list[list[bool]]
+    learns: bool
+
+
 @dataclass
 class Trajectory:
     """Of a branch: cached outputs by layer, and the scores of the step in progress (None: outputs pass as they are). Of the run
-    (``call.shared``): its losses [batch], their gradient, and the latents at its end."""
+    (``call.shared``): its losses [batch], their mean's gradient with respect to rho, and the latents at its end."""
 
     kept: dict[str, Tensor] = field(default_factory=dict)
     scores: Tensor | None = None
@@ -100,8 +109,8 @@ class RouterFitter(Fitter):
 
     def trajectory(self, pipe: Any, batch: Batch, scores: Tensor, learns: bool = False) -> dict[str, Tensor]:
         """A run from the batch's noise whose layers are mixed by ``scores`` [T, L]: "end", and where it learns "losses" and "gradient"."""
-        self.scores, self.learns = scores, learns
-        self.replaces = (scores > self.plugin.config.threshold).tolist()  # once a run: no step waits for the device
+        above = (scores > self.plugin.config.threshold).tolist()  # once a run: no step waits for the device
+        self.asked = Asked(scores, above, learns)
         pipe(**{**self.arguments(batch), "output_type": "latent"})
         found: dict[str, Tensor] = pipe.plugins.report().plugins[self.name].records
         return found
@@ -115,24 +124,32 @@ class RouterFitter(Fitter):
         return result
 
     def denoise(self, call: DenoiseCall, next: Callable[[DenoiseCall], Tensor]) -> Tensor:
+        state, asked, s = call.state, self.asked, call.step.call
+        if asked.learns and s > 0:
+            return self.learn(call, next)
+        if asked.learns:
+            rows = call.sample.shape[0] // len(call.branches)
+            call.shared.losses = call.sample.new_zeros(rows, dtype=torch.float32)
+            call.shared.gradient = torch.zeros_like(asked.scores)
+        state.scores = asked.scores[s]
+        return next(call)
+
+    def learn(self, call: DenoiseCall, next: Callable[[DenoiseCall], Tensor]) -> Tensor:
+        """What the student says; the loss of the step and its gradient go to the run.
+
+        The denoiser is differentiated for the sum of squares; lambda and l1 come afterwards, because half precision has no room for them.
+        """
         state, run, s = call.state, call.shared, call.step.call
-        if s == 0 and self.learns:
-            run.losses = call.sample.new_zeros(call.sample.shape[0] // len(call.branches), dtype=torch.float32)
-            run.gradient = torch.zeros_like(self.scores)
-        if s == 0 or not self.learns:
-            state.scores = self.scores[s]
-            return next(call)
         state.scores = None
         teacher = combined(call, next(call))
-        logits = self.trained.logits
+        state.scores = r = self.asked.scores[s].clone().requires_grad_()
         with torch.enable_grad():
-            state.scores = logits[s].sigmoid()
             student = next(call)
-            error = squared_error(combined(call, student), teacher)
-            losses = self.trained.lambdas[s] * error + self.config.l1 * state.scores.sum()
-            (gradient,) = torch.autograd.grad(losses.mean(), logits)
-        run.losses += losses.detach()
-        run.gradient += gradient
+            errors = squared_error(combined(call, student), teacher)
+            (slope,) = torch.autograd.grad(errors.sum() * teacher[0].numel(), r)
+        r, weight = r.detach(), self.trained.lambdas[s]
+        run.losses += weight * errors.detach() + self.config.l1 * r.sum()
+        run.gradient[s] = (weight * slope / teacher.numel() + self.config.l1) * r * (1 - r)
         return student.detach()
 
     def block(self, call: BlockCall, next: Callable[[BlockCall], Tensor]) -> Tensor:
@@ -143,7 +160,7 @@ class RouterFitter(Fitter):
         k, cached = self.columns[path], state.kept.get(path)
         if cached is not None:
             out = mixed(cached, out, state.scores[k])
-        if cached is None or self.replaces[call.step.call][k]:
+        if cached is None or self.asked.above[call.step.call][k]:
             state.kept[path] = out.detach()
         return out
 

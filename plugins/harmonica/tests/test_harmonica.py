@@ -485,8 +485,8 @@ def test_the_fit_is_that_of_the_official_code(tmp_path):
     assert [step for step, _, _ in asked] == [0, 1, 2, 3]
     logits, lambdas = restated(tiny().pipe, begin, asked, tau=0.5, scale=2.0, **knobs)
     assert float((logits - begin).abs().max()) > 0.1
-    torch.testing.assert_close(found.tensors["lambdas"], lambdas, rtol=1e-3, atol=1e-7)
-    torch.testing.assert_close(found.tensors["logits"], logits, rtol=0, atol=2e-3)
+    torch.testing.assert_close(found.tensors["lambdas"], lambdas, rtol=1e-4, atol=0)
+    torch.testing.assert_close(found.tensors["logits"], logits, rtol=0, atol=1e-4)
 
 
 def two_blocks():
