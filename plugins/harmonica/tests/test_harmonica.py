@@ -362,6 +362,26 @@ def test_a_fit_goes_on_where_it_stopped(tmp_path):
     assert all(torch.equal(two.tensors[name], value) for name, value in one.tensors.items()), "lambda too, which is measured seldom"
 
 
+def test_a_shorter_fit_is_the_beginning_of_a_longer_one(tmp_path):
+    """Nothing in a step depends on how many there will be."""
+    seen = []
+    short = learn(tiny().pipe, tmp_path / "short.safetensors", 1)
+    learn(tiny().pipe, tmp_path / "long.safetensors", 2, plugin=keeping(seen)(threshold=0.5))
+    assert torch.equal(seen[1], short.tensors["logits"])
+    assert not torch.equal(seen[0], seen[1])
+
+
+def keeping(seen):
+    """The plugin, whose fitter keeps the logits before each step."""
+
+    class Kept(RouterFitter):
+        def rollout(self, pipe, batch):
+            seen.append(self.trained.logits.detach().clone())
+            return super().rollout(pipe, batch)
+
+    return type("Keeping", (HarmoniCa,), {"fitting": Kept})
+
+
 def test_logits_stay_in_their_range(tmp_path):
     found = learn(tiny().pipe, tmp_path / "r.safetensors", 8, 1, l1=1e3, rate=1.0)
     assert torch.equal(found.tensors["logits"][1:], torch.full((T - 1, L["dit"]), -5.0))
