@@ -25,7 +25,7 @@ from typer.testing import CliRunner
 ROOT = Path(__file__).resolve().parent.parent
 READMES = {"project": ROOT / "README.md", **{path.parent.name: path for path in sorted((ROOT / "plugins").glob("*/README.md"))}}
 PAGES = [*READMES.values(), *sorted((ROOT / "docs").glob("**/*.md"))]
-SHIPS = ("emoji-flux", "emoji-sd", "emoji-sd-lcm", "emoji-wan")
+SHIPS = ("emoji-dit", "emoji-flux", "emoji-sd", "emoji-sd-lcm", "emoji-wan")
 BLOCK = re.compile(r"```(python|bash)\n(.*?)```", re.DOTALL)
 STANDS_IN = {
     "runwayml/stable-diffusion-v1-5": "emoji-sd",
@@ -39,12 +39,14 @@ STANDS_IN = {
     "black-forest-labs/FLUX.1-dev": "emoji-flux",
     "black-forest-labs/FLUX.1-schnell": "emoji-flux",
     "Wan-AI/Wan2.1-T2V-1.3B-Diffusers": "emoji-wan",
+    "facebook/DiT-XL-2-256": "emoji-dit",
     "google/ddpm-cifar10-32": "ddpm",
 }
 STEPS = 8
 SHORTER = {  # options that make a line of the command line short; they come last and win
     "compare": "--repeats 1 --warmup 0 --num-prompts 2",
     "calibrate dpm_solver_v3": "-o dpm_solver_v3.intervals=10",
+    "fit harmonica": "--steps 1 --batch 1",
     "evolve": "--population 2 --epochs 1 --mutations 1 --crossovers 0 --reference-steps 6",
 }
 ELSEWHERE = {"new", "check", "tune"}

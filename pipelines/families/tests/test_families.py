@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from diffgraft import Family, Tiny
+from diffgraft.installed.anatomy import layers_in
 from diffgraft_pipelines.families import FAMILIES
 from diffgraft_pipelines.tiny import make
 from diffusers import (
@@ -149,7 +150,7 @@ def test_names_exist(family: Family, name: str) -> None:
             found = blocks(denoiser, group)
             assert len(found) >= (1 if group.path == "mid_block" else 2)
             for layer in group.layers:
-                assert any(isinstance(getattr(block, layer, None), nn.ModuleList) for block in found), layer
+                assert any(layers_in(block, layer) for block in found), layer
             if family.kind == "unet":
                 lists = {key for b in found for key, value in b.named_children() if isinstance(value, nn.ModuleList)}
                 assert lists == set(group.layers), "every list of layers is named"
@@ -272,8 +273,8 @@ def test_blocks(family: Family, name: str) -> None:
     assert [block for _, block in expected] == [block for block, _, _ in ran]
     for group, block in expected:
         count = seen_run.layers.count
-        for layer_list in group.layers:
-            for layer in getattr(block, layer_list, None) or ():
+        for attribute in group.layers:
+            for _, _, _, layer in layers_in(block, attribute):
                 assert count(layer) == sum(call.denoiser == 0 for call in seen_run.calls), "each layer once a call"
     received: dict[str, set[str]] = {}
     for (group, block), (_, inputs, result) in zip(expected, ran, strict=True):

@@ -9,7 +9,7 @@ family = Family(
     pipelines=("DiTPipeline",),
     denoisers=("transformer",),
     kind="dit",
-    blocks=(BlockGroup("transformer_blocks", "block", ("hidden_states", "timestep", "class_labels")),),
+    blocks=(BlockGroup("transformer_blocks", "block", ("hidden_states", "timestep", "class_labels"), layers=("attn1", "ff")),),
     guidance=Guidance("batched", ("cond", "uncond"), doubled=True),
     conditioning=("class_labels",),
     branch_prediction="drop_sigma",

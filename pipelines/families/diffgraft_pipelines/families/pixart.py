@@ -14,6 +14,7 @@ family = Family(
             "transformer_blocks",
             "block",
             ("hidden_states", "encoder_hidden_states", "encoder_attention_mask", "timestep"),
+            layers=("attn1", "attn2", "ff"),
         ),
     ),
     guidance=Guidance("batched"),
