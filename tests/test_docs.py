@@ -126,7 +126,15 @@ def commands_of(page: Path) -> list[list[str]]:
     """Every command that a page quotes, as words; a sentence that begins with the project's name is none."""
     known = get_command(app).commands  # type: ignore[attr-defined]
     lines = COMMANDS.findall(page.read_text(encoding="utf-8").replace("\\\n", " "))
-    return [shlex.split(line, comments=True) for line in lines if line.split()[0] in known]
+    return [shlex.split(EXPANDED.sub(printed, line), comments=True) for line in lines if line.split()[0] in known]
+
+
+EXPANDED = re.compile(r"\$\((printf [^)]*)\)")
+"""What a shell writes out before it calls the command: sixty class labels."""
+
+
+def printed(expression: re.Match[str]) -> str:
+    return subprocess.run(["bash", "-c", expression[1]], capture_output=True, text=True, check=True).stdout
 
 
 def wrong_in(words: list[str]) -> str:
