@@ -1,4 +1,4 @@
-"""Diffusion classifiers: how well a text describes a picture, by how well the denoiser predicts the picture's noise when it is told the text.
+"""Diffusion classifiers: how well a text describes a picture, by how well the denoiser predicts noise put on it when it is told the text.
 
     pipe = load_pipeline("emoji-sd", plugins=["diffusion_classifier"])
     classifier = pipe.plugins["diffusion_classifier"]
@@ -18,12 +18,13 @@ import torch
 from diffgraft import ConfigError, Effects, Paper, Plugin, PluginConfig, RunCall, Target
 from diffgraft.methods.examples import pixels
 from diffgraft.methods.rewards import asking_pipeline
+from diffgraft.methods.variants import own_size
 from PIL import Image
 from pydantic import Field
 from torch import Tensor
 
 from diffgraft_diffusion_classifier.method import Norm, Scheme, fit_weights, weighted
-from diffgraft_diffusion_classifier.scoring import NAME, Errors, Scorer, ensure_scores, where, why_not_now
+from diffgraft_diffusion_classifier.scoring import NAME, Errors, Scorer, Size, ensure_scores, where, why_not_now
 
 __all__ = ["DiffusionClassifier", "Errors", "fit_weights", "reward"]
 __version__ = "0.1.0"
@@ -35,7 +36,7 @@ Reward = Callable[[Sequence[Any], Sequence[str]], list[float]]
 class DiffusionClassifierConfig(PluginConfig):
     """Knobs of DiffusionClassifier."""
 
-    timesteps: int = Field(30, ge=1, description="S: times at which errors are measured, every floor(1000 / S)-th of the training schedule")
+    timesteps: int = Field(30, ge=1, description="S: times at which errors are measured, every floor(1000 / S)-th of the schedule")
     window: Literal["all", "late"] = Field("all", description="times of the whole schedule, or S of its noisier half")
     margin: int | None = Field(
         None, ge=0, description="times left out at either end of the schedule; none: 10 of 1000, and 20 of a flow model's (not of `late`)"
@@ -44,7 +45,9 @@ class DiffusionClassifierConfig(PluginConfig):
         "uniform", description="w_t: a scheme, or one number for each time, least noise first (those that `fit_weights` learned)"
     )
     norm: Norm = Field("mse", description="err_t: the mean of the squared differences, or their L2 norm")
-    relative: bool = Field(True, description="a score is err(no prompt) - err(prompt); false: -err(prompt), for one picture's prompts alone")
+    relative: bool = Field(
+        True, description="a score is err(no prompt) - err(prompt); false: -err(prompt), for one picture's prompts alone"
+    )
     guidance: float = Field(0.0, ge=0, description="the scale that a guidance-distilled model (FLUX.1-dev) is told; others have none")
     batch: int = Field(64, ge=1, description="pairs of picture and prompt in one call of the denoiser; the memory follows from it")
     seed: int = Field(0, ge=0, lt=2**63, description="of the noises, one for each time, the same for all pictures and prompts")
@@ -104,12 +107,7 @@ class DiffusionClassifier(Plugin):
         Raises:
             ConfigError: not one prompt for each picture; else as :meth:`errors`.
         """
-        if isinstance(prompts, str) or len(images) != len(prompts):
-            what = "one prompt as a text" if isinstance(prompts, str) else f"{len(prompts)} prompts"
-            raise ConfigError(f"{NAME}: {len(images)} pictures and {what}: a score wants a list with one prompt for each picture")
-        for_each(images, [[prompt] for prompt in prompts])
-        scorer = Scorer(pipe, self)
-        return scorer.scores(encoded(scorer, images), prompts).tolist()  # type: ignore[no-any-return]
+        return self._scored(pipe, images, prompts, None)
 
     def reward(self, pipe: Any) -> Reward:
         """:meth:`score` by this pipeline as a reward, for plugins that search on it or on another one.
@@ -125,6 +123,14 @@ class DiffusionClassifier(Plugin):
         return diffusion_classifier
 
     fit_weights = staticmethod(fit_weights)
+
+    def _scored(self, pipe: Any, images: Sequence[Any], prompts: Sequence[str], size: Size | None) -> list[float]:
+        if isinstance(prompts, str) or len(images) != len(prompts):
+            what = "one text" if isinstance(prompts, str) else f"{len(prompts)} prompts"
+            raise ConfigError(f"{NAME}: {len(images)} pictures and {what}: a score wants a list with one prompt for each picture")
+        for_each(images, [[prompt] for prompt in prompts])
+        scorer = Scorer(pipe, self, self.config.size or size)
+        return scorer.scores(encoded(scorer, images), prompts).tolist()  # type: ignore[no-any-return]
 
     def _measured(self, pipe: Any, images: Sequence[Any], prompts: Prompts) -> tuple[Scorer, Errors]:
         wanted = for_each(images, prompts)
@@ -157,7 +163,7 @@ class DiffusionClassifier(Plugin):
 
     def _tell(self, call: RunCall, made: Any, prompts: Sequence[str]) -> None:
         sides = call.get("height"), call.get("width")
-        scorer = Scorer(call.pipe, self, None if None in sides else sides)
+        scorer = Scorer(call.pipe, self, own_size(call.pipe) if None in sides else sides)
         if call.get("output_type") == "latent":
             latents = made.float()
         elif isinstance(made, (list, tuple)):
@@ -168,7 +174,9 @@ class DiffusionClassifier(Plugin):
         several = len(latents) // len(prompts)  # num_images_per_prompt
         found = scorer.scores(latents, [prompt for prompt in prompts for _ in range(several)])
         call.record({"scores": found})
-        call.note(f"scores under the prompts: {', '.join(f'{value:.4g}' for value in found.tolist())} (inactive on the pictures themselves)")
+        call.note(
+            f"scores under the prompts: {', '.join(f'{value:.4g}' for value in found.tolist())} (inactive on the pictures themselves)"
+        )
 
 
 def reward(images: Sequence[Any], prompts: Sequence[str]) -> list[float]:
@@ -184,9 +192,9 @@ def reward(images: Sequence[Any], prompts: Sequence[str]) -> list[float]:
             "reward 'diffusion_classifier': it judges by the pipeline whose run asks for it, and no run does; take one that has its pipeline: "
             'load_pipeline(..., plugins=["diffusion_classifier"]).plugins["diffusion_classifier"].reward(pipe)'
         )
-    on_it = NAME in pipe.plugins
-    plugin: DiffusionClassifier = pipe.plugins[NAME] if on_it else DiffusionClassifier()
-    return plugin.score(pipe, images, prompts)
+    plugin: DiffusionClassifier = pipe.plugins[NAME] if NAME in pipe.plugins else DiffusionClassifier()
+    made = [image.size for image in images if isinstance(image, Image.Image)]
+    return plugin._scored(pipe, images, prompts, (made[0][1], made[0][0]) if made else None)  # as large as the run makes them
 
 
 def for_each(images: Sequence[Any], prompts: Prompts) -> list[tuple[str, ...]]:
@@ -210,8 +218,8 @@ def for_each(images: Sequence[Any], prompts: Prompts) -> list[tuple[str, ...]]:
     if wrong := [each for texts in wanted for each in texts if not isinstance(each, str)]:
         raise ConfigError(f"{NAME}: prompts: {wrong[0]!r:.80} is no text")
     counts = {len(texts) for texts in wanted}
-    if counts == {0} or len(counts) > 1 or not prompts:
-        raise ConfigError(f"{NAME}: prompts: {sorted(counts) or 'no'} for the pictures: give each picture the same number, at least one")
+    if counts == {0} or len(counts) > 1:
+        raise ConfigError(f"{NAME}: prompts: {sorted(counts)} for the pictures: give each picture the same number, at least one")
     return wanted
 
 

@@ -48,7 +48,9 @@ def ensure_scores(pipe: Any, family: Family) -> None:
     if (kind := prediction_kind(family, scheduler)) not in KINDS:
         raise Unsupported(f"{NAME}: {name} predicts {kind!r}; known is what {', '.join(KINDS)} mean")
     if kind != "flow" and getattr(scheduler, "alphas_cumprod", None) is None:
-        raise Unsupported(f"{NAME}: {type(scheduler).__name__} has no alphas_cumprod, so the levels that {name} was trained on are not known")
+        raise Unsupported(
+            f"{NAME}: {type(scheduler).__name__} has no alphas_cumprod, so the levels that {name} was trained on are not known"
+        )
 
 
 def why_not_now(pipe: Any) -> str | None:
@@ -99,7 +101,9 @@ def size_of(pipe: Any, family: Family, given: Size | None) -> Size:
         raise ConfigError(f"plugin {NAME!r}: {type(pipe).__name__} does not say how large its pictures are: give size = (height, width)")
     multiple = pipe.vae_scale_factor * (2 if family.latents == "packed" else 1)
     if any(side < 1 or side % multiple for side in found):
-        raise ConfigError(f"plugin {NAME!r}: size = {found}: height and width of {type(pipe).__name__}'s pictures are multiples of {multiple}")
+        raise ConfigError(
+            f"plugin {NAME!r}: size = {found}: height and width of {type(pipe).__name__}'s pictures are multiples of {multiple}"
+        )
     return found
 
 
