@@ -66,8 +66,8 @@ class DiffusionClassifier(Plugin):
     )
     families = ("sd", "sdxl", "sd3", "flux")
     not_on: ClassVar[dict[str, str]] = {
-        f"*{word}*": "it takes more than a prompt, and what is scored is a text-to-image model: put the plugin on that pipeline of the same "
-        "parts (AutoPipelineForText2Image.from_pipe)"
+        f"*{word}*": "it takes more than a prompt, and what is scored is a text-to-image model: put the plugin on that pipeline of the "
+        "same parts (AutoPipelineForText2Image.from_pipe)"
         for word in ("Img2Img", "Inpaint", "ControlNet")
     }
     Config = DiffusionClassifierConfig
@@ -180,8 +180,8 @@ class DiffusionClassifier(Plugin):
 
 
 def reward(images: Sequence[Any], prompts: Sequence[str]) -> list[float]:
-    """The reward "diffusion_classifier": :meth:`DiffusionClassifier.score` by the very pipeline whose run asks, with the knobs of the plugin
-    where it is on that pipeline, else with the defaults.
+    """The reward "diffusion_classifier": :meth:`DiffusionClassifier.score` by the very pipeline whose run asks, with the knobs of the
+    plugin where it is on that pipeline, else with the defaults.
 
     Raises:
         ConfigError: no run asks.
@@ -189,8 +189,8 @@ def reward(images: Sequence[Any], prompts: Sequence[str]) -> list[float]:
     pipe = asking_pipeline()
     if pipe is None:
         raise ConfigError(
-            "reward 'diffusion_classifier': it judges by the pipeline whose run asks for it, and no run does; take one that has its pipeline: "
-            'load_pipeline(..., plugins=["diffusion_classifier"]).plugins["diffusion_classifier"].reward(pipe)'
+            "reward 'diffusion_classifier': it judges by the pipeline whose run asks for it, and no run does; take one that has its "
+            'pipeline: pipe.plugins["diffusion_classifier"].reward(pipe)'
         )
     plugin: DiffusionClassifier = pipe.plugins[NAME] if NAME in pipe.plugins else DiffusionClassifier()
     made = [image.size for image in images if isinstance(image, Image.Image)]
@@ -209,12 +209,11 @@ def for_each(images: Sequence[Any], prompts: Prompts) -> list[tuple[str, ...]]:
     for i, image in enumerate(images):
         if not isinstance(image, (Image.Image, str, os.PathLike)):
             raise ConfigError(f"{NAME}: images[{i}] is a {type(image).__name__}: give PIL pictures or files")
-    if all(isinstance(each, str) for each in prompts):
-        wanted = [tuple(prompts) for _ in images]
-    else:
-        if len(prompts) != len(images):
-            raise ConfigError(f"{NAME}: {len(images)} pictures but {len(prompts)} lists of prompts: give one list for each, or one for all")
-        wanted = [tuple(each) if isinstance(each, (list, tuple)) else (each,) for each in prompts]  # type: ignore[arg-type]
+    shared = all(isinstance(each, str) for each in prompts)
+    if not shared and len(prompts) != len(images):
+        raise ConfigError(f"{NAME}: {len(images)} pictures but {len(prompts)} lists of prompts: give one list for each, or one for all")
+    lists: Sequence[Any] = [prompts] * len(images) if shared else prompts
+    wanted = [tuple(each) if isinstance(each, (list, tuple)) else (each,) for each in lists]
     if wrong := [each for texts in wanted for each in texts if not isinstance(each, str)]:
         raise ConfigError(f"{NAME}: prompts: {wrong[0]!r:.80} is no text")
     counts = {len(texts) for texts in wanted}

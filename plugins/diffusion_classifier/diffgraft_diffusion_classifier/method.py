@@ -6,8 +6,8 @@ says how well c describes z:
     err_t(z, c) = mean of (prediction(x_t, t, c) - target_t)^2                 or its L2 norm
     err(z, c)   = mean over t of w_t err_t(z, c)
 
-The prompt of a picture is the one of least err; the picture of a prompt the one of least err(z, c) - err(z, ""). The noises are the same for
-all prompts and pictures: what differs between two errors is then the prompt, not the draw.
+The prompt of a picture is the one of least err; the picture of a prompt the one of least err(z, c) - err(z, ""). The noises are the same
+for all prompts and pictures: what differs between two errors is then the prompt, not the draw.
 """
 
 from __future__ import annotations
