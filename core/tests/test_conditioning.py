@@ -73,6 +73,20 @@ def test_the_whole_call_is_what_a_session_wants(name):
             assert torch.equal(denoiser(**asked)[0], found), branch
 
 
+def test_tokenizers_keep_nothing_of_being_asked():
+    """A guided run ends with padding to the longest of all; one without guidance would leave the prompt's own length."""
+    pipe, kwargs = tiny("StableDiffusionPipeline")
+    for state in ("of a run", "none"):
+        if state == "of a run":
+            generate(pipe, kwargs)
+        else:
+            pipe.tokenizer.backend_tokenizer.no_padding()
+            pipe.tokenizer.backend_tokenizer.no_truncation()
+        before = pipe.tokenizer.backend_tokenizer.to_str()
+        own_conditioning(pipe, {**kwargs, "guidance_scale": 1.0, "prompt": "a green dog"})
+        assert pipe.tokenizer.backend_tokenizer.to_str() == before, state
+
+
 def test_text_encoders_are_told_apart():
     first, second = tiny("StableDiffusionPipeline")[0], tiny("StableDiffusionPipeline")[0]
     assert same_text_encoders(first, second)

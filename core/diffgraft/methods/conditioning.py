@@ -7,7 +7,8 @@ listener on its denoiser, which keeps what arrives and ends the call there.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -97,7 +98,8 @@ class Listening:
         if "strength" in given:
             given["strength"] = 1.0  # else one step is none; the conditioning does not depend on it
         try:
-            self.pipe(**given, num_inference_steps=1, output_type="latent", generator=torch.Generator().manual_seed(0))
+            with tokenizers_as_they_were(self.pipe):
+                self.pipe(**given, num_inference_steps=1, output_type="latent", generator=torch.Generator().manual_seed(0))
         except Heard as end:
             return Conditioning(end.branches.of_branch, end.branches.whole)
         return Conditioning({})
@@ -121,6 +123,19 @@ def own_conditioning(second: Any, arguments: Mapping[str, Any]) -> Conditioning:
             "give the prompt as text"
         )
     return listening.conditioning(arguments)
+
+
+@contextmanager
+def tokenizers_as_they_were(pipe: Any) -> Iterator[None]:
+    """Fast tokenizers keep the padding and the truncation of their last call, and save them; afterwards these are as they were."""
+    fast = [each for part in pipe.components.values() if (each := getattr(part, "backend_tokenizer", None)) is not None]
+    kept = [(each, each.padding, each.truncation) for each in fast]
+    try:
+        yield
+    finally:
+        for each, padding, truncation in kept:
+            each.no_padding() if padding is None else each.enable_padding(**padding)
+            each.no_truncation() if truncation is None else each.enable_truncation(**truncation)
 
 
 def is_of_the_prompt(name: str) -> bool:

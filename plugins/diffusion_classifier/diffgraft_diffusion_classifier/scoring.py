@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from diffgraft import ConfigError, Family, Step, Unsupported, denoisers_of, find_family, load_pipeline
-from diffgraft.methods.conditioning import own_conditioning, sibling, takes_pictures
+from diffgraft.methods.conditioning import Listening, sibling, takes_pictures
 from diffgraft.methods.decoding import ensure_decodes, to_latents
 from diffgraft.methods.inputs import parameters
 from diffgraft.methods.inversion import size_arguments
@@ -126,6 +126,7 @@ class Scorer:
         self.kind = prediction_kind(self.family, pipe.scheduler)
         self.levels, self.weights = where(config, self.family, pipe.scheduler)
         self.size = size_of(self.pipe, self.family, size or config.size)
+        self.listening = Listening(pipe)
         self.device = self.pipe._execution_device
         self.forwards = 0
 
@@ -151,7 +152,7 @@ class Scorer:
         for begin in range(0, len(pairs), self.config.batch):
             part = pairs[begin : begin + self.config.batch]
             z = latents[[i for i, _ in part]].to(self.device)
-            asked = own_conditioning(self.pipe, self.arguments([prompt for _, prompt in part])).whole["cond"]
+            asked = self.listening.conditioning(self.arguments([prompt for _, prompt in part])).whole["cond"]
             rows.append(self.errors_of(z, bank, asked).cpu())
         return torch.cat(rows) if rows else latents.new_zeros(0, len(self.levels)).cpu()
 
