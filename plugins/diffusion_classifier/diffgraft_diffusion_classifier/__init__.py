@@ -224,4 +224,6 @@ def for_each(images: Sequence[Any], prompts: Prompts) -> list[tuple[str, ...]]:
 
 def encoded(scorer: Scorer, images: Sequence[Any]) -> Tensor:
     """Clean latents of pictures or files, cut to the scorer's size around the middle."""
-    return scorer.latents(torch.stack([pixels(image, *scorer.size) for image in images])) if images else torch.empty(0)
+    parts = [images[begin : begin + scorer.config.batch] for begin in range(0, len(images), scorer.config.batch)]
+    found = [scorer.latents(torch.stack([pixels(image, *scorer.size) for image in part])) for part in parts]
+    return torch.cat(found) if found else torch.empty(0)

@@ -55,8 +55,11 @@ def ensure_scores(pipe: Any, family: Family) -> None:
 
 def why_not_now(pipe: Any) -> str | None:
     """Why prompts alone cannot be scored by the pipeline as it is."""
-    if any(map(takes_pictures, denoisers_of(pipe, find_family(type(pipe))).values())):
+    denoisers = denoisers_of(pipe, find_family(type(pipe))).values()
+    if any(map(takes_pictures, denoisers)):
         return "an IP-Adapter is loaded, so that its denoiser wants a picture beside each prompt: pipe.unload_ip_adapter() first"
+    if any(getattr(denoiser, "is_cache_enabled", False) for denoiser in denoisers):
+        return "a cache of diffusers itself is on, which would answer with the features of another prompt: disable_cache() first"
     return None
 
 

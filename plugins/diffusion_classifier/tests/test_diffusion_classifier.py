@@ -38,6 +38,7 @@ from diffusers import (
     FluxPipeline,
     StableDiffusionImg2ImgPipeline,
 )
+from diffusers.hooks import FirstBlockCacheConfig
 from diffusers.training_utils import compute_loss_weighting_for_sd3
 from PIL import Image
 
@@ -629,6 +630,15 @@ def test_other_pipelines_are_refused_with_the_reason():
     pipe.scheduler = EDMEulerScheduler()
     with pytest.raises(Unsupported, match="alphas_cumprod"):
         plugin.score(pipe, pictures(1), PROMPTS[:1])
+
+
+def test_a_cache_of_diffusers_itself_is_refused():
+    pipe, plugin = classifier(FLUX)
+    pipe.transformer.enable_cache(FirstBlockCacheConfig(threshold=0.1))
+    with pytest.raises(Unsupported, match=r"disable_cache\(\)"):
+        plugin.score(pipe, pictures(1), PROMPTS[:1])
+    pipe.transformer.disable_cache()
+    plugin.score(pipe, pictures(1), PROMPTS[:1])
 
 
 def test_a_reward_that_no_run_asks_says_what_to_do():
