@@ -155,7 +155,8 @@ def told_apart(scores: np.ndarray, good: np.ndarray) -> dict[str, float] | None:
 
 def main(
     sd: Annotated[int, typer.Option(help="renders, and as many generated pictures, for emoji-sd")] = 200,
-    flux: Annotated[int, typer.Option(help="the same for emoji-flux")] = 60,
+    flux: Annotated[int, typer.Option(help="renders for emoji-flux")] = 60,
+    flux_generated: Annotated[int, typer.Option(help="generated pictures for emoji-flux")] = 20,
     own_noises: Annotated[int, typer.Option(help="renders of the control with a noise for each caption")] = 40,
     timesteps: int = 5,
     steps: Annotated[int, typer.Option(help="of the generated pictures")] = 10,
@@ -171,10 +172,10 @@ def main(
     curves: dict[str, Any] = {}
     table = Table("model", "pictures", "of", *QUESTIONS, "forwards a picture")
     fits = Table("emoji-sd, second half of the renders", *QUESTIONS)
-    for name, count in (("emoji-sd", sd), ("emoji-flux", flux)):
+    for name, counts in (("emoji-sd", (sd, sd)), ("emoji-flux", (flux, flux_generated))):
         bench = Bench(name, timesteps, steps, batch, out)
-        labels = held_out_labels()[:count]
-        for source in ("renders", "generated"):
+        for source, count in zip(("renders", "generated"), counts, strict=True):
+            labels = held_out_labels()[:count]
             images = bench.pictures(source, labels)
             errors, forwards = bench.errors(source, images, labels)
             ones, judge = torch.ones(errors.shape[-1]), judged(images, labels)
