@@ -59,6 +59,34 @@ def test_it_is_what_the_pipeline_hands_to_its_own_denoiser(name):
         assert torch.equal(made.of_branch[branch][argument], value), key
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_the_whole_call_is_what_a_session_wants(name):
+    pipe, kwargs = tiny(name)
+    made = own_conditioning(pipe, kwargs)
+    load_pipeline(pipe)
+    denoiser = getattr(pipe, pipe.plugins.family.denoisers[0])
+    for branch, asked in made.whole.items():
+        assert set(made.of_branch[branch]) < set(asked)
+        with torch.no_grad(), pipe.plugins.session() as session:
+            found = session.model(**asked, branch=branch)[0]
+        with torch.no_grad():
+            assert torch.equal(denoiser(**asked)[0], found), branch
+
+
+def test_tokenizers_keep_nothing_of_being_asked():
+    """A guided run ends with padding to the longest of all; one without guidance would leave the prompt's own length."""
+    pipe, kwargs = tiny("StableDiffusionPipeline")
+    for state in ("of a run", "none"):
+        if state == "of a run":
+            generate(pipe, kwargs)
+        else:
+            pipe.tokenizer.backend_tokenizer.no_padding()
+            pipe.tokenizer.backend_tokenizer.no_truncation()
+        before = pipe.tokenizer.backend_tokenizer.to_str()
+        own_conditioning(pipe, {**kwargs, "guidance_scale": 1.0, "prompt": "a green dog"})
+        assert pipe.tokenizer.backend_tokenizer.to_str() == before, state
+
+
 def test_text_encoders_are_told_apart():
     first, second = tiny("StableDiffusionPipeline")[0], tiny("StableDiffusionPipeline")[0]
     assert same_text_encoders(first, second)

@@ -12,6 +12,7 @@ import torch
 from diffgraft import Conflict, PluginNotFound, Unsupported, load_pipeline, now, unload
 from diffgraft.kernel.calls import Schedule
 from diffgraft.methods.gradients import latent_gradient, predict_alone
+from diffgraft.methods.rewards import asking_pipeline
 from diffusers import (
     DDIMScheduler,
     DPMSolverMultistepScheduler,
@@ -301,3 +302,20 @@ def test_a_users_copy_in_a_callback_is_plain():
     assert all("step" not in vars(each) or not hasattr(vars(each)["step"], "target") for each in made)
     out = made[0].step(torch.zeros(1, 4, 8, 8), made[0].timesteps[1], torch.ones(1, 4, 8, 8))
     assert out.prev_sample.shape == (1, 4, 8, 8)
+
+
+def test_a_reward_learns_which_pipeline_asks():
+    pipe, kwargs = tiny(SD)
+    asked = []
+
+    class Judges(Probe):
+        name = "judges"
+
+        def step(self, call, next):
+            asked.append(asking_pipeline())
+            return next(call)
+
+    load_pipeline(pipe, plugins=[Judges])
+    generate(pipe, kwargs, callback_on_step_end=lambda *_: asked.append(asking_pipeline()) or {})
+    assert asked[:2] == [pipe, None]
+    assert asking_pipeline() is None

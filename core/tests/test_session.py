@@ -15,6 +15,7 @@ from diffgraft import ConfigError, DiffgraftError, Unsupported, load_pipeline
 from diffgraft.installed import registry
 from diffgraft.installed.plugin import INSIDE
 from diffgraft.kernel.facts import Step
+from diffgraft.methods.conditioning import own_conditioning
 from diffgraft.testing import contract_cases
 from diffusers import HeunDiscreteScheduler
 from probes import Effects, Probe, tiny, trace
@@ -105,6 +106,20 @@ def test_every_installed_plugin_with_hooks_of_the_denoiser_is_held_to_it():
     assert {"deepcache", "superdiff"} <= inside
     for name in inside:
         assert "session" in {case.check.name for case in contract_cases(name)}, name
+
+
+def test_a_session_counts_its_forwards_also_without_a_plugin():
+    pipe, kwargs = tiny("FluxPipeline")
+    load_pipeline(pipe)
+    asked = own_conditioning(pipe, kwargs).whole["cond"]
+    with torch.no_grad(), pipe.plugins.session() as session:
+        for index in range(3):
+            session.at(Step(index=index, total=3, t=torch.tensor(500.0), sigma=None))
+            found = session.model(**asked)[0]
+    assert session.report.forwards == session.report.denoiser_calls == {"cond": 3}
+    with torch.no_grad():
+        assert torch.equal(pipe.transformer(**asked)[0], found)
+    assert "forward" not in vars(pipe.transformer)
 
 
 def test_steps_are_the_solvers(sd):

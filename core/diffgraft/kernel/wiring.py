@@ -48,8 +48,8 @@ class Wiring:
         onions = Onions(entries, run.check_finite)
         self._used = {}
         slots = self._scheduler(run, onions, entries) if loop else []
-        # what a run is bound to is held against the first denoiser call; exchanged modules ask where they are (`now`)
-        if points & {"denoise", "block", "attention", "guide", "modules"} or run.bound:
+        # a session counts; what a run is bound to is held against the first call; exchanged modules ask where they are (`now`)
+        if points & {"denoise", "block", "attention", "guide", "modules"} or run.bound or not loop:
             slots += self._denoisers(run, onions)
             run.report.counting = True
         if "control" in points:

@@ -7,8 +7,9 @@ listener on its denoiser, which keeps what arrives and ends the call there.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
@@ -31,9 +32,13 @@ PARTS_OF_A_RUN = {"denoising_start", "denoising_end"}
 
 @dataclass(frozen=True)
 class Conditioning:
-    """Denoiser arguments by branch ("cond" -> {"encoder_hidden_states": [batch, tokens, width]})."""
+    """Denoiser arguments by branch ("cond" -> {"encoder_hidden_states": [batch, tokens, width]}).
+
+    whole  by branch all arguments of its call, noisy sample, timestep and token positions among them: what ``session.model`` wants
+    """
 
     of_branch: Mapping[str, Mapping[str, Any]]
+    whole: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     def put_into(self, call: DenoiseCall, *branches: str) -> DenoiseCall:
         """``call`` with this conditioning of ``branches`` (default: those that the call has) in the place of its own.
@@ -57,6 +62,11 @@ def same_text_encoders(first: Any, second: Any) -> bool:
         a is b or (isinstance(a, nn.Module) and isinstance(b, nn.Module) and Fingerprint.of(a).difference(Fingerprint.of(b)) is None)
         for a, b in pairs
     )
+
+
+def takes_pictures(model: nn.Module) -> bool:
+    """Whether an IP-Adapter is loaded on a denoiser."""
+    return any(getattr(model, name, None) is not None for name in ("encoder_hid_proj", "image_proj"))
 
 
 def sibling(pipe: Any) -> Any:
@@ -88,9 +98,10 @@ class Listening:
         if "strength" in given:
             given["strength"] = 1.0  # else one step is none; the conditioning does not depend on it
         try:
-            self.pipe(**given, num_inference_steps=1, output_type="latent", generator=torch.Generator().manual_seed(0))
+            with tokenizers_as_they_were(self.pipe):
+                self.pipe(**given, num_inference_steps=1, output_type="latent", generator=torch.Generator().manual_seed(0))
         except Heard as end:
-            return Conditioning(end.of_branch)
+            return Conditioning(end.branches.of_branch, end.branches.whole)
         return Conditioning({})
 
 
@@ -112,6 +123,19 @@ def own_conditioning(second: Any, arguments: Mapping[str, Any]) -> Conditioning:
             "give the prompt as text"
         )
     return listening.conditioning(arguments)
+
+
+@contextmanager
+def tokenizers_as_they_were(pipe: Any) -> Iterator[None]:
+    """Fast tokenizers keep the padding and the truncation of their last call, and save them; afterwards these are as they were."""
+    fast = [each for part in pipe.components.values() if (each := getattr(part, "backend_tokenizer", None)) is not None]
+    kept = [(each, each.padding, each.truncation) for each in fast]
+    try:
+        yield
+    finally:
+        for each, padding, truncation in kept:
+            each.no_padding() if padding is None else each.enable_padding(**padding)
+            each.no_truncation() if truncation is None else each.enable_truncation(**truncation)
 
 
 def is_of_the_prompt(name: str) -> bool:
@@ -191,8 +215,8 @@ def tensors_in(value: Any) -> list[Tensor]:
 
 
 class Heard(Exception):  # the listener's way out, not an error
-    def __init__(self, of_branch: dict[str, dict[str, Any]]) -> None:
-        self.of_branch = of_branch
+    def __init__(self, branches: Branches) -> None:
+        self.branches = branches
 
 
 class Branches:
@@ -200,6 +224,7 @@ class Branches:
 
     def __init__(self) -> None:
         self.of_branch: dict[str, dict[str, Any]] = {}
+        self.whole: dict[str, dict[str, Any]] = {}
 
 
 class Listener(Plugin):
@@ -216,12 +241,13 @@ class Listener(Plugin):
         for branch in call.branches:
             part = call.only(branch)
             call.shared.of_branch[branch] = {name: part[name] for name in call.family.conditioning if part.get(name) is not None}
+            call.shared.whole[branch] = part.arguments()
         if len(call.branches) > 1:
-            raise Heard(call.shared.of_branch)
+            raise Heard(call.shared)
         return call.sample.new_zeros(usual_shape(call) or call.sample.shape)
 
     def step(self, call: StepCall, next: Any) -> Any:
-        raise Heard(call.shared.of_branch)
+        raise Heard(call.shared)
 
 
 def join(parts: Sequence[Any]) -> Any:

@@ -15,6 +15,7 @@ from typing import Any
 
 from diffgraft.installed.errors import RewardError
 from diffgraft.installed.foreign import brief
+from diffgraft.kernel.onion import active_run
 from diffgraft.methods.named import find_callable
 
 REWARDS = "diffgraft.rewards"
@@ -58,3 +59,12 @@ def find_reward(knob: str, value: Any) -> Reward:
             (images, prompts).
     """
     return value if isinstance(value, Reward) else Reward(*find_callable(knob, value, REWARDS, "reward", ("images", "prompts")))
+
+
+def asking_pipeline() -> Any | None:
+    """The pipeline whose run asks a reward, for one that judges by that model itself; None outside a run.
+
+    It is running: ask a :func:`~diffgraft.methods.conditioning.sibling` of it.
+    """
+    run = active_run()
+    return None if run is None else run.pipe

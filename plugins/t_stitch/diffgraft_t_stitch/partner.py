@@ -7,7 +7,7 @@ from typing import Any
 
 from diffgraft import Family, Unsupported
 from diffgraft.methods.artefacts import Fingerprint
-from diffgraft.methods.conditioning import Conditioning, join, own_conditioning
+from diffgraft.methods.conditioning import Conditioning, join, own_conditioning, takes_pictures
 from diffgraft.methods.inputs import parameters
 from torch import nn
 
@@ -85,11 +85,6 @@ def list_of(config: Mapping[str, Any], key: str) -> list[Any]:
     """A setting of a U-Net that is one number or one a level."""
     value = config[key]
     return list(value) if isinstance(value, (list, tuple)) else [value] * len(config["block_out_channels"])
-
-
-def takes_pictures(model: nn.Module) -> bool:
-    """Whether an IP-Adapter is loaded on a denoiser."""
-    return any(getattr(model, name, None) is not None for name in ("encoder_hid_proj", "image_proj"))
 
 
 def needs_own(pipe: Any, small: Any, family: Family) -> bool:
