@@ -9,6 +9,7 @@ from diffgraft.installed.registry import families
 from diffgraft.methods.predictions import KINDS, SignalNoise, clean_estimate, levels_at, noise_estimate
 from diffusers import (
     DDIMScheduler,
+    DEISMultistepScheduler,
     DPMSolverMultistepScheduler,
     EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
@@ -73,3 +74,14 @@ def test_levels_of_a_flow():
     a, s = levels_at(families()["flux"], made, made.timesteps[1], made.sigmas[1], torch.device("cpu"))
     assert float(a + s) == 1
     assert float(s) == float(made.sigmas[1])
+
+
+@pytest.mark.parametrize("scheduler", [DPMSolverMultistepScheduler, UniPCMultistepScheduler, DEISMultistepScheduler])
+def test_levels_of_a_schedule_that_is_told_to_be_a_flows(scheduler):
+    """``use_flow_sigmas`` on a pipeline whose denoiser was trained otherwise: what `step` takes the sample to be is what counts."""
+    made = scheduler(num_train_timesteps=1000, use_flow_sigmas=True)
+    made.set_timesteps(4)
+    x0, noise = torch.zeros(1, 4, 2, 2), torch.ones(1, 4, 2, 2)
+    a, s = levels_at(families()["sd"], made, made.timesteps[1], made.sigmas[1], torch.device("cpu"))
+    torch.testing.assert_close(made.add_noise(x0, noise, made.timesteps[1:2]).mean(), s.float())
+    torch.testing.assert_close(made.add_noise(noise, x0, made.timesteps[1:2]).mean(), a.float())

@@ -21,7 +21,7 @@ from diffgraft.kernel.boundary import usual_shape
 from diffgraft.kernel.calls import DenoiseCall, StepCall
 from diffgraft.kernel.onion import active_run
 from diffgraft.methods.artefacts import Fingerprint
-from diffgraft.methods.inputs import parameters
+from diffgraft.methods.inputs import default_steps, parameters
 
 NOT_COPIED = {"self", "generator", "latents", "callback", "callback_on_step_end", "callback_on_step_end_tensor_inputs",
               "output_type", "return_dict", "num_inference_steps", "timesteps", "sigmas", "callback_steps"}  # fmt: skip
@@ -97,9 +97,11 @@ class Listening:
         given = {name: value for name, value in arguments.items() if value is not None and name in self.asked}
         if "strength" in given:
             given["strength"] = 1.0  # else one step is none; the conditioning does not depend on it
+        # the call's own number of steps: there are schedules without a single one (PNDM's)
+        steps = arguments.get("num_inference_steps") or default_steps(self.pipe)
         try:
             with tokenizers_as_they_were(self.pipe):
-                self.pipe(**given, num_inference_steps=1, output_type="latent", generator=torch.Generator().manual_seed(0))
+                self.pipe(**given, num_inference_steps=steps, output_type="latent", generator=torch.Generator().manual_seed(0))
         except Heard as end:
             return Conditioning(end.branches.of_branch, end.branches.whole)
         return Conditioning({})

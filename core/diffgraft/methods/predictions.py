@@ -67,6 +67,11 @@ def prediction_kind(family: Family, scheduler: Any) -> str:
     return str(scheduler.config.get("prediction_type", "epsilon")) if family.prediction == "scheduler" else family.prediction
 
 
+def is_flow(family: Family, scheduler: Any) -> bool:
+    """Whether samples are ``(1 - sigma) x0 + sigma eps``: those of flow models, and of schedulers with ``use_flow_sigmas``."""
+    return family.prediction == "flow" or bool(scheduler.config.get("use_flow_sigmas"))
+
+
 def levels_at(family: Family, scheduler: Any, t: Tensor, sigma: Tensor | None, device: torch.device) -> SignalNoise:
     """The levels of the pipeline's latents at one step (0-dim, float32), as ``scheduler.step`` gets them.
 
@@ -78,7 +83,7 @@ def levels_at(family: Family, scheduler: Any, t: Tensor, sigma: Tensor | None, d
     """
     if sigma is not None:
         s = sigma.to(device, torch.float32, non_blocking=True)
-        if family.prediction == "flow":
+        if is_flow(family, scheduler):
             return SignalNoise(1 - s, s)
         if is_exploding(scheduler):
             return SignalNoise(torch.ones_like(s), s)

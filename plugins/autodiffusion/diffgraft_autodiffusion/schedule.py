@@ -8,18 +8,14 @@ from typing import Any
 import numpy as np
 import torch
 from diffgraft import ConfigError, Family, Schedule, Unsupported
+from diffgraft.methods.predictions import is_flow
 from torch import Tensor
-
-
-def is_flow(scheduler: Any, family: Family) -> bool:
-    """Whether noise levels are those of a flow model: sigma = t / N."""
-    return family.prediction == "flow" or bool(scheduler.config.get("use_flow_sigmas"))
 
 
 def points(scheduler: Any, family: Family) -> range:
     """The time steps that may be drawn."""
     N = int(scheduler.config.num_train_timesteps)
-    return range(1, N + 1) if is_flow(scheduler, family) else range(N)
+    return range(1, N + 1) if is_flow(family, scheduler) else range(N)
 
 
 def ensure_supported(scheduler: Any, family: Family) -> None:
@@ -30,7 +26,7 @@ def ensure_supported(scheduler: Any, family: Family) -> None:
         why = "its steps are not one denoiser call each (second order, single-step or Runge-Kutta warm-up)"
     elif scheduler.config.get("timestep_type") == "continuous":
         why = "timestep_type='continuous' gives the denoiser log(sigma)/4 instead of a training timestep"
-    elif has_sigmas and not is_flow(scheduler, family) and getattr(scheduler, "alphas_cumprod", None) is None:
+    elif has_sigmas and not is_flow(family, scheduler) and getattr(scheduler, "alphas_cumprod", None) is None:
         why = "it has sigmas but no alphas_cumprod, so the noise level of a time step is not known"
     if why:
         raise Unsupported(f"autodiffusion: {name}: {why}; use DDIM, Euler, DPM++ 2M, UniPC or FlowMatchEuler")
@@ -39,7 +35,7 @@ def ensure_supported(scheduler: Any, family: Family) -> None:
 def ensure_in_range(timesteps: Sequence[float], scheduler: Any, family: Family) -> None:
     """Raises ConfigError for a time step that the model was not trained at (a flow model is not run at 0, but may end there)."""
     last = points(scheduler, family)[-1]
-    outside = [t for t in timesteps if not 0 <= t <= last or (t == 0 and is_flow(scheduler, family))]
+    outside = [t for t in timesteps if not 0 <= t <= last or (t == 0 and is_flow(family, scheduler))]
     if outside:
         raise ConfigError(f"plugin 'autodiffusion': timesteps = {list(timesteps)}: {outside} outside the model's 0 to {last}")
 
@@ -68,7 +64,7 @@ def scheduled(timesteps: Sequence[float], end: float | None, made: Schedule, sch
 
 def sigmas_at(timesteps: Sequence[float], scheduler: Any, family: Family) -> Tensor:
     """The noise-to-signal ratio at time steps [n], float32, by the interpolation that diffusers' schedulers use; t / N for flow models."""
-    if is_flow(scheduler, family):
+    if is_flow(family, scheduler):
         return torch.tensor(timesteps, dtype=torch.float64).div(scheduler.config.num_train_timesteps).float()
     abar = scheduler.alphas_cumprod.cpu()
     table = np.array(((1 - abar) / abar) ** 0.5)

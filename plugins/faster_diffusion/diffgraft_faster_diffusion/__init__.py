@@ -28,7 +28,7 @@ from diffgraft import (
     Target,
     Unsupported,
 )
-from diffgraft.methods.predictions import is_exploding
+from diffgraft.methods.predictions import is_exploding, is_flow
 from pydantic import Field, field_validator
 from torch import Tensor
 
@@ -348,8 +348,7 @@ class FasterDiffusion(Plugin):
 
 def is_preserving(scheduler: Any, family: Family) -> bool:
     """Whether latents are sqrt(abar) x_0 + sqrt(1 - abar) eps."""
-    flow = family.prediction == "flow" or scheduler.config.get("use_flow_sigmas")
-    return not flow and hasattr(scheduler, "alphas_cumprod") and not is_exploding(scheduler)
+    return not is_flow(family, scheduler) and hasattr(scheduler, "alphas_cumprod") and not is_exploding(scheduler)
 
 
 def is_nominal(call: DenoiseCall) -> bool:

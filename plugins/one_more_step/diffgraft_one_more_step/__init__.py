@@ -21,8 +21,9 @@ from diffgraft.methods.predictions import levels_of
 from diffgraft.methods.published import Weights
 from diffgraft.methods.starts import is_first, start_from, unit_noise
 from diffusers.utils.torch_utils import randn_tensor
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
+from typing_extensions import Self
 
 from diffgraft_one_more_step.fitting import OneMoreStepFitter
 from diffgraft_one_more_step.method import Std, clean, guided, share_of_noise
@@ -51,6 +52,14 @@ class OneMoreStepConfig(PluginConfig):
     )
     guidance_scale: float = Field(1.0, ge=0, description="w: v_0 + w (v - v_0), v_0 told nothing; 1 asks for v alone")
     std: Std = Field("deviation", description="of n_2: sqrt(1 - abar_T), or 1 - abar_T as in the official code ('variance')")
+
+    @model_validator(mode="after")
+    def _one_network(self) -> Self:  # before anything is fetched
+        if self.artefact is not None and self.weights is not None:
+            raise ValueError("weights and artefact both say a network; give one of them")
+        if self.artefact is not None and self.encoder is not None:
+            raise ValueError("artefact was learned with the pipeline's own text encoder; leave encoder out")
+        return self
 
 
 @dataclass
@@ -92,10 +101,6 @@ class OneMoreStep(Plugin):
         given, tensors = target.given, tensors_of(target.given)
         if tensors is None or not self.config.one_more:
             return
-        if given["weights"] is not None and given["artefact"] is not None:
-            raise ConfigError("plugin 'one_more_step': weights and artefact both say a network; give one of them")
-        if given["encoder"] is not None and given["artefact"] is not None:
-            raise ConfigError("plugin 'one_more_step': artefact was learned with the pipeline's own text encoder; leave encoder out")
         ensure_mismatch(target.pipe.scheduler)
         sizes, config = sizes_of(tensors), target.denoisers["unet"].config
         if sizes["c"] != config["out_channels"]:
@@ -200,6 +205,8 @@ def ensure_mismatch(scheduler: Any) -> None:
     """Raises Unsupported for a schedule that ends in pure noise, or says nothing of abar."""
     abar = getattr(scheduler, "alphas_cumprod", None)
     name = type(scheduler).__name__
+    if scheduler.config.get("use_flow_sigmas"):
+        raise Unsupported(f"one_more_step: the schedule of this {name} is a flow model's (use_flow_sigmas): it begins in pure noise")
     if abar is None:
         raise Unsupported(f"one_more_step: {name} has no alphas_cumprod, so it is not known where its training began")
     if float(abar[-1]) < PURE:

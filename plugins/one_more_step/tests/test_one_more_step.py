@@ -19,7 +19,7 @@ from diffgraft_one_more_step import OneMoreStep, __version__
 from diffgraft_one_more_step.method import clean, guided, share_of_noise
 from diffgraft_one_more_step.network import LAYOUT, TIME, network, network_of, predict
 from diffgraft_pipelines.tiny import make
-from diffusers import DDIMScheduler, EDMEulerScheduler, EulerDiscreteScheduler
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, EDMEulerScheduler, EulerDiscreteScheduler, PNDMScheduler
 from PIL import Image
 
 CASES = cover(contract_cases("one_more_step"), seed=__version__)
@@ -190,6 +190,15 @@ def test_its_prompt_is_the_calls_where_none_is_named_and_encoder_may_be_the_pipe
     assert not torch.allclose(found[4], found[0])
 
 
+def test_a_schedule_that_has_no_single_step():
+    """PNDM with its Runge-Kutta steps cannot make a schedule of one step, in which another prompt might be asked for."""
+    made = make("StableDiffusionPipeline")
+    load_pipeline(made.pipe, plugins=[OneMoreStep(weights=Weights(tensors()), guidance_scale=2.0, prompt="red")])
+    made.pipe.scheduler = PNDMScheduler.from_config(made.pipe.scheduler.config, skip_prk_steps=False)
+    made.pipe(**{**made.kwargs, "num_inference_steps": 4})
+    assert made.pipe.plugins.report().plugins["one_more_step"].counts["more steps"]
+
+
 def test_a_sample_in_a_batch_is_the_sample_alone():
     together = first_latents(tensors(), seeds=(0, 1, 2), call={"prompt": ["a", "b", "c"]}, guidance_scale=2.0)
     for i in range(3):
@@ -248,6 +257,7 @@ def test_a_schedule_without_a_mismatch_is_refused():
     refuses(Unsupported, "ends in pure noise", DDIMScheduler.from_config(config, rescale_betas_zero_snr=True, timestep_spacing="trailing"))
     refuses(Unsupported, "ends in pure noise", DDIMScheduler.from_config(config, beta_schedule="squaredcos_cap_v2"))
     refuses(Unsupported, "no alphas_cumprod", EDMEulerScheduler())
+    refuses(Unsupported, "use_flow_sigmas", DPMSolverMultistepScheduler.from_config(config, use_flow_sigmas=True))
 
 
 def test_a_network_of_something_else_is_refused():
