@@ -262,7 +262,7 @@ def fit(
     examples = [*map(Example, texts)] if data is None else read_examples(data)
     if learns.wants and not (examples or class_label):
         wanted = " and ".join(sorted(learns.wants))
-        raise ConfigError(f"{plugin} learns from {wanted}: give --data FOLDER, or --prompts FILE where prompts are enough")
+        raise ConfigError(f"{plugin} learns from {wanted}: give --data FOLDER; or --prompts FILE, --class-label N where they do")
     call = call_settings(inference_steps, guidance_scale, negative_prompt, height, width, None, extra)
     pipe, built = load_bare(pipeline, specs, device, dtype)
     examples += [Example(class_label=label) for label in class_labels_of(pipe, class_label or [])]

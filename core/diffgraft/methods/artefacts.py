@@ -298,7 +298,7 @@ def make_again(plugin: str, kind: str = "artefact") -> str:
     if kind == "search":
         return f"make one with `diffgraft evolve {plugin} --pipeline NAME --prompts FILE --steps K`"
     if kind == "fit":
-        return f"make one with `diffgraft fit {plugin} --pipeline NAME --steps N`"
+        return f"make one with `diffgraft fit {plugin} --pipeline NAME --steps N` and --inference-steps, --guidance-scale of your calls"
     return f"make one with `diffgraft calibrate {plugin} --pipeline NAME --prompts FILE`"
 
 

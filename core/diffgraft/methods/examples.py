@@ -97,6 +97,8 @@ def ensure_examples(pipe: Any, examples: Sequence[Example], wants: Collection[st
     """Raises ConfigError where there is less than is wanted: "pictures", "prompts" (of a pipeline that takes no prompt, classes)."""
     flags = {"pictures": "--data FOLDER", "prompts": "--data FOLDER with captions, or --prompts FILE"}
     key = "prompt" if "prompt" in parameters(pipe) else "class_label"
+    if key == "class_label":
+        flags["prompts"] = "--class-label N, or --data FOLDER with a label for each picture"
     has = {"pictures": lambda each: each.picture is not None, "prompts": lambda each: getattr(each, key) is not None}
     if key not in parameters(pipe) and "class_labels" not in parameters(pipe):
         has["prompts"] = lambda each: True  # it makes whatever it likes

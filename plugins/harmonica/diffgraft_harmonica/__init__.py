@@ -47,7 +47,6 @@ class HarmoniCa(Plugin):
     effects = Effects(skips=frozenset({"blocks"}), needs=frozenset({"calibrated_run"}))
     needs = (Need("fit", "router", fits=frozenset({"scheduler", "steps", "shape", "guidance"}), holds=HOLDS),)
     fitting = RouterFitter
-    tune: ClassVar[dict[str, Any]] = {"threshold": (0.05, 0.1, 0.3, 0.5)}
     config: HarmoniCaConfig
 
     def check(self, target: Target) -> None:
@@ -85,6 +84,8 @@ class HarmoniCa(Plugin):
                 raise ArtefactMismatch(
                     f"harmonica: the router has {len(logits)} rows, this run {calls} denoiser calls; {make_again('harmonica', 'fit')}"
                 )
+            if (learned := router.facts["threshold"]) != self.config.threshold:
+                call.note(f"threshold = {self.config.threshold}: the router was learned with {learned}, for which its scores are right")
             run.plan = dict(zip(router.facts["layers"], computed(logits, self.config.threshold), strict=True))
         return run.plan
 

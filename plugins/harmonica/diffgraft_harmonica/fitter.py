@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
-from diffgraft import BlockCall, DenoiseCall, Fitter, RunCall, StepCall, StepOutput, Unsupported
+from diffgraft import BlockCall, ConfigError, DenoiseCall, Fitter, RunCall, StepCall, StepOutput, Unsupported
 from diffgraft.methods.fitter import Batch
 from diffgraft.methods.search import Probe
 from torch import Tensor, nn
@@ -72,10 +72,12 @@ class RouterFitter(Fitter):
         self.columns = {block.path: k for k, block in enumerate(routed(probe.target.blocks))}
         if not self.columns:
             raise Unsupported(f"harmonica: {type(probe.target.pipe).__name__} names no attention and feed-forward layers in its blocks")
+        if self.plugin.config.threshold == 0:
+            raise ConfigError("plugin 'harmonica': threshold = 0 reuses nothing, so there is nothing to learn: give the tau of your runs")
         return Router(probe.steps, len(self.columns))
 
     def facts(self) -> dict[str, Any]:
-        return {"layers": list(self.columns)}
+        return {"layers": list(self.columns), "threshold": float(self.plugin.config.threshold)}
 
     def factor(self, step: int, steps: int) -> float:
         return 1.0

@@ -56,9 +56,10 @@ def routed(blocks: Sequence[BlockInfo]) -> list[BlockInfo]:
 
 
 class Facts(TypedDict):
-    """Of a router: the places of its layers on the denoiser, in the order of its columns."""
+    """Of a router: the places of its layers on the denoiser, in the order of its columns; the tau that it was learned with."""
 
     layers: list[str]
+    threshold: float
 
 
 def unlike(tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> str | None:

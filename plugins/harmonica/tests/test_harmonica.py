@@ -286,6 +286,20 @@ def test_no_router_is_refused_with_the_command_that_makes_one():
         picture(made)
 
 
+def test_a_tau_that_is_not_the_fits_is_told():
+    made = tiny()
+    grafted(made, router(made), threshold=0.3)
+    picture(made)
+    notes = made.pipe.plugins.report().plugins["harmonica"].notes
+    assert [note for note in notes if "the router was learned with" in note]
+
+
+def test_a_fit_at_tau_zero_is_refused():
+    made = tiny()
+    with pytest.raises(ConfigError, match="threshold = 0 reuses nothing"):
+        fit_call(made.pipe, HarmoniCa(threshold=0), lambda pipe: pipe(**{**made.kwargs, "num_inference_steps": 2}))
+
+
 def test_columns_of_other_layers_are_refused():
     made = tiny()
     artefact = router(made)
@@ -296,7 +310,7 @@ def test_columns_of_other_layers_are_refused():
     ):
         grafted(made, replace(artefact, facts=facts))
     with pytest.raises(ArtefactMismatch, match="6 columns for 5 layers"):
-        grafted(made, replace(artefact, facts={"layers": facts["layers"][1:]}))
+        grafted(made, replace(artefact, facts={**facts, "layers": facts["layers"][1:]}))
     longer = {"logits": torch.zeros(T + 1, L["dit"]), "lambdas": torch.zeros(T + 1)}
     grafted(made, replace(artefact, tensors=longer))
     with pytest.raises(ArtefactMismatch, match="6 rows, this run 5"):
