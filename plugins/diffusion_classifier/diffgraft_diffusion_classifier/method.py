@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import torch
+from diffgraft import ConfigError
 from torch import Tensor
 
 Norm = Literal["mse", "l2"]
@@ -109,16 +110,28 @@ def accuracy(errors: Tensor, labels: Tensor, weights: Tensor) -> float:
     return float(right.float().mean())
 
 
+def as_labels(errors: Tensor, labels: Tensor | Sequence[int]) -> Tensor:
+    """Which prompt of each picture is right [pictures]."""
+    told = torch.as_tensor(labels)
+    fits = errors.ndim == 3 and told.shape == errors.shape[:1] and not told.is_floating_point()
+    if not fits or not bool(((told >= 0) & (told < errors.shape[1])).all()):
+        raise ConfigError(
+            f"fit_weights: labels = {told.tolist()} for errors of shape {tuple(errors.shape)}: wanted are errors [pictures, prompts, "
+            "times], and for each picture the number of its prompt, from 0"
+        )
+    return told.long()
+
+
 def fit_weights(
     errors: Tensor,
-    labels: Tensor,
+    labels: Tensor | Sequence[int],
     *,
     degree: int | None = None,
     positive: bool = False,
     l1: float = 0.0,
     steps: int = 100,
     rate: float = 0.01,
-    held: tuple[Tensor, Tensor] | None = None,
+    held: tuple[Tensor, Tensor | Sequence[int]] | None = None,
 ) -> tuple[float, ...]:
     """w_t that tell the labels of known pictures: Adam on the cross entropy of softmax(-err(z, c)) over the prompts.
 
@@ -129,7 +142,13 @@ def fit_weights(
         l1: share of sum |w_t| in the loss.
         held: (errors, labels) of other pictures; the weights of the step that is best on them are given (of equally good ones the first).
             Without them those of the last step.
+
+    Raises:
+        ConfigError: labels that do not go with the errors, no step, or no polynomial.
     """
+    labels, held = as_labels(errors, labels), held and (held[0], as_labels(*held))
+    if steps < 1 or (degree is not None and degree < 0):
+        raise ConfigError(f"fit_weights: steps = {steps}, degree = {degree}: at least one step, and a degree of at least 0 (or None)")
     count = errors.shape[-1]
     times = torch.linspace(-1, 1, count)
     powers = torch.eye(count) if degree is None else torch.stack([times**i for i in range(degree + 1)])

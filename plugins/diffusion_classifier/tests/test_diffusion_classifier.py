@@ -541,11 +541,20 @@ def test_a_fit_takes_the_steps_of_adam_on_the_cross_entropy():
 def test_fitted_weights_are_a_knob():
     pipe, plugin = classifier(SD)
     values = plugin.errors(pipe, pictures(4), PROMPTS).values
-    weights = plugin.fit_weights(values, torch.arange(4), steps=3)
+    weights = plugin.fit_weights(values, [0, 1, 2, 3], steps=3)
+    assert weights == plugin.fit_weights(values, torch.arange(4), steps=3)
     load_pipeline(pipe, plugins=[plugin])
     pipe.plugins.configure("diffusion_classifier", weights=weights)
     chosen = pipe.plugins["diffusion_classifier"].classify(pipe, pictures(4), PROMPTS)
     assert chosen == (values * torch.tensor(weights)).mean(-1).argmin(1).tolist()
+
+
+@pytest.mark.parametrize(
+    ("labels", "options"), [([0, 4], {}), ([0], {}), ([0.0, 1.0], {}), ([0, 1], {"steps": 0}), ([0, 1], {"degree": -1})]
+)
+def test_a_fit_of_nothing_is_refused(labels, options):
+    with pytest.raises(ConfigError, match="fit_weights: "):
+        fit_weights(torch.rand(2, 4, 5), labels, **options)
 
 
 def test_a_tie_is_wrong():
