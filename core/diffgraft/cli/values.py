@@ -212,20 +212,14 @@ def call_settings(
     extra: Mapping[str, Any],
 ) -> CallSettings:
     """The options of a call; what is not said is the pipeline's own."""
+    from diffgraft.kernel.defaults import read_picture
     from diffgraft.methods.inputs import CallSettings
 
     if guidance_scale is not None and not math.isfinite(guidance_scale):
         raise ConfigError(f"--guidance-scale {guidance_scale}: it must be a finite number")
     if (height is None) != (width is None):
         raise ConfigError("--height and --width go together: some pipelines silently ignore one without the other")
-    picture = None
-    if image is not None:
-        from PIL import Image
-
-        try:
-            picture = Image.open(image).convert("RGB")
-        except OSError as error:
-            raise ConfigError(f"--image {image}: {first_line(error)}") from None
+    picture = None if image is None else read_picture(image, f"--image {image}")
     return CallSettings(
         steps=steps,
         guidance_scale=guidance_scale,
@@ -256,7 +250,3 @@ def make_fitness(
             raise ConfigError("--fitness frechet: give --features package.module:name, a callable (images) -> features [n, d]")
         return FrechetFitness(used, None if reference is None else read_pictures(reference), reference_steps)
     raise ConfigError(f"--fitness {name!r}: trajectory, reward or frechet{nearest(name, ('trajectory', 'reward', 'frechet'))}")
-
-
-def first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0] or type(error).__name__

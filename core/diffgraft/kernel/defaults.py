@@ -38,12 +38,12 @@ def give_defaults(pipe: Any, defaults: Mapping[str, Any]) -> None:
     for name in defaults:
         if name not in known:
             raise ConfigError(f"{name} = {defaults[name]!r}: {base.__name__} takes no {name}{nearest(name, known)}")
-    ready = {name: read_picture(name, value) if isinstance(value, Path) else value for name, value in defaults.items()}
+    ready = {name: read_picture(value, f"{name} = {value}") if isinstance(value, Path) else value for name, value in defaults.items()}
     set_class(pipe, _class_with(base, signature, MappingProxyType(ready)))
 
 
-def read_picture(name: str, path: Path) -> Image.Image:
-    """The picture in RGB.
+def read_picture(path: Path, where: str) -> Image.Image:
+    """The picture in RGB; ``where`` says in the error who named it.
 
     Raises:
         ConfigError: there is none.
@@ -52,7 +52,7 @@ def read_picture(name: str, path: Path) -> Image.Image:
         with Image.open(path) as image:
             return image.convert("RGB")  # type: ignore[no-any-return]
     except (OSError, ValueError) as error:
-        raise ConfigError(f"{name} = {path}: {error}") from None
+        raise ConfigError(f"{where}: {error}") from None
 
 
 def plain_class(cls: type) -> type:
