@@ -34,14 +34,29 @@ def adapter_layers(model: nn.Module) -> list[Any]:
     return [layer for layer in model.modules() if hasattr(layer, "_disable_adapters") and hasattr(layer, "merged_adapters")]
 
 
-def ensure_removable(model: nn.Module) -> None:
-    """Raises Unsupported where ``model`` has no LoRA, or one that is fused into its weights."""
+def unfused_layers(model: nn.Module) -> list[Any]:
+    """The same, none where there is no LoRA.
+
+    Raises:
+        Unsupported: one is fused into the weights, so that what is beside it cannot be told from it.
+    """
     layers = adapter_layers(model)
-    name = type(model).__name__
-    if not layers:
-        raise Unsupported(f"this {name} carries no LoRA that could be switched off; load one with pipe.load_lora_weights(...)")
     if any(layer.merged_adapters for layer in layers):
-        raise Unsupported(f"the LoRA of this {name} is fused into its weights; pipe.unfuse_lora() first, so that it can be switched off")
+        raise Unsupported(f"the LoRA of this {type(model).__name__} is fused into its weights; pipe.unfuse_lora() first, and leave it so")
+    return layers
+
+
+def removable_layers(model: nn.Module) -> list[Any]:
+    """The same, at least one.
+
+    Raises:
+        Unsupported: there is no LoRA, or one that is fused into the weights.
+    """
+    if not (layers := unfused_layers(model)):
+        raise Unsupported(
+            f"this {type(model).__name__} carries no LoRA that could be switched off; load one with pipe.load_lora_weights(...)"
+        )
+    return layers
 
 
 @contextmanager
@@ -51,8 +66,7 @@ def without_adapters(model: nn.Module) -> Iterator[None]:
     Raises:
         Unsupported: there is no LoRA, or it is fused into the weights.
     """
-    ensure_removable(model)
-    with opened([switch(layer) for layer in adapter_layers(model) if not layer.disable_adapters]):
+    with opened([switch(layer) for layer in removable_layers(model) if not layer.disable_adapters]):
         yield
 
 
@@ -65,12 +79,12 @@ def weighted(model: nn.Module, weights: Mapping[str, float]) -> Iterator[None]:
         Unsupported: a LoRA is fused into the weights.
     """
     model = root_of(model)
-    ensure_unfused(model)
+    layers = unfused_layers(model)
     known = getattr(model, "peft_config", {})
     if unknown := next((name for name in weights if name not in known), None):
         raise ConfigError(f"no adapter {unknown!r} on this {type(model).__name__}{choices(unknown, known, 'On it')}")
     slots = []
-    for layer in adapter_layers(model):
+    for layer in layers:
         scaling = {name: scale * weights.get(name, 1.0) for name, scale in layer.scaling.items()}
         slots += [switch(layer, "_active_adapter", list(weights)), switch(layer, "scaling", scaling)]
         slots += [switch(layer, "_disable_adapters", False)] if layer.disable_adapters else []
@@ -83,12 +97,6 @@ def switch(layer: Any, name: str = "_disable_adapters", value: Any = True) -> Sl
     slot = Slot(layer.__dict__, name, lambda: getattr(layer, name))
     slot.value = value
     return slot
-
-
-def ensure_unfused(model: nn.Module) -> None:
-    """Raises Unsupported where a LoRA is fused into the weights: what is beside it cannot be told from it."""
-    if any(layer.merged_adapters for layer in adapter_layers(model)):
-        raise Unsupported(f"the LoRA of this {type(model).__name__} is fused into its weights; pipe.unfuse_lora() first, and leave it so")
 
 
 @dataclass(frozen=True, eq=False)
@@ -179,7 +187,7 @@ def fetch_adapter(plugin: Plugin, need: Need, value: Any, target: Target) -> Ada
         if attribute not in target.denoisers:
             raise ConfigError(f"{where}: no denoiser {attribute!r}{choices(attribute, target.denoisers, 'There are')}")
         model = root_of(target.denoisers[attribute])
-        ensure_unfused(model)
+        unfused_layers(model)
         loras[attribute] = read_lora(pipe, model, source, where)
     return Adapter(f"diffgraft:{plugin.name}:{need.knob}", loras)
 

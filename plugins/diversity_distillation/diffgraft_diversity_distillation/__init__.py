@@ -30,7 +30,7 @@ from diffgraft import (
     Unsupported,
     denoisers_of,
 )
-from diffgraft.methods.adapters import adapter_layers, ensure_removable, without_adapters
+from diffgraft.methods.adapters import adapter_layers, removable_layers, without_adapters
 from diffgraft.methods.conditioning import Conditioning, PromptWatch, same_text_encoders
 from diffgraft.methods.inputs import parameters
 from diffusers import DiffusionPipeline
@@ -165,7 +165,7 @@ class DiversityDistillation(Plugin):
     def _weakened(self, call: RunCall) -> RunCall:
         """``call`` with the LoRA's strength multiplied, through diffusers' own argument for it."""
         for model in denoisers_of(call.pipe, call.family).values():
-            ensure_removable(model)
+            removable_layers(model)
         name = next(name for name in LORA_SCALE if name in parameters(call.pipe))
         old = call.get(name) or {}
         return call.replace(**{name: {**old, "scale": old.get("scale", 1.0) * self.config.lora_strength}})  # type: ignore[no-any-return]
@@ -176,7 +176,7 @@ class DiversityDistillation(Plugin):
         base = call.given("model")
         if base is None:
             for model in denoisers_of(call.pipe, call.family).values():
-                ensure_removable(model)
+                removable_layers(model)
         else:
             shared.own_text = not same_text_encoders(call.pipe, base)
         shared.own_text |= bool(config.base_arguments)
