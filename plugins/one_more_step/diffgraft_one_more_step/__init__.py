@@ -118,7 +118,7 @@ class OneMoreStep(Plugin):
 
     def run(self, call: RunCall, next: Any) -> Any:
         said: Said = call.shared
-        said.__init__()  # type: ignore[misc]  # an outer plugin may run the pipeline several times
+        said.text = said.nothing = None  # an outer plugin may run the pipeline several times
         if not self.config.one_more:
             return next(call)
         if self.tensors(call) is None:

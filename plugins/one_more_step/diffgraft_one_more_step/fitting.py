@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
 from diffgraft import Fitter, PluginConfig
-from diffgraft.methods.conditioning import own_conditioning, with_prompt
 from pydantic import Field
 from torch import Tensor, nn
 
@@ -38,9 +38,8 @@ class OneMoreStepFitter(Fitter):
         x0 = self.latents(batch).float()
         noise = torch.randn(x0.shape, generator=batch.generator).to(x0)
         kept = torch.rand(len(batch.examples), generator=batch.generator) >= self.config.dropout
-        prompts = [each.prompt if keep else "" for each, keep in zip(batch.examples, kept.tolist(), strict=True)]
-        heard = own_conditioning(self.probe.target.pipe, with_prompt(self.arguments(batch), prompts))
-        v = predict(self.trained, noise, heard.of_branch["cond"]["encoder_hidden_states"])
+        told = [each if keep else replace(each, prompt="") for each, keep in zip(batch.examples, kept.tolist(), strict=True)]
+        v = predict(self.trained, noise, self.conditioning(replace(batch, examples=tuple(told)))["encoder_hidden_states"])
         return (clean(v) - x0).square().mean((1, 2, 3))
 
     def values(self) -> dict[str, Tensor]:
