@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from diffgraft import BrokenPlugin, ConfigError, Conflict, Unsupported, load_pipeline, unload
 from diffgraft.installed.errors import NotFinite, OutputError
 from diffgraft.methods.artefacts import Artefact
@@ -204,6 +205,19 @@ def test_a_loss_that_is_no_number_is_named(tmp_path):
     with pytest.raises(NotFinite, match=r"gate: the loss is nan at step 2, batch: 'picture \d'.*after 2 steps is kept"):
         run(out, knobs={"bad_at": 2})
     assert Artefact.load(Path(f"{out}.partial") / "state.safetensors", "gate").facts["step"] == 2
+
+
+def test_a_fit_leaves_no_accelerator_in_the_process(tmp_path):
+    """Accelerate keeps the precision of a process's first Accelerator and refuses another: a fit makes none, so the user's may follow."""
+    before = dict(AcceleratorState._shared_state)
+    run(tmp_path / "n.safetensors", 1, Nothing(), [Example("a")])
+    assert AcceleratorState._shared_state == before
+
+
+def test_a_fit_is_the_work_of_one_process(tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match="one process, not of 2"):
+        run(tmp_path / "n.safetensors", 1, Nothing(), [Example("a")])
 
 
 def test_bad_input_is_refused_before_anything_runs(tmp_path, monkeypatch):

@@ -5,8 +5,6 @@ One record a prompt, kept in ``OUT.partial/`` until all are there: an interrupte
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import shutil
 from collections.abc import Callable, Sequence
@@ -20,6 +18,7 @@ from diffgraft.installed.errors import ConfigError
 from diffgraft.installed.plugin import Plugin
 from diffgraft.kernel.given import describe
 from diffgraft.methods.artefacts import Artefact, MadeFor
+from diffgraft.methods.files import partial_of, work_digest
 from diffgraft.methods.inputs import CallSettings, Sample, call_arguments
 from diffgraft.methods.named import declared
 from diffgraft.methods.watching import made_for, watching
@@ -55,11 +54,11 @@ def calibrate(
         denoisers = describe(pipe, stack.family).denoisers
         records: list[dict[str, Tensor]] = []
         fits: MadeFor | None = None
-        folder = Path(out).with_name(Path(out).name + ".partial")
+        folder = partial_of(out)
         for number, sample in enumerate(samples):
             path = folder / f"{number:05d}.safetensors"
             what = {"knobs": calibrator.config.model_dump(mode="json"), "sample": asdict(sample), "call": plain(settings)}
-            digest = hashlib.sha256(json.dumps(what, sort_keys=True, default=str).encode()).hexdigest()
+            digest = work_digest(what)
             found = resume(path, plugin.name, digest) if path.exists() else None
             if found is None:
                 pipe(**call_arguments(pipe, [sample], settings, several=True))

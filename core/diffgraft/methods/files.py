@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,17 @@ def check_folder(path: Path, option: str = "--out") -> None:
         raise ConfigError(f"{option}: {there} is a file, not a folder")
     if not os.access(there, os.W_OK):
         raise ConfigError(f"{option}: {there} cannot be written to")
+
+
+def partial_of(out: str | os.PathLike[str]) -> Path:
+    """Where a long piece of work keeps what it has, until it is finished and ``out`` is written."""
+    path = Path(out)
+    return path.with_name(path.name + ".partial")
+
+
+def work_digest(what: Mapping[str, Any]) -> str:
+    """Tells one piece of work from another by all that its result follows from."""
+    return hashlib.sha256(json.dumps(what, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def claim(folder: Path, what: str, digest: str) -> None:

@@ -8,7 +8,6 @@ uninterrupted one does.
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import os
 import shutil
@@ -22,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor, nn
 
 from diffgraft.installed.anatomy import denoisers_of, root_of
@@ -36,7 +34,7 @@ from diffgraft.methods.artefacts import Artefact
 from diffgraft.methods.calibration import OnProgress, plain, resume
 from diffgraft.methods.conditioning import sibling
 from diffgraft.methods.examples import Example, digest_of, ensure_examples, pixels_of
-from diffgraft.methods.files import check_file
+from diffgraft.methods.files import check_file, partial_of, work_digest
 from diffgraft.methods.fitter import Batch, Fitter
 from diffgraft.methods.gradients import frozen
 from diffgraft.methods.inputs import CallSettings, call_arguments
@@ -97,10 +95,7 @@ class Learning:
         self.moving = {name: value for name, value in self.live.items() if isinstance(value, nn.Parameter) and value.requires_grad}
         if not self.moving:
             raise BrokenPlugin(f"{fitter.plugin.name}: {type(fitter).__name__}.build gave a module without weights")
-        self.accelerator = Accelerator(device_placement=False)
-        if self.accelerator.num_processes > 1:
-            raise ConfigError(f"a fit is the work of one process, not of {self.accelerator.num_processes}: no `accelerate launch`")
-        self.optimizer = self.accelerator.prepare(fitter.optimizer(self.moving.values()))
+        self.optimizer = fitter.optimizer(self.moving.values())
         self.rates = [group["lr"] for group in self.optimizer.param_groups]
         self.average = {name: value.detach().clone() for name, value in self.moving.items()} if fitter.ema else {}
         self.losses: list[float] = []
@@ -112,9 +107,9 @@ class Learning:
         for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
             group["lr"] = rate * share
         moving = list(self.moving.values())
-        self.accelerator.backward(loss, inputs=moving)
+        loss.backward(inputs=moving)
         if self.fitter.clip is not None:
-            self.accelerator.clip_grad_norm_(moving, self.fitter.clip)
+            nn.utils.clip_grad_norm_(moving, self.fitter.clip)
         self.optimizer.step()
         self.optimizer.zero_grad()
         if self.average:
@@ -191,6 +186,8 @@ def fit(
         OutputError: the disk takes no more; likewise.
     """
     out = Path(out)
+    if (processes := int(os.environ.get("WORLD_SIZE", "1"))) > 1:
+        raise ConfigError(f"a fit is the work of one process, not of {processes}: no `accelerate launch`, no `torchrun`")
     fitter: Fitter = declared(plugin, "fitting")(plugin, **(knobs or {}))
     ensure_bare(pipe, f"what {plugin.name} learns on must be the plain pipeline")
     ensure_family(plugin, find_family(type(pipe)), plain_class(type(pipe)))
@@ -211,7 +208,7 @@ def fit(
             "call": plain(settings),
             "model": asdict(artefact.made_for),
         }
-        digest = hashlib.sha256(json.dumps(what, sort_keys=True, default=str).encode()).hexdigest()
+        digest = work_digest(what)
         learning = learn(stack, fitter, examples, plan, artefact, digest, out, on_progress)
         about = {**asdict(plan), "knobs": what["fitter"][1], "losses": by_parts(learning.losses)}
         values = {name: value.detach() for name, value in learning.values().items()}
@@ -362,11 +359,6 @@ class Loader:
                 self.ahead[step + 1] = self.reader.submit(pixels_of, self.taken(step + 1), *self.size)
             pixels = read.result().to(self.device, non_blocking=True)
         return Batch(step, examples, pixels, torch.Generator().manual_seed(self.plan.drawn(1, step)))
-
-
-def partial_of(out: Path) -> Path:
-    """Where the state lies until a fit is finished."""
-    return out.with_name(out.name + ".partial")
 
 
 @contextmanager

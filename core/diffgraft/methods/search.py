@@ -34,7 +34,7 @@ from diffgraft.kernel.given import describe
 from diffgraft.kernel.loading import load_pipeline
 from diffgraft.methods.artefacts import MadeFor
 from diffgraft.methods.calibration import OnProgress, plain
-from diffgraft.methods.files import claim, write_json
+from diffgraft.methods.files import claim, partial_of, work_digest, write_json
 from diffgraft.methods.findings import Finding
 from diffgraft.methods.fitness import Fitness, make_outputs
 from diffgraft.methods.inputs import CallSettings, Sample
@@ -295,8 +295,8 @@ def search(
         "fitness": fitness.describe(),
         "model": asdict(fits),
     }
-    digest = hashlib.sha256(json.dumps(what, sort_keys=True, default=str).encode()).hexdigest()
-    folder = Path(out).with_name(Path(out).name + ".partial")
+    digest = work_digest(what)
+    folder = partial_of(out)
     records = Records(folder, digest)
     fitness.prepare(pipe, samples, settings, batch, folder, on_progress)
     prompts = [sample.wanted or "" for sample in samples]

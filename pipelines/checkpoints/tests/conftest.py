@@ -52,11 +52,3 @@ def resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., An
         return straight
 
     return run
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerator():
-    """Accelerate keeps the precision of a process's first Accelerator (that of another test's fit) and refuses another one."""
-    from accelerate.state import AcceleratorState
-
-    AcceleratorState._reset_state(reset_partial_state=True)

@@ -9,8 +9,6 @@ The engine prints and draws nothing.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import shutil
 import time
@@ -34,7 +32,7 @@ from diffgraft.methods.artefacts import Fingerprint, scheduler_facts
 from diffgraft.methods.calibration import OnProgress
 from diffgraft.methods.calibration import plain as plain_call
 from diffgraft.methods.extras import imported
-from diffgraft.methods.files import claim, write_json
+from diffgraft.methods.files import claim, partial_of, work_digest, write_json
 from diffgraft.methods.inputs import CallSettings
 
 
@@ -76,7 +74,7 @@ def tune(
         raise ConfigError(f"target judge={settings.goal.value:g}: {name} brings no judge; take psnr or ssim")
     for plugin in plugins:
         ensure_fits(pipe, plugin)
-    folder = Path(out).with_name(Path(out).name + ".partial")
+    folder = partial_of(out)
     claim(folder, "tuning", digest_of(pipe, plugins, settings))
     before = optuna.logging.get_verbosity()
     optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -119,4 +117,4 @@ def digest_of(pipe: Any, plugins: Sequence[Plugin], settings: TuneSettings) -> s
         "denoisers": [asdict(Fingerprint.of(model)) for model in describe_here(pipe).denoisers.values()],
         "scheduler": (type(pipe.scheduler).__name__, scheduler_facts(pipe.scheduler)),
     }
-    return hashlib.sha256(json.dumps(what, sort_keys=True, default=str).encode()).hexdigest()
+    return work_digest(what)
