@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 MADE = """{notes}## Recipe
 
 Command: `{command}`
@@ -199,3 +201,13 @@ image = pipe("a small apple on the left on a blue background", num_inference_ste
 {LICENCE}"""
 
 CARDS = {"emoji-sd": EMOJI_SD, "emoji-sd-small": EMOJI_SD_SMALL, "emoji-sd-lcm": EMOJI_SD_LCM}
+
+
+def percent(share: float) -> str:
+    """A share of 1."""
+    return f"{100 * share:.1f} %"
+
+
+def table_row(name: str, cells: Sequence[str]) -> str:
+    """A row of a Markdown table."""
+    return f"| {name} | {' | '.join(cells)} |"

@@ -26,7 +26,7 @@ from . import cards
 from . import evaluate as measuring
 from . import export as exporting
 from .common import Stage, console, plain_attention, step_generator
-from .pool import Pool, decode_labels, draw_scene, load_rendered
+from .pool import Pool, decode_labels, draw_scene, from_images, load_rendered, to_images
 from .recipe import BASE, Base, Device, Out, Scenes, Seed, Steps, describe, load_scenes, read_recipe, start, write_recipe
 from .unet import BATCH, PAIRS_LEARNING_RATE, POSITIONS, draw_timesteps, encode_pool, loss_weight
 from .vae import round_trip
@@ -194,8 +194,7 @@ def psnr(images: Sequence[Image.Image], others: Sequence[Image.Image]) -> list[f
 
 def through_vae(pipe: StableDiffusionInstructPix2PixPipeline, images: Sequence[Image.Image]) -> list[Image.Image]:
     """The pictures encoded and decoded: no edit in latent space can be closer."""
-    pictures = torch.from_numpy(np.stack([np.asarray(im) for im in images])).permute(0, 3, 1, 2)
-    return [Image.fromarray(each) for each in round_trip(pipe.vae, pictures).permute(0, 2, 3, 1).numpy()]
+    return to_images(round_trip(pipe.vae, from_images(images)))
 
 
 def evaluate(
@@ -380,20 +379,14 @@ def measure_edit(
         objects=", ".join(scenes.OBJECTS),
         backgrounds=", ".join(scenes.BACKGROUNDS),
         scores=exporting.score_table(result["scores"]),
-        psnr="\n".join(table_row(name, [f"{value:.1f}" for value in row.values()]) for name, row in result["psnr_db"].items()),
-        changed="\n".join(table_row(name, [percent(v) for v in row.values()]) for name, row in result["edited_field_right"].items()),
+        psnr="\n".join(cards.table_row(name, [f"{value:.1f}" for value in row.values()]) for name, row in result["psnr_db"].items()),
+        changed="\n".join(
+            cards.table_row(name, [cards.percent(v) for v in row.values()]) for name, row in result["edited_field_right"].items()
+        ),
         sweep="\n".join(
-            table_row(f"{g[0]}, {g[1]}", [f"{row['psnr_db']} dB", *(percent(row[name]) for name in fields)]) for g, row in sweep.items()
+            cards.table_row(f"{g[0]}, {g[1]}", [f"{row['psnr_db']} dB", *(cards.percent(row[name]) for name in fields)])
+            for g, row in sweep.items()
         ),
     )
     (folder / "README.md").write_text(card)
     console.print(f"PSNR to the true edit: {result['psnr_db']}", highlight=False)
-
-
-def percent(share: float) -> str:
-    return f"{100 * share:.1f} %"
-
-
-def table_row(name: str, cells: Sequence[str]) -> str:
-    """A row of a Markdown table."""
-    return f"| {name} | {' | '.join(cells)} |"

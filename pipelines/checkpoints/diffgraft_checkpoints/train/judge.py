@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..emoji.judge import FIELDS, OTHER, Judge, JudgeConfig, JudgeNet
 from .common import Stage, console, step_generator, write_atomic
-from .pool import CLASSES, Pool, to_float, to_images
+from .pool import CLASSES, Pool, to_bytes, to_float, to_images
 from .vae import round_trip
 
 BATCH = 64
@@ -108,5 +108,5 @@ def broken_accuracy(judge: Judge, pool: Pool, seed: int) -> dict[str, float]:
     """Share of pictures with a broken object that the judge calls "other"."""
     generator = step_generator(seed + 2, 0)
     broken = [break_object(p, c, generator) for p, c in zip(to_float(pool.pictures), pool.centers, strict=True)]
-    seen = judge.predict(to_images(((torch.stack(broken) + 1) * 127.5).round().to(torch.uint8)))
+    seen = judge.predict(to_images(to_bytes(torch.stack(broken))))
     return {"object": round(sum(s["object"] == OTHER for s in seen) / len(seen), 4)}

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
-import numpy as np
 import torch
 import typer
 from accelerate import Accelerator
@@ -24,7 +23,7 @@ from . import evaluate as measuring
 from . import export as exporting
 from .common import Stage, console, keep_freed_memory, make_accelerator, plain_attention, step_generator
 from .flux import shrink
-from .pool import Pool, draw_scene, to_float
+from .pool import Pool, draw_scene, from_images, to_float
 from .recipe import Device, Out, Scenes, Seed, Steps, describe, load_scenes, read_recipe, write_recipe
 from .unet import BATCH, LEARNING_RATE, draw_timesteps
 
@@ -110,7 +109,7 @@ def true_pictures(count: int, seed: int) -> list[Image.Image]:
 
 def nearest(images: Sequence[Image.Image], training: Tensor) -> tuple[Tensor, Tensor]:
     """For each picture the RMS pixel distance (0..255) to its nearest training picture, and which that is; `training` is (M, 3, 32, 32)."""
-    rows = torch.from_numpy(np.stack([np.asarray(im) for im in images])).permute(0, 3, 1, 2).flatten(1).float()
+    rows = from_images(images).flatten(1).float()
     distances = torch.cat([torch.cdist(rows, part.flatten(1).float()) for part in training.split(4000)], dim=1)
     found = distances.min(dim=1)
     return found.values / rows.shape[1] ** 0.5, found.indices

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -150,6 +150,16 @@ def to_float(pictures: Tensor) -> Tensor:
     return pictures.float() / 127.5 - 1
 
 
+def to_bytes(pictures: Tensor) -> Tensor:
+    """Float -1..1 to uint8 0..255."""
+    return ((pictures + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+
+
 def to_images(pictures: Tensor) -> list[Image.Image]:
     """uint8 (N, 3, H, W) as PIL pictures."""
     return [Image.fromarray(p) for p in pictures.permute(0, 2, 3, 1).numpy()]
+
+
+def from_images(images: Sequence[Image.Image]) -> Tensor:
+    """PIL pictures as uint8 (N, 3, H, W)."""
+    return torch.from_numpy(np.stack([np.asarray(im) for im in images])).permute(0, 3, 1, 2)

@@ -30,8 +30,7 @@ from . import cards
 from . import evaluate as measuring
 from . import export as exporting
 from .common import Stage, console, plain_attention, step_generator
-from .edit import percent, table_row
-from .pool import Pool, decode_labels, load_pool, to_float, to_images
+from .pool import Pool, decode_labels, from_images, load_pool, to_bytes, to_float, to_images
 from .recipe import HELD_OUT_SCENES, Device, Out, Scenes, Seed, Steps, describe, load_scenes, read_recipe, start, write_recipe
 from .unet import BATCH, CAPTION_DROPOUT, POSITIONS, draw_timesteps, encode_pool, loss_weight
 from .vae import psnr, round_trip
@@ -176,16 +175,6 @@ def generate(
         call: dict[str, Any] = {"num_inference_steps": steps, "guidance_scale": guidance, "noise_level": NOISE_LEVEL}
         images += pipe(list(prompts[begin : begin + len(part)]), image=part, generator=generators, **call).images
     return images
-
-
-def to_bytes(pictures: Tensor) -> Tensor:
-    """Float (N, 3, H, W) in -1..1 as uint8."""
-    return ((pictures + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
-
-
-def from_images(images: Sequence[Image.Image]) -> Tensor:
-    """PIL pictures as uint8 (N, 3, H, W)."""
-    return torch.from_numpy(np.stack([np.asarray(im) for im in images])).permute(0, 3, 1, 2)
 
 
 @torch.no_grad()
@@ -371,11 +360,14 @@ def measure_sr(
         tried=SWEEP_PICTURES,
         plain=round(recipe["parameters"]["plain_sr"] / 1e6, 2),
         ways="\n".join(
-            table_row(name, [*(str(row[k]) for k in ("psnr_db", "psnr_small_db", "frechet")), *(percent(row["scores"][f]) for f in fields)])
+            cards.table_row(
+                name, [*(str(row[k]) for k in ("psnr_db", "psnr_small_db", "frechet")), *(cards.percent(row["scores"][f]) for f in fields)]
+            )
             for name, row in result["ways"].items()
         ),
         sweep="\n".join(
-            table_row(str(scale), [f"{row['psnr_db']} dB", *(percent(row[name]) for name in fields)]) for scale, row in sweep.items()
+            cards.table_row(str(scale), [f"{row['psnr_db']} dB", *(cards.percent(row[name]) for name in fields)])
+            for scale, row in sweep.items()
         ),
     )
     (folder / "README.md").write_text(card)

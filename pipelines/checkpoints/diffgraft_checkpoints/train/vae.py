@@ -10,7 +10,7 @@ from diffusers import AutoencoderKL
 from torch import Tensor
 
 from .common import Stage, console, step_generator
-from .pool import Pool, to_float
+from .pool import Pool, to_bytes, to_float
 
 CROP = 32
 BATCH = 24
@@ -80,7 +80,7 @@ def round_trip(vae: AutoencoderKL, pictures: Tensor, batch: int = 64) -> Tensor:
     parts = []
     for start in range(0, len(pictures), batch):
         latents = vae.encode(to_float(pictures[start : start + batch]).to(vae.device)).latent_dist.mode()
-        parts.append(((vae.decode(latents).sample.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).cpu())
+        parts.append(to_bytes(vae.decode(latents).sample.float()).cpu())
     return torch.cat(parts)
 
 

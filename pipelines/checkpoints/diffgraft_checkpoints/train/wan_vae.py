@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..emoji import motion
 from .common import Stage, console, step_generator, write_atomic
-from .pool import Pool, to_float
+from .pool import Pool, to_bytes, to_float
 from .vae import KL_WEIGHT, crops, reconstruction_loss
 
 CONTENT, COORDINATES = 16, 6
@@ -188,5 +188,5 @@ def round_trip(vae: AutoencoderKLWan, clips: Tensor, batch: int = 8) -> Tensor:
     parts = []
     for part in clips.split(batch):
         out = vae.decode(vae.encode(to_float(part).to(vae.device)).latent_dist.mode()).sample
-        parts.append(((out.float() + 1) * 127.5).round().to(torch.uint8).cpu())
+        parts.append(to_bytes(out.float()).cpu())
     return torch.cat(parts)
