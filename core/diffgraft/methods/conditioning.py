@@ -27,7 +27,7 @@ NOT_COPIED = {"self", "generator", "latents", "callback", "callback_on_step_end"
               "output_type", "return_dict", "num_inference_steps", "timesteps", "sigmas", "callback_steps"}  # fmt: skip
 """Call arguments that do not concern the conditioning (a generator must not be drawn from twice)."""
 PARTS_OF_A_RUN = {"denoising_start", "denoising_end"}
-"""Call arguments that would leave no step of the single one in which the conditioning is asked for."""
+"""Call arguments that cut a run, and might leave no step in which the conditioning is seen."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ class Listening:
         """What comes of these arguments of a call; those that it does not take (a base without ControlNet) are left out."""
         given = {name: value for name, value in arguments.items() if value is not None and name in self.asked}
         if "strength" in given:
-            given["strength"] = 1.0  # else one step is none; the conditioning does not depend on it
+            given["strength"] = 1.0  # else of few steps none may be left; the conditioning does not depend on it
         # the call's own number of steps: there are schedules without a single one (PNDM's)
         steps = arguments.get("num_inference_steps") or default_steps(self.pipe)
         try:
