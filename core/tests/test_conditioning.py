@@ -136,6 +136,37 @@ def test_a_sibling_shares_everything_but_the_scheduler(name):
     assert torch.equal(generate(twin, kwargs), generate(pipe, kwargs))
 
 
+class Replaces(Probe):
+    """Has a scheduler of few steps in the place of the pipeline's own, and asks in the middle of the run."""
+
+    name = "replaces"
+
+    def make_scheduler(self, old, family):
+        class OfFewSteps(type(old)):
+            def set_timesteps(self, num_inference_steps=None, **kwargs):
+                assert num_inference_steps < 10, "no schedule of the run"
+                super().set_timesteps(num_inference_steps, **kwargs)
+
+        return OfFewSteps.from_config(old.config)
+
+    def run(self, call, next):
+        result = next(call)
+        assert type(sibling(call.pipe).scheduler) is type(call.pipe.plugins.own_scheduler()) is not type(call.pipe.scheduler)
+        assert type(sibling(call.pipe, call.pipe.scheduler).scheduler) is type(call.pipe.scheduler)
+        arguments = {name: value for name, value in call.arguments().items() if name != "num_inference_steps"}
+        assert own_conditioning(call.pipe, arguments).of_branch  # by the pipeline's usual number of steps
+        return result
+
+
+def test_a_sibling_made_in_a_run_has_the_pipelines_own_scheduler():
+    pipe, kwargs = tiny("StableDiffusionPipeline")
+    own = pipe.scheduler
+    load_pipeline(pipe, plugins=[Replaces])
+    assert pipe.plugins.own_scheduler() is own
+    generate(pipe, kwargs)
+    assert pipe.plugins.own_scheduler() is own
+
+
 def test_another_prompt_takes_the_place_of_every_form_of_the_first():
     said = {
         "prompt": None, "prompt_2": "a", "prompt_embeds": torch.zeros(3, 2), "pooled_prompt_embeds": 1, "negative_prompt": "b",

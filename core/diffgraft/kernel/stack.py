@@ -136,6 +136,11 @@ class PluginStack:
             scheduler = entry.plugin.make_scheduler(scheduler, self.family) or scheduler
         return scheduler
 
+    def own_scheduler(self) -> Any:
+        """The pipeline's own scheduler, also in a run that has a plugin's in its place."""
+        replaced = self._open[0].replaced if self._open else None
+        return self.pipe.scheduler if replaced is None else replaced.own
+
     # Plugins are named by name, class or instance, singly or in lists.
 
     def enable(self, *names: Any) -> None:

@@ -69,16 +69,21 @@ def takes_pictures(model: nn.Module) -> bool:
     return any(getattr(model, name, None) is not None for name in ("encoder_hid_proj", "image_proj"))
 
 
-def sibling(pipe: Any) -> Any:
-    """A pipeline of the same parts with a scheduler of its own: it can be called while ``pipe`` is running."""
+def sibling(pipe: Any, scheduler: Any = None) -> Any:
+    """A pipeline of the same parts with a scheduler of its own: it can be called while ``pipe`` is running.
+
+    Args:
+        scheduler: made like this one; by default like the pipeline's own, also while a plugin's is in its place.
+    """
     from diffgraft.kernel.stack import stack_of
 
     stack = stack_of(pipe)
+    if scheduler is None:
+        scheduler = pipe.scheduler if stack is None else stack.own_scheduler()
     cls = stack.base_class if stack is not None else type(pipe)
     names = inspect.signature(cls).parameters.keys() - pipe.components.keys()
     settings = {name: pipe.config[name] for name in names if name in pipe.config}
-    scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)
-    made = cls(**{**pipe.components, "scheduler": scheduler}, **settings)
+    made = cls(**{**pipe.components, "scheduler": type(scheduler).from_config(scheduler.config)}, **settings)
     made.set_progress_bar_config(disable=True)
     return made
 

@@ -53,7 +53,7 @@ class Ended(Exception):  # the base's way out at the handoff, not an error
 
 def runner_of(base: Any, pipe: Any) -> Any:
     """The pipeline to call for the base (None: ``pipe``) while ``pipe`` runs: one with another scheduler, which ``from_pipe`` may share."""
-    return sibling(base or pipe) if base is None or base.scheduler is pipe.scheduler else base
+    return sibling(base or pipe, pipe.scheduler) if base is None or base.scheduler is pipe.scheduler else base
 
 
 def listen(base: Any, pipe: Any, arguments: Mapping[str, Any]) -> Conditioning:
