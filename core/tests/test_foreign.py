@@ -7,6 +7,7 @@ import math
 import re
 import sys
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -93,6 +94,29 @@ def test_knobs_are_finite_and_told_in_short(knobs):
     with pytest.raises(ConfigError, match=r"size|count") as raised:
         build_config("p", Knobs, knobs)
     assert len(str(raised.value)) < 300
+
+
+class Forms(PluginConfig):
+    weights: Literal["even", "late"] | tuple[float, ...] = "even"
+    ends: tuple[int, int] = (0, 1)
+    side: int | None = None
+
+
+@pytest.mark.parametrize(
+    ("knobs", "told"),
+    [
+        ({"weights": "early"}, "weights = 'early': give 'even' | 'late' or array."),
+        ({"weights": 3}, "weights = 3: give 'even' | 'late' or array."),
+        ({"weights": [1, "x"]}, "weights.1 = 'x': Input should be a valid number, unable to parse string as a number."),
+        ({"ends": [1, "x"]}, "ends.1 = 'x': Input should be a valid integer, unable to parse string as an integer."),
+        ({"side": "x"}, "side = 'x': Input should be a valid integer, unable to parse string as an integer."),
+        ({"weigths": 1}, "unknown knob 'weigths'; did you mean 'weights'?"),
+    ],
+)
+def test_a_knob_of_several_forms_is_told_in_one_sentence(knobs, told):
+    with pytest.raises(ConfigError) as raised:
+        build_config("p", Forms, knobs)
+    assert str(raised.value).startswith(f"plugin 'p': {told}")
 
 
 @pytest.mark.parametrize("scale", [math.nan, math.inf, -math.inf])

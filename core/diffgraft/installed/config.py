@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from types import NoneType, UnionType
+from typing import Any, Union, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -30,7 +32,7 @@ def build_config(plugin: str, model: type[PluginConfig], values: Mapping[str, An
         return model(**values)
     except ValidationError as error:
         lines = []
-        for item in error.errors():
+        for item in of_one_form(error.errors(), model):
             key = ".".join(str(part) for part in item["loc"])
             says = str(item["ctx"]["error"]) if item["type"] == "value_error" else item["msg"]  # without "Value error, "
             if item["type"] == "extra_forbidden":
@@ -38,6 +40,29 @@ def build_config(plugin: str, model: type[PluginConfig], values: Mapping[str, An
             else:
                 lines.append(f"{key} = {brief(item['input'])}: {says}" if key else says)  # of the knobs together: it names them itself
         raise ConfigError(f"plugin {plugin!r}: " + " ".join(line if line.endswith(".") else f"{line}." for line in lines)) from None
+
+
+def of_one_form(errors: Sequence[Any], model: type[PluginConfig]) -> Iterator[Mapping[str, Any]]:
+    """Errors as of a value of one form. For a knob of several (a word, or numbers) pydantic gives those of each form.
+
+    A value that is like none of them is told them all; numbers of which one is wrong are told that one.
+    """
+    for key, group in itertools.groupby(errors, lambda item: item["loc"][:1]):
+        items = list(group)
+        if not several_forms(model, key) or len(items[0]["loc"]) < 2:
+            yield from items
+        elif inside := [item for item in items if len(item["loc"]) > 2]:  # what follows the knob is the form's name
+            yield from ({**item, "loc": (*key, *item["loc"][2:])} for item in inside)
+        else:
+            yield {**items[0], "loc": key, "type": "form", "msg": f"give {allowed(model, key[0])}"}
+
+
+def several_forms(model: type[PluginConfig], key: tuple[Any, ...]) -> bool:
+    """Whether a knob's value may be of several types, none aside."""
+    field = model.model_fields.get(key[0]) if key else None
+    if field is None or get_origin(field.annotation) not in (Union, UnionType):
+        return False
+    return len([form for form in get_args(field.annotation) if form is not NoneType]) > 1
 
 
 def is_at(config: PluginConfig, settings: Mapping[str, Any]) -> bool:
