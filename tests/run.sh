@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Lint, types, floors, tests: at most 25 minutes on 2 cores, whatever the number of plugins (tests/sampling.py says how).
-#   bash tests/run.sh                all of the core, all of what changed, a sample of the rest
+#   bash tests/run.sh                all of the core, what changed, a sample of the rest
 #   bash tests/run.sh --thorough     everything (hours with many plugins)
 #   bash tests/run.sh ARGUMENTS...   exactly what the arguments to pytest say (-k deepcache, plugins/deepcache, -m cuda)
 set -euo pipefail

@@ -1,4 +1,6 @@
-"""Which tests the default suite runs: everything of the core, all of what changed, a sample of what did not (design: 25 minutes, always).
+"""Which tests the default suite runs: everything of the core, what changed, a sample of what did not (design: 25 minutes, always).
+
+Of a few changed plugins all is run; where many changed in one day, they share the budget.
 
 `bash tests/run.sh` passes ``--sample SEED --changed a,b``; without ``--sample`` everything is run. The seed is the commit, so the sample
 moves from commit to commit, and one commit always runs the same.
@@ -7,7 +9,7 @@ moves from commit to commit, and one commit always runs the same.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import pytest
@@ -15,9 +17,9 @@ from diffgraft.testing import Case, Pair
 from diffgraft.testing.cover import cover, cover_pairs, shuffled
 
 CASES, OWN_TESTS, LOOKED_AT = 900, 1200, 28
-"""Shared by all unchanged plugins: cases of the contract, tests of their own, plugins whose behaviour is looked at."""
+"""Cases of the contract, tests of plugins' own, unchanged plugins whose behaviour is looked at."""
 LEAST = 6
-"""Of an unchanged plugin at least."""
+"""Of a plugin at least."""
 OWN = re.compile(r"^plugins/([^/]+)/tests/")
 
 
@@ -33,20 +35,23 @@ class Sample:
         self.left_out[part] = kept, total
 
     def contract(self, of_plugin: dict[str, list[Case]]) -> list[Case]:
-        """Of a changed plugin the covering table, of the others a part of theirs."""
+        """Of each plugin its part of a covering table."""
         if self.seed is None:
             return [case for cases in of_plugin.values() for case in cases]
-        share = self.share(CASES, of_plugin)
-        kept: list[Case] = []
-        for name, cases in of_plugin.items():
-            table = cover(cases, self.seed)
-            kept += table if name in self.changed else shuffled(table, self.seed)[:share]
+        tables = {name: cover(cases, self.seed) for name, cases in of_plugin.items()}
+        most = self.parts(CASES, {name: len(table) for name, table in tables.items()})
+        kept = [case for name, table in tables.items() for case in shuffled(table, self.seed)[: most[name]]]
         self.note("contract cases of plugins", len(kept), sum(map(len, of_plugin.values())))
         return kept
 
-    def share(self, budget: int, plugins: Iterable[str]) -> int:
-        """An unchanged plugin's part of a budget."""
-        return max(LEAST, budget // max(1, len([name for name in plugins if name not in self.changed])))
+    def parts(self, budget: int, sizes: Mapping[str, int]) -> dict[str, int]:
+        """How many each plugin may have: changed ones share the budget, the others what these leave of it."""
+        most: dict[str, int] = {}
+        for group in ({*sizes} & self.changed, {*sizes} - self.changed):
+            left = budget - sum(min(sizes[name], most[name]) for name in most)
+            found = level([sizes[name] for name in group], left)
+            most |= dict.fromkeys(group, found)
+        return most
 
     def pairs(self, pairs: list[Pair]) -> list[Pair]:
         if self.seed is None:
@@ -65,20 +70,31 @@ class Sample:
         return kept
 
     def beyond(self, items: list[pytest.Item]) -> set[str]:
-        """Ids of the tests of unchanged plugins that are more than their share."""
+        """Ids of the plugins' own tests that are more than their part."""
         if self.seed is None:
             return set()
         of_plugin: dict[str, list[pytest.Item]] = {}
         for item in items:
             if match := OWN.match(item.nodeid):
                 of_plugin.setdefault(match.group(1), []).append(item)
-        share = self.share(OWN_TESTS, of_plugin)
+        most = self.parts(OWN_TESTS, {name: len(own) for name, own in of_plugin.items()})
         dropped: set[str] = set()
         for name, own in of_plugin.items():
-            if name not in self.changed:
-                dropped |= set(shuffled((item.nodeid for item in own), self.seed)[share:])
+            dropped |= set(shuffled((item.nodeid for item in own), self.seed)[most[name] :])
         self.note("plugins' own tests", sum(map(len, of_plugin.values())) - len(dropped), sum(map(len, of_plugin.values())))
         return dropped
+
+
+def level(sizes: Iterable[int], budget: int) -> int:
+    """The largest n for which parts of at most n each stay within the budget, but at least LEAST."""
+    left, n = budget, LEAST
+    order = sorted(sizes)
+    for i, size in enumerate(order):
+        n = left // (len(order) - i)
+        if size > n:
+            break
+        left -= size
+    return max(LEAST, n)
 
 
 SAMPLE = pytest.StashKey[Sample]()

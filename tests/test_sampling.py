@@ -1,0 +1,40 @@
+"""The default suite's budget: whatever changed, what is run of the plugins stays within it."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from sampling import LEAST, Sample, level
+
+
+def sample(*changed: str) -> Sample:
+    options = {"--sample": "seed", "--changed": ",".join(changed)}
+    config: Any = SimpleNamespace(getoption=options.__getitem__)
+    return Sample(config)
+
+
+SIZES = {"a": 100, "b": 40, "c": 200, "d": 10}
+
+
+@pytest.mark.parametrize(
+    ("changed", "kept"),
+    [
+        ((), {"a": 75, "b": 40, "c": 75, "d": 10}),
+        (("a",), {"a": 100, "b": 40, "c": 50, "d": 10}),  # what changed comes first, whole
+        (("a", "b", "c", "d"), {"a": 75, "b": 40, "c": 75, "d": 10}),  # all did: as if none had
+        (("a", "c"), {"a": 100, "b": LEAST, "c": 100, "d": LEAST}),
+    ],
+)
+def test_what_changed_comes_first_and_the_whole_stays_within_the_budget(changed: tuple[str, ...], kept: dict[str, int]) -> None:
+    most = sample(*changed).parts(200, SIZES)
+    assert {name: min(size, most[name]) for name, size in SIZES.items()} == kept
+
+
+@pytest.mark.parametrize("count", [0, 1, 17, 74, 400])
+def test_as_much_as_the_budget_allows(count: int) -> None:
+    sizes = [(37 * i) % 150 for i in range(count)]
+    n = level(sizes, 1200)
+    assert n == LEAST or sum(min(size, n) for size in sizes) <= 1200
+    assert sum(sizes) <= 1200 or sum(min(size, n + 1) for size in sizes) > 1200
