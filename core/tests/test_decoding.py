@@ -109,6 +109,14 @@ def test_in_float32_whatever_the_autoencoder_is_kept_in(name):
     torch.testing.assert_close(back, to_latents(pipe, family, exact.detach()), rtol=0, atol=1e-5)
 
 
+def test_float16_where_the_pipeline_itself_decodes_in_it():
+    made = make("StableDiffusionPipeline")
+    pipe, family = made.pipe, find_family(type(made.pipe))
+    pipe.vae.register_to_config(force_upcast=True)  # as diffusers has it where a config does not name it
+    pipe.vae.half()
+    assert to_pixels(pipe, family, torch.zeros(1, 4, 8, 8, dtype=torch.float16), made.kwargs).dtype == torch.float16
+
+
 def test_float32_where_an_autoencoder_would_overflow_and_where_it_is_offloaded():
     made = make("StableDiffusionXLPipeline")
     pipe, family = made.pipe, find_family(type(made.pipe))

@@ -6,11 +6,13 @@ import pytest
 import torch
 from diffgraft import Unsupported
 from diffgraft.installed.registry import families
-from diffgraft.methods.predictions import KINDS, SignalNoise, clean_estimate, levels_at, noise_estimate
+from diffgraft.methods.predictions import KINDS, SignalNoise, clean_estimate, levels_at, noise_estimate, prediction_kind
 from diffusers import (
     DDIMScheduler,
     DEISMultistepScheduler,
     DPMSolverMultistepScheduler,
+    EDMDPMSolverMultistepScheduler,
+    EDMEulerScheduler,
     EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
@@ -42,6 +44,15 @@ def test_a_perfect_prediction_gives_the_sample_and_the_noise_back(kind, scale):
     output = exact(kind, levels, x0, eps)
     torch.testing.assert_close(clean_estimate(x, output, levels, kind), x0)
     torch.testing.assert_close(noise_estimate(x, output, levels, kind), eps)
+
+
+@pytest.mark.parametrize("scheduler", [EDMEulerScheduler, EDMDPMSolverMultistepScheduler])
+def test_what_edm_schedulers_call_epsilon_is_not_epsilon(scheduler):
+    kind = prediction_kind(families()["sd"], scheduler())
+    assert kind == "EDM's epsilon"
+    for estimate in (clean_estimate, noise_estimate):
+        with pytest.raises(Unsupported, match="EDM's epsilon"):
+            estimate(torch.ones(1), torch.ones(1), LEVELS["exploding"], kind)
 
 
 def test_an_unknown_kind_is_refused():

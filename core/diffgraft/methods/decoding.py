@@ -31,8 +31,12 @@ def ensure_decodes(pipe: Any, family: Family, float32: bool = False) -> None:
     scales = ("latents_mean",) if family.latents == "bcfhw" else ("latents_mean", "scaling_factor")
     if not known or all(vae.config.get(name) is None for name in scales):
         raise Unsupported(f"{type(pipe).__name__} has no autoencoder of which it is known how the latents become pictures")
-    if vae.dtype == torch.float16 and vae.config.get("force_upcast") and family.prediction != "flow" and not float32:
-        raise Unsupported(f"{type(pipe).__name__}: its vae overflows in float16; give it one that does not, or .to(torch.float32)")
+    # diffusers' default is true, but only pipelines with an `upcast_vae` (SDXL's) act by it: the others decode in float16
+    if vae.dtype == torch.float16 and vae.config.get("force_upcast") and hasattr(pipe, "upcast_vae") and not float32:
+        raise Unsupported(
+            f"{type(pipe).__name__}: its vae overflows in float16; give it one that does not (for SDXL: madebyollin/sdxl-vae-fp16-fix), "
+            "or load the pipeline in bfloat16 or float32"
+        )
 
 
 def _autoencoder(pipe: Any, float32: bool, device: torch.device) -> Any:

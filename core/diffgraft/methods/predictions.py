@@ -64,7 +64,10 @@ def noise_estimate(x: Tensor, output: Tensor, levels: SignalNoise, kind: str) ->
 
 def prediction_kind(family: Family, scheduler: Any) -> str:
     """What the denoiser predicts: one of :data:`KINDS`, or the family's or scheduler's own word for something else."""
-    return str(scheduler.config.get("prediction_type", "epsilon")) if family.prediction == "scheduler" else family.prediction
+    if family.prediction != "scheduler":
+        return family.prediction
+    word = str(scheduler.config.get("prediction_type", "epsilon"))
+    return f"EDM's {word}" if hasattr(scheduler, "precondition_outputs") else word  # between noise and clean sample, by the level
 
 
 def is_flow(family: Family, scheduler: Any) -> bool:
