@@ -1,0 +1,308 @@
+"""Black-Scholes prompt mixing: at every step, the prompt that the picture in the making shows less (Kothandaraman, Lin, Manocha,
+arXiv 2405.13685).
+
+One denoiser call a step, as without the plugin, with one of two prompts. After each step the clean picture that it points to is decoded
+and a scorer says how well it shows either prompt. These are the spot prices of two assets; the prompt whose call option is cheaper is
+denoised with next.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar, Literal
+
+import torch
+from diffgraft import (
+    ConfigError,
+    DenoiseCall,
+    Effects,
+    Need,
+    Paper,
+    Plugin,
+    PluginConfig,
+    RewardError,
+    RunCall,
+    StepCall,
+    StepOutput,
+    Target,
+    Unsupported,
+)
+from diffgraft.methods.conditioning import Conditioning, number_of_prompts, own_conditioning, tensors_in, with_prompt
+from diffgraft.methods.decoding import decode, ensure_decodes
+from diffgraft.methods.predictions import clean_estimate, levels_of, prediction_kind
+from diffusers.image_processor import VaeImageProcessor
+from pydantic import Field, field_validator, model_validator
+from torch import Tensor
+
+from diffgraft_black_scholes.method import call_price, log_call, official_value, takes_second, volatility
+
+__all__ = ["BlackScholes"]
+__version__ = "0.1.0"
+
+Texts = tuple[list[str], list[str]]
+
+
+class BlackScholesConfig(PluginConfig):
+    """Knobs of Black-Scholes prompt mixing."""
+
+    prompt: str | tuple[str, ...] | None = Field(
+        None, description="the second prompt, or one for each prompt of the call, whose own prompt is the first; none: off"
+    )
+    scorer: Any = Field(
+        None,
+        description="how well a picture shows a prompt, a callable (images, prompts) -> numbers or the name of one (the paper: CLIP's logit)",
+    )
+    spot: Literal["score", "percent"] = Field(
+        "score", description="S: the score as it is, above 0 (CLIP's logits), or 100 exp(score), of log-probabilities"
+    )
+    rule: Literal["call", "official", "alternating", "average"] = Field(
+        "call",
+        description="which prompt comes next: that of the cheaper call option; the official code's formula; or, without a scorer, what both "
+        "are compared with: the two in turn, or the mean of both at every step",
+    )
+    captions: tuple[str, str] | None = Field(None, description="what the scorer is given for the first and second prompt; none: the prompts")
+    decoder: Any = Field(
+        None,
+        description="makes the pictures that are scored, a callable (latents) -> pixels [batch, 3, height, width] in -1 to 1 (a tiny "
+        "autoencoder's decode); none: the pipeline's own autoencoder",
+    )
+
+    @field_validator("scorer", "decoder")
+    @classmethod
+    def _callable(cls, value: Any, info: Any) -> Any:
+        if value is not None and not callable(value) and not (isinstance(value, str) and info.field_name == "scorer"):
+            what = "(images, prompts) -> numbers, or the name of one" if info.field_name == "scorer" else "(latents) -> pixels"
+            raise ValueError(f"give a callable {what}")
+        return value
+
+    @model_validator(mode="after")
+    def _can_choose(self) -> BlackScholesConfig:
+        if self.prompt is not None and self.scores and self.scorer is None:
+            raise ValueError(
+                f"rule = {self.rule!r} chooses by how well a picture shows a prompt, and scorer is none: give a scorer "
+                "('diffgraft_black_scholes.scorers:clip' is the paper's), or rule = 'alternating'"
+            )
+        return self
+
+    @property
+    def scores(self) -> bool:
+        """Whether the rule asks the scorer."""
+        return self.rule in ("call", "official")
+
+
+@dataclass
+class Mixing:
+    """Of one run: the second prompt, which samples take it now, and what was seen at each step."""
+
+    heard: Conditioning | None = None
+    texts: Texts | None = None
+    takes: Tensor | None = None
+    """[batch], on the CPU; None: none does."""
+    spots: list[Tensor] = field(default_factory=list)
+    prices: list[Tensor] = field(default_factory=list)
+    taken: list[Tensor] = field(default_factory=list)
+
+
+class BlackScholes(Plugin):
+    name = "black_scholes"
+    paper = Paper(
+        title="Financial Models in Generative Art: Black-Scholes-Inspired Concept Blending in Text-to-Image Diffusion",
+        arxiv="2405.13685",
+        implemented="one of two prompts at each step, by the Black-Scholes price of how well the picture in the making shows it, any scorer",
+        omitted="step-wise switching at fixed steps, with which the paper compares",
+        licence="official code without a licence; written from the formulas",
+    )
+    families = ("sd", "sdxl", "sd3", "flux")
+    Config = BlackScholesConfig
+    State = Mixing
+    neutral: ClassVar[dict[str, Any]] = {"prompt": None, "scorer": None}
+    active: ClassVar[dict[str, Any]] = {"prompt": "a green dog on the right", "scorer": "diffgraft_black_scholes.scorers:colours"}
+    effects = Effects(edits=frozenset({"conditioning"}), needs=frozenset({"all_blocks"}))
+    needs = (Need("reward", "scorer"),)
+    config: BlackScholesConfig
+
+    def __init__(self, **knobs: Any) -> None:
+        super().__init__(**knobs)
+        if self.config.rule == "official":  # it rests on the last bits of the scores, which differ in a batch
+            self.effects = replace(self.effects, couples_batch=True)
+
+    def check(self, target: Target) -> None:
+        if self.config.prompt is not None and self.config.scores and self.config.decoder is None:
+            ensure_decodes(target.pipe, target.family)
+
+    def run(self, call: RunCall, next: Any) -> Any:
+        shared: Mixing = call.shared
+        shared.__init__()  # type: ignore[misc]  # an outer plugin may run the pipeline several times
+        if self.config.prompt is None:
+            call.note("inactive: prompt is none, so there is no second prompt to mix the call's with; give prompt=...")
+            return next(call)
+        arguments = call.arguments()
+        second = self.second_prompts(arguments)
+        if self.config.scores:
+            shared.texts = self.scored_texts(arguments, second)
+        shared.heard = own_conditioning(call.pipe, with_prompt(arguments, second))
+        result = next(call)
+        self.tell(call)
+        return result
+
+    def second_prompts(self, arguments: dict[str, Any]) -> list[str]:
+        """A second prompt for each prompt of the call."""
+        second, count = self.config.prompt, number_of_prompts(arguments)
+        if isinstance(second, tuple) and len(second) != count:
+            raise ConfigError(
+                f"plugin 'black_scholes': prompt has {len(second)} texts for a call with {count} prompts; give one for each, or one text"
+            )
+        return list(second) if isinstance(second, tuple) else [str(second)] * count
+
+    def scored_texts(self, arguments: dict[str, Any], second: list[str]) -> Texts:
+        """What the scorer is given for the two prompts, a text for each prompt of the call."""
+        if self.config.captions is not None:
+            return [self.config.captions[0]] * len(second), [self.config.captions[1]] * len(second)
+        first = arguments.get("prompt")
+        if first is None:
+            raise ConfigError("plugin 'black_scholes': captions = None, and the call has no prompt in words for the scorer: give captions")
+        return [first] if isinstance(first, str) else list(first), second
+
+    def tell(self, call: RunCall) -> None:
+        """What the run did, in the report."""
+        shared: Mixing = call.shared
+        if not shared.taken:
+            return
+        taken = torch.stack(shared.taken)
+        call.record({"second": taken})
+        if shared.prices:
+            call.record({"spots": torch.stack(shared.spots), "prices": torch.stack(shared.prices)})
+        shares = ", ".join(f"{int(n)} of {len(taken)}" for n in taken.sum(0)[:4]) + (", ..." if taken.shape[1] > 4 else "")
+        call.note(f"steps with the second prompt: {shares}")
+
+    # the denoiser's calls -----------------------------------------------------------------------------------------------------------
+
+    def denoise(self, call: DenoiseCall, next: Any) -> Tensor:
+        heard: Conditioning | None = call.shared.heard
+        if heard is None or "cond" not in call.texts:
+            return next(call)  # type: ignore[no-any-return]
+        ensure_alike(own(call, "cond"), heard)
+        takes = call.shared.takes
+        if self.config.rule == "average":
+            return next(mixed(call, heard, half_way))  # type: ignore[no-any-return]
+        if takes is None:
+            return next(call)  # type: ignore[no-any-return]
+        rows = takes.to(call.sample.device)
+        return next(mixed(call, heard, lambda a, b: torch.where(rows.view(-1, *[1] * (a.ndim - 1)), b, a)))  # type: ignore[no-any-return]
+
+    # the step -----------------------------------------------------------------------------------------------------------------------
+
+    def step(self, call: StepCall, next: Any) -> StepOutput:
+        shared, step = call.shared, call.step
+        if shared.heard is None or self.config.rule == "average":
+            return next(call)  # type: ignore[no-any-return]
+        takes = shared.takes
+        if step.ends_step:
+            shared.taken.append(torch.zeros(len(call.sample), dtype=torch.bool) if takes is None else takes)
+            if not step.is_last and not call.stopped:
+                shared.takes = self.next_prompt(call)
+        return next(call)  # type: ignore[no-any-return]
+
+    def next_prompt(self, call: StepCall) -> Tensor:
+        """Which samples take the second prompt at the next step [batch]. The scheduler is not asked."""
+        step, rows = call.step, len(call.sample)
+        if self.config.rule == "alternating":
+            return torch.full((rows,), step.index % 2 == 0)
+        spots, rate, left = self.spots(call), 1 / step.total, step.total - step.index
+        s = volatility_of(call)
+        if self.config.rule == "call":
+            values = log_call(spots, rate, s, left)
+            prices = call_price(spots, rate, s, left)
+        else:
+            values = prices = official_value(spots, rate, s, left)
+        call.shared.spots.append(spots)
+        call.shared.prices.append(prices)
+        return takes_second(*values)
+
+    def spots(self, call: StepCall) -> Tensor:
+        """S of both prompts [2, batch], of the pictures that this step points to."""
+        images = self.previews(call)
+        shared, scorer = call.shared, call.given("scorer")
+        rows = [[text for text in texts for _ in range(len(images) // len(texts))] for texts in shared.texts]
+        scores = torch.tensor([scorer(images, texts) for texts in rows], dtype=torch.float64)
+        spots = 100 * scores.exp() if self.config.spot == "percent" else scores
+        if not bool((spots.isfinite() & (spots > 0)).all()):
+            other = "spot = 'percent' takes log-probabilities" if self.config.spot == "score" else "these are no log-probabilities"
+            raise RewardError(
+                f"black_scholes, step {call.step.index + 1}: scorer {scorer.name!r} gave {scores.min().item():.4g} to "
+                f"{scores.max().item():.4g}, and a price must be above 0 and finite: {other}"
+            )
+        return spots
+
+    def previews(self, call: StepCall) -> list[Any]:
+        """Pictures of the clean samples that this step's prediction and sample imply."""
+        kind = prediction_kind(call.family, call.pipe.scheduler)
+        x0 = clean_estimate(call.sample.float(), call.model_output.float(), levels_of(call), kind).to(call.sample.dtype)
+        call.count("previews", len(x0))
+        decoder: Callable[[Tensor], Tensor] | None = self.config.decoder
+        if decoder is None:
+            return decode(call.pipe, call.family, x0, call.run.arguments)
+        with torch.no_grad():
+            pixels = decoder(x0)
+        if not isinstance(pixels, Tensor) or pixels.ndim != 4 or pixels.shape[:2] != (len(x0), 3):
+            found = tuple(pixels.shape) if isinstance(pixels, Tensor) else type(pixels).__name__
+            raise ConfigError(f"plugin 'black_scholes': decoder gave {found}: it must give pixels [{len(x0)}, 3, height, width]")
+        return VaeImageProcessor().postprocess(pixels, output_type="pil")  # type: ignore[no-any-return]
+
+
+def own(call: DenoiseCall, branch: str) -> dict[str, Any]:
+    """A branch's own conditioning in this call."""
+    part = call.only(branch) if branch in call.branches else call
+    return {name: part[name] for name in call.family.conditioning if part.get(name) is not None}
+
+
+def ensure_alike(first: dict[str, Any], heard: Conditioning) -> None:
+    """Raises Unsupported where the two prompts' conditionings cannot stand in one batch."""
+    second = heard.of_branch["cond"]
+    a, b = ([tuple(x.shape) for name in first for x in tensors_in(part.get(name))] for part in (first, second))
+    if a != b:
+        raise Unsupported(
+            f"black_scholes: the call's prompt is {a} to the denoiser, the second one {b}: give the call's prompt as text, and its "
+            "embeddings with as many tokens as the pipeline makes itself"
+        )
+
+
+def mixed(call: DenoiseCall, heard: Conditioning, mix: Callable[[Tensor, Tensor], Tensor]) -> DenoiseCall:
+    """The call with ``mix(first, second)`` for each tensor of the prompts' conditioning; what is guided away from stays."""
+    parts = {branch: own(call, branch) for branch in call.texts}
+    parts["cond"] = each(parts["cond"], heard.of_branch["cond"], mix)
+    return Conditioning(parts).put_into(call)
+
+
+def each(first: Any, second: Any, mix: Callable[[Tensor, Tensor], Tensor]) -> Any:
+    """``mix`` of the tensors of two conditionings of one form: nested dicts and lists."""
+    if isinstance(first, Tensor):
+        return mix(first, second.to(first))
+    if isinstance(first, dict):
+        return {name: each(value, second[name], mix) for name, value in first.items()}
+    if isinstance(first, (list, tuple)):
+        return type(first)(each(a, b, mix) for a, b in zip(first, second, strict=True))
+    return first
+
+
+def half_way(first: Tensor, second: Tensor) -> Tensor:
+    """The mean of both."""
+    return torch.lerp(first, second, 0.5)
+
+
+def volatility_of(call: StepCall) -> float:
+    """s of one step of the training's schedule at this step's noise level."""
+    scheduler, step = call.pipe.scheduler, call.step
+    n = scheduler.config.num_train_timesteps
+    if call.family.prediction == "flow":  # levels 1 - sigma and sigma, as variance-preserving ones
+        sigma = step.sigma.double().clamp(max=1 - 2 / n).cpu()  # check: allow host_sync because the preview has waited already
+        return volatility(abar_of_flow(sigma + 1 / n), abar_of_flow(sigma))
+    abar = scheduler.alphas_cumprod
+    t = step.t.to(abar.device, torch.long).clamp(max=n - 2)
+    return volatility(abar[t + 1], abar[t])
+
+
+def abar_of_flow(sigma: Tensor) -> Tensor:
+    """The share of the signal in a flow sample, (1 - sigma)^2 / ((1 - sigma)^2 + sigma^2)."""
+    return (1 - sigma) ** 2 / ((1 - sigma) ** 2 + sigma**2)
