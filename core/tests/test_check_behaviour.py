@@ -68,6 +68,18 @@ BEHAVIOUR = {
         ],
         "draws noise",
     ),
+    "asks the pipeline for another prompt": (
+        "run",
+        [
+            ("py", "from pydantic import Field", "from diffgraft.methods.conditioning import own_conditioning\nfrom pydantic import Field"),
+            (
+                "py",
+                "        return next(call.replace(",
+                "        own_conditioning(call.pipe, call.arguments())\n        return next(call.replace(",
+            ),
+        ],
+        None,
+    ),
     "says it draws and does not": ("denoise", [declares(PREDICTION + ", stochastic=True")], "draws none"),
     "couples the batch": ("denoise", [("py", RETURN, "        return prediction + 0.1 * prediction.mean()\n")], "couples the samples"),
     "asks twice": ("denoise", [("py", BODY, BODY + "        next(call)\n")], "needs extra_forwards"),

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from diffgraft.installed.plugin import Plugin
+from diffgraft.kernel.onion import active_run
 from diffgraft.testing.watch import neighbour
 
 POINTS = ("run", "schedule", "denoise", "block", "attention", "guide", "step")
@@ -50,6 +51,8 @@ class Seen:
     frames: list[Frame] = field(default_factory=list)
     sides: list[tuple[str, str]] = field(default_factory=list)
     """(whose turn it is, at which point), innermost last."""
+    run: Any = None
+    """The run that is watched: one inside it (a sibling is asked for the conditioning of a prompt) draws what does not count."""
 
     def is_plugins_turn(self) -> bool:
         return bool(self.sides) and self.sides[-1][0] == "plugin"
@@ -100,6 +103,7 @@ def facts(call: Any, point: str) -> dict[str, Any]:
 def outer(seen: Seen, point: str) -> Any:
     def around(self: Plugin, call: Any, next: Any) -> Any:
         frame = Frame(point, facts(call, point))
+        seen.run = call.run
         seen.frames.append(frame)
         seen.sides.append(("plugin", point))
         try:
@@ -236,7 +240,7 @@ class Listening(TorchDispatchMode):
         name = func.overloadpacket.__name__ if hasattr(func, "overloadpacket") else str(func)
         side, point = self.seen.sides[-1] if self.seen.sides else ("pipeline", "")
         if name in RANDOM or name in RANDOM_LIKE:
-            if side == "plugin":
+            if side == "plugin" and active_run() is self.seen.run:
                 self.seen.draws.setdefault(point, f"{point}: torch.{name}")
             elif side == "pipeline" and point == "step":
                 self.drawn_in_step += 1
