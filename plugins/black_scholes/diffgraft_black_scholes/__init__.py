@@ -41,6 +41,8 @@ __all__ = ["BlackScholes"]
 __version__ = "0.1.0"
 
 Texts = tuple[list[str], list[str]]
+LARGEST_LOG = 600.0
+"""The exponential of more is no float64."""
 
 
 class BlackScholesConfig(PluginConfig):
@@ -51,17 +53,19 @@ class BlackScholesConfig(PluginConfig):
     )
     scorer: Any = Field(
         None,
-        description="how well a picture shows a prompt, a callable (images, prompts) -> numbers or the name of one (the paper: CLIP's logit)",
+        description="how well a picture shows a prompt, a callable (images, prompts) -> numbers or the name of one (the paper: CLIP's)",
     )
     spot: Literal["score", "percent"] = Field(
         "score", description="S: the score as it is, above 0 (CLIP's logits), or 100 exp(score), of log-probabilities"
     )
     rule: Literal["call", "official", "alternating", "average"] = Field(
         "call",
-        description="which prompt comes next: that of the cheaper call option; the official code's formula; or, without a scorer, what both "
-        "are compared with: the two in turn, or the mean of both at every step",
+        description="which prompt comes next: that of the cheaper call option; the official code's formula; or, without a scorer, "
+        "what both are compared with: the two in turn, or the mean of both at every step",
     )
-    captions: tuple[str, str] | None = Field(None, description="what the scorer is given for the first and second prompt; none: the prompts")
+    captions: tuple[str, str] | None = Field(
+        None, description="what the scorer is given for the first and second prompt; none: the prompts"
+    )
     decoder: Any = Field(
         None,
         description="makes the pictures that are scored, a callable (latents) -> pixels [batch, 3, height, width] in -1 to 1 (a tiny "
@@ -93,15 +97,14 @@ class BlackScholesConfig(PluginConfig):
 
 @dataclass
 class Mixing:
-    """Of one run: the second prompt, which samples take it now, and what was seen at each step."""
+    """Of one run: the second prompt, which samples take it at each step, and what was seen at each but the last."""
 
     heard: Conditioning | None = None
     texts: Texts | None = None
-    takes: Tensor | None = None
-    """[batch], on the CPU; None: none does."""
+    takes: list[Tensor] = field(default_factory=list)
+    """[batch] for each step, on the CPU; no sample does at the first."""
     spots: list[Tensor] = field(default_factory=list)
     prices: list[Tensor] = field(default_factory=list)
-    taken: list[Tensor] = field(default_factory=list)
 
 
 class BlackScholes(Plugin):
@@ -109,7 +112,7 @@ class BlackScholes(Plugin):
     paper = Paper(
         title="Financial Models in Generative Art: Black-Scholes-Inspired Concept Blending in Text-to-Image Diffusion",
         arxiv="2405.13685",
-        implemented="one of two prompts at each step, by the Black-Scholes price of how well the picture in the making shows it, any scorer",
+        implemented="one of two prompts at each step, by the Black-Scholes price of how well the picture in the making shows it",
         omitted="step-wise switching at fixed steps, with which the paper compares",
         licence="official code without a licence; written from the formulas",
     )
@@ -167,41 +170,45 @@ class BlackScholes(Plugin):
     def tell(self, call: RunCall) -> None:
         """What the run did, in the report."""
         shared: Mixing = call.shared
-        if not shared.taken:
+        if not shared.takes:
             return
-        taken = torch.stack(shared.taken)
+        taken = torch.stack(shared.takes)
         call.record({"second": taken})
         if shared.prices:
             call.record({"spots": torch.stack(shared.spots), "prices": torch.stack(shared.prices)})
         shares = ", ".join(f"{int(n)} of {len(taken)}" for n in taken.sum(0)[:4]) + (", ..." if taken.shape[1] > 4 else "")
         call.note(f"steps with the second prompt: {shares}")
+        if not taken.any():
+            call.note("inactive: the first prompt's price was the smaller one at every step, so the second was never taken")
 
     # the denoiser's calls -----------------------------------------------------------------------------------------------------------
 
     def denoise(self, call: DenoiseCall, next: Any) -> Tensor:
-        heard: Conditioning | None = call.shared.heard
-        if heard is None or "cond" not in call.texts:
+        shared: Mixing = call.shared
+        if shared.heard is None or "cond" not in call.texts:
             return next(call)  # type: ignore[no-any-return]
-        ensure_alike(own(call, "cond"), heard)
-        takes = call.shared.takes
+        ensure_alike(own(call, "cond"), shared.heard)
         if self.config.rule == "average":
-            return next(mixed(call, heard, half_way))  # type: ignore[no-any-return]
-        if takes is None:
+            return next(mixed(call, shared.heard, half_way))  # type: ignore[no-any-return]
+        if call.step.index == 0:
             return next(call)  # type: ignore[no-any-return]
-        rows = takes.to(call.sample.device)
-        return next(mixed(call, heard, lambda a, b: torch.where(rows.view(-1, *[1] * (a.ndim - 1)), b, a)))  # type: ignore[no-any-return]
+        rows = shared.takes[call.step.index].to(call.sample.device)
+
+        def chosen(first: Tensor, second: Tensor) -> Tensor:
+            return torch.where(rows.view(-1, *[1] * (first.ndim - 1)), second, first)
+
+        return next(mixed(call, shared.heard, chosen))  # type: ignore[no-any-return]
 
     # the step -----------------------------------------------------------------------------------------------------------------------
 
     def step(self, call: StepCall, next: Any) -> StepOutput:
         shared, step = call.shared, call.step
-        if shared.heard is None or self.config.rule == "average":
+        if shared.heard is None or self.config.rule == "average" or step.stage:  # a solver's step keeps its prompt in all its calls
             return next(call)  # type: ignore[no-any-return]
-        takes = shared.takes
-        if step.ends_step:
-            shared.taken.append(torch.zeros(len(call.sample), dtype=torch.bool) if takes is None else takes)
-            if not step.is_last and not call.stopped:
-                shared.takes = self.next_prompt(call)
+        if step.index == 0:  # of this pass: an inner plugin may make several
+            shared.takes, shared.spots, shared.prices = [torch.zeros(len(call.sample), dtype=torch.bool)], [], []
+        if step.index + 1 < step.total:
+            shared.takes.append(self.next_prompt(call))
         return next(call)  # type: ignore[no-any-return]
 
     def next_prompt(self, call: StepCall) -> Tensor:
@@ -210,7 +217,7 @@ class BlackScholes(Plugin):
         if self.config.rule == "alternating":
             return torch.full((rows,), step.index % 2 == 0)
         spots, rate, left = self.spots(call), 1 / step.total, step.total - step.index
-        s = volatility_of(call)
+        s = float(volatility_of(call))  # check: allow host_sync because the pictures for the scorer were waited for already
         if self.config.rule == "call":
             values = log_call(spots, rate, s, left)
             prices = call_price(spots, rate, s, left)
@@ -225,15 +232,18 @@ class BlackScholes(Plugin):
         images = self.previews(call)
         shared, scorer = call.shared, call.given("scorer")
         rows = [[text for text in texts for _ in range(len(images) // len(texts))] for texts in shared.texts]
-        scores = torch.tensor([scorer(images, texts) for texts in rows], dtype=torch.float64)
-        spots = 100 * scores.exp() if self.config.spot == "percent" else scores
-        if not bool((spots.isfinite() & (spots > 0)).all()):
-            other = "spot = 'percent' takes log-probabilities" if self.config.spot == "score" else "these are no log-probabilities"
-            raise RewardError(
-                f"black_scholes, step {call.step.index + 1}: scorer {scorer.name!r} gave {scores.min().item():.4g} to "
-                f"{scores.max().item():.4g}, and a price must be above 0 and finite: {other}"
-            )
-        return spots
+        scores = [scorer(images, texts) for texts in rows]
+        for score in (score for of_prompt in scores for score in of_prompt):
+            percent = self.config.spot == "percent"
+            if score <= 0 and not percent:
+                why = "a price must be above 0; spot = 'percent' takes log-probabilities"
+            elif abs(score) > LARGEST_LOG and percent:
+                why = "that is no log-probability; spot = 'score' takes numbers as they are"
+            else:
+                continue
+            raise RewardError(f"black_scholes, step {call.step.index + 1}: scorer {scorer.name!r} gave {score:.4g}: {why}")
+        spots = torch.tensor(scores, dtype=torch.float64)
+        return 100 * spots.exp() if self.config.spot == "percent" else spots
 
     def previews(self, call: StepCall) -> list[Any]:
         """Pictures of the clean samples that this step's prediction and sample imply."""
@@ -242,7 +252,8 @@ class BlackScholes(Plugin):
         call.count("previews", len(x0))
         decoder: Callable[[Tensor], Tensor] | None = self.config.decoder
         if decoder is None:
-            return decode(call.pipe, call.family, x0, call.run.arguments)
+            images: list[Any] = decode(call.pipe, call.family, x0, call.run.arguments)
+            return images
         with torch.no_grad():
             pixels = decoder(x0)
         if not isinstance(pixels, Tensor) or pixels.ndim != 4 or pixels.shape[:2] != (len(x0), 3):
@@ -291,16 +302,17 @@ def half_way(first: Tensor, second: Tensor) -> Tensor:
     return torch.lerp(first, second, 0.5)
 
 
-def volatility_of(call: StepCall) -> float:
-    """s of one step of the training's schedule at this step's noise level."""
+def volatility_of(call: StepCall) -> Tensor:
+    """s of one step of the training's schedule at this step's noise level (0-dim)."""
     scheduler, step = call.pipe.scheduler, call.step
     n = scheduler.config.num_train_timesteps
-    if call.family.prediction == "flow":  # levels 1 - sigma and sigma, as variance-preserving ones
-        sigma = step.sigma.double().clamp(max=1 - 2 / n).cpu()  # check: allow host_sync because the preview has waited already
+    if call.family.prediction == "flow":
+        assert step.sigma is not None  # flow schedulers have sigmas
+        sigma = step.sigma.double().clamp(max=1 - 2 / n)  # the last step of training has no volatility: no signal is left in it
         return volatility(abar_of_flow(sigma + 1 / n), abar_of_flow(sigma))
-    abar = scheduler.alphas_cumprod
-    t = step.t.to(abar.device, torch.long).clamp(max=n - 2)
-    return volatility(abar[t + 1], abar[t])
+    abar = scheduler.alphas_cumprod.to(step.t.device, non_blocking=True)
+    t = step.t.long().clamp(max=n - 2)
+    return volatility(abar.take(t + 1), abar.take(t))
 
 
 def abar_of_flow(sigma: Tensor) -> Tensor:

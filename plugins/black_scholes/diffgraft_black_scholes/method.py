@@ -53,16 +53,17 @@ def official_value(spot: Tensor, rate: float, volatility: float, left: float, st
     With N's density in the place of N both terms are the same number (which is why an option's delta is N(d1)). So this is 0, and what is
     not 0 is rounding; it is done in the types of the official code, with numpy as there.
     """
-    S, s = spot.numpy().astype(np.float32), np.float32(volatility)
+    S = spot.numpy().astype(np.float32)  # check: allow host_sync because spots are on the CPU
+    s = np.float32(volatility)
     d1 = (np.log(S / strike) + (rate + (s**2) / 2) * left) / (s * left**0.5)
     d2 = d1 - s * left**0.5
     return torch.as_tensor(np.exp(-0.5 * d1 * d1) * S - np.exp(-0.5 * d2 * d2) * strike * np.exp(-left * rate))
 
 
-def volatility(abar: Tensor, abar_before: Tensor) -> float:
-    """s = sqrt((1 - abar') / (1 - abar) (1 - abar / abar')), DDPM's standard deviation of a step from abar to abar' > abar (0-dim)."""
+def volatility(abar: Tensor, abar_before: Tensor) -> Tensor:
+    """s = sqrt((1 - abar') / (1 - abar) (1 - abar / abar')), DDPM's standard deviation of a step from abar to abar' > abar (all 0-dim)."""
     variance = (1 - abar_before) / (1 - abar) * (1 - abar / abar_before)
-    return max(float(variance.abs().sqrt()), LEAST_VOLATILITY)
+    return variance.abs().sqrt().clamp(min=LEAST_VOLATILITY)
 
 
 def takes_second(first: Tensor, second: Tensor) -> Tensor:

@@ -30,11 +30,12 @@ class ClipScore:
 
         return cls(CLIPModel.from_pretrained(name, **options).eval(), CLIPProcessor.from_pretrained(name))
 
-    @torch.no_grad()
     def __call__(self, images: Sequence[Any], prompts: Sequence[str]) -> list[float]:
         inputs = self.processor(text=list(prompts), images=list(images), return_tensors="pt", padding=True, truncation=True)
-        logits = self.model(**inputs.to(self.model.device)).logits_per_image
-        return logits.diagonal().abs().tolist()  # type: ignore[no-any-return]
+        with torch.no_grad():
+            logits = self.model(**inputs.to(self.model.device)).logits_per_image
+        scores: list[float] = logits.diagonal().abs().tolist()
+        return scores
 
 
 @cache

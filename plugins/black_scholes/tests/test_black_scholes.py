@@ -86,7 +86,7 @@ def test_the_official_value_is_nothing_but_rounding():
     right, asked = 0, 0
     for i, t in enumerate(table.timesteps.tolist()):
         spots = 18 + 15 * torch.rand(2, 100, generator=draw, dtype=torch.float64)
-        s = volatility(table.alphas_cumprod[t + 1], table.alphas_cumprod[t])
+        s = float(volatility(table.alphas_cumprod[t + 1], table.alphas_cumprod[t]))
         values = official_value(spots, 0.01, s, 100 - i)
         assert values.abs().max() < 4e-5  # of terms of up to 33
         differ = values[0] != values[1]
@@ -104,8 +104,8 @@ def test_the_volatility_is_the_schedulers():
     scheduler = DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
     abar = scheduler.alphas_cumprod
     for t in (0, 1, 500, 998):
-        assert volatility(abar[t + 1], abar[t]) == pytest.approx(float(scheduler._get_variance(t + 1, t)) ** 0.5, rel=1e-6)
-    assert volatility(real(1.0) - 1e-15, real(1.0)) == LEAST_VOLATILITY
+        assert float(volatility(abar[t + 1], abar[t])) == pytest.approx(float(scheduler._get_variance(t + 1, t)) ** 0.5, rel=1e-6)
+    assert float(volatility(real(1.0) - 1e-15, real(1.0))) == pytest.approx(LEAST_VOLATILITY)
     sigma = real(0.6)  # of a flow model: a = .4, s = .6
     assert float(abar_of_flow(sigma)) == pytest.approx(0.16 / 0.52)
 
@@ -167,9 +167,7 @@ def test_a_constant_scorer_begins_with_the_first_and_stays_with_the_second():
 def by_hand(made, takes):
     """The pipeline called with the prompt exchanged by a callback, as a user would do it without the plugin."""
     pipe, kwargs = made.pipe, made.kwargs
-    texts = [
-        pipe.encode_prompt(text, "cpu", 1, True, kwargs["negative_prompt"])[::-1] for text in (kwargs["prompt"], B)
-    ]
+    texts = [pipe.encode_prompt(text, "cpu", 1, True, kwargs["negative_prompt"])[::-1] for text in (kwargs["prompt"], B)]
     embeddings = [torch.cat(pair) for pair in texts]
 
     def exchange(running, step, timestep, tensors):
@@ -309,7 +307,7 @@ def test_bad_input_is_refused_with_the_way_out():
         call(made)
     for scorer, spot, told in (
         (lambda images, prompts: [-1.0] * len(images), "score", "spot = 'percent' takes log-probabilities"),
-        (lambda images, prompts: [900.0] * len(images), "percent", "these are no log-probabilities"),
+        (lambda images, prompts: [900.0] * len(images), "percent", "that is no log-probability"),
     ):
         made.pipe.plugins.configure("black_scholes", prompt=B, scorer=scorer, spot=spot)
         with pytest.raises(RewardError, match=told):
