@@ -48,10 +48,10 @@ class Arm:
     knobs: dict[str, Any] | None = None
     steps: int = 50
 
-    def draw(self, pipe: Any, seconds: list[str], guidance: float) -> tuple[list[Image.Image], float, float]:
-        """A picture for each pair from its own seed; denoiser forwards a picture (rows of a batch); share of steps with prompt b."""
+    def draw(self, pipe: Any, seconds: list[str], guidance: float) -> tuple[list[Image.Image], int, str]:
+        """A picture for each pair from its own seed; denoiser forwards a picture (rows of a batch); how often b's turn was, and changes."""
         images: list[Image.Image] = []
-        rows, taken = 0, []
+        rows, taken = 0, [torch.zeros(self.steps, 0, dtype=torch.bool)]
         for start in range(0, len(self.prompts), BATCH):
             part = slice(start, start + BATCH)
             name = self.plugin or "black_scholes"  # off it counts the plain pipeline's forwards
@@ -63,10 +63,12 @@ class Arm:
                 report = pipe.plugins.report()
                 assert set(report.forwards) == {"both"}, report.forwards  # each of two rows a picture
                 rows = 2 * report.forwards["both"]
-                taken += report.plugins[name].records.get("second", torch.zeros(0)).flatten().tolist()
+                taken += [report.plugins[name].records["second"]] if "second" in report.plugins[name].records else []
             finally:
                 pipe.plugins.clear()
-        return images, rows, float(np.mean(taken)) if taken else float("nan")
+        second = torch.cat(taken, dim=1).float()
+        turns = f"{second.mean():.0%}, {second.diff(dim=0).abs().mean():.0%}" if second.numel() else ""
+        return images, rows, turns
 
 
 def shown(verdicts: list[bool]) -> str:
@@ -98,17 +100,26 @@ def main(
         "official": Arm(one, "black_scholes", {**judged, "rule": "official"}, steps),
         "superdiff and": Arm(one, "superdiff", {"operation": "and"}, steps // 2),
     }
-    columns = ("arm", "forwards", "with b", "both objects", "all as asked", "weaker prompt", "more than alternating (95 %)", "seconds")
+    columns = (
+        "arm",
+        "forwards",
+        "with b, changes",
+        "both objects",
+        "all as asked",
+        "weaker prompt",
+        "more than alternating (95 %)",
+        "seconds",
+    )
     table = Table(*columns, title=f"emoji-sd, {pairs} held-out pairs, {steps} steps, guidance {guidance:g}")
     made, weaker, told = {}, {}, {}
     for name, arm in arms.items():
         began = time.perf_counter()
-        made[name], rows, second = arm.draw(pipe, two, guidance)
+        made[name], rows, turns = arm.draw(pipe, two, guidance)
         seconds = time.perf_counter() - began
         scores = judge.score(made[name], joint)
         whole = [all(row[i] is not False for row in scores.values()) for i in range(pairs)]
         weaker[name] = np.minimum(in_its_half(made[name], one), in_its_half(made[name], two))
-        told[name] = [str(rows), f"{second:.0%}" if second == second else "", shown(list(map(bool, scores["object"]))), shown(whole)]
+        told[name] = [str(rows), turns, shown(list(map(bool, scores["object"]))), shown(whole)]
         told[name] += [f"{weaker[name].mean():.3f}", f"{seconds:.0f}"]
         console.print(f"{time.strftime('%H:%M:%S')} {name}: {told[name]}", highlight=False)
     for name in arms:
