@@ -140,6 +140,11 @@ class BlackScholes(Plugin):
         if self.config.prompt is None:
             call.note("inactive: prompt is none, so there is no second prompt to mix the call's with; give prompt=...")
             return next(call)
+        for other in call.others:
+            if "own_steps" in other.effects.needs:
+                raise Unsupported(
+                    f"black_scholes chooses a prompt from step to step, but the calls of {other.name} are no successive steps: disable one"
+                )
         arguments = call.arguments()
         second = self.second_prompts(arguments)
         if self.config.scores:
@@ -192,6 +197,8 @@ class BlackScholes(Plugin):
             return next(mixed(call, shared.heard, half_way))  # type: ignore[no-any-return]
         if call.step.index == 0:
             return next(call)  # type: ignore[no-any-return]
+        if len(shared.takes) <= call.step.index:
+            raise Unsupported("black_scholes: a plugin further out answered the scheduler's step in its place; put black_scholes first")
         rows = shared.takes[call.step.index].to(call.sample.device)
 
         def chosen(first: Tensor, second: Tensor) -> Tensor:

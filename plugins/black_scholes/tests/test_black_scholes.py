@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
 import torch
-from diffgraft import ConfigError, RewardError, Unsupported, load_pipeline
+from diffgraft import ConfigError, Effects, Paper, Plugin, RewardError, StepOutput, Unsupported, load_pipeline
 from diffgraft.testing import Case, contract_cases, cover
 from diffgraft_black_scholes import BlackScholes, __version__, abar_of_flow
 from diffgraft_black_scholes.method import LEAST_VOLATILITY, call_price, log_call, official_value, takes_second, volatility
@@ -316,6 +317,35 @@ def test_bad_input_is_refused_with_the_way_out():
     made.pipe.vae = None
     with pytest.raises(Unsupported, match="no autoencoder"):
         put(made)
+
+
+class Answers(Plugin):
+    """Makes the scheduler's step itself."""
+
+    name = "answers"
+    paper = Paper("none", "0000.00000", "answers")
+    families = ("*",)
+    neutral: ClassVar[dict[str, Any]] = {}
+    effects = Effects(edits=frozenset({"latents"}))
+
+    def step(self, call, next):
+        return StepOutput(call.sample)
+
+
+class Searches(Answers):
+    name = "searches"
+    effects = Effects(needs=frozenset({"own_steps"}))
+
+    def step(self, call, next):
+        return next(call)
+
+
+def test_steps_that_are_none_are_refused():
+    for other, told in ((Answers, "put black_scholes first"), (Searches, "the calls of searches are no successive steps")):
+        made = make("StableDiffusionPipeline")
+        load_pipeline(made.pipe, plugins=[other(), BlackScholes(prompt=B, scorer=colours)])
+        with pytest.raises(Unsupported, match=told):
+            call(made)
 
 
 def test_clip_is_the_papers_scorer(tmp_path, monkeypatch):
