@@ -184,7 +184,7 @@ class BlackScholes(Plugin):
         shares = ", ".join(f"{int(n)} of {len(taken)}" for n in taken.sum(0)[:4]) + (", ..." if taken.shape[1] > 4 else "")
         call.note(f"steps with the second prompt: {shares}")
         if not taken.any():
-            call.note("inactive: the first prompt's price was the smaller one at every step, so the second was never taken")
+            call.note("inactive: no step took the second prompt")
 
     # the denoiser's calls -----------------------------------------------------------------------------------------------------------
 
@@ -240,12 +240,11 @@ class BlackScholes(Plugin):
         shared, scorer = call.shared, call.given("scorer")
         rows = [[text for text in texts for _ in range(len(images) // len(texts))] for texts in shared.texts]
         scores = [scorer(images, texts) for texts in rows]
-        for score in (score for of_prompt in scores for score in of_prompt):
-            percent = self.config.spot == "percent"
-            if score <= 0 and not percent:
+        for score in (*scores[0], *scores[1]):
+            if self.config.spot == "score" and score <= 0:
                 why = "a price must be above 0; spot = 'percent' takes log-probabilities"
-            elif abs(score) > LARGEST_LOG and percent:
-                why = "that is no log-probability; spot = 'score' takes numbers as they are"
+            elif self.config.spot == "percent" and abs(score) > LARGEST_LOG:
+                why = "its exponential is no number; give mean log-probabilities, or spot = 'score'"
             else:
                 continue
             raise RewardError(f"black_scholes, step {call.step.index + 1}: scorer {scorer.name!r} gave {score:.4g}: {why}")
@@ -281,7 +280,7 @@ def ensure_alike(first: dict[str, Any], heard: Conditioning) -> None:
     a, b = ([tuple(x.shape) for name in first for x in tensors_in(part.get(name))] for part in (first, second))
     if a != b:
         raise Unsupported(
-            f"black_scholes: the call's prompt is {a} to the denoiser, the second one {b}: give the call's prompt as text, and its "
+            f"black_scholes: the call's prompt is {a} to the denoiser, the second one {b}: give the call's prompt as text, or as "
             "embeddings with as many tokens as the pipeline makes itself"
         )
 

@@ -308,7 +308,7 @@ def test_bad_input_is_refused_with_the_way_out():
         call(made)
     for scorer, spot, told in (
         (lambda images, prompts: [-1.0] * len(images), "score", "spot = 'percent' takes log-probabilities"),
-        (lambda images, prompts: [900.0] * len(images), "percent", "that is no log-probability"),
+        (lambda images, prompts: [900.0] * len(images), "percent", "its exponential is no number"),
     ):
         made.pipe.plugins.configure("black_scholes", prompt=B, scorer=scorer, spot=spot)
         with pytest.raises(RewardError, match=told):
@@ -385,6 +385,14 @@ def test_colours_need_no_model():
     red, green = (Image.new("RGB", (4, 4), colour) for colour in ("red", "green"))
     assert colours([red, green, red], ["a red car", "a red car", "a car"])[::2] == [100.0, 50.0]
     assert colours([green], ["a red car"])[0] < 60
+
+
+def test_a_run_that_never_took_the_second_prompt_says_so():
+    made = make("StableDiffusionPipeline")
+    before = call(made)
+    put(made, scorer=Script(*[(20.0, 30.0)] * STEPS))
+    assert torch.equal(call(made), before)
+    assert "inactive: no step took the second prompt" in str(made.pipe.plugins.report())
 
 
 def test_without_a_second_prompt_it_says_that_it_did_nothing():
