@@ -1,6 +1,6 @@
 """Two captions of one object each, mixed by their option prices, beside what they are compared with, judged by emoji-sd's judge.
 
-    python plugins/black_scholes/benchmarks/two_prompts.py --pairs 72 --out mixed.png
+    python plugins/black_scholes/benchmarks/two_prompts.py --pairs 48 --out mixed.png
 
 Caption a: "a small cat face on the left on a blue background", b: "a small star on the right on a blue background", for pairs of objects
 that no training picture shows together. Every arm draws the same pairs from the same seeds with as many denoiser forwards, which the
@@ -79,7 +79,7 @@ def shown(verdicts: list[bool]) -> str:
 
 
 def main(
-    pairs: Annotated[int, typer.Option(help="Held-out pairs of objects.")] = 72,
+    pairs: Annotated[int, typer.Option(help="Held-out pairs of objects.")] = 48,
     steps: Annotated[int, typer.Option(help="Steps; SuperDiff takes half as many.")] = 50,
     guidance: Annotated[float, typer.Option(help="Guidance scale.")] = 2.0,
     out: Annotated[Path, typer.Option(help="Picture grid, a row an arm, a column a pair.")] = Path("mixed.png"),
