@@ -30,12 +30,12 @@ from diffgraft import (
 )
 from diffgraft.methods.conditioning import Conditioning, number_of_prompts, own_conditioning, tensors_in, with_prompt
 from diffgraft.methods.decoding import decode, ensure_decodes
-from diffgraft.methods.predictions import clean_estimate, levels_of, prediction_kind
+from diffgraft.methods.predictions import KINDS, clean_estimate, levels_of, prediction_kind
 from diffusers.image_processor import VaeImageProcessor
 from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
-from diffgraft_black_scholes.method import call_price, log_call, official_value, takes_second, volatility
+from diffgraft_black_scholes.method import call_price, official_value, takes_second, volatility
 
 __all__ = ["BlackScholes"]
 __version__ = "0.1.0"
@@ -131,8 +131,18 @@ class BlackScholes(Plugin):
             self.effects = replace(self.effects, couples_batch=True)
 
     def check(self, target: Target) -> None:
-        if self.config.prompt is not None and self.config.scores and self.config.decoder is None:
-            ensure_decodes(target.pipe, target.family)
+        if self.config.prompt is None or not self.config.scores:
+            return
+        scheduler = target.pipe.scheduler
+        if (kind := prediction_kind(target.family, scheduler)) not in KINDS:
+            raise Unsupported(
+                f"black_scholes: {type(scheduler).__name__} wants {kind!r} of a denoiser; known is what {', '.join(KINDS)} mean"
+            )
+        if self.config.decoder is None:
+            try:
+                ensure_decodes(target.pipe, target.family)
+            except Unsupported as error:
+                raise Unsupported(f"black_scholes: {error}; or give decoder = ...") from None
 
     def run(self, call: RunCall, next: Any) -> Any:
         shared: Mixing = call.shared
@@ -145,6 +155,10 @@ class BlackScholes(Plugin):
                 raise Unsupported(
                     f"black_scholes chooses a prompt from step to step, but the calls of {other.name} are no successive steps: disable one"
                 )
+        if not self.config.scores and (
+            idle := [name for name in ("scorer", "captions", "decoder") if getattr(self.config, name) is not None]
+        ):
+            call.note(f"not used with rule = {self.config.rule!r}: {', '.join(idle)}")
         arguments = call.arguments()
         second = self.second_prompts(arguments)
         if self.config.scores:
@@ -159,7 +173,8 @@ class BlackScholes(Plugin):
         second, count = self.config.prompt, number_of_prompts(arguments)
         if isinstance(second, tuple) and len(second) != count:
             raise ConfigError(
-                f"plugin 'black_scholes': prompt has {len(second)} texts for a call with {count} prompts; give one for each, or one text"
+                f"plugin 'black_scholes': prompt has {len(second)} texts for a call with {count} prompt{'s' * (count != 1)}; give one for "
+                "each, or one text"
             )
         return list(second) if isinstance(second, tuple) else [str(second)] * count
 
@@ -225,14 +240,11 @@ class BlackScholes(Plugin):
             return torch.full((rows,), step.index % 2 == 0)
         spots, rate, left = self.spots(call), 1 / step.total, step.total - step.index
         s = float(volatility_of(call))  # check: allow host_sync because the pictures for the scorer were waited for already
-        if self.config.rule == "call":
-            values = log_call(spots, rate, s, left)
-            prices = call_price(spots, rate, s, left)
-        else:
-            values = prices = official_value(spots, rate, s, left)
+        prices = (call_price if self.config.rule == "call" else official_value)(spots, rate, s, left)
         call.shared.spots.append(spots)
         call.shared.prices.append(prices)
-        return takes_second(*values)
+        # dC/dS = N(d1) > 0: the cheaper call is that of the lower spot, which tells apart what prices that are nearly 0 do not
+        return takes_second(*(spots if self.config.rule == "call" else prices))
 
     def spots(self, call: StepCall) -> Tensor:
         """S of both prompts [2, batch], of the pictures that this step points to."""
@@ -265,6 +277,8 @@ class BlackScholes(Plugin):
         if not isinstance(pixels, Tensor) or pixels.ndim != 4 or pixels.shape[:2] != (len(x0), 3):
             found = tuple(pixels.shape) if isinstance(pixels, Tensor) else type(pixels).__name__
             raise ConfigError(f"plugin 'black_scholes': decoder gave {found}: it must give pixels [{len(x0)}, 3, height, width]")
+        if not pixels.isfinite().all():
+            raise ConfigError("plugin 'black_scholes': decoder gave pixels that are not finite; in float16 an autoencoder may overflow")
         return VaeImageProcessor().postprocess(pixels, output_type="pil")  # type: ignore[no-any-return]
 
 

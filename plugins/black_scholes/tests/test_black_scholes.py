@@ -14,7 +14,14 @@ from diffgraft_black_scholes import BlackScholes, __version__, abar_of_flow
 from diffgraft_black_scholes.method import LEAST_VOLATILITY, call_price, log_call, official_value, takes_second, volatility
 from diffgraft_black_scholes.scorers import CLIP, ClipScore, clip, colours
 from diffgraft_pipelines.tiny import make
-from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler, HeunDiscreteScheduler, PNDMScheduler
+from diffusers import (
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    EDMEulerScheduler,
+    EulerDiscreteScheduler,
+    HeunDiscreteScheduler,
+    PNDMScheduler,
+)
 from PIL import Image
 
 CASES = cover(contract_cases("black_scholes"), seed=__version__)
@@ -270,6 +277,21 @@ def test_log_probabilities_become_percent():
     torch.testing.assert_close(records(made)["spots"], torch.full((STEPS - 1, 2, 1), 25.0, dtype=torch.float64))
 
 
+def test_very_low_scores_are_told_apart():
+    """100 exp(-600) is far from the strike: both prices are 0, and the lower score's prompt comes next all the same."""
+    made = make("FluxPipeline")
+    put(made, spot="percent", scorer=Script(*[(-600.0, -599.0)] * STEPS))
+    call(made)
+    assert not records(made)["second"].any(), "the first prompt has the lower score at every step"
+
+
+def test_a_knob_that_the_rule_does_not_use_is_named():
+    made = make("StableDiffusionPipeline")
+    put(made, rule="alternating", captions=("a", "b"))
+    call(made)
+    assert "not used with rule = 'alternating': scorer, captions" in str(made.pipe.plugins.report())
+
+
 def test_a_tiny_decoder_makes_the_previews():
     made, script = make("StableDiffusionPipeline"), Script(*[(30.0, 20.0)] * STEPS)
     put(made, scorer=script, decoder=lambda latents: torch.zeros(len(latents), 3, 8, 8))
@@ -277,6 +299,9 @@ def test_a_tiny_decoder_makes_the_previews():
     assert {image.size for images, _ in script.asked for image in images} == {(8, 8)}
     made.pipe.plugins.configure("black_scholes", decoder=lambda latents: latents, scorer=colours)
     with pytest.raises(ConfigError, match=r"decoder gave \(1, 4, 8, 8\): it must give pixels \[1, 3"):
+        call(made)
+    made.pipe.plugins.configure("black_scholes", decoder=lambda latents: latents[:, :3] * math.nan)
+    with pytest.raises(ConfigError, match="not finite"):
         call(made)
 
 
@@ -304,7 +329,7 @@ def test_bad_input_is_refused_with_the_way_out():
     with pytest.raises(ConfigError, match="decoder"):
         BlackScholes(prompt=B, scorer=colours, decoder=1)
     put(made, prompt=("a", "b", "c"))
-    with pytest.raises(ConfigError, match="3 texts for a call with 1 prompts"):
+    with pytest.raises(ConfigError, match="3 texts for a call with 1 prompt;"):
         call(made)
     for scorer, spot, told in (
         (lambda images, prompts: [-1.0] * len(images), "score", "spot = 'percent' takes log-probabilities"),
@@ -314,8 +339,12 @@ def test_bad_input_is_refused_with_the_way_out():
         with pytest.raises(RewardError, match=told):
             call(made)
     made.pipe.plugins.clear()
+    made.pipe.scheduler = EDMEulerScheduler()
+    with pytest.raises(Unsupported, match="EDM's epsilon"):
+        put(made)
+    made = make("StableDiffusionPipeline")
     made.pipe.vae = None
-    with pytest.raises(Unsupported, match="no autoencoder"):
+    with pytest.raises(Unsupported, match=r"no autoencoder.*or give decoder"):
         put(made)
 
 
