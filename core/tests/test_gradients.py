@@ -413,23 +413,40 @@ def test_jacobian_products_agree_with_each_other_and_with_differences(name):
     assert error < 1e-3
 
 
-def test_without_a_forward_mode_differences_are_taken_and_said(sd, monkeypatch):
+@pytest.mark.parametrize(("refused", "way", "error"), [(1, "two backward passes", 1e-5), (2, "central differences", 2e-2)])
+def test_without_a_forward_mode_another_way_is_taken_and_said(sd, monkeypatch, refused, way, error):
     pipe, kwargs = sd
 
     def refuse(*args):
-        raise NotImplementedError("no forward mode for this")
+        raise NotImplementedError("not for this")
 
-    monkeypatch.setattr("diffgraft.methods.gradients.forward_ad.make_dual", refuse)
-    v = {}
+    for name in ("_forward_mode", "_two_backward_passes")[:refused]:
+        monkeypatch.setattr(f"diffgraft.methods.gradients.{name}", refuse)
+    found = {}
 
     def denoise(self, call, next):
         if call.step.call == 1:
             alone = call.only("cond")
-            v["v"] = torch.randn(call.latents.shape, generator=torch.Generator().manual_seed(1))
-            v["jv"], v["ju"] = jvp_alone(alone, v["v"]), vjp_alone(alone, torch.ones_like(call.latents))
+            v = torch.randn(call.latents.shape, generator=torch.Generator().manual_seed(1))
+            found["forwards"] = float(jvp_alone(alone, v).sum())
+            found["backwards"] = float((vjp_alone(alone, torch.ones_like(call.latents)) * v).sum())
         return next(call)
 
     load_pipeline(pipe, plugins=[probe(denoise)])
     generate(pipe, kwargs)
-    assert float(v["jv"].sum()) == pytest.approx(float((v["ju"] * v["v"]).sum()), rel=2e-2)
-    assert "by central differences" in str(pipe.plugins.report())
+    assert found["forwards"] == pytest.approx(found["backwards"], rel=error)
+    assert f"by {way}: UNet2DConditionModel has no forward mode (not for this)" in str(pipe.plugins.report())
+
+
+def test_jacobian_products_at_another_point(sd):
+    """``at`` is where they are taken: not at the run's latents."""
+    pipe, kwargs = sd
+
+    def look(call):
+        alone, draw = call.only("cond"), torch.Generator().manual_seed(1)
+        z, v, u = (torch.randn(call.latents.shape, generator=draw) for _ in range(3))
+        jv, ju = jvp_alone(alone, v, at=z), vjp_alone(alone, u, at=z)
+        assert float((u * jv).sum()) == pytest.approx(float((ju * v).sum()), rel=1e-3)
+        assert not torch.allclose(jv, jvp_alone(alone, v), rtol=1e-2)
+
+    observing(look, pipe, kwargs, num_inference_steps=1)

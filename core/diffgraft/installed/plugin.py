@@ -92,6 +92,16 @@ class Effects:
             if unknown := given - words:
                 raise BrokenPlugin(f"Effects({name}=...): unknown {sorted(unknown)}; known: {sorted(words)}")
 
+    @property
+    def reads_only(self) -> bool:
+        """Whether the run is what it is without the plugin, which only looks at it; noise that it draws for that stays outside the run."""
+        return not (self.replaces or self.skips or self.edits or self.stochastic)
+
+    @property
+    def asks_at_latents(self) -> bool:
+        """Whether the denoiser is asked at latents of the plugin's own, which are in the scheduler's unit and not in the denoiser's."""
+        return bool("latents" in self.edits or self.needs & {"extra_forwards", "gradients", "plain_gradients"})
+
     def words(self) -> str:
         """One line for people: ``"skips blocks; edits timestep"``."""
         parts = [f"{name} {', '.join(sorted(getattr(self, name)))}" for name in self.VOCABULARY if getattr(self, name)]

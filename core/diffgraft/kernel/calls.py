@@ -264,8 +264,8 @@ class DenoiseCall(Call):
     def latents(self) -> Tensor:
         """The pipeline's latents x_t [batch, ...] as ``scheduler.step`` will get them.
 
-        Before ``scale_model_input`` where that is called (``edits`` must name "latents" for that), without guidance copies and appended
-        channels. Appended tokens (the reference picture of Kontext or Qwen-Image-Edit) are in it.
+        Before ``scale_model_input`` where that is called (the plugin must edit "latents" or need "extra_forwards" or gradients for that),
+        without guidance copies and appended channels. Appended tokens (the reference picture of Kontext or Qwen-Image-Edit) are in it.
         """
         run = self.run
         if run.carried is not None:

@@ -333,7 +333,7 @@ class Run:
         return live if live is not None else self.arguments.get(guidance.scale)
 
     def note_scaling(self, inner: Any, names: Mapping[str, int], args: Any, kwargs: Any) -> Any:
-        """``scheduler.scale_model_input``: remember what it was given, for plugins that edit the latents."""
+        """``scheduler.scale_model_input``: remember what it was given, for plugins that edit the latents or ask the denoiser at others."""
         self.unscaled = kwargs["sample"] if "sample" in kwargs else args[0]
         self.scale_model_input = inner
         return inner(*args, **kwargs)

@@ -83,7 +83,7 @@ class Wiring:
         stepping = self._method(scheduler, "step", partial(run.scheduler_step, onions), takes=STEP)
         stepping.copied = partial(self._copy, run, onions, slots)
         slots.append(stepping)
-        if any("latents" in entry.plugin.effects.edits for entry in entries) and hasattr(scheduler, "scale_model_input"):
+        if any(entry.plugin.effects.asks_at_latents for entry in entries) and hasattr(scheduler, "scale_model_input"):
             slots.append(self._method(scheduler, "scale_model_input", run.note_scaling))
         for slot in slots:
             if slot is not stepping and slot.home is scheduler.__dict__:

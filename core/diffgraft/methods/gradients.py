@@ -114,10 +114,13 @@ def latent_gradient(
     return LatentGradient(found.detach(), gradient.to(z.dtype))
 
 
-def vjp_alone(call: DenoiseCall, u: Tensor) -> Tensor:
+def vjp_alone(call: DenoiseCall, u: Tensor, *, at: Tensor | None = None) -> Tensor:
     """J^T u: the prediction's Jacobian with respect to the latents, transposed, times ``u`` (like the prediction); like the latents.
 
     One forward and one backward pass, past the other plugins. Float16 denoisers may overflow: scale ``u``.
+
+    Args:
+        at: latents [batch, ...] of the same noise level to take it at instead of the run's.
 
     Raises:
         Unsupported, Conflict: see :func:`latent_gradient`.
@@ -125,42 +128,71 @@ def vjp_alone(call: DenoiseCall, u: Tensor) -> Tensor:
     model = root_of(call.model)
     ensure_differentiable(call, model)
     with alone(call), frozen(model), torch.enable_grad(), explained(call, model):
-        z = call.latents.detach().clone().requires_grad_()
+        z = (call.latents if at is None else at).detach().clone().requires_grad_()
         (found,) = torch.autograd.grad(predict_alone(call.with_input(z)), z, u)
     return found
 
 
-def jvp_alone(call: DenoiseCall, v: Tensor) -> Tensor:
+def jvp_alone(call: DenoiseCall, v: Tensor, *, at: Tensor | None = None) -> Tensor:
     """J v: how the prediction changes as the latents move along ``v`` (like the latents); like the prediction.
 
     Forward-mode differentiation, with the plain form of attention (the fused ones have no forward mode). Where some part of a denoiser
-    has none, central differences take its place, two forward passes, which the run's report says.
+    has none (``group_norm`` of tokens), two backward passes take its place: the derivative of J^T w with respect to w, as exact. Where that
+    is not to be had either, central differences do, two forward passes. The run's report says which.
+
+    Args:
+        at: see :func:`vjp_alone`.
 
     Raises:
         Unsupported, Conflict: see :func:`latent_gradient`.
     """
     model = root_of(call.model)
     ensure_differentiable(call, model)
-    z = call.latents.detach()
+    z = (call.latents if at is None else at).detach()
 
     def predict(z: Tensor) -> Tensor:
         return predict_alone(call.with_input(z))
 
+    ways = (("forward mode", _forward_mode), ("two backward passes", _two_backward_passes))
+    missing = []
     with alone(call), frozen(model):
-        try:
-            with sdpa_kernel(SDPBackend.MATH), forward_ad.dual_level(), torch.enable_grad():
-                made = forward_ad.unpack_dual(predict(forward_ad.make_dual(z, v.to(z.dtype)))).tangent
-            if made is not None:
-                return made.detach()
-            why = "its prediction carries no tangent"
-        except (RuntimeError, NotImplementedError) as error:
-            if isinstance(error, torch.OutOfMemoryError):
-                raise
-            why = str(error).partition("\n")[0]
-        call.note(f"Jacobian products by central differences: {type(model).__name__} has no forward mode here ({why})")
-        h = torch.finfo(z.dtype).eps ** (1 / 3) * z.norm() / v.norm().clamp(min=torch.finfo(torch.float32).tiny)
-        with torch.no_grad():
-            return (predict(z + h * v) - predict(z - h * v)) / (2 * h)
+        for name, way in ways:
+            try:
+                with sdpa_kernel(SDPBackend.MATH), torch.enable_grad():
+                    made = way(predict, z, v.to(z.dtype))
+                break
+            except (RuntimeError, NotImplementedError) as error:
+                if isinstance(error, torch.OutOfMemoryError):
+                    raise
+                missing.append(f"{name} ({str(error).partition(chr(10))[0]})")
+        else:
+            name, made = "central differences", _central_differences(predict, z, v)
+    if missing:
+        call.note(f"Jacobian products by {name}: {type(model).__name__} has no {' and no '.join(missing)}")
+    return made
+
+
+def _forward_mode(predict: Callable[[Tensor], Tensor], z: Tensor, v: Tensor) -> Tensor:
+    with forward_ad.dual_level():
+        made = forward_ad.unpack_dual(predict(forward_ad.make_dual(z, v))).tangent
+    if made is None:
+        raise NotImplementedError("its prediction carries no tangent")
+    return made.detach()
+
+
+def _two_backward_passes(predict: Callable[[Tensor], Tensor], z: Tensor, v: Tensor) -> Tensor:
+    z = z.clone().requires_grad_()
+    out = predict(z)
+    w = torch.zeros_like(out, requires_grad=True)
+    (back,) = torch.autograd.grad(out, z, w, create_graph=True)  # J^T w, linear in w
+    (made,) = torch.autograd.grad(back, w, v)
+    return made
+
+
+@torch.no_grad()
+def _central_differences(predict: Callable[[Tensor], Tensor], z: Tensor, v: Tensor) -> Tensor:
+    h = torch.finfo(z.dtype).eps ** (1 / 3) * z.norm() / v.norm().clamp(min=torch.finfo(torch.float32).tiny)
+    return (predict(z + h * v) - predict(z - h * v)) / (2 * h)
 
 
 def predict_alone(call: DenoiseCall) -> Tensor:

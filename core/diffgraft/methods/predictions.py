@@ -110,8 +110,8 @@ def levels_of(call: DenoiseCall | StepCall) -> SignalNoise:
     return levels_at(call.family, call.pipe.scheduler, step.t, step.sigma, call.sample.device)
 
 
-def levels_after(call: StepCall) -> SignalNoise:
-    """The levels of what ``scheduler.step`` makes of them.
+def levels_after(call: DenoiseCall | StepCall) -> SignalNoise:
+    """The levels of what ``scheduler.step`` makes of them at this step.
 
     Behind the last step they are those of the schedule's own end (``sigmas[-1]``, ``final_alpha_cumprod``), which need not be noise-free,
     and where a run stops before that (``denoising_end``) those of the schedule's next step.

@@ -97,14 +97,20 @@ def same_seed(s: Subject) -> None:
 
 @check("every")
 def fires(s: Subject) -> None:
-    """Fires where it must: every implemented point, and the picture changes or the report says why not (cache-dit C3, vLLM-Omni #7335)."""
+    """Fires where it must: every implemented point, and the picture changes or the report says why not (cache-dit C3, vLLM-Omni #7335).
+
+    A plugin that only looks (no effect declared on the run) leaves the picture as it is and says what it saw.
+    """
     fresh = s.fresh()
     inactive = s.excuses(fresh.report)
     absent = {"modules"} if "controlnet" in s.facts.components else {"modules", "control"}
     expected = [point for point in s.plugin.points() if point not in absent] + (["scheduler"] if s.plugin.scheduler else [])
     for point in expected:
         assert fresh.report.fired.get(point) or inactive, f"its {point!r} hook never fired; fired: {fresh.report.fired}"
-    if not inactive:
+    if s.plugin.effects.reads_only:
+        s.expect(fresh.output, s.baseline(), "it declares no effect on the run, but the output against the baseline")
+        assert inactive or fresh.report.records or fresh.report.notes, "it only looks, and its report says nothing of what it saw"
+    elif not inactive:
         assert distance(fresh.output, s.baseline()) > 0, f"at {s.plugin.active} the output is the baseline's, and no note says 'inactive'"
     s.notes += inactive
 

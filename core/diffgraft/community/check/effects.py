@@ -119,7 +119,7 @@ def effects_problems(project: Project, families: Iterable[Family]) -> Iterator[t
         if not accepted & effects.needs and not (replaces and word == "extra_forwards"):
             yield undeclared("needs", word, where)
     for where in list(seen.draws.values())[:1]:
-        if not effects.stochastic:
+        if not effects.stochastic and (seen.edits or not effects.reads_only):  # a plugin that only looks may draw for itself
             yield "effects", Problem(f"it draws noise of its own ({where}) and does not say so", "Effects(stochastic=True)", file, line)
     if seen.couples and not effects.couples_batch:
         yield (
