@@ -21,6 +21,7 @@ from torch import Tensor
 
 from diffgraft_score_geometry.method import (
     asymmetry,
+    before_fall,
     inner,
     leading,
     parts,
@@ -34,7 +35,7 @@ from diffgraft_score_geometry.score import Draw, ScoreField
 __all__ = ["ScoreGeometry"]
 __version__ = "0.1.0"
 
-BY = {"score_dimension": "stacked scores", "flow_dimension": "the flow's Jacobian"}
+BY = {"tangent_dimension": "the denoiser's Jacobian", "score_dimension": "stacked scores", "flow_dimension": "the flow's Jacobian"}
 """Whole numbers of directions, by the name in the report."""
 
 
@@ -194,23 +195,25 @@ class ScoreGeometry(Plugin):
 
     def probe(self, score: ScoreField, shared: Followed) -> dict[str, Tensor]:
         """All that is asked for at one step; nothing of it waits for the device."""
-        config, draw = self.config, Draw(self.config.seed, score.call.step.index)
+        config, step = self.config, score.call.step.index
         found = {"level": score.levels.s / score.levels.a}
-        centre, x = shared.centre, score.call.latents
+        draws = [Draw(config.seed, step, use) for use in range(3)]
+        centre, x, own = shared.centre, score.call.latents, 1
         if centre is not None:
             centre = centre.to(x)
-            x = score.noisy(centre, draw.like(x)).expand_as(x).to(x.dtype)
+            own = len(x) // len(centre)  # around one picture each row has a point, and vectors, of its own
+            x = score.noisy(centre, draws[1].like(x, own)).to(x.dtype).expand_as(x)
         if config.probes:
-            found |= self.jacobian(score, x, draw)
+            found |= self.jacobian(score, x, draws[0], own)
         if config.points:
-            found |= self.stacked(score, score.clean(x, score.output(x)) if centre is None else centre, draw)
+            found |= self.stacked(score, score.clean(x, score.output(x)) if centre is None else centre, draws[2])
         return found
 
-    def jacobian(self, score: ScoreField, x: Tensor, draw: Draw) -> dict[str, Tensor]:
+    def jacobian(self, score: ScoreField, x: Tensor, draw: Draw, own: int) -> dict[str, Tensor]:
         """From J u and J^T u of random u."""
         squares, pairs, us, projected = [], [], [], []
         for _ in range(self.config.probes):
-            u, w = draw.like(x).expand_as(x), draw.like(x).expand_as(x)
+            u, w = draw.like(x, own).expand_as(x), draw.like(x, own).expand_as(x)
             ju, jtu = score.products(x, u)
             squares.append(torch.stack(parts(ju, jtu)))
             pairs.append(torch.stack([inner(w, ju), inner(w, jtu)]))
@@ -219,6 +222,7 @@ class ScoreGeometry(Plugin):
         anti, sym = torch.stack(squares, 1)
         ratio, error = asymmetry(anti, sym)
         trace, trace_error = trace_dimension(torch.stack(us), torch.stack(projected))
+        values = singular_values(torch.stack(projected)) / self.config.probes**0.5
         return {
             "asymmetry": ratio,
             "asymmetry_error": error,
@@ -227,7 +231,8 @@ class ScoreGeometry(Plugin):
             "pairs": torch.stack(pairs),
             "trace_dimension": trace,
             "trace_error": trace_error,
-            "tangent_values": singular_values(torch.stack(projected)) / self.config.probes**0.5,
+            "tangent_values": values,
+            "tangent_dimension": before_fall(values) if self.config.probes > 1 else torch.ones_like(trace, dtype=torch.long),
         }
 
     def stacked(self, score: ScoreField, centre: Tensor, draw: Draw) -> dict[str, Tensor]:
@@ -237,7 +242,7 @@ class ScoreGeometry(Plugin):
         forwards = -(-round(self.config.points * d) // together)
         gram = torch.zeros(centres, d, d, dtype=torch.float64, device=centre.device)
         for _ in range(forwards):
-            z = torch.cat([draw.like(centre) for _ in range(together)]).repeat_interleave(centres, 0)
+            z = draw.like(centre, together).repeat_interleave(centres, 0)
             x = score.noisy(centre.repeat(together, *[1] * (centre.ndim - 1)), z)
             eps = score.noise(x, score.output(x)).double().flatten(1).unflatten(0, (together, centres)).movedim(1, 0)
             gram.baddbmm_(eps.mT, eps)
@@ -248,9 +253,9 @@ class ScoreGeometry(Plugin):
         """Y through one step of the flow: that of the ODE from this level to the next, differentiated."""
         x, after = score.call.latents, levels_after(score.call)
         if shared.columns is None:
-            draw = Draw(self.config.seed, -1)
-            drawn = [draw.like(x).expand_as(x) for _ in range(self.config.directions)]
-            shared.columns = torch.stack(drawn) / self.config.directions**0.5
+            draw = Draw(self.config.seed, 0, 3)
+            drawn = draw.like(x, self.config.directions).unsqueeze(1).expand(-1, len(x), *x.shape[1:])
+            shared.columns = drawn / self.config.directions**0.5
         else:
             shared.drifts.append((x - shared.expected).norm() / (x - shared.before).norm())
         shared.before, shared.expected = x, score.moved(x, score.output(x), after)

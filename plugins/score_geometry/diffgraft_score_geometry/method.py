@@ -62,9 +62,14 @@ def singular_values(vectors: Tensor) -> Tensor:
 
 
 def leading(values: Tensor) -> Tensor:
-    """How many singular values [n, m] (largest first) stand out: those before the largest ratio of neighbours, [n]."""
+    """How many singular values of a flow's Jacobian [n, m] (largest first) do not vanish, [n]: those before the largest ratio of neighbours."""
     tiny = torch.finfo(values.dtype).tiny
     return (values[:, :-1] / values[:, 1:].clamp(min=tiny)).argmax(1) + 1
+
+
+def before_fall(values: Tensor) -> Tensor:
+    """How many of [n, m] (largest first) come before the largest difference of neighbours, [n]: values near 1 before values near 0."""
+    return (values[:, :-1] - values[:, 1:]).argmax(1) + 1
 
 
 def score_spectrum(gram: Tensor, points: int) -> Tensor:
@@ -79,9 +84,5 @@ def score_spectrum(gram: Tensor, points: int) -> Tensor:
 
 
 def score_dimension(values: Tensor) -> Tensor:
-    """d minus the number of normal directions [n]: those before the largest fall of the singular values [n, d] (Stanczuk et al.).
-
-    A zero is put behind the last value, so that data without any direction have dimension 0.
-    """
-    falls = values - torch.nn.functional.pad(values[:, 1:], (0, 1))
-    return values.shape[1] - 1 - falls.argmax(1)
+    """d minus the number of normal directions among the singular values [n, d] (Stanczuk et al., Algorithm 1), [n]; at least 1."""
+    return values.shape[1] - before_fall(values)

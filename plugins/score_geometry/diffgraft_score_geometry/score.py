@@ -10,14 +10,21 @@ from torch import Tensor
 
 
 class Draw:
-    """Standard normal vectors of a generator of their own: those of the run are not touched."""
+    """Standard normal vectors of a generator of their own: those of the run are not touched.
 
-    def __init__(self, seed: int, step: int) -> None:
-        self.generator = torch.Generator().manual_seed((seed * 1_000_003 + step + 1) % 2**63)
+    Args:
+        step: of the run.
+        use: 0 for the vectors of Jacobian products, 1 for the points where these are taken, 2 for those of stacked scores, 3 for what is
+            followed along the run.
+    """
 
-    def like(self, x: Tensor) -> Tensor:
-        """One vector [1, ...] for samples like ``x`` [n, ...]: all get the same, so that a sample alone has that of a batch."""
-        return torch.randn(1, *x.shape[1:], generator=self.generator, dtype=exact(x.dtype)).to(x.device)
+    def __init__(self, seed: int, step: int, use: int) -> None:
+        self.generator = torch.Generator().manual_seed((4 * (seed * 1_000_003 + step) + use) % 2**63)
+
+    def like(self, x: Tensor, number: int = 1) -> Tensor:
+        """[number, ...] for samples like ``x`` [n, ...]; a single one is for all of them, so that a sample alone has that of a batch."""
+        drawn = [torch.randn(x.shape[1:], generator=self.generator, dtype=exact(x.dtype)) for _ in range(number)]
+        return torch.stack(drawn).to(x.device)
 
 
 class ScoreField:

@@ -209,7 +209,7 @@ def test_a_gaussian_of_k_dimensions(k):
     assert float(found["trace_error"][0, 0]) == pytest.approx((2 * k / 200) ** 0.5, rel=0.4)
     assert found["score_dimension"].tolist() == [[k, k]]
     assert found["flow_dimension"].tolist() == [k, k]
-    assert leading(found["tangent_values"][0]).tolist() == [k, k]
+    assert found["tangent_dimension"].tolist() == [[k, k]]
     assert float(found["flow_drift"]) < 1e-3
     notes = " ".join(made.pipe.plugins.report().plugins[NAME].notes)
     assert f"dimension by stacked scores {k}, {k}" in notes
@@ -226,8 +226,8 @@ def test_the_flow_is_the_product_of_its_steps():
     a, s = abar.sqrt(), (1 - abar).sqrt()
     n = a * a * 0.5 + s * s
     along = ((a[1:] * a[:-1] * 0.5 + s[1:] * s[:-1]) / n[:-1]).prod()
-    draw = torch.Generator().manual_seed(3 * 1_000_003)
-    columns = torch.stack([torch.randn(1, 3, SIDE, SIDE, generator=draw, dtype=torch.float64).flatten() for _ in range(5)], 1)
+    draw = torch.Generator().manual_seed(4 * 3 * 1_000_003 + 3)
+    columns = torch.stack([torch.randn(3, SIDE, SIDE, generator=draw, dtype=torch.float64).flatten() for _ in range(5)], 1)
     columns /= 5**0.5
     inside = field.basis @ (field.basis.T @ columns)
     wanted = torch.linalg.svdvals(inside * along + (columns - inside) * (s[-1] / s[0]))
@@ -241,7 +241,6 @@ def test_singular_values_and_dimension_of_stacked_scores():
     values = score_spectrum((scores.T @ scores)[None], 64)
     torch.testing.assert_close(values[0], torch.linalg.svdvals(scores) / 8, rtol=1e-9, atol=1e-9)
     assert int(score_dimension(values)) == 16 - int((values[0, :-1] - values[0, 1:]).argmax()) - 1 == 5
-    assert int(score_dimension(torch.ones(1, 16, dtype=torch.float64))) == 0
 
 
 def test_traces_and_leading_values():
@@ -284,7 +283,7 @@ def test_what_is_found_at_a_picture_is_of_the_picture():
     made = with_field(PIXEL, eps, scheduler=DDIMScheduler)
     found = records(made, 20, ScoreGeometry(probes=60, points=4, picture=pictures), batch_size=2)
     assert found["score_dimension"].tolist() == [[2, 5]]
-    assert leading(found["tangent_values"][0]).tolist() == [2, 5]
+    assert found["tangent_dimension"].tolist() == [[2, 5]]
 
 
 # runs -----------------------------------------------------------------------------------------------------------------------------
