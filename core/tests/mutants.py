@@ -65,6 +65,7 @@ class Scaled(Plugin):
     Config = Knobs
     neutral: ClassVar[dict[str, Any]] = {"interval": 1}
     active: ClassVar[dict[str, Any]] = {"interval": 2}
+    effects = Effects(edits=frozenset({"prediction"}))
 
     def factor(self, call) -> float:
         return 1.0 if call.config.interval == 1 else 1.01
@@ -304,6 +305,10 @@ class NeverFires(Reuse):
 class NeverChanges(Scaled):
     def factor(self, call):
         return 1.0
+
+
+class SaysItOnlyLooks(Scaled):
+    effects = Effects(needs=frozenset({"extra_forwards"}))
 
 
 class NeverSkips(Reuse):

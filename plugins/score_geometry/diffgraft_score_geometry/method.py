@@ -62,7 +62,7 @@ def singular_values(vectors: Tensor) -> Tensor:
 
 
 def leading(values: Tensor) -> Tensor:
-    """How many singular values of a flow's Jacobian [n, m] (largest first) do not vanish, [n]: those before the largest ratio of neighbours."""
+    """How many singular values of a flow's Jacobian [n, m] (largest first) do not vanish, [n]: those before the largest ratio of two."""
     tiny = torch.finfo(values.dtype).tiny
     return (values[:, :-1] / values[:, 1:].clamp(min=tiny)).argmax(1) + 1
 
