@@ -170,7 +170,7 @@ def neighbours_dimension(x: Tensor, pool: Tensor, k: int = 20) -> float:
 
 
 def at_pictures(pipe: Any, pictures: list[tuple[int, dict[str, float]]], exact: bool, rows: int, probes: int) -> list[dict[str, Any]]:
-    """By picture and level: the dimension by trace, by the Jacobian's and by the scores' singular values."""
+    """By picture and level: the dimension by the trace and by stacked scores."""
     found = []
     for number, (k, values) in enumerate(pictures):
         picture = render(k, values).view(1, 1, SIDE, SIDE)
@@ -182,7 +182,6 @@ def at_pictures(pipe: Any, pictures: list[tuple[int, dict[str, float]]], exact: 
             found.append({
                 "k": k, "level": float(made["level"][0]), "forwards": forwards,
                 "trace": float(made["trace_dimension"].mean()),
-                "jacobian": float(made["tangent_dimension"].double().mean()),
                 "scores": int(made["score_dimension"][0, 0]),
                 "asymmetry": float(made["asymmetry"].mean()),
                 "smallest": made["score_values"][0, 0, -16:].tolist(),
@@ -350,13 +349,13 @@ def main(
                         name,
                         level,
                         k,
-                        *(told([row[key] for row in own]) for key in ("trace", "jacobian", "scores")),
+                        *(told([row[key] for row in own]) for key in ("trace", "scores")),
                         f"{right}/{len(own)}",
                         told([row["asymmetry"] for row in own]),
                     )
                 )
-    lines += [("nearest neighbours", "-", k, told([row["dimension"] for row in around if row["k"] == k]), "-", "-", "-", "-") for k in POOL]
-    table("renders", ("score", "s / a", "free", "trace", "Jacobian", "stacked scores", "right", "asymmetry"), lines)
+    lines += [("nearest neighbours", "-", k, told([row["dimension"] for row in around if row["k"] == k]), "-", "-", "-") for k in POOL]
+    table("renders", ("score", "s / a", "free", "trace", "stacked scores", "right", "asymmetry"), lines)
     draw({"exact": exact, "network": network}, out / "spectra.png")
     runs = kept(out / "flow.json", lambda: flow(trained, pool, samples, directions))
     of = {k: [row for row in runs if row["k"] == k] for k in POOL}

@@ -21,7 +21,6 @@ from torch import Tensor
 
 from diffgraft_score_geometry.method import (
     asymmetry,
-    before_fall,
     inner,
     leading,
     parts,
@@ -35,7 +34,7 @@ from diffgraft_score_geometry.score import Draw, ScoreField
 __all__ = ["ScoreGeometry"]
 __version__ = "0.1.0"
 
-BY = {"tangent_dimension": "the denoiser's Jacobian", "score_dimension": "stacked scores", "flow_dimension": "the flow's Jacobian"}
+BY = {"score_dimension": "stacked scores", "flow_dimension": "the flow's Jacobian"}
 """Whole numbers of directions, by the name in the report."""
 
 
@@ -222,7 +221,6 @@ class ScoreGeometry(Plugin):
         anti, sym = torch.stack(squares, 1)
         ratio, error = asymmetry(anti, sym)
         trace, trace_error = trace_dimension(torch.stack(us), torch.stack(projected))
-        values = singular_values(torch.stack(projected)) / self.config.probes**0.5
         return {
             "asymmetry": ratio,
             "asymmetry_error": error,
@@ -231,8 +229,7 @@ class ScoreGeometry(Plugin):
             "pairs": torch.stack(pairs),
             "trace_dimension": trace,
             "trace_error": trace_error,
-            "tangent_values": values,
-            "tangent_dimension": before_fall(values) if self.config.probes > 1 else torch.ones_like(trace, dtype=torch.long),
+            "tangent_values": singular_values(torch.stack(projected)) / self.config.probes**0.5,
         }
 
     def stacked(self, score: ScoreField, centre: Tensor, draw: Draw) -> dict[str, Tensor]:

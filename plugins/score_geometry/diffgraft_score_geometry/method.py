@@ -67,11 +67,6 @@ def leading(values: Tensor) -> Tensor:
     return (values[:, :-1] / values[:, 1:].clamp(min=tiny)).argmax(1) + 1
 
 
-def before_fall(values: Tensor) -> Tensor:
-    """How many of [n, m] (largest first) come before the largest difference of neighbours, [n]: values near 1 before values near 0."""
-    return (values[:, :-1] - values[:, 1:]).argmax(1) + 1
-
-
 def score_spectrum(gram: Tensor, points: int) -> Tensor:
     """Singular values [n, d], largest first, of the stacked s x score at ``points`` noisy points, divided by sqrt(points).
 
@@ -84,5 +79,8 @@ def score_spectrum(gram: Tensor, points: int) -> Tensor:
 
 
 def score_dimension(values: Tensor) -> Tensor:
-    """d minus the number of normal directions among the singular values [n, d] (Stanczuk et al., Algorithm 1), [n]; at least 1."""
-    return values.shape[1] - before_fall(values)
+    """d minus the number of normal directions [n]: those before the largest fall of the singular values [n, d]; at least 1.
+
+    The rule is that of Stanczuk et al. (arXiv 2212.12611), Algorithm 1.
+    """
+    return values.shape[1] - 1 - (values[:, :-1] - values[:, 1:]).argmax(1)

@@ -203,13 +203,13 @@ def test_a_gaussian_of_k_dimensions(k):
     """By all three ways, at the last steps of a run; the trace is a^2 v / (a^2 v + s^2) for each direction."""
     field = Gaussian(SIZE, k)
     made = with_field(PIXEL, field.eps, scheduler=DDIMScheduler)
-    found = records(made, 20, ScoreGeometry(steps=(-1,), probes=200, points=4, directions=12), batch_size=2)
+    found = records(made, 20, ScoreGeometry(steps=(-1,), probes=100, points=4, directions=12), batch_size=2)
     gain = 1 / (1 + found["level"].double() ** 2)
-    assert abs(float(found["trace_dimension"][0, 0]) - k * float(gain)) < 4 * (2 * k / 200) ** 0.5
-    assert float(found["trace_error"][0, 0]) == pytest.approx((2 * k / 200) ** 0.5, rel=0.4)
+    assert abs(float(found["trace_dimension"][0, 0]) - k * float(gain)) < 4 * (2 * k / 100) ** 0.5
+    assert float(found["trace_error"][0, 0]) == pytest.approx((2 * k / 100) ** 0.5, rel=0.4)
     assert found["score_dimension"].tolist() == [[k, k]]
     assert found["flow_dimension"].tolist() == [k, k]
-    assert found["tangent_dimension"].tolist() == [[k, k]]
+    assert (found["tangent_values"] > 0.5).sum(-1).tolist() == [[k, k]]
     assert float(found["flow_drift"]) < 1e-3
     notes = " ".join(made.pipe.plugins.report().plugins[NAME].notes)
     assert f"dimension by stacked scores {k}, {k}" in notes
@@ -283,7 +283,7 @@ def test_what_is_found_at_a_picture_is_of_the_picture():
     made = with_field(PIXEL, eps, scheduler=DDIMScheduler)
     found = records(made, 20, ScoreGeometry(probes=60, points=4, picture=pictures), batch_size=2)
     assert found["score_dimension"].tolist() == [[2, 5]]
-    assert found["tangent_dimension"].tolist() == [[2, 5]]
+    assert (found["tangent_values"] > 0.5).sum(-1).tolist() == [[2, 5]]
 
 
 # runs -----------------------------------------------------------------------------------------------------------------------------
