@@ -244,7 +244,7 @@ class ScoreGeometry(Plugin):
             eps = score.noise(x, score.output(x)).double().flatten(1).unflatten(0, (together, centres)).movedim(1, 0)
             gram.baddbmm_(eps.mT, eps)
         values = score_spectrum(gram, forwards * together)
-        return {"score_values": values, "score_dimension": score_dimension(values)}
+        return {"score_values": values, "score_dimension": score_dimension(values, forwards * together)}
 
     def follow(self, score: ScoreField, shared: Followed) -> None:
         """Y through one step of the flow: that of the ODE from this level to the next, differentiated."""

@@ -78,9 +78,12 @@ def score_spectrum(gram: Tensor, points: int) -> Tensor:
     return torch.linalg.eigvalsh(gram / points).clamp(min=0).sqrt().flip(1)
 
 
-def score_dimension(values: Tensor) -> Tensor:
+def score_dimension(values: Tensor, points: int) -> Tensor:
     """d minus the number of normal directions [n]: those before the largest fall of the singular values [n, d]; at least 1.
 
-    The rule is that of Stanczuk et al. (arXiv 2212.12611), Algorithm 1.
+    That is the rule of Stanczuk et al. (arXiv 2212.12611), Algorithm 1, but a fall from above the normal directions' own edge,
+    1 + sqrt(d / points) for random points, is not one: a mistake that the network makes at all points is one large value there.
     """
-    return values.shape[1] - 1 - (values[:, :-1] - values[:, 1:]).argmax(1)
+    edge = 1.05 * (1 + (values.shape[1] / points) ** 0.5)
+    falls = (values[:, :-1] - values[:, 1:]).masked_fill(values[:, :-1] > edge, -torch.inf)
+    return values.shape[1] - 1 - falls.argmax(1)
