@@ -260,7 +260,7 @@ def emoji_sd(prompts: int, probes: int, steps: int = 20) -> list[dict[str, Any]]
         pipe(captions, num_inference_steps=steps, generator=generators, output_type="latent")
         report = pipe.plugins.report()
         made = report.plugins["score_geometry"].records
-        console.print(report)
+        console.print(str(report), highlight=False)
         rows += [
             {"weights": name, "step": int(step), "level": float(level), "asymmetry": ratio.tolist(), "trace": trace.tolist()}
             for step, level, ratio, trace in zip(made["step"], made["level"], made["asymmetry"], made["trace_dimension"], strict=True)
