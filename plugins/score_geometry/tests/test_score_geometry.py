@@ -245,8 +245,9 @@ def test_singular_values_and_dimension_of_stacked_scores():
 
 def test_a_mistake_that_a_network_makes_everywhere_is_no_dimension():
     """One large singular value of the scores' mean: the published rule would say d - 1."""
-    scores = torch.randn(64, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * torch.tensor([1.0] * 13 + [0.1] * 3)
-    values = score_spectrum(((scores + 1).T @ (scores + 1))[None], 64)
+    normal = torch.tensor([1.0] * 13 + [0.1] * 3)
+    scores = (torch.randn(64, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64) + normal.floor()) * normal
+    values = score_spectrum((scores.T @ scores)[None], 64)
     assert 16 - int((values[0, :-1] - values[0, 1:]).argmax()) - 1 == 15
     assert int(score_dimension(values, 64)) == 3
 
