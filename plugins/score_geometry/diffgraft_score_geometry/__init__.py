@@ -47,28 +47,39 @@ def ensure_pictures(given: Any) -> Any:
     raise ValueError("a PIL picture, a list of them, or finite pixels [n, 3, height, width] in -1 to 1")
 
 
+def none_or_from(least: int) -> AfterValidator:
+    """A number for which little is no use."""
+
+    def ensure(number: Any) -> Any:
+        if 0 < number < least:
+            raise ValueError(f"0 for none, or {least} and more")
+        return number
+
+    return AfterValidator(ensure)
+
+
 class ScoreGeometryConfig(PluginConfig):
     """Knobs of score_geometry."""
 
     steps: tuple[int, ...] = Field((-1,), description="the steps of the run that are probed; negative ones count from the end. (): none")
     probes: int = Field(8, ge=0, le=4096, description="random vectors u for J u and J^T u at each of these steps; 0: none")
-    points: float = Field(
+    points: Annotated[float, none_or_from(1)] = Field(
         0.0,
         ge=0,
         le=1000,
-        description="K / d: noisy points around the sample whose scores are stacked, for each of its d numbers; at least 4 for a "
-        "dimension to be read. 0: none",
+        description="K / d: noisy points around the sample whose scores are stacked, for each of its d numbers: 4 or more for a "
+        "dimension to be read, 1 at least. 0: none",
     )
     picture: Annotated[Any, AfterValidator(ensure_pictures)] = Field(
         None,
         description="probe around this instead of around what the run makes: a PIL picture, a list of them, or pixels [n, 3, height, "
         "width] in -1 to 1; one, or one for each sample of the call",
     )
-    directions: int = Field(
+    directions: Annotated[int, none_or_from(2)] = Field(
         0,
         ge=0,
         le=4096,
-        description="columns of Y = d x_0 / d x_T that are followed through the run, more than the dimension; 0: none",
+        description="columns of Y = d x_0 / d x_T that are followed through the run: more than the dimension, 2 at least. 0: none",
     )
     seed: int = Field(0, ge=0, lt=2**63, description="of the random vectors; the run's own generators are not touched")
 
@@ -83,13 +94,16 @@ class Probe:
 
 @dataclass
 class Followed:
-    """What is kept in one run."""
+    """What is kept in one run: the clean latents of the knob's pictures, what was found, and for the flow Y's columns [m, n, ...].
+
+    ``before`` and ``expected`` are the latents before the last step and where the ODE takes them, ``drifts`` how far off that was.
+    """
 
     centre: Tensor | None = None
     probes: list[Probe] = field(default_factory=list)
     columns: Tensor | None = None
-    expected: Tensor | None = None
     before: Tensor | None = None
+    expected: Tensor | None = None
     drifts: list[Tensor] = field(default_factory=list)
 
 
@@ -129,7 +143,7 @@ class ScoreGeometry(Plugin):
         if self.config.steps and self.config.picture is not None:
             call.shared.centre = self.encoded(call)
         result = next(call)
-        found: Followed = call.shared  # only now, so that no step waits for the device
+        found: Followed = call.shared
         if found.probes:
             names = found.probes[0].found
             call.record({"step": torch.tensor([probe.step for probe in found.probes])})
@@ -193,7 +207,7 @@ class ScoreGeometry(Plugin):
             raise Unsupported(f"score_geometry: {type(call.pipe.scheduler).__name__} makes a step in several stages; use DDIM or Euler")
 
     def probe(self, score: ScoreField, shared: Followed) -> dict[str, Tensor]:
-        """All that is asked for at one step; nothing of it waits for the device."""
+        """All that is asked for at one step. Of it only the spectra wait for the device, as their solvers do."""
         config, step = self.config, score.call.step.index
         found = {"level": score.levels.s / score.levels.a}
         draws = [Draw(config.seed, step, use) for use in range(3)]

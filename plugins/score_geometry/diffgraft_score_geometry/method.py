@@ -8,6 +8,8 @@ space: k singular values near 1, the others near 0.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -57,14 +59,23 @@ def trace_dimension(u: Tensor, pu: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def singular_values(vectors: Tensor) -> Tensor:
-    """Of the matrix with these columns [m, n, ...]: [n, min(m, d)], largest first, in float64."""
-    return torch.linalg.svdvals(vectors.double().flatten(2).movedim(0, 1))
+    """Of the matrix with these columns [m, n, ...]: [n, min(m, d)], largest first, in float64; NaN where the denoiser overflowed."""
+    return where_finite(torch.linalg.svdvals, vectors.double().flatten(2).movedim(0, 1))
+
+
+def where_finite(spectrum: Callable[[Tensor], Tensor], matrices: Tensor) -> Tensor:
+    """The spectrum [n, m] of matrices [n, ., .], NaN for those that are not finite: the solvers raise for these."""
+    finite = matrices.isfinite().all(2).all(1)
+    return spectrum(matrices.where(finite[:, None, None], 0)).where(finite[:, None], torch.nan)
 
 
 def leading(values: Tensor) -> Tensor:
-    """How many singular values of a flow's Jacobian [n, m] (largest first) do not vanish, [n]: those before the largest ratio of two."""
+    """How many singular values of a flow's Jacobian [n, m] (largest first) do not vanish, [n]: those before the largest ratio of two.
+
+    0 where they are not finite.
+    """
     tiny = torch.finfo(values.dtype).tiny
-    return (values[:, :-1] / values[:, 1:].clamp(min=tiny)).argmax(1) + 1
+    return ((values[:, :-1] / values[:, 1:].clamp(min=tiny)).argmax(1) + 1) * values.isfinite().all(1)
 
 
 def score_spectrum(gram: Tensor, points: int) -> Tensor:
@@ -75,15 +86,17 @@ def score_spectrum(gram: Tensor, points: int) -> Tensor:
     Args:
         gram: sum over the points of eps eps^T [n, d, d], float64.
     """
-    return torch.linalg.eigvalsh(gram / points).clamp(min=0).sqrt().flip(1)
+    return where_finite(torch.linalg.eigvalsh, gram / points).clamp(min=0).sqrt().flip(1)
 
 
 def score_dimension(values: Tensor, points: int) -> Tensor:
-    """d minus the number of normal directions [n]: those before the largest fall of the singular values [n, d]; at least 1.
+    """The dimension [n]: how many singular values [n, d] (largest first) come after the largest fall; 0 where there is none to count.
 
-    That is the rule of Stanczuk et al. (arXiv 2212.12611), Algorithm 1, but a fall from above the normal directions' own edge,
-    1 + sqrt(d / points) for random points, is not one: a mistake that the network makes at all points is one large value there.
+    That is the rule of Stanczuk et al. (arXiv 2212.12611), Algorithm 1, with one exception. The d - k normal directions have values around
+    1, at most 1 + sqrt(d / points) because the points are random (Marchenko and Pastur). What is larger is no direction of the data: a
+    mistake that a network makes at all points alike adds up to one large value. So a fall from above that edge, with 5 % for chance,
+    does not count.
     """
     edge = 1.05 * (1 + (values.shape[1] / points) ** 0.5)
-    falls = (values[:, :-1] - values[:, 1:]).masked_fill(values[:, :-1] > edge, -torch.inf)
-    return values.shape[1] - 1 - falls.argmax(1)
+    falls = (values[:, :-1] - values[:, 1:]).where(values[:, :-1] <= edge, -torch.inf)
+    return (values.shape[1] - 1 - falls.argmax(1)) * (falls > -torch.inf).any(1)

@@ -23,7 +23,7 @@ class Draw:
 
     def like(self, x: Tensor, number: int = 1) -> Tensor:
         """[number, ...] for samples like ``x`` [n, ...]; a single one is for all of them, so that a sample alone has that of a batch."""
-        drawn = [torch.randn(x.shape[1:], generator=self.generator, dtype=exact(x.dtype)) for _ in range(number)]
+        drawn = [torch.randn(x.shape[1:], generator=self.generator, dtype=at_least_float32(x.dtype)) for _ in range(number)]
         return torch.stack(drawn).to(x.device)
 
 
@@ -37,7 +37,7 @@ class ScoreField:
     def __init__(self, call: DenoiseCall) -> None:
         self.call = call
         self.kind = prediction_kind(call.family, call.pipe.scheduler)
-        self.dtype = exact(call.latents.dtype)
+        self.dtype = at_least_float32(call.latents.dtype)
         levels = levels_of(call)
         self.levels = SignalNoise(levels.a.to(self.dtype), levels.s.to(self.dtype))
 
@@ -80,6 +80,6 @@ class ScoreField:
         return output[:, : x.shape[1]]
 
 
-def exact(dtype: torch.dtype) -> torch.dtype:
-    """The dtype to compute in: at least float32."""
+def at_least_float32(dtype: torch.dtype) -> torch.dtype:
+    """The dtype to compute in."""
     return torch.promote_types(dtype, torch.float32)

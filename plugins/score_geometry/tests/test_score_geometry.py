@@ -83,7 +83,7 @@ def with_field(name, eps, kind="epsilon", scheduler=None, dtype=torch.float64):
     model.to(dtype)
     if hasattr(model.config, "sample_size") and type(pipe).__name__.startswith("DD"):
         model.register_to_config(sample_size=SIDE)
-    own = inspectable(made)
+    own = levels_of_timesteps(made)
 
     def forward(*args, **kwargs):
         x = args[0] if args else kwargs.get("sample", kwargs.get("hidden_states"))
@@ -96,7 +96,7 @@ def with_field(name, eps, kind="epsilon", scheduler=None, dtype=torch.float64):
     return made
 
 
-def inspectable(made):
+def levels_of_timesteps(made):
     """timestep -> levels of the samples and what the denoiser's input was divided by."""
     from diffgraft.installed import registry
 
@@ -252,6 +252,18 @@ def test_a_mistake_that_a_network_makes_everywhere_is_no_dimension():
     assert int(score_dimension(values, 64)) == 3
 
 
+def test_where_there_is_nothing_to_count():
+    """Every value above the edge, or an overflow in the denoiser: no dimension, and no error of a solver."""
+    assert score_dimension(torch.tensor([[9.0, 8.0, 7.0, 6.9], [1.0, 0.9, 0.1, 0.1]]), 64).tolist() == [0, 2]
+    columns = torch.ones(3, 2, 4)
+    columns[0, 1, 2] = torch.inf
+    assert singular_values(columns).isnan().all(1).tolist() == [False, True]
+    assert int(leading(singular_values(columns))[1]) == 0
+    grams = torch.eye(4, dtype=torch.float64).repeat(2, 1, 1)
+    grams[1, 0, 0] = torch.nan
+    assert score_dimension(score_spectrum(grams, 1), 1).tolist()[1] == 0
+
+
 def test_traces_and_leading_values():
     u = torch.randn(500, 2, 10, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     pu = u.clone()
@@ -318,13 +330,12 @@ def test_what_it_costs():
     load_pipeline(made.pipe, plugins=[ScoreGeometry(steps=(0, -1), probes=3)])
     records(made, 4)
     assert made.pipe.plugins.report().forwards == {"cond": 4 + 2 * 2 * 3}
-    made.pipe.plugins.configure(NAME, steps=(-1,), probes=0, points=0.05)
-    records(made, 4)
-    d = 4 * made.pipe.unet.config.sample_size**2
-    assert made.pipe.plugins.report().forwards == {"cond": 4 + 1 + round(d * 0.05)}
-    made.pipe.plugins.configure(NAME, steps=(), points=0, directions=2)
+    made.pipe.plugins.configure(NAME, steps=(), directions=2)
     records(made, 4)
     assert made.pipe.plugins.report().forwards == {"cond": 4 + 4 * 3}
+    made = with_field(PIXEL, Gaussian(SIZE).eps)
+    records(made, 4, ScoreGeometry(probes=0, points=1.5))
+    assert made.pipe.plugins.report().forwards == {"cond": 4 + 1 + round(1.5 * SIZE)}
 
 
 def test_a_run_with_noise_is_told_from_its_flow():
@@ -361,6 +372,8 @@ def test_bad_input():
     for knobs, key in (
         ({"probes": -1}, "probes"),
         ({"points": -1}, "points"),
+        ({"points": 0.5}, "0 for none, or 1 and more"),
+        ({"directions": 1}, "0 for none, or 2 and more"),
         ({"steps": 1.5}, "steps"),
         ({"picture": torch.zeros(3, 32, 32)}, "picture"),
     ):
@@ -370,6 +383,6 @@ def test_bad_input():
 
 def test_gradients_are_needed_only_where_they_are_taken():
     assert "plain_gradients" in ScoreGeometry().effects.needs
-    assert "plain_gradients" in ScoreGeometry(steps=(), directions=1).effects.needs
+    assert "plain_gradients" in ScoreGeometry(steps=(), directions=2).effects.needs
     assert "plain_gradients" not in ScoreGeometry(probes=0, points=4).effects.needs
     assert ScoreGeometry().effects.reads_only
