@@ -99,7 +99,7 @@ class Effects:
 
     @property
     def asks_at_latents(self) -> bool:
-        """Whether the denoiser is asked at latents of the plugin's own, which are in the scheduler's unit and not in the denoiser's."""
+        """Whether the plugin may have the denoiser asked at latents that are not the pipeline's: edited ones, or a forward's of its own."""
         return bool("latents" in self.edits or self.needs & {"extra_forwards", "gradients", "plain_gradients"})
 
     def words(self) -> str:

@@ -153,18 +153,18 @@ def jvp_alone(call: DenoiseCall, v: Tensor, *, at: Tensor | None = None) -> Tens
     def predict(z: Tensor) -> Tensor:
         return predict_alone(call.with_input(z))
 
-    ways = (("forward mode", _forward_mode), ("two backward passes", _two_backward_passes))
-    missing = []
+    v, missing = v.to(z.dtype), []
     with alone(call), frozen(model):
-        for name, way in ways:
+        for name, way in (("forward mode", _forward_mode), ("two backward passes", _two_backward_passes)):
             try:
                 with sdpa_kernel(SDPBackend.MATH), torch.enable_grad():
-                    made = way(predict, z, v.to(z.dtype))
+                    made = way(predict, z, v)
                 break
             except (RuntimeError, NotImplementedError) as error:
                 if isinstance(error, torch.OutOfMemoryError):
                     raise
-                missing.append(f"{name} ({str(error).partition(chr(10))[0]})")
+                why = str(error).partition("\n")[0]
+                missing.append(f"{name} ({why})")
         else:
             name, made = "central differences", _central_differences(predict, z, v)
     if missing:

@@ -73,7 +73,7 @@ class DiffusionClassifier(Plugin):
     Config = DiffusionClassifierConfig
     neutral: ClassVar[dict[str, Any]] = {"scores": False}
     active: ClassVar[dict[str, Any]] = {"scores": True, "timesteps": 2}
-    effects = Effects()  # check: allow effects because its noises have a seed of their own and reach no picture
+    effects = Effects()  # its noises have a seed of their own and reach no picture
     config: DiffusionClassifierConfig
 
     def check(self, target: Target) -> None:
