@@ -150,11 +150,10 @@ def timestep_of(step: int) -> int:
 
 def probed(pipe: Any, rows: int, number: int, **knobs: Any) -> tuple[dict[str, Tensor], int]:
     """The plugin's records of one run, and the denoiser forwards beyond the run's own."""
-    load_pipeline(pipe, plugins=[ScoreGeometry(**knobs)]) if not hasattr(pipe, "plugins") else pipe.plugins.configure(
-        "score_geometry", **knobs
-    )
+    load_pipeline(pipe, plugins=[ScoreGeometry(**knobs)])
     pipe(batch_size=rows, num_inference_steps=STEPS, generator=torch.Generator().manual_seed(number))
     report = pipe.plugins.report()
+    pipe.plugins.clear()
     return report.plugins["score_geometry"].records, sum(report.forwards.values()) - STEPS
 
 
@@ -231,8 +230,7 @@ def mixture() -> list[dict[str, float]]:
 
 def flow(pipe: Any, pool: dict[int, Tensor], samples: int, directions: int) -> list[dict[str, Any]]:
     """Pictures that the network makes: which emoji each is (the nearest training picture's), and the dimension along the run."""
-    load_pipeline(pipe, plugins=[ScoreGeometry]) if not hasattr(pipe, "plugins") else None
-    pipe.plugins.configure("score_geometry", steps=(), directions=directions, picture=None, points=0.0, seed=0)
+    load_pipeline(pipe, plugins=[ScoreGeometry(steps=(), directions=directions)])
     images = pipe(batch_size=samples, num_inference_steps=STEPS, generator=torch.Generator().manual_seed(5), output_type="np").images
     made = pipe.plugins.report().plugins["score_geometry"].records
     x = torch.from_numpy(images).float().permute(0, 3, 1, 2).flatten(1) * 2 - 1

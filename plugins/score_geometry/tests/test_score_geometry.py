@@ -359,12 +359,11 @@ def test_bad_input():
         ({"picture": torch.zeros(1, 3, 32, 32)}, "give pictures of the call's size"),
         ({"directions": 2}, r"guidance makes another one: turn it off \(guidance_scale=1\)"),
     ):
-        made.pipe.plugins.clear() if hasattr(made.pipe, "plugins") else None
         load_pipeline(made.pipe, plugins=[ScoreGeometry(**knobs)])
         with pytest.raises(ConfigError, match=why):
             made.pipe(**{**made.kwargs, "num_inference_steps": 4, "output_type": "latent"})
         assert not made.pipe.plugins.report().forwards, "nothing ran before it"
-    made.pipe.plugins.clear()
+        made.pipe.plugins.clear()
     made.pipe.scheduler = HeunDiscreteScheduler.from_config(made.pipe.scheduler.config)
     load_pipeline(made.pipe, plugins=[ScoreGeometry(directions=2)])
     with pytest.raises(Unsupported, match="several stages"):
