@@ -63,7 +63,8 @@ class Effects:
 
     replaces   "scheduler", "denoiser"
     skips      "denoiser" (whole calls), "blocks", "branches"
-    edits      "timestep", "schedule", "latents", "prediction", "attention", "conditioning", "resolution", "weights"
+    edits      "timestep", "schedule", "latents", "prediction", "attention", "conditioning", "resolution", "weights",
+               "noise" (which noise the pipeline draws: the call's generator)
     needs      "gradients", "determinism", "all_blocks", "extra_forwards", "calibrated_run" (the steps and size of its artefact),
                "own_steps" (its calls are no successive steps of one path, so that nothing may be edited from one to the next),
                "plain_gradients" (of the denoiser itself, taken past all other plugins: `latent_gradient`; "gradients": through them)
@@ -81,7 +82,9 @@ class Effects:
     VOCABULARY: ClassVar[dict[str, frozenset[str]]] = {
         "replaces": frozenset({"scheduler", "denoiser"}),
         "skips": frozenset({"denoiser", "blocks", "branches"}),
-        "edits": frozenset({"timestep", "schedule", "latents", "prediction", "attention", "conditioning", "resolution", "weights"}),
+        "edits": frozenset(
+            {"timestep", "schedule", "latents", "prediction", "attention", "conditioning", "resolution", "weights", "noise"}
+        ),
         "needs": frozenset({"gradients", "plain_gradients", "determinism", "all_blocks", "extra_forwards", "calibrated_run", "own_steps"}),
     }
 
