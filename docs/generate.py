@@ -1,5 +1,5 @@
-"""The pages that nobody writes by hand, into docs/generated/: the catalogue, a page for each plugin and each measurement from the READMEs
-that lie beside them, the helpers for methods, the command line."""
+"""The pages that nobody writes by hand, into docs/generated/: the catalogue, the gallery, a page for each plugin and each measurement from
+the READMEs that lie beside them, the helpers for methods, the command line."""
 
 from __future__ import annotations
 
@@ -40,6 +40,7 @@ def write_all(folder: Path) -> None:
         project = open_project(about["name"])
         home = project.root or project.package.parent
         pages[page] = plugin_page(about, placed(project.readme, home, page, known, files))
+    pages["gallery.md"] = gallery(plugins, pages)
     for source, page in MEASURED.items():
         pages[page] = placed((ROOT / source).read_text(), (ROOT / source).parent, page, known, files)
     files |= {name: text.encode() for name, text in pages.items()}
@@ -129,6 +130,25 @@ def catalogue(plugins: list[dict[str, Any]]) -> str:
         lines.append("| " + " | ".join(map(cell, cells)) + " |")
     listed = [f"plugins/{about['name']}" for about in plugins]
     return "\n".join([*lines, "", "```{toctree}", ":hidden:", "", *listed, "```", ""])
+
+
+def gallery(plugins: list[dict[str, Any]], pages: dict[str, str]) -> str:
+    """The pictures of all plugins' pages, on one."""
+    lines = [
+        "# Gallery",
+        "",
+        "The pictures of the plugins' pages, where the commands stand that made them and what was measured. All are of the small "
+        "checkpoints that ship, so that you can make them on a laptop.",
+    ]
+    for about in plugins:
+        page = f"plugins/{about['name']}.md"
+        shown = [link for link in LINK.finditer(pages[page]) if link["picture"]]
+        if shown:
+            does = about["paper"]["implemented"]
+            lines += ["", f"## [{about['name']}]({page})", "", f"{does[0].upper()}{does[1:]}."]
+        for link in shown:
+            lines += ["", f"![{link['words']}](plugins/{link['target']})", "", f"*{link['words']}*"]
+    return "\n".join([*lines, ""])
 
 
 def plugin_page(about: dict[str, Any], readme: str) -> str:

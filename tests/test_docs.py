@@ -242,6 +242,15 @@ def test_a_readme_stands_on_its_page_with_pictures_and_links() -> None:
     assert files == {"plugins/bdia/edit.png": (home / "benchmarks" / "edit.png").read_bytes()}
 
 
+def test_the_gallery_shows_the_pictures_of_every_page() -> None:
+    about = [{"name": name, "paper": {"implemented": "draws"}} for name in ("one", "two")]
+    pages = {"plugins/one.md": "# one\n\n![a row](one/grid.png) and [a link](x.md)\n", "plugins/two.md": "no picture"}
+    text = generate.gallery(about, pages)
+    assert "## [one](plugins/one.md)\n\nDraws.\n\n![a row](plugins/one/grid.png)\n\n*a row*\n" in text
+    assert "two" not in text
+    assert "x.md" not in text
+
+
 def test_every_helper_of_methods_has_a_page() -> None:
     pages = generate.methods()
     for path in Path(diffgraft.methods.__path__[0]).glob("[!_]*.py"):
