@@ -188,9 +188,7 @@ class ScoreGeometry(Plugin):
         config, total = self.config, call.step.total
         for step in config.steps:
             if not -total <= step < total:
-                raise ConfigError(
-                    f"plugin 'score_geometry': steps has {step}, of a run with {total} steps: 0 to {total - 1}, or -{total} to -1"
-                )
+                raise Unsupported(f"score_geometry: steps has {step}, of a run with {total} steps: 0 to {total - 1}, or -{total} to -1")
         levels_of(call)
         centre, x = call.shared.centre, call.latents
         if centre is not None and (centre.shape[1:] != x.shape[1:] or len(centre) not in (1, len(x))):
