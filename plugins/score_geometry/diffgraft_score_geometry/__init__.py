@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from math import isfinite
 from typing import Annotated, Any, ClassVar
 
 import torch
@@ -41,10 +42,18 @@ BY = {"score_dimension": "stacked scores", "flow_dimension": "the flow's Jacobia
 def ensure_pictures(given: Any) -> Any:
     """Raises ValueError for what is neither pixels nor PIL pictures."""
     pictures = given if isinstance(given, (list, tuple)) and given else [given]
-    pixels = isinstance(given, Tensor) and given.ndim == 4 and given.is_floating_point() and bool(given.isfinite().all())
+    pixels = (
+        isinstance(given, Tensor)
+        and given.ndim == 4
+        and given.shape[1] == 3
+        and given.is_floating_point()
+        and bool((given.abs() <= 1).all())
+    )
     if given is None or pixels or all(isinstance(picture, Image) for picture in pictures):
         return given
-    raise ValueError("a PIL picture, a list of them, or finite pixels [n, 3, height, width] in -1 to 1")
+    raise ValueError(
+        "give a PIL picture, a list of them, or float pixels [n, 3, height, width] in -1 to 1 (in Python: not on the command line)"
+    )
 
 
 def none_or_from(least: int) -> AfterValidator:
@@ -163,10 +172,12 @@ class ScoreGeometry(Plugin):
     def encoded(self, call: RunCall) -> Tensor:
         """The clean latents of the knob's pictures [n, ...]."""
         picture = self.config.picture
-        pixels = picture if isinstance(picture, Tensor) else VaeImageProcessor().preprocess(picture)
+        if not isinstance(picture, Tensor):
+            pictures = [each.convert("RGB") for each in (picture if isinstance(picture, (list, tuple)) else [picture])]
+            picture = VaeImageProcessor().preprocess(pictures).contiguous()  # channels-last, layers would have no forward mode
         vae = getattr(call.pipe, "vae", None)
         with torch.no_grad():
-            return to_latents(call.pipe, call.family, pixels.to(call.pipe.device, None if vae is None else vae.dtype))
+            return to_latents(call.pipe, call.family, picture.to(call.pipe.device, None if vae is None else vae.dtype))
 
     # the denoiser's calls -----------------------------------------------------------------------------------------------------------
 
@@ -285,5 +296,5 @@ def few(values: Tensor, errors: Tensor | None = None) -> str:
     """The first numbers of [n], with their standard errors."""
     texts = [f"{value:.3g}" for value in values[:4].tolist()]
     if errors is not None:
-        texts = [f"{text} ± {error:.1g}" for text, error in zip(texts, errors.tolist(), strict=False)]
+        texts = [f"{text} ± {error:.1g}" if isfinite(error) else text for text, error in zip(texts, errors.tolist(), strict=False)]
     return ", ".join(texts) + (", ..." if len(values) > 4 else "")

@@ -11,6 +11,7 @@ from diffgraft_pipelines.tiny import make
 from diffgraft_score_geometry import ScoreGeometry, __version__
 from diffgraft_score_geometry.method import asymmetry, leading, parts, score_dimension, score_spectrum, singular_values, trace_dimension
 from diffusers import DDIMScheduler, EulerDiscreteScheduler, HeunDiscreteScheduler
+from PIL import Image
 
 CASES = cover(contract_cases("score_geometry"), seed=__version__)
 NAME = "score_geometry"
@@ -290,14 +291,29 @@ def test_the_scores_of_a_picture_are_shared_among_the_rows():
     torch.testing.assert_close(seen[1], seen[4], rtol=1e-6, atol=1e-8)
 
 
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "L"])
+def test_a_pil_picture_of_any_mode_costs_what_pixels_cost(mode):
+    made = make("StableDiffusionPipeline")
+    side = made.pipe.unet.config.sample_size * made.pipe.vae_scale_factor
+    forwards = []
+    for picture in (torch.zeros(1, 3, side, side), Image.new(mode, (side, side))):
+        records(made, 2, ScoreGeometry(probes=1, picture=picture))
+        report = made.pipe.plugins.report()
+        forwards.append(report.forwards)
+        assert "no forward mode" not in str(report)
+        assert "nan" not in str(report), "one probe has no error"
+        made.pipe.plugins.clear()
+    assert forwards[0] == forwards[1]
+
+
 def test_what_is_found_at_a_picture_is_of_the_picture():
     """A mixture of two far Gaussians of 2 and 5 dimensions: around each picture its own."""
     few, many = Gaussian(SIZE, 2), Gaussian(SIZE, 5, seed=101)
-    far = torch.full((1, SIZE), 5.0, dtype=torch.float64)
+    far = torch.ones(1, SIZE, dtype=torch.float64)
 
     def eps(x, levels):
         shifted = x - levels.a * far.view(1, 3, SIDE, SIDE)
-        near = x.flatten(1).mean(1) < 2.5 * levels.a
+        near = x.flatten(1).mean(1) < 0.5 * levels.a
         return torch.where(near.view(-1, 1, 1, 1), few.eps(x, levels), many.eps(shifted, levels))
 
     pictures = torch.cat([torch.zeros(1, SIZE, dtype=torch.float64), far]).view(2, 3, SIDE, SIDE)
@@ -375,6 +391,8 @@ def test_bad_input():
         ({"directions": 1}, "0 for none, or 2 and more"),
         ({"steps": 1.5}, "steps"),
         ({"picture": torch.zeros(3, 32, 32)}, "picture"),
+        ({"picture": torch.full((1, 3, 32, 32), 255.0)}, "in -1 to 1"),
+        ({"picture": torch.zeros(1, 4, 32, 32)}, "picture"),
     ):
         with pytest.raises(ConfigError, match=key):
             ScoreGeometry(**knobs)
