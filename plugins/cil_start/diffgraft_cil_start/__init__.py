@@ -8,7 +8,19 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-from diffgraft import ArtefactMismatch, ConfigError, DenoiseCall, Effects, Need, Plugin, RunCall, Schedule, ScheduleCall, Target, Unsupported
+from diffgraft import (
+    ArtefactMismatch,
+    ConfigError,
+    DenoiseCall,
+    Effects,
+    Need,
+    Plugin,
+    RunCall,
+    Schedule,
+    ScheduleCall,
+    Target,
+    Unsupported,
+)
 from diffgraft.methods.artefacts import make_again
 from diffgraft.methods.predictions import is_exploding, levels_of
 from diffgraft.methods.starts import is_first, unit_noise

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
 
-from diffgraft import Calibrator, ConfigError, Effects, Paper, StepCall, StepOutput, denoisers_of, find_family
+from diffgraft import Calibrator, ConfigError, Effects, StepCall, StepOutput, denoisers_of, find_family
 from diffgraft.methods.artefacts import Artefact, MadeFor
 from diffgraft.methods.layouts import Layout
 from diffgraft.methods.schema import Holds, Values
@@ -46,7 +46,8 @@ class Seen:
 class Measure(Calibrator):
     """Sums over the clean samples that the pipeline makes, in the layout of its latents."""
 
-    paper: Paper = PAPER
+    name = "cil_start_calibration"
+    paper = PAPER
     Config = CilStartConfig
     State = Seen
     effects = Effects()
