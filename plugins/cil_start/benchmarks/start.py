@@ -2,14 +2,16 @@
 
     python plugins/cil_start/benchmarks/start.py --out late
 
-**Mismatch.** KL(q_M || start) in nats, q_M the Gaussian fit of held-out true renders noised to the run's first level, for four starts:
+**Mismatch.** KL(q_M || start) in nats, q_M the Gaussian fit of held-out true renders noised to the run's first level, of the means of 2 x 2
+fields (the lowest frequencies) and of all latents, for four starts:
 
     plain      the pipeline's own noise N(0, I)
     unit       Analytic-Init without an artefact: N(0, (s^2 + a^2) I)
     analytic   Analytic-Init, mean and variance from renders of training captions
-    fit        the whole Gaussian (its full covariance) of these training renders: what is left is the fits' own error
+    fit        the whole Gaussian (its full covariance) of these training renders, where there are more of them than numbers: what is left
+               is the fits' own error
 
-and, in closed form, what a run makes of it: DDIM with the exact denoiser of that Gaussian, KL(result || data).
+and, in closed form, what a run makes of it: DDIM with the exact denoiser of the fields' Gaussian, KL(result || data).
 
 **Pictures.** Held-out captions, prompt i from seed i in all arms; the judge's verdict on all that the caption asks for, Frechet distance of
 the means of 2 x 2 fields of the latents to true renders; of clips also the way that the object goes, in pixels, where it moves. The arm
@@ -46,6 +48,8 @@ from torch import Tensor
 
 SHARES = (1.0, 0.94, 0.9, 0.86, 0.82)
 BATCH = 16
+LEAST = 1e-6
+"""Below this signal level there are no data in a start."""
 Rows = np.ndarray
 Triple = tuple[float, float, float]
 
@@ -123,6 +127,17 @@ def drawn(labels: Sequence[Any], number: int, seed: int) -> list[Any]:
 # mismatch of the start ----------------------------------------------------------------------------------------------------------------
 
 
+def fields(x: Tensor) -> Rows:
+    """Latents [n, ..., height, width] along the directions of the means of 2 x 2 fields [n, others * 4]; unit noise is unit noise there."""
+    side = (x.shape[-1] // 2) * (x.shape[-2] // 2)
+    x = torch.nn.functional.adaptive_avg_pool2d(x.flatten(1, -3).float(), 2) * side**0.5
+    return x.flatten(1).double().numpy()  # type: ignore[no-any-return]
+
+
+def flat(x: Tensor) -> Rows:
+    return x.flatten(1).double().numpy()  # type: ignore[no-any-return]
+
+
 def levels_of_run(pipe: Any, steps: int, share: float) -> list[tuple[float, float]]:
     """(a, s) at each of a run's levels, and at its end."""
     family, scheduler = registry.find_family(type(pipe)), pipe.scheduler
@@ -165,60 +180,52 @@ def whole_divergence(rows: Rows, other: Rows, a: float, s: float) -> float:
     return float((np.trace(solved[:, :d]) + gap @ solved[:, d] - d + np.linalg.slogdet(Q)[1] - np.linalg.slogdet(P)[1]) / 2)
 
 
-def starts(moments: Moments, a: float, s: float) -> dict[str, tuple[Any, float]]:
+def starts(mean: Rows, trace: float, a: float, s: float) -> dict[str, tuple[Any, float]]:
     """name -> (m, v)."""
     levels = torch.tensor(a, dtype=torch.float64), torch.tensor(s, dtype=torch.float64)
-    (m, v), (_, u) = (optimum(Moments(x.mean.double().flatten(), x.trace.double()), *levels) for x in (moments, UNIT))
+    (m, v), (_, u) = (optimum(x, *levels) for x in (Moments(torch.from_numpy(mean), torch.tensor(trace, dtype=torch.float64)), UNIT))
     return {"plain": (0.0, 1.0), "unit": (0.0, float(u)), "analytic": (m.numpy(), float(v))}
 
 
 def result(data: Gaussian, axes: Rows, levels: Sequence[tuple[float, float]], m: Any, v: float) -> float:
-    """KL(result || data) of DDIM with the exact denoiser of ``data``, from N(m, v I): along each axis of the covariance a run multiplies the
-    deviation from a mean by a number of its own. Axes with no variance in the data are left out: nothing is right there but 0."""
-    keep = data.values > 1e-6 * data.values.max()
-    lam, factor = data.values[keep], np.ones(int(keep.sum()))
+    """KL(result || data) of DDIM with the exact denoiser of ``data``, from N(m, v I): along each axis of the covariance a run multiplies
+    the deviation from the mean by a number of its own."""
+    lam, factor = data.values, np.ones(data.d)
     for (a, s), (b, r) in pairwise(levels):
         k = a * lam / (a * a * lam + s * s)
         factor *= b * k + r * (1 - a * k) / s
-    gap = ((m - levels[0][0] * data.mean) @ axes)[keep] * factor
+    gap = (m - levels[0][0] * data.mean) @ axes * factor
     ratio = factor**2 * v / lam
     return float((ratio + gap**2 / lam - 1 - np.log(ratio)).sum() / 2)
 
 
 def mismatch(
-    pipe: Any, data: Pictures, moments: Moments, rows: dict[str, Rows], counts: Sequence[int], console: Console
+    pipe: Any, name: str, mean: Rows, trace: float, true: Rows, training: Rows, counts: Sequence[int], draws: int, say: Any
 ) -> list[dict[str, Any]]:
-    """KL between where runs begin and true renders at that level."""
-    true, training, rng, found = rows["held"], rows["training"], np.random.default_rng(0), []
-    fit = Gaussian(true)
-    resamples = [Gaussian(true[rng.integers(0, len(true), len(true))]) for _ in range(100)]
-    _, axes = np.linalg.eigh(np.cov(true.T, bias=True)) if true.shape[1] < len(true) else (None, None)
+    """KL between where runs begin and true renders at that level; ``mean`` [d], ``true`` and ``training`` [n, d]."""
+    found: list[dict[str, Any]] = []
+    rng, fit, d = np.random.default_rng(0), Gaussian(true), true.shape[1]
+    resamples = [Gaussian(true[rng.integers(0, len(true), len(true))]) for _ in range(draws)]
+    axes = np.linalg.eigh(np.cov(true.T, bias=True))[1] if d < len(true) / 4 else None
     for n in counts:
         for share in SHARES:
             levels = levels_of_run(pipe, n, share)
             a, s = levels[0]
-            for name, (m, v) in starts(moments, a, s).items():
-                value = fit.divergence(a, s, m, v)
-                row = {"pipeline": data.name, "steps": n, "M": share, "a": a, "s": s, "start": name,
-                       "kl": recentred(value, [each.divergence(a, s, m, v) for each in resamples])}  # fmt: skip
-                if axes is not None:
-                    row["result"] = result(fit, axes, levels, m, v)
-                found.append(row)
-            floor = whole_divergence(true, training, a, s) if a > 1e-6 else 0.0
-            found.append({"pipeline": data.name, "steps": n, "M": share, "a": a, "s": s, "start": "fit", "kl": (floor, floor, floor)})
-            console.print(f"{data.name}, {n} steps, M = {share}, a = {a:.4f}: " + ", ".join(
-                f"{row['start']} {row['kl'][0]:.3f} ({row['kl'][1]:.3f} to {row['kl'][2]:.3f})"
-                + (f" -> {row['result']:.1f}" if "result" in row else "") for row in found[-4:]))  # fmt: skip
+            same = {"of": name, "steps": n, "M": share, "a": a, "s": s}
+            for start, (m, v) in starts(mean, trace, a, s).items():
+                draw = [each.divergence(a, s, m, v) for each in resamples]
+                row = {**same, "start": start, "kl": recentred(fit.divergence(a, s, m, v), draw)}
+                found.append(row if axes is None else {**row, "result": result(fit, axes, levels, m, v)})
+            if d < len(training):
+                left = whole_divergence(true, training, a, s) if a > LEAST else 0.0
+                found.append({**same, "start": "fit", "kl": (left, left, left)})
+            told = (f"{row['start']} {row['kl'][0]:.3f} ({row['kl'][1]:.3f} to {row['kl'][2]:.3f})"
+                    + (f" -> {row['result']:.2f}" if "result" in row else "") for row in found if row.items() >= same.items())  # fmt: skip
+            say(f"{name} ({d}), {n} steps, M = {share}, a = {a:.4f}: " + ", ".join(told))
     return found
 
 
 # pictures -----------------------------------------------------------------------------------------------------------------------------
-
-
-def fields(x: Tensor) -> Rows:
-    """The means of 2 x 2 fields of latents [n, channels * frames * 4]."""
-    x = x.flatten(1, 2) if x.ndim == 5 else x
-    return torch.nn.functional.adaptive_avg_pool2d(x.float(), 2).flatten(1).double().numpy()  # type: ignore[no-any-return]
 
 
 def frechet(x: Rows, y: Rows) -> float:
@@ -280,7 +287,9 @@ def pictures(
             row |= {f"{key}_less_plain": interval(value - plain[key]) for key, value in measures.items()}
             found.append(row)
             shown[f"{data.name}\n{name}\nM = {share}\n{n} steps"] = made
-            console.print(row)
+            measured = ("frechet", *(key for key in ("right", "right_less_plain", "way", "way_less_plain") if key in row))
+            console.print(f"{data.name}, {n} steps, {name}, M = {share}, {forwards} forwards: "
+                          + ", ".join("{} {:.2f} ({:.2f} to {:.2f})".format(key, *row[key]) for key in measured))  # fmt: skip
     return found
 
 
@@ -288,7 +297,7 @@ def main(
     captions: Annotated[int, typer.Option(min=16)] = 64,
     clips: Annotated[int, typer.Option(min=16)] = 32,
     renders: Annotated[int, typer.Option(min=64, help="true pictures for the moments, and as many for the check")] = 1024,
-    films: Annotated[int, typer.Option(min=32, help="the same of clips")] = 256,
+    films: Annotated[int, typer.Option(min=32, help="the same of clips")] = 512,
     steps: Annotated[str, typer.Option()] = "4,6,10",
     only: Annotated[str, typer.Option(help="emoji-sd or emoji-wan alone")] = "",
     out: Annotated[Path, typer.Option()] = Path("late"),
@@ -310,8 +319,12 @@ def main(
         artefact = measured_on(pipe, training)
         console.print(f"{data.name}: |E[x_0]|^2 / d = {float(artefact.tensors['mean'].square().mean()):.4f}, "
                       f"tr Cov / d = {float(artefact.tensors['trace']):.4f}, d = {held[0].numel()}")  # fmt: skip
-        rows = {"held": held.flatten(1).double().numpy(), "training": training.flatten(1).double().numpy()}
-        facts["mismatch"] += mismatch(pipe, data, Moments(artefact.tensors["mean"], artefact.tensors["trace"]), rows, counts, console)
+        mean, trace = artefact.tensors["mean"].double(), float(artefact.tensors["trace"])
+        for name, rows, draws in (("fields", fields, 300), ("all", flat, 40)):
+            seen = mismatch(
+                pipe, f"{data.name} {name}", rows(mean[None])[0], trace, rows(held), rows(training), counts, draws, console.print
+            )
+            facts["mismatch"] += seen
         labels = data.held[:number]
         facts["pictures"] += pictures(pipe, data, artefact, labels, held, whole, [n for n in counts if n != 6], console, shown)
         out.with_suffix(".json").write_text(json.dumps(facts, indent=1))
