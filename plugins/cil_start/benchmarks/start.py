@@ -294,10 +294,10 @@ def pictures(
 
 
 def main(
-    captions: Annotated[int, typer.Option(min=16)] = 64,
-    clips: Annotated[int, typer.Option(min=16)] = 32,
+    captions: Annotated[int, typer.Option(min=0, help="pictures of each arm; 0: the mismatch alone")] = 64,
+    clips: Annotated[int, typer.Option(min=0, help="the same of clips")] = 16,
     renders: Annotated[int, typer.Option(min=64, help="true pictures for the moments, and as many for the check")] = 1024,
-    films: Annotated[int, typer.Option(min=32, help="the same of clips")] = 512,
+    films: Annotated[int, typer.Option(min=32, help="true clips, likewise")] = 320,
     steps: Annotated[str, typer.Option()] = "4,6,10",
     only: Annotated[str, typer.Option(help="emoji-sd or emoji-wan alone")] = "",
     out: Annotated[Path, typer.Option()] = Path("late"),
@@ -325,10 +325,12 @@ def main(
                 pipe, f"{data.name} {name}", rows(mean[None])[0], trace, rows(held), rows(training), counts, draws, console.print
             )
             facts["mismatch"] += seen
-        labels = data.held[:number]
-        facts["pictures"] += pictures(pipe, data, artefact, labels, held, whole, [n for n in counts if n != 6], console, shown)
+        if number:
+            labels = data.held[:number]
+            facts["pictures"] += pictures(pipe, data, artefact, labels, held, whole, [n for n in counts if n != 6], console, shown)
         out.with_suffix(".json").write_text(json.dumps(facts, indent=1))
-    sheet(shown, counts[0], out.with_suffix(".png"))
+    if shown:
+        sheet(shown, counts[0], out.with_suffix(".png"))
 
 
 def sheet(shown: dict[str, Any], steps: int, path: Path) -> None:

@@ -59,8 +59,11 @@ class CilStart(Plugin):
     def check(self, target: Target) -> None:
         if self.config.start != 1:
             kind_of(target.family, target.pipe.scheduler)
-        if target.pipe.config.get("expand_timesteps") and "ImageToVideo" in type(target.pipe).__name__:
-            raise Unsupported("cil_start: this pipeline puts its picture into the latents themselves, which Analytic-Init would draw over")
+        in_latents = target.pipe.config.get("expand_timesteps") and "ImageToVideo" in type(target.pipe).__name__
+        if in_latents and self.config.init == "analytic":
+            raise Unsupported(
+                "cil_start: this pipeline puts its picture into the latents themselves, which Analytic-Init would draw over; take init = 'plain'"
+            )
 
     def run(self, call: RunCall, next: Any) -> Any:
         knobs = self.config
@@ -92,16 +95,15 @@ class CilStart(Plugin):
 
     def start(self, call: DenoiseCall) -> Tensor:
         """x_M, in the pipeline's layout and dtype."""
-        noise = unit_noise(call)
-        moments = moments_of(call.given("artefact"), call.given("published")) or UNIT
-        if moments is not UNIT and moments.mean.shape != noise.shape[1:]:
+        noise, scheduler = unit_noise(call), call.pipe.scheduler
+        given = moments_of(call.given("artefact"), call.given("published"))
+        if given is not None and given.mean.shape != noise.shape[1:]:
             raise ArtefactMismatch(
-                f"cil_start: mean and variance were measured on latents of {tuple(moments.mean.shape)}, these have "
+                f"cil_start: mean and variance were measured on latents of {tuple(given.mean.shape)}, these have "
                 f"{tuple(noise.shape[1:])}: call the pipeline with that size and number of frames, or {make_again(self.name)}"
             )
-        moments = Moments(*(value.to(noise.device, non_blocking=True) for value in moments))
+        moments = Moments(*(value.to(noise.device, non_blocking=True) for value in given or UNIT))
         call.count("analytic starts")
-        scheduler = call.pipe.scheduler
-        if self.config.formula == "official" and is_exploding(scheduler):
+        if given is not None and self.config.formula == "official" and is_exploding(scheduler):
             return official_svd(noise, scheduler.init_noise_sigma, moments).to(call.latents.dtype)
         return begin(noise, *optimum(moments, *levels_of(call))).to(call.latents.dtype)

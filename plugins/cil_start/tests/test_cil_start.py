@@ -264,6 +264,8 @@ def test_the_officials_start_is_there_to_compare_and_no_default():
     noise = drawn("StableVideoDiffusionPipeline")
     torch.testing.assert_close(first, noise * (100.0**2 + 1 + E).sqrt() + trace)
     assert CilStart().config.formula == "paper"
+    _, unmeasured = run("StableVideoDiffusionPipeline", formula="official")
+    torch.testing.assert_close(unmeasured, noise * (100.0**2 + 1) ** 0.5)
     same = [run("StableDiffusionPipeline", formula=formula)[1] for formula in ("official", "paper")]
     assert same[0].equal(same[1])  # their code of variance-preserving models is right
 
@@ -340,6 +342,14 @@ def test_more_steps_than_are_left_are_refused():
 def test_pipelines_that_begin_in_the_middle_are_refused():
     with pytest.raises(Unsupported, match="begins in mid-schedule"):
         load_pipeline(make("StableDiffusionImg2ImgPipeline").pipe, plugins=[CilStart])
+
+
+def test_a_picture_in_the_latents_is_not_drawn_over():
+    pipe = make("WanImageToVideoPipeline").pipe
+    pipe.register_to_config(expand_timesteps=True)
+    with pytest.raises(Unsupported, match="puts its picture into the latents"):
+        load_pipeline(pipe, plugins=[CilStart])
+    load_pipeline(pipe, plugins=[CilStart(init="plain")])
 
 
 def test_knobs_are_refused_with_their_range():
