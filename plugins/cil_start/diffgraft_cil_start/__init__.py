@@ -62,7 +62,8 @@ class CilStart(Plugin):
         in_latents = target.pipe.config.get("expand_timesteps") and "ImageToVideo" in type(target.pipe).__name__
         if in_latents and self.config.init == "analytic":
             raise Unsupported(
-                "cil_start: this pipeline puts its picture into the latents themselves, which Analytic-Init would draw over; take init = 'plain'"
+                "cil_start: this pipeline puts its picture into the latents themselves, which Analytic-Init would draw over; take "
+                "init = 'plain'"
             )
 
     def run(self, call: RunCall, next: Any) -> Any:
