@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -25,9 +25,16 @@ class Facts(TypedDict):
     """Of an artefact."""
 
     clips: Annotated[int, Field(ge=1)]
+    shape: list[int]
 
 
-HOLDS = Holds({"mean": Values((...,)), "trace": Values((), low=0)}, Facts)
+def other_shape(tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> str | None:
+    """What is wrong with the mean's shape, which is that of any pipeline's latents, or None."""
+    found, said = list(tensors["mean"].shape), facts["shape"]
+    return None if found == said else f"the tensor 'mean' has shape {found}, and its fact shape is {said}"
+
+
+HOLDS = Holds({"mean": Values((...,)), "trace": Values((), low=0)}, Facts, other_shape)
 PUBLISHED = Layout(
     {"Expectation_x_0": ("f", "c", "h", "w"), "trCov_d": ()},
     reshapes={"Expectation_x_0": (1, "f", "c", "h", "w"), "trCov_d": (1,)},
@@ -71,7 +78,7 @@ def found(sums: Iterable[Sums]) -> tuple[dict[str, Tensor], dict[str, Any]]:
     for each in others:
         first = first.plus(each)
     mean, trace = first.moments()
-    return {"mean": mean.float(), "trace": trace.float()}, {"clips": int(first.count)}
+    return {"mean": mean.float(), "trace": trace.float()}, {"clips": int(first.count), "shape": list(mean.shape)}
 
 
 def measured_on(pipe: Any, latents: Iterable[Tensor]) -> Artefact:
