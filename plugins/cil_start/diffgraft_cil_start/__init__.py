@@ -46,7 +46,10 @@ class CilStart(Plugin):
     neutral: ClassVar[dict[str, Any]] = {"start": 1.0, "init": "plain"}
     active: ClassVar[dict[str, Any]] = {"start": 0.8, "init": "analytic"}
     effects = Effects(edits=frozenset({"latents", "schedule"}))
-    needs = (Need("artefact", "artefact", fits=frozenset(), holds=HOLDS), Need("weights", "published", holds=PUBLISHED))
+    needs = (
+        Need("artefact", "artefact", fits=frozenset({"shape"}), holds=HOLDS),
+        Need("weights", "published", holds=PUBLISHED),
+    )
     calibration = Measure
     tune: ClassVar[dict[str, Any]] = {"start": (0.98, 0.94, 0.9, 0.86, 0.82)}
     config: CilStartConfig

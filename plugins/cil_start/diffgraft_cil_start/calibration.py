@@ -105,8 +105,11 @@ def measured_on(pipe: Any, latents: Iterable[Tensor]) -> Artefact:
         raise ConfigError("plugin 'cil_start': mean and variance are measured on two clips at least; a few hundred are worth something")
     tensors, facts = found([sums])
     family = find_family(type(pipe))
-    made_for = MadeFor.describe("cil_start", pipe, pipe.scheduler, denoisers_of(pipe, family), 0, tuple(tensors["mean"].shape))
-    return Artefact(made_for, tensors, facts)
+    denoisers = denoisers_of(pipe, family)
+    shape = list(tensors["mean"].shape)  # and as the denoiser gets it: with the channels of a start picture
+    axis = family.channel_axis - 1 if family.channel_axis > 0 else -1
+    shape[axis] = int(denoisers[family.denoisers[0]].config["in_channels"])  # type: ignore[index]
+    return Artefact(MadeFor.describe("cil_start", pipe, pipe.scheduler, denoisers, 0, tuple(shape)), tensors, facts)
 
 
 def moments_of(artefact: Any, published: Any) -> Moments | None:

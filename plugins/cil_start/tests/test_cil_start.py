@@ -312,8 +312,11 @@ def test_an_artefact_is_kept_and_read(tmp_path):
 def test_moments_of_another_size_are_refused():
     pipe, artefact = measured("StableDiffusionPipeline")
     side = artefact.tensors["mean"].shape[-1] * pipe.vae_scale_factor * 2
-    with pytest.raises(ArtefactMismatch, match="measured on latents of"):
+    with pytest.raises(ArtefactMismatch, match="shape of the latents"):
         run("StableDiffusionPipeline", artefact=artefact, call={"height": side, "width": side})
+    state = {"Expectation_x_0": torch.zeros(2, 4, 3, 3), "trCov_d": torch.tensor(0.7)}
+    with pytest.raises(ArtefactMismatch, match="measured on latents of"):
+        run("StableVideoDiffusionPipeline", published=Weights(state))
 
 
 @pytest.mark.parametrize("latents", [[], [torch.zeros(4, 8, 8)], [torch.zeros(4, 8, 8), torch.zeros(4, 8, 9)]])
