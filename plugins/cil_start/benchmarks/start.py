@@ -295,7 +295,7 @@ def pictures(
 
 def main(
     captions: Annotated[int, typer.Option(min=0, help="pictures of each arm; 0: the mismatch alone")] = 64,
-    clips: Annotated[int, typer.Option(min=0, help="the same of clips")] = 16,
+    clips: Annotated[int, typer.Option(min=0, help="the same of clips")] = 0,
     renders: Annotated[int, typer.Option(min=64, help="true pictures for the moments, and as many for the check")] = 1024,
     films: Annotated[int, typer.Option(min=32, help="true clips, likewise")] = 320,
     steps: Annotated[str, typer.Option()] = "4,6,10",
