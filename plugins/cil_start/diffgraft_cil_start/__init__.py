@@ -73,12 +73,16 @@ class CilStart(Plugin):
         knobs = self.config
         if knobs.start != 1 and (own := [name for name in ("timesteps", "sigmas") if call.get(name) is not None]):
             raise ConfigError(
-                f"plugin 'cil_start': the call says {' and '.join(own)} itself, and start = {knobs.start} another schedule; leave one out"
+                f"plugin 'cil_start': the call says {' and '.join(own)} itself, and a start below 1 writes another schedule; leave them "
+                "out, or set start = 1"
             )
         artefact = call.given("artefact")
-        if knobs.init == "plain" and (artefact or call.given("published")) is not None:
+        moments = moments_of(artefact, call.given("published"))
+        if knobs.formula == "official" and knobs.init == "analytic" and (moments is None or not is_exploding(call.pipe.scheduler)):
+            call.note("formula = 'official' is of a measured mean and variance on schedulers of SVD's and Euler's kind: eq. 5 is taken")
+        if knobs.init == "plain" and moments is not None:
             call.note("inactive: mean and variance are given and not used, for init is 'plain'")
-        elif knobs.init == "analytic" and artefact is None and call.given("published") is None:
+        elif knobs.init == "analytic" and moments is None:
             call.note(f"mean 0 and variance 1 are taken for the data; measure them ({make_again(self.name)})")
         elif artefact is not None and artefact.facts["clips"] < FEW:
             call.note(f"mean and variance were measured on {artefact.facts['clips']} clips; a few hundred are worth something")
@@ -102,9 +106,10 @@ class CilStart(Plugin):
         noise, scheduler = unit_noise(call), call.pipe.scheduler
         given = moments_of(call.given("artefact"), call.given("published"))
         if given is not None and given.mean.shape != noise.shape[1:]:
+            other = make_again(self.name) if call.given("published") is None else "take the authors' file of the other size"
             raise ArtefactMismatch(
                 f"cil_start: mean and variance were measured on latents of {tuple(given.mean.shape)}, these have "
-                f"{tuple(noise.shape[1:])}: call the pipeline with that size and number of frames, or {make_again(self.name)}"
+                f"{tuple(noise.shape[1:])}: call the pipeline with that size and number of frames, or {other}"
             )
         moments = Moments(*(value.to(noise.device, non_blocking=True) for value in given or UNIT))
         call.count("analytic starts")

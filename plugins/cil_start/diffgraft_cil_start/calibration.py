@@ -73,11 +73,17 @@ class Measure(Calibrator):
 
 
 def found(sums: Iterable[Sums]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """(tensors, facts) of an artefact."""
+    """(tensors, facts) of an artefact.
+
+    Raises:
+        ConfigError: of numbers that are not finite.
+    """
     first, *others = sums
     for each in others:
         first = first.plus(each)
     mean, trace = first.moments()
+    if not (mean.isfinite().all() and trace.isfinite()):
+        raise ConfigError("plugin 'cil_start': the latents hold numbers that are not finite")
     return {"mean": mean.float(), "trace": trace.float()}, {"clips": int(first.count), "shape": list(mean.shape)}
 
 
@@ -91,7 +97,7 @@ def measured_on(pipe: Any, latents: Iterable[Tensor]) -> Artefact:
             pixels for most pipelines.
 
     Raises:
-        ConfigError: fewer than two, or of different shapes.
+        ConfigError: fewer than two, of different shapes, or not finite.
     """
     sums: Sums | None = None
     for each in latents:
@@ -113,9 +119,15 @@ def measured_on(pipe: Any, latents: Iterable[Tensor]) -> Artefact:
 
 
 def moments_of(artefact: Any, published: Any) -> Moments | None:
-    """What a run was given; None where it was given nothing."""
+    """What a run was given; None where it was given nothing.
+
+    Raises:
+        ConfigError: a variance below 0.
+    """
     if artefact is not None:
         return Moments(artefact.tensors["mean"], artefact.tensors["trace"])
     if published is not None:
+        if published.tensors["trCov_d"] < 0:
+            raise ConfigError(f"plugin 'cil_start': published: trCov_d = {float(published.tensors['trCov_d']):.4g} is no variance")
         return Moments(published.tensors["Expectation_x_0"].float(), published.tensors["trCov_d"].float())
     return None

@@ -41,7 +41,9 @@ class CilStartConfig(PluginConfig):
         None, description="the authors' file for Stable Video Diffusion: a path, or 'owner/name/file' on the Hub"
     )
     formula: Literal["paper", "official"] = Field(
-        "paper", description="'official': the start of the authors' SVD code, in which mean and variance change places; to compare"
+        "paper",
+        description="'official': the start of the authors' SVD code, in which mean and variance change places; to compare, with a "
+        "measured mean and variance on schedulers of SVD's and Euler's kind",
     )
 
     @model_validator(mode="after")

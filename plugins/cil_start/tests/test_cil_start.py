@@ -266,8 +266,9 @@ def test_the_officials_start_is_there_to_compare_and_no_default():
     assert CilStart().config.formula == "paper"
     _, unmeasured = run("StableVideoDiffusionPipeline", formula="official")
     torch.testing.assert_close(unmeasured, noise * (100.0**2 + 1) ** 0.5)
-    same = [run("StableDiffusionPipeline", formula=formula)[1] for formula in ("official", "paper")]
-    assert same[0].equal(same[1])  # their code of variance-preserving models is right
+    (pipe, official), (_, paper) = [run("StableDiffusionPipeline", formula=formula) for formula in ("official", "paper")]
+    assert official.equal(paper)  # their code of variance-preserving models is right
+    assert "eq. 5 is taken" in str(pipe.plugins.report())
 
 
 def test_the_authors_files_are_read():
@@ -315,13 +316,19 @@ def test_moments_of_another_size_are_refused():
     with pytest.raises(ArtefactMismatch, match="shape of the latents"):
         run("StableDiffusionPipeline", artefact=artefact, call={"height": side, "width": side})
     state = {"Expectation_x_0": torch.zeros(2, 4, 3, 3), "trCov_d": torch.tensor(0.7)}
-    with pytest.raises(ArtefactMismatch, match="measured on latents of"):
+    with pytest.raises(ArtefactMismatch, match=r"measured on latents of.*the authors' file of the other size"):
+        run("StableVideoDiffusionPipeline", published=Weights(state))
+    state = {**state, "trCov_d": torch.tensor(-1.0)}
+    with pytest.raises(ConfigError, match="trCov_d = -1 is no variance"):
         run("StableVideoDiffusionPipeline", published=Weights(state))
 
 
-@pytest.mark.parametrize("latents", [[], [torch.zeros(4, 8, 8)], [torch.zeros(4, 8, 8), torch.zeros(4, 8, 9)]])
+NAN = torch.full((4, 8, 8), math.nan)
+
+
+@pytest.mark.parametrize("latents", [[], [torch.zeros(4, 8, 8)], [torch.zeros(4, 8, 8), torch.zeros(4, 8, 9)], [NAN, NAN]])
 def test_moments_need_clips_of_one_size(latents):
-    with pytest.raises(ConfigError, match=r"two clips|of one size"):
+    with pytest.raises(ConfigError, match=r"two clips|of one size|not finite"):
         measured_on(make("StableDiffusionPipeline").pipe, latents)
 
 
