@@ -10,8 +10,10 @@ from typing import ClassVar
 import pytest
 import torch
 from diffgraft import Schedule, StepOutput, Unsupported, load_pipeline, unload
+from diffgraft.methods.starts import follows
 from diffusers import (
     DDIMScheduler,
+    DDPMScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     HeunDiscreteScheduler,
@@ -368,3 +370,8 @@ def test_a_schedule_in_two_parts_is_the_whole(scheduler):
         pipe.scheduler.sigmas = pipe.scheduler.sigmas[3:]
     start = first / pipe.scheduler.init_noise_sigma  # what the pipeline will multiply given latents with
     assert torch.allclose(generate(pipe, {**kwargs, "latents": start}), whole, atol=1e-4)
+
+
+def test_who_follows_an_edited_schedule_is_known_before_a_run():
+    known = {scheduler: follows(scheduler()) for scheduler in (PNDMScheduler, DDIMScheduler, DDPMScheduler, EulerDiscreteScheduler)}
+    assert known == {PNDMScheduler: False, DDIMScheduler: True, DDPMScheduler: True, EulerDiscreteScheduler: True}

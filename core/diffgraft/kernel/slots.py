@@ -273,7 +273,7 @@ def write_schedule(scheduler: Any, timesteps: Any, sigmas: Any) -> list[int]:
     strides: list[int] = []
     if is_strided(scheduler) and not part:
         strides = strides_of(scheduler, timesteps)
-    elif not has_sigmas and not custom and not part:
+    elif not part and not follows(scheduler):
         raise Unsupported(
             f"{name} cannot follow an edited schedule: it steps by num_train_timesteps / num_inference_steps; use a sigma scheduler"
         )
@@ -296,6 +296,12 @@ STRIDED = frozenset({"DDIMScheduler", "DDIMParallelScheduler", "CogVideoXDDIMSch
 def is_strided(scheduler: Any) -> bool:
     """Whether the scheduler is one of :data:`STRIDED` or made from one."""
     return any(cls.__name__ in STRIDED for cls in type(scheduler).__mro__)
+
+
+def follows(scheduler: Any) -> bool:
+    """Whether the scheduler can take an edited schedule: it has sigmas, or keeps timesteps that were given, or goes by strides (DDIM)."""
+    given = any(getattr(scheduler, name, None) is not None for name in ("sigmas", "custom_timesteps"))
+    return given or is_strided(scheduler)
 
 
 def strides_of(scheduler: Any, timesteps: Any) -> list[int]:

@@ -19,6 +19,7 @@ from torch import Tensor
 from diffgraft.installed.errors import ConfigError, Conflict, Unsupported
 from diffgraft.kernel.calls import DenoiseCall, Schedule, ScheduleCall
 from diffgraft.kernel.facts import pace_of
+from diffgraft.kernel.slots import follows as follows
 from diffgraft.methods.predictions import SignalNoise, levels_of
 
 
