@@ -34,8 +34,8 @@ def kind_of(family: Family, scheduler: Any) -> Kind:
         return "flow"
     if config.get("sigma_max") is not None and any(config.get(key) for key in SPREAD):
         return "levels"
-    if getattr(scheduler, "alphas_cumprod", None) is None:
-        raise Unsupported(f"cil_start: {name} has no alphas_cumprod, so its process cannot be made to end at M: use DDIM, DPM++ or Euler")
+    if lacks := [key for key in ("alphas_cumprod", "betas") if getattr(scheduler, key, None) is None]:
+        raise Unsupported(f"cil_start: {name} has no {lacks[0]}, so its process cannot be made to end at M: use DDIM, DPM++ or Euler")
     return "times"
 
 
