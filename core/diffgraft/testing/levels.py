@@ -6,14 +6,17 @@ import contextlib
 import functools
 import inspect
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from diffgraft.installed.family import Family
+from diffgraft.methods.calibration import calibrate_call
 from diffgraft.methods.predictions import prediction_kind
 from diffgraft.testing.case import check
+from diffgraft.testing.runs import call
 from diffgraft.testing.setting import USUAL
 from diffgraft.testing.subject import Subject
 from diffgraft.testing.tiny import denoisers
@@ -46,8 +49,12 @@ def levels(s: Subject) -> None:
     with exactly_gaussian(denoisers(plain, s.family), s.family, plain.scheduler) as before:
         s.run(plain, FINE)
     models = [model for each in (pipe, *s.seconds(pipe)) for model in denoisers(each, s.family)]
+    run = s.run
+    if s.plugin.calibration is not None and "latents" in s.plugin.effects.edits:  # it may measure how large the data are: these, then
+        pipe.plugins.configure(s.plugin.name, **{need.knob: measured(s) for need in s.plugin.needs if need.kind == "artefact"})
+        run = partial(call, family=s.family, class_name=s.class_name)  # with this artefact, not with one of the untrained model
     with exactly_gaussian(models, s.family, pipe.scheduler) as seen:
-        s.run(pipe, FINE)
+        run(pipe, setting=FINE)
     for what, factor in FACTORS.items():
         allowed = max(AT_MOST, 1.1 * max(map(factor, before)))  # the plain pipeline's steps may be too coarse too
         if what == "small" and s.plugin.effects.edits & {"resolution", "timestep"}:
@@ -57,6 +64,13 @@ def levels(s: Subject) -> None:
             f"denoiser call {seen.index(worst) + 1} of {len(seen)} was given latents {factor(worst):.3g} times too {what}: of standard "
             f"deviation {worst[0]:.3g}, where data of variance {VARIANCE} have {worst[1]:.3g} at the time told; allowed is {allowed:.3g}"
         )
+
+
+def measured(s: Subject) -> Any:
+    """The plugin's artefact of a pipeline whose denoiser is exact."""
+    pipe = s.make()
+    with exactly_gaussian(denoisers(pipe, s.family), s.family, pipe.scheduler):
+        return calibrate_call(pipe, s.plugin(**s.plugin.active), lambda: call(pipe, s.family, s.class_name, FINE))
 
 
 @contextlib.contextmanager
