@@ -131,7 +131,7 @@ class PluginStack:
 
     def run_scheduler(self) -> Any:
         """The scheduler that a run has: the pipeline's own, or what an enabled plugin replaces it with."""
-        scheduler = self.pipe.scheduler
+        scheduler = self.own_scheduler()
         for entry in self._enabled():
             scheduler = entry.plugin.make_scheduler(scheduler, self.family) or scheduler
         return scheduler

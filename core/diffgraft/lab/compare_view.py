@@ -143,7 +143,7 @@ def fidelity_table(result: Comparison) -> Table:
         cells = [item.arm.name, "-" if measure else psnr_text(item), "-" if measure else ssim, skipped or "-"]
         for name in fields:
             found = item.verdicts.shares.get(name) if item.verdicts else None
-            cells.append("-" if found is None else f"{found.right}/{found.total} ({100 * found.low:.0f}-{100 * found.high:.0f} %)")
+            cells.append("-" if found is None else str(found))
         table.add_row(*cells)
     return table
 

@@ -51,6 +51,9 @@ class Share:
     low: float
     high: float
 
+    def __str__(self) -> str:
+        return f"{self.right}/{self.total} ({100 * self.low:.0f}-{100 * self.high:.0f} %)"
+
 
 def share(verdicts: Sequence[bool | None]) -> Share | None:
     """The share of True; None verdicts do not count. None when nothing counts."""

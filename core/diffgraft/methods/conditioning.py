@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from diffgraft.installed.errors import Unsupported
+from diffgraft.installed.errors import ConfigError, Unsupported
 from diffgraft.installed.plugin import Effects, Paper, Plugin
 from diffgraft.kernel.boundary import usual_shape
 from diffgraft.kernel.calls import DenoiseCall, StepCall
@@ -175,6 +175,22 @@ def number_of_prompts(arguments: Mapping[str, Any]) -> int:
     return len(prompt) if isinstance(prompt, (list, tuple)) else 1
 
 
+def for_each_prompt(plugin: str, texts: str | Sequence[str], arguments: Mapping[str, Any]) -> list[str]:
+    """A text for each prompt of a call, of a knob ``prompt`` that has one for all of them or one for each.
+
+    Raises:
+        ConfigError: it has another number.
+    """
+    count = number_of_prompts(arguments)
+    if isinstance(texts, str):
+        return [texts] * count
+    if len(texts) != count:
+        raise ConfigError(
+            f"plugin {plugin!r}: prompt has {len(texts)} texts for a call with {count} prompts; give one for each, or one text"
+        )
+    return list(texts)
+
+
 class PromptWatch:
     """Whether a callback gave the pipeline another prompt in mid-run, for a plugin whose second model was told of the first one only.
 
@@ -213,6 +229,11 @@ class PromptWatch:
         return bool(self._changed)
 
 
+def told(call: DenoiseCall) -> dict[str, Any]:
+    """The conditioning of a denoiser call, by the names of its arguments."""
+    return {name: call[name] for name in call.family.conditioning if call.get(name) is not None}
+
+
 def tensors_in(value: Any) -> list[Tensor]:
     """All tensors of nested lists and dicts, in their order."""
     if isinstance(value, Tensor):
@@ -247,7 +268,7 @@ class Listener(Plugin):
     def denoise(self, call: DenoiseCall, next: Any) -> Tensor:
         for branch in call.branches:
             part = call.only(branch)
-            call.shared.of_branch[branch] = {name: part[name] for name in call.family.conditioning if part.get(name) is not None}
+            call.shared.of_branch[branch] = told(part)
             call.shared.whole[branch] = part.arguments()
         if len(call.branches) > 1:
             raise Heard(call.shared)

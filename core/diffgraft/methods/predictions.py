@@ -70,6 +70,18 @@ def prediction_kind(family: Family, scheduler: Any) -> str:
     return f"EDM's {word}" if hasattr(scheduler, "precondition_outputs") else word  # between noise and clean sample, by the level
 
 
+def known_kind(family: Family, scheduler: Any) -> str:
+    """What the denoiser predicts, where it is one of :data:`KINDS`: for plugins that need x0 or the noise.
+
+    Raises:
+        Unsupported: it is something else.
+    """
+    kind = prediction_kind(family, scheduler)
+    if kind not in KINDS:
+        raise Unsupported(f"{type(scheduler).__name__} wants {kind!r} of a denoiser; known is what {', '.join(KINDS)} mean")
+    return kind
+
+
 def is_flow(family: Family, scheduler: Any) -> bool:
     """Whether samples are ``(1 - sigma) x0 + sigma eps``: those of flow models, and of schedulers with ``use_flow_sigmas``."""
     return family.prediction == "flow" or bool(scheduler.config.get("use_flow_sigmas"))

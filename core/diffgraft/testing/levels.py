@@ -6,7 +6,6 @@ import contextlib
 import functools
 import inspect
 from collections.abc import Callable, Iterable, Iterator
-from functools import partial
 from typing import Any
 
 import torch
@@ -16,7 +15,7 @@ from diffgraft.installed.family import Family
 from diffgraft.methods.calibration import calibrate_call
 from diffgraft.methods.predictions import prediction_kind
 from diffgraft.testing.case import check
-from diffgraft.testing.runs import call
+from diffgraft.testing.runs import artefacts, call
 from diffgraft.testing.setting import USUAL
 from diffgraft.testing.subject import Subject
 from diffgraft.testing.tiny import denoisers
@@ -49,12 +48,12 @@ def levels(s: Subject) -> None:
     with exactly_gaussian(denoisers(plain, s.family), s.family, plain.scheduler) as before:
         s.run(plain, FINE)
     models = [model for each in (pipe, *s.seconds(pipe)) for model in denoisers(each, s.family)]
-    run = s.run
-    if s.plugin.calibration is not None and "latents" in s.plugin.effects.edits:  # it may measure how large the data are: these, then
-        pipe.plugins.configure(s.plugin.name, **{need.knob: measured(s) for need in s.plugin.needs if need.kind == "artefact"})
-        run = partial(call, family=s.family, class_name=s.class_name)  # with this artefact, not with one of the untrained model
+    if knobs := artefacts(s.plugin, s.family, s.class_name, FINE):
+        if s.plugin.calibration is not None and "latents" in s.plugin.effects.edits:  # it may measure how large the data are: these, then
+            knobs = dict.fromkeys(knobs, measured(s))
+        pipe.plugins.configure(s.plugin.name, **knobs)
     with exactly_gaussian(models, s.family, pipe.scheduler) as seen:
-        run(pipe, setting=FINE)
+        call(pipe, s.family, s.class_name, FINE)
     for what, factor in FACTORS.items():
         allowed = max(AT_MOST, 1.1 * max(map(factor, before)))  # the plain pipeline's steps may be too coarse too
         if what == "small" and s.plugin.effects.edits & {"resolution", "timestep"}:

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 import typer
 from diffgraft import load_pipeline
+from diffgraft.lab.judging import all_right
 from diffgraft.lab.metrics import Mean, share
 from diffgraft.lab.pictures import draw_grid
 from diffgraft_checkpoints.emoji import scenes
@@ -71,13 +72,6 @@ class Arm:
         return images, rows, turns
 
 
-def shown(verdicts: list[bool]) -> str:
-    """Right of all, with the 95 % Wilson interval of the share."""
-    found = share(verdicts)
-    assert found is not None
-    return f"{found.right}/{found.total} ({100 * found.low:.0f}-{100 * found.high:.0f} %)"
-
-
 def main(
     pairs: Annotated[int, typer.Option(help="Held-out pairs of objects.")] = 48,
     steps: Annotated[int, typer.Option(help="Steps; SuperDiff takes half as many.")] = 50,
@@ -117,9 +111,9 @@ def main(
         made[name], rows, turns = arm.draw(pipe, two, guidance)
         seconds = time.perf_counter() - began
         scores = judge.score(made[name], joint)
-        whole = [all(row[i] is not False for row in scores.values()) for i in range(pairs)]
+        whole = all_right(scores)
         weaker[name] = np.minimum(in_its_half(made[name], one), in_its_half(made[name], two))
-        told[name] = [str(rows), turns, shown(list(map(bool, scores["object"]))), shown(whole)]
+        told[name] = [str(rows), turns, str(share(list(map(bool, scores["object"])))), str(share(whole))]
         told[name] += [f"{weaker[name].mean():.3f}", f"{seconds:.0f}"]
         console.print(f"{time.strftime('%H:%M:%S')} {name}: {told[name]}", highlight=False)
     for name in arms:

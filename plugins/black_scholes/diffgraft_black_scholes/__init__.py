@@ -28,9 +28,9 @@ from diffgraft import (
     Target,
     Unsupported,
 )
-from diffgraft.methods.conditioning import Conditioning, number_of_prompts, own_conditioning, tensors_in, with_prompt
+from diffgraft.methods.conditioning import Conditioning, for_each_prompt, own_conditioning, tensors_in, told, with_prompt
 from diffgraft.methods.decoding import decode, ensure_decodes
-from diffgraft.methods.predictions import KINDS, clean_estimate, levels_of, prediction_kind
+from diffgraft.methods.predictions import clean_estimate, known_kind, levels_of, prediction_kind
 from diffusers.image_processor import VaeImageProcessor
 from pydantic import Field, field_validator, model_validator
 from torch import Tensor
@@ -133,11 +133,7 @@ class BlackScholes(Plugin):
     def check(self, target: Target) -> None:
         if self.config.prompt is None or not self.config.scores:
             return
-        scheduler = target.pipe.scheduler
-        if (kind := prediction_kind(target.family, scheduler)) not in KINDS:
-            raise Unsupported(
-                f"black_scholes: {type(scheduler).__name__} wants {kind!r} of a denoiser; known is what {', '.join(KINDS)} mean"
-            )
+        known_kind(target.family, target.pipe.scheduler)
         if self.config.decoder is None:
             try:
                 ensure_decodes(target.pipe, target.family)
@@ -160,23 +156,13 @@ class BlackScholes(Plugin):
         ):
             call.note(f"not used with rule = {self.config.rule!r}: {', '.join(idle)}")
         arguments = call.arguments()
-        second = self.second_prompts(arguments)
+        second = for_each_prompt(self.name, self.config.prompt, arguments)
         if self.config.scores:
             shared.texts = self.scored_texts(arguments, second)
         shared.heard = own_conditioning(call.pipe, with_prompt(arguments, second))
         result = next(call)
         self.tell(call)
         return result
-
-    def second_prompts(self, arguments: dict[str, Any]) -> list[str]:
-        """A second prompt for each prompt of the call."""
-        second, count = self.config.prompt, number_of_prompts(arguments)
-        if isinstance(second, tuple) and len(second) != count:
-            raise ConfigError(
-                f"plugin 'black_scholes': prompt has {len(second)} texts for a call with {count} prompt{'s' * (count != 1)}; give one for "
-                "each, or one text"
-            )
-        return list(second) if isinstance(second, tuple) else [str(second)] * count
 
     def scored_texts(self, arguments: dict[str, Any], second: list[str]) -> Texts:
         """What the scorer is given for the two prompts, a text for each prompt of the call."""
@@ -284,8 +270,7 @@ class BlackScholes(Plugin):
 
 def own(call: DenoiseCall, branch: str) -> dict[str, Any]:
     """A branch's own conditioning in this call."""
-    part = call.only(branch) if branch in call.branches else call
-    return {name: part[name] for name in call.family.conditioning if part.get(name) is not None}
+    return told(call.only(branch) if branch in call.branches else call)
 
 
 def ensure_alike(first: dict[str, Any], heard: Conditioning) -> None:

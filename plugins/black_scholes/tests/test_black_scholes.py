@@ -329,7 +329,7 @@ def test_bad_input_is_refused_with_the_way_out():
     with pytest.raises(ConfigError, match="decoder"):
         BlackScholes(prompt=B, scorer=colours, decoder=1)
     put(made, prompt=("a", "b", "c"))
-    with pytest.raises(ConfigError, match="3 texts for a call with 1 prompt;"):
+    with pytest.raises(ConfigError, match="3 texts for a call with 1 prompts; give one for each, or one text"):
         call(made)
     for scorer, spot, told in (
         (lambda images, prompts: [-1.0] * len(images), "score", "spot = 'percent' takes log-probabilities"),

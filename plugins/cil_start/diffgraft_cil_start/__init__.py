@@ -78,7 +78,7 @@ class CilStart(Plugin):
             )
         artefact = call.given("artefact")
         moments = moments_of(artefact, call.given("published"))
-        if knobs.formula == "official" and knobs.init == "analytic" and (moments is None or not is_exploding(call.pipe.scheduler)):
+        if knobs.formula == "official" and knobs.init == "analytic" and not self.takes_official(moments, call.pipe.scheduler):
             call.note("formula = 'official' is of a measured mean and variance on schedulers of SVD's and Euler's kind: eq. 5 is taken")
         if knobs.init == "plain" and moments is not None:
             call.note("inactive: mean and variance are given and not used, for init is 'plain'")
@@ -101,6 +101,10 @@ class CilStart(Plugin):
             call = call.with_latents(self.start(call) if is_first(call) else call.latents)
         return next(call)  # type: ignore[no-any-return]
 
+    def takes_official(self, given: Moments | None, scheduler: Any) -> bool:
+        """Whether the start is that of the authors' SVD code, which is of measured moments on such schedulers."""
+        return self.config.formula == "official" and given is not None and is_exploding(scheduler)
+
     def start(self, call: DenoiseCall) -> Tensor:
         """x_M, in the pipeline's layout and dtype."""
         noise, scheduler = unit_noise(call), call.pipe.scheduler
@@ -113,6 +117,6 @@ class CilStart(Plugin):
             )
         moments = Moments(*(value.to(noise.device, non_blocking=True) for value in given or UNIT))
         call.count("analytic starts")
-        if given is not None and self.config.formula == "official" and is_exploding(scheduler):
+        if self.takes_official(given, scheduler):
             return official_svd(noise, scheduler.init_noise_sigma, moments).to(call.latents.dtype)
         return begin(noise, *optimum(moments, *levels_of(call))).to(call.latents.dtype)

@@ -11,7 +11,7 @@ from diffgraft.methods.conditioning import Listening, sibling, takes_pictures
 from diffgraft.methods.decoding import ensure_decodes, to_latents
 from diffgraft.methods.inputs import parameters
 from diffgraft.methods.inversion import size_arguments
-from diffgraft.methods.predictions import KINDS, prediction_kind
+from diffgraft.methods.predictions import known_kind, prediction_kind
 from diffgraft.methods.variants import own_size
 from torch import Tensor
 
@@ -45,8 +45,7 @@ def ensure_scores(pipe: Any, family: Family) -> None:
     """
     name, scheduler = type(pipe).__name__, pipe.scheduler
     ensure_decodes(pipe, family)
-    if (kind := prediction_kind(family, scheduler)) not in KINDS:
-        raise Unsupported(f"{NAME}: {name} predicts {kind!r}; known is what {', '.join(KINDS)} mean")
+    kind = known_kind(family, scheduler)
     if kind != "flow" and getattr(scheduler, "alphas_cumprod", None) is None:
         raise Unsupported(
             f"{NAME}: {type(scheduler).__name__} has no alphas_cumprod, so the levels that {name} was trained on are not known"

@@ -14,7 +14,7 @@ import numpy as np
 import typer
 from diffgraft import load_pipeline
 from diffgraft.installed import registry
-from diffgraft.lab.judging import load_judge
+from diffgraft.lab.judging import all_right, load_judge
 from diffgraft.lab.metrics import share
 from diffgraft.lab.pictures import draw_grid
 from diffgraft.methods.inputs import CallSettings, Sample, call_arguments
@@ -59,10 +59,10 @@ def main(
             pipe.plugins.clear()
             ode.setdefault(n, images)
             scores = judge.score(images, texts)
-            found = share([all(s is not False for s in each) for each in zip(*scores.values(), strict=True)])
+            found = share(all_right(scores))
             assert found is not None
             rms = np.mean([np.sqrt(np.mean((np.float32(a) - np.float32(b)) ** 2)) for a, b in zip(images, ode[n], strict=True)])
-            cells.append(f"{found.right}/{found.total} ({100 * found.low:.0f}-{100 * found.high:.0f} %), {rms:.0f}")
+            cells.append(f"{found}, {rms:.0f}")
             shown += images[:SHOWN]
         rows.append(([noise, f"eta {eta:g}"] if eta else ["ODE"], shown))
         table.add_row(noise if eta else "none", f"{eta:g}", *cells)

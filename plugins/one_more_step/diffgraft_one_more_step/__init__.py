@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 import torch
 from diffgraft import ConfigError, Conflict, DenoiseCall, Effects, Need, Paper, Plugin, PluginConfig, RunCall, Target, Unsupported
 from diffgraft.methods.artefacts import Artefact
-from diffgraft.methods.conditioning import number_of_prompts, own_conditioning, with_prompt
+from diffgraft.methods.conditioning import for_each_prompt, number_of_prompts, own_conditioning, with_prompt
 from diffgraft.methods.encoders import Encoder
 from diffgraft.methods.predictions import levels_of
 from diffgraft.methods.published import Weights
@@ -163,18 +163,13 @@ class OneMoreStep(Plugin):
 
     def prompts(self, call: RunCall) -> list[str]:
         """What the network is told, a text for each prompt of the call."""
-        count, prompt = number_of_prompts(call.arguments()), self.config.prompt
-        prompt = call.get("prompt") if prompt is None else prompt
+        prompt = call.get("prompt") if self.config.prompt is None else self.config.prompt
         if prompt is None:
             raise ConfigError(
                 "plugin 'one_more_step': the call gives its prompt as embeddings, which say nothing to encoder; say it as text, or name "
                 "prompt= for this plugin"
             )
-        if isinstance(prompt, str):
-            return [prompt] * count
-        if len(prompt) != count:
-            raise ConfigError(f"plugin 'one_more_step': prompt has {len(prompt)} texts for a call with {count} prompts; give one for each")
-        return list(prompt)
+        return for_each_prompt(self.name, prompt, call.arguments())
 
     @torch.no_grad()
     def told(self, call: RunCall, prompts: Sequence[str]) -> Tensor:

@@ -17,6 +17,7 @@ from typing import Annotated
 import torch
 import typer
 from diffgraft import load_pipeline
+from diffgraft.lab.judging import all_right
 from diffgraft.lab.metrics import share
 from diffgraft.lab.pictures import draw_grid
 from diffgraft_checkpoints.emoji import scenes
@@ -46,17 +47,6 @@ def draw(pipe, prompts: list[str], seconds: list[str] | None, knobs: dict[str, o
     return images
 
 
-def all_right(scores: dict[str, list[bool | None]]) -> list[bool]:
-    return [all(s is not False for s in each) for each in zip(*scores.values(), strict=True)]
-
-
-def show(verdicts: list[bool]) -> str:
-    """Right of all, with the 95 % Wilson interval of the share."""
-    found = share(verdicts)
-    assert found is not None
-    return f"{found.right}/{found.total} ({100 * found.low:.0f}-{100 * found.high:.0f} %)"
-
-
 def main(
     pairs: Annotated[int, typer.Option(help="Held-out pairs of objects.")] = 32,
     steps: Annotated[int, typer.Option(help="Steps of SuperDiff's SDE.")] = 200,
@@ -78,7 +68,7 @@ def main(
     for name, images in arms.items():
         both, a, b = (all_right(judge.score(images, prompts)) for prompts in (joint, one, two))
         either = [x or y for x, y in zip(a, b, strict=True)]
-        table.add_row(name, *(show(row) for row in (both, a, b, either)))
+        table.add_row(name, *(str(share(row)) for row in (both, a, b, either)))
     console.print(table)
     rows = [(name.split(", "), images[:8]) for name, images in arms.items()]
     footer = f"captions a and b ask for one object each; average, or, and: {steps} SDE steps; guidance {guidance:g}, same seeds"

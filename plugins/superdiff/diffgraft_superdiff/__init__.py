@@ -15,7 +15,6 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from diffgraft import (
-    ConfigError,
     DenoiseCall,
     Effects,
     GuideCall,
@@ -28,7 +27,7 @@ from diffgraft import (
     StepOutput,
     Unsupported,
 )
-from diffgraft.methods.conditioning import Conditioning, number_of_prompts, own_conditioning, with_prompt
+from diffgraft.methods.conditioning import Conditioning, for_each_prompt, own_conditioning, with_prompt
 from diffgraft.methods.gradients import LossScale, latent_gradient, predict_alone
 from diffgraft.methods.predictions import SignalNoise, levels_after, levels_of, noise_estimate, prediction_kind
 from diffgraft.methods.second import unhooked
@@ -115,7 +114,7 @@ class SuperDiff(Plugin):
             raise Unsupported(f"superdiff: {type(call.pipe.scheduler).__name__} makes a step in two stages; use DDIM or Euler")
         second = call.given("model") or call.pipe
         arguments = call.arguments()
-        shared.heard = own_conditioning(second, with_prompt(arguments, self.second_prompts(arguments)))
+        shared.heard = own_conditioning(second, with_prompt(arguments, for_each_prompt(self.name, self.config.prompt, arguments)))
         result = next(call)
         if shared.kappas:
             followed = {} if shared.log_qa is None else {"log_qa": shared.log_qa, "log_qb": shared.log_qb}
@@ -123,13 +122,6 @@ class SuperDiff(Plugin):
             ends = {"log q_a": shared.log_qa, "log q_b": shared.log_qb, "kappa": shared.kappas[-1]}
             call.note("at the end " + "; ".join(f"{name} = {few(value)}" for name, value in ends.items() if value is not None))
         return result
-
-    def second_prompts(self, arguments: dict[str, Any]) -> list[str]:
-        """b, a text for each prompt of the call."""
-        second, count = self.config.prompt, number_of_prompts(arguments)
-        if isinstance(second, tuple) and len(second) != count:
-            raise ConfigError(f"plugin 'superdiff': prompt has {len(second)} texts for a call with {count} prompts; give one for each")
-        return list(second) if isinstance(second, tuple) else [str(second)] * count
 
     # the denoiser's calls -----------------------------------------------------------------------------------------------------------
 
