@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
+import numpy as np
 import torch
 import typer
 from accelerate import Accelerator
@@ -23,19 +25,37 @@ from . import evaluate as measuring
 from . import export as exporting
 from .common import Stage, console, keep_freed_memory, make_accelerator, plain_attention, step_generator
 from .flux import shrink
-from .pool import Pool, draw_scene, from_images, to_float
-from .recipe import Device, Out, Scenes, Seed, Steps, describe, load_scenes, read_recipe, write_recipe
-from .unet import BATCH, LEARNING_RATE, draw_timesteps
+from .pool import Pool, draw_scene, from_images, load_rendered, to_float
+from .recipe import Device, Out, Scenes, Seed, Steps, describe, read_recipe, write_recipe
+from .unet import LEARNING_RATE, draw_timesteps
 
 NAME = "emoji-pixel"
 SIDE = 32
 """Side of a picture in pixels."""
+KINDS = (
+    "panda", "pig", "frog", "ladybug", "apple", "carrot", "eggplant", "mushroom", "donut", "sunflower", "bus", "balloon", "soccer ball",
+    "gift", "star", "heart",
+)  # fmt: skip
+"""Objects that it draws. Of all 64, a network of this size drew what the judge recognised in 31 % of its pictures."""
+BATCH = 32
 SAMPLERS: dict[str, tuple[type[DDPMPipeline] | type[DDIMPipeline], int]] = {"DDPM": (DDPMPipeline, 100), "DDIM": (DDIMPipeline, 50)}
 """What is measured: a pipeline for these weights and how many steps it takes."""
 DRAWN_AT_ONCE = 32
 SHOWN = 64
 """Pictures in a grid, and pictures among which the diversity is measured."""
 Pictures = Annotated[int, typer.Option(min=2, help="Pictures to measure.")]
+
+
+def draw_pixel_scene(seed: int, index: int, held_out: bool = False, upright: bool = True) -> scenes.Scene:
+    """Scene `index` of the pool of `seed`, of one of `KINDS`."""
+    found = draw_scene(seed, index, held_out, upright)
+    kind = KINDS[int(np.random.default_rng([seed, index, 9]).integers(len(KINDS)))]
+    return replace(found, labels=replace(found.labels, object=kind))
+
+
+def load_pixel_scenes(out: Path, count: int, seed: int) -> Pool:
+    """Training scenes of `KINDS`, rendered where they are not there yet."""
+    return load_rendered(out / "pool" / f"pixel-{count}-{seed}.pt", draw_pixel_scene, count, seed, held_out=False, upright=True)
 
 
 def build_unet() -> UNet2DModel:
@@ -79,13 +99,13 @@ def train_pixel(pool: Pool, folder: Path, steps: int, seed: int, accelerator: Ac
         generator = step_generator(seed + 9, step)
         clean = to_float(pictures[torch.randint(len(pictures), (BATCH,), generator=generator)])
         noise = torch.randn(clean.shape, generator=generator)
-        timesteps = draw_timesteps(len(alphas), generator, step / steps)
+        timesteps = draw_timesteps(len(alphas), generator, step / steps, BATCH)
         alpha = alphas[timesteps].view(-1, 1, 1, 1)
         clean, noise, timesteps, alpha = (each.to(accelerator.device) for each in (clean, noise, timesteps, alpha))
         out = unet(alpha.sqrt() * clean + (1 - alpha).sqrt() * noise, timesteps).sample
         return (noise_weight(alpha) * (out.float() - noise).square()).mean()
 
-    averages = Stage("pixel", folder, {"unet": unet}, steps, LEARNING_RATE, accelerator).run(loss)
+    averages = Stage("pixel", folder, {"unet": unet}, steps, LEARNING_RATE, accelerator, decay=steps // 4).run(loss)
     trained = build_unet()
     trained.load_state_dict(averages["unet"])
     return trained.eval()
@@ -104,7 +124,7 @@ def generate(pipe: DDPMPipeline | DDIMPipeline, count: int, steps: int, seed: in
 
 def true_pictures(count: int, seed: int) -> list[Image.Image]:
     """Renders as the training shows them, upright and at 32 x 32 pixels, but not those of the training."""
-    return [scenes.render(draw_scene(seed, i, upright=True)).reduce(scenes.SIZE // SIDE) for i in range(count)]
+    return [scenes.render(draw_pixel_scene(seed, i)).reduce(scenes.SIZE // SIDE) for i in range(count)]
 
 
 def nearest(images: Sequence[Image.Image], training: Tensor) -> tuple[Tensor, Tensor]:
@@ -209,7 +229,7 @@ a person about fine detail, so look at the pictures too.
 
 def emoji_pixel(
     out: Out,
-    steps: Steps = 4500,
+    steps: Steps = 12_000,
     scenes: Scenes = 24_000,
     seed: Seed = 0,
     device: Device = "auto",
@@ -218,7 +238,7 @@ def emoji_pixel(
     """Train an unconditional U-Net on small pictures, export, measure."""
     keep_freed_memory()
     accelerator = make_accelerator(device)
-    pool = load_scenes(out, scenes, seed, upright=True)
+    pool = load_pixel_scenes(out, scenes, seed)
     state = out / "state" / "upright"
     pipe = DDPMPipeline(unet=train_pixel(pool, state, steps, seed, accelerator), scheduler=build_scheduler())
     exporting.export(out / NAME, pipe)
@@ -236,7 +256,7 @@ def measure_pixel(
     """Measure OUT/emoji-pixel; write its model card, and picture grids to OUT/grids-emoji-pixel."""
     folder = out / NAME
     judge = load_bundled()
-    pool = load_scenes(out, scenes, seed, upright=True)
+    pool = load_pixel_scenes(out, scenes, seed)
     result = evaluate(folder, judge, shrink(pool).pictures, out / f"grids-{NAME}", pictures)
     recipe = read_recipe(out, NAME)
     exporting.save_figures(folder, {"recipe": recipe, **result})

@@ -257,9 +257,10 @@ SLOPE = 0.5 * torch.stack([torch.linspace(-1, 1, 16).expand(16, 16), torch.linsp
 """(4, 16, 16): rises to the right in two channels, to the bottom in the other two."""
 
 
-def draw_timesteps(count: int, generator: torch.Generator, progress: float) -> Tensor:
-    """(BATCH,) timesteps below `count`, spread evenly, in random order; in the first half of the training denser where noisier (u^0.6)."""
-    u = (torch.randperm(BATCH, generator=generator) + torch.rand(BATCH, generator=generator)) / BATCH
+def draw_timesteps(count: int, generator: torch.Generator, progress: float, batch: int | None = None) -> Tensor:
+    """(batch,) timesteps below `count`, spread evenly, in random order; in the first half of the training denser where noisier (u^0.6)."""
+    batch = batch or BATCH
+    u = (torch.randperm(batch, generator=generator) + torch.rand(batch, generator=generator)) / batch
     return (u ** (0.6 if progress < 0.5 else 1.0) * count).long().clamp(max=count - 1)
 
 
