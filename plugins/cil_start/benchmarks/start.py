@@ -36,11 +36,11 @@ from diffgraft import load_pipeline, unload
 from diffgraft.installed import registry
 from diffgraft.lab.judging import all_right, load_judge
 from diffgraft.methods.decoding import decode, to_latents
+from diffgraft.methods.late import kind_of, late_levels, shorter
 from diffgraft_checkpoints.emoji import motion, motion_judge, scenes
 from diffgraft_checkpoints.train.evaluate import held_out_labels
 from diffgraft_cil_start import CilStart, measured_on
 from diffgraft_cil_start.method import UNIT, Moments, optimum
-from diffgraft_cil_start.schedules import kind_of, late_levels, shorter
 from PIL import Image, ImageDraw
 from rich.console import Console
 from rich.progress import track
@@ -141,7 +141,7 @@ def flat(x: Tensor) -> Rows:
 def levels_of_run(pipe: Any, steps: int, share: float) -> list[tuple[float, float]]:
     """(a, s) at each of a run's levels, and at its end."""
     family, scheduler = registry.find_family(type(pipe)), pipe.scheduler
-    kind = kind_of(family, scheduler)
+    kind = kind_of("cil_start", family, scheduler)
     if kind == "flow":
         scheduler.set_timesteps(steps)
         return [(1 - s, s) for s in late_levels(scheduler.sigmas, share).tolist()]

@@ -22,6 +22,7 @@ from diffgraft import (
     Unsupported,
 )
 from diffgraft.methods.artefacts import make_again
+from diffgraft.methods.late import kind_of, late
 from diffgraft.methods.predictions import is_exploding, levels_of
 from diffgraft.methods.starts import is_first, unit_noise
 from torch import Tensor
@@ -29,7 +30,7 @@ from torch import Tensor
 from diffgraft_cil_start.calibration import FEW, HOLDS, PUBLISHED, Measure, measured_on, moments_of
 from diffgraft_cil_start.knobs import PAPER, CilStartConfig
 from diffgraft_cil_start.method import UNIT, Moments, begin, official_svd, optimum
-from diffgraft_cil_start.schedules import kind_of, late, share_of
+from diffgraft_cil_start.schedules import share_of
 
 __all__ = ["CilStart", "measured_on"]
 __version__ = "0.1.0"
@@ -61,7 +62,7 @@ class CilStart(Plugin):
 
     def check(self, target: Target) -> None:
         if self.config.start != 1:
-            kind_of(target.family, target.pipe.scheduler)
+            kind_of(self.name, target.family, target.pipe.scheduler)
         in_latents = target.pipe.config.get("expand_timesteps") and "ImageToVideo" in type(target.pipe).__name__
         if in_latents and self.config.init == "analytic":
             raise Unsupported(
@@ -92,9 +93,9 @@ class CilStart(Plugin):
         own: Schedule = next(call)
         if self.config.start == 1:
             return own
-        kind = kind_of(call.family, call.scheduler)
+        kind = kind_of(self.name, call.family, call.scheduler)
         share = share_of(self.config.start, kind)
-        return own if share == 1 else late(call, own, kind, share)
+        return own if share == 1 else late(call, own, kind, share, "start")
 
     def denoise(self, call: DenoiseCall, next: Any) -> Tensor:
         if call.step.call == 0 and self.config.init == "analytic":

@@ -68,8 +68,3 @@ def divergence(mu: Tensor, cov: Tensor, m: Tensor, v: Tensor) -> Tensor:
     """KL(N(mu, cov) || N(m, v I)) in nats: how far a start is from a Gaussian marginal. ``mu``, ``m`` [d], ``cov`` [d, d]."""
     d = len(mu)
     return ((cov.trace() + (mu - m).square().sum()) / v - d + d * v.log() - torch.logdet(cov)) / 2
-
-
-def late_levels(sigmas: Tensor, share: float) -> Tensor:
-    """A flow's levels, from ``share`` on instead of 1: M sigma, after whatever shift they have."""
-    return share * sigmas

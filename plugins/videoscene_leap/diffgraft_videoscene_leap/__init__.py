@@ -1,0 +1,130 @@
+"""The leap of VideoScene (Wang, Liu, Chi, Duan, arXiv 2504.01956): a run begins at a noised draft video, and needs few steps from there.
+
+What is roughly right already (a fast render of the scene, a clip with the wrong motion) is not made again from noise: it is encoded, noised
+to a level t below the noisiest, and one to four steps of a video model, distilled for few steps or not, go from there.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from diffgraft import ConfigError, DenoiseCall, Effects, Plugin, RunCall, Schedule, ScheduleCall, Target, Unsupported
+from diffgraft.methods.conditioning import number_of_prompts
+from diffgraft.methods.late import kind_of, late
+from diffgraft.methods.starts import start_from
+from torch import Tensor
+
+from diffgraft_videoscene_leap.drafts import encode, ensure_encodes, ensure_size, grid_of, moving_square, rows, size_of, usual_size, videos_of
+from diffgraft_videoscene_leap.knobs import PAPER, VideosceneLeapConfig, level_of
+
+__all__ = ["VideosceneLeap", "moving_square"]
+__version__ = "0.1.0"
+SIZES = ("num_frames", "height", "width")
+
+
+@dataclass
+class Leap:
+    """Of a run: the clean latents of its drafts [drafts, ...]."""
+
+    z: Tensor | None = None
+
+
+class VideosceneLeap(Plugin):
+    name = "videoscene_leap"
+    paper = PAPER
+    families = ("cogvideox", "wan", "ltx", "animatediff")
+    not_on: ClassVar[dict[str, str]] = {
+        "*VideoToVideo*": "it begins in mid-schedule with a video of its own: its strength is the leap level there"
+    }
+    Config = VideosceneLeapConfig
+    State = Leap
+    neutral: ClassVar[dict[str, Any]] = {"level": 1.0}
+    active: ClassVar[dict[str, Any]] = {"draft": moving_square, "level": 0.6}
+    effects = Effects(edits=frozenset({"latents", "schedule"}))
+    config: VideosceneLeapConfig
+
+    def __init__(self, **knobs: Any) -> None:
+        super().__init__(**knobs)
+        if not self.config.leaps:
+            self.effects = Effects()
+
+    def check(self, target: Target) -> None:
+        if not self.config.leaps:
+            return
+        if kind_of(self.name, target.family, target.pipe.scheduler) == "levels":
+            raise Unsupported(f"videoscene_leap: {type(target.pipe.scheduler).__name__} spreads its levels between sigma_min and sigma_max, "
+                              "and the leap level is a share of the training's time: use a scheduler without sigma_max")  # fmt: skip
+        if target.pipe.config.get("expand_timesteps") and "ImageToVideo" in type(target.pipe).__name__:
+            raise Unsupported("videoscene_leap: this pipeline puts its picture into the latents themselves, which a draft would draw over")
+        ensure_encodes(target.pipe, target.family)
+
+    def run(self, call: RunCall, next: Any) -> Any:
+        knobs = self.config
+        if not knobs.leaps:
+            if not self.is_neutral:
+                call.note("inactive: no draft is given, so this run is the plain one; set draft")
+            return next(call)
+        if own := [name for name in ("timesteps", "sigmas") if call.get(name) is not None]:
+            raise ConfigError(f"plugin 'videoscene_leap': the call says {' and '.join(own)} itself, and a leap writes another schedule; "
+                              "leave them out, or set level = 1")  # fmt: skip
+        call = self._with_steps(call)
+        call, call.shared.z = self._with_drafts(call)
+        return next(call)
+
+    def _with_steps(self, call: RunCall) -> RunCall:
+        """The call with as many steps as the knob says.
+
+        Raises:
+            ConfigError: the call says another number.
+        """
+        steps, said = self.config.steps, call.get("num_inference_steps")
+        if steps is None:
+            return call
+        if "num_inference_steps" in call.said and said != steps:
+            raise ConfigError(
+                f"plugin 'videoscene_leap': steps = {steps}, and the call says num_inference_steps = {said}; leave one of them out"
+            )
+        return call.replace(num_inference_steps=steps)  # type: ignore[no-any-return]
+
+    def _with_drafts(self, call: RunCall) -> tuple[RunCall, Tensor]:
+        """The call in its draft's size, and the clean latents of its drafts, of which there is one or one for each prompt.
+
+        Raises:
+            ConfigError: another number of drafts, or another size.
+        """
+        draft, pipe, family, n = self.config.draft, call.pipe, call.family, number_of_prompts(call.arguments())
+        said = {name: int(call[name]) for name in SIZES if name in call.said and call.get(name) is not None}
+        if callable(draft):
+            known = {name: int(call[name]) for name in SIZES if call.get(name) is not None}  # those of a bundled checkpoint too
+            prompt, size = call.get("prompt"), usual_size(pipe, family, known)
+            prompts = [prompt] * n if prompt is None or isinstance(prompt, str) else list(prompt)
+            videos = [video for each in prompts for video in videos_of(draft(each, *size))]
+            said = dict(zip(SIZES, size, strict=True))
+        else:
+            videos = videos_of(draft)
+        if len(videos) not in (1, n):
+            raise ConfigError(f"plugin 'videoscene_leap': draft has {len(videos)} videos, and the call has {n} prompts: give one for each, "
+                              "or one for all")  # fmt: skip
+        sizes = {size_of(video) for video in videos}
+        if len(sizes) > 1:
+            raise ConfigError(f"plugin 'videoscene_leap': draft: videos of one call have one size, and these have {' and '.join(map(str, sorted(sizes)))}")
+        (size,) = sizes
+        ensure_size(size, grid_of(pipe, family), said)
+        call.count("drafts", len(videos))
+        return call.replace(**dict(zip(SIZES, size, strict=True))), encode(pipe, family, torch.stack(videos))
+
+    def schedule(self, call: ScheduleCall, next: Any) -> Schedule:
+        own: Schedule = next(call)
+        if not self.config.leaps:
+            return own
+        kind = kind_of(self.name, call.family, call.scheduler)
+        # trailing: the first step is at t itself, however few there are
+        return late(call, own, kind, level_of(self.config.level, kind), "level", timestep_spacing="trailing")
+
+    def denoise(self, call: DenoiseCall, next: Any) -> Tensor:
+        if call.step.call == 0 and self.config.leaps:
+            z = rows(call.shared.z.to(call.latents.device), call.latents.shape, "draft")
+            call = call.with_latents(start_from(call, z))
+        return next(call)  # type: ignore[no-any-return]
