@@ -14,14 +14,9 @@ from __future__ import annotations
 from torch import Tensor
 
 
-def time_of(level: float, T: int) -> int:
-    """The training time of a leap level, a share of T = 1000 times: 0.55 is the authors' t = 549."""
-    return max(round(level * T), 1) - 1
-
-
 def noised(z: Tensor, eps: Tensor, a: Tensor, s: Tensor) -> Tensor:
-    """x_t = a z + s eps, for the signal level ``a`` and the noise level ``s`` (0-dim)."""
-    return a * z + s * eps
+    """x_t = a z + s eps in float32, for the signal level ``a`` and the noise level ``s`` (0-dim)."""
+    return a * z.float() + s * eps.float()
 
 
 def clean_of_v(x: Tensor, v: Tensor, a: Tensor, s: Tensor) -> Tensor:
