@@ -8,7 +8,8 @@ Each case is a held-out caption of a moving object and a true render of it. Its 
     turned   the render backwards: the opposite motion
     coarse   the render at an eighth of its resolution and back: right motion, poor pictures (what a fast renderer is like)
 
-Case i runs from seed i in all arms, with the checkpoint's own guidance (two forwards a step). ``motion`` and ``object`` are the verdicts of
+Case i runs from seed i in all arms, with the checkpoint's own guidance (two forwards a step) and UniPC, Wan's usual scheduler (the
+checkpoint's Euler spends its last step at the lowest level, so that two steps give what one gives: ``--scheduler own``). ``motion`` and ``object`` are the verdicts of
 the judge of clips, against the caption; ``draft`` and ``truth`` are RMS distances in pixels (0 to 1) to the draft and to the true render.
 Differences are to the plain run with as many steps, over pairs. Shares have Wilson's 95 % interval, means one of a bootstrap over
 cases. emoji-wan is not distilled for few steps, and no LoRA for that is bundled: the authors' model is.
@@ -32,6 +33,7 @@ from diffgraft.lab.metrics import Mean, share
 from diffgraft.methods.decoding import decode, to_latents
 from diffgraft_checkpoints.emoji import motion, motion_judge
 from diffgraft_videoscene_leap import VideosceneLeap
+from diffusers import UniPCMultistepScheduler
 from PIL import Image, ImageDraw
 from rich.console import Console
 
@@ -68,12 +70,16 @@ def main(
     levels: Annotated[str, typer.Option()] = "0.4,0.55,0.68,0.8,0.9",
     steps: Annotated[str, typer.Option()] = "1,2,4,8",
     kinds: Annotated[str, typer.Option()] = ",".join(KINDS),
+    scheduler: Annotated[str, typer.Option(help="unipc: Wan's usual one; own: the checkpoint's Euler")] = "unipc",
     out: Annotated[Path, typer.Option()] = Path("leap"),
 ) -> None:
     console = Console(markup=False, highlight=False, width=160)
     torch.set_num_threads(1)
     pipe = load_pipeline("emoji-wan", plugins=[])
     pipe.set_progress_bar_config(disable=True)
+    if scheduler == "unipc":
+        flow = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0}
+        pipe.scheduler = UniPCMultistepScheduler.from_config(pipe.scheduler.config, **flow)
     family, judge = find_family(type(pipe)), motion_judge.load_bundled()
     texts, true = cases(number)
     rows: list[dict[str, Any]] = []
@@ -104,7 +110,7 @@ def main(
 
     def run(n: int, **knobs: Any) -> tuple[list[Clip], int]:
         pipe.plugins.clear()
-        load_pipeline(pipe, plugins=[VideosceneLeap(**knobs)] if knobs else [])
+        load_pipeline(pipe, plugins=[VideosceneLeap(**(knobs or {"level": 1.0}))])
         seeds = [torch.Generator().manual_seed(i) for i in range(number)]
         latents = pipe(texts, num_inference_steps=n, generator=seeds, output_type="latent")[0]
         return clips_of(latents), sum(pipe.plugins.report().forwards.values())
@@ -127,7 +133,7 @@ def main(
                 made, forwards = run(n, draft=drafts, level=level)
                 judged({"draft kind": kind, "steps": n, "level": level, "forwards": forwards}, made, drafts, plain[n])
                 shown[f"{kind}, t = {level:g}, {n} steps"] = made
-    facts = {"cases": number, "captions": texts, "python": platform.python_version(), "torch": torch.__version__,
+    facts = {"cases": number, "scheduler": scheduler, "captions": texts, "python": platform.python_version(), "torch": torch.__version__,
              "diffusers": diffusers.__version__, "rows": rows}  # fmt: skip
     out.with_suffix(".json").write_text(json.dumps(facts, indent=1))
     sheet(shown, counts, kinds.split(","), [float(x) for x in levels.split(",")], out.with_suffix(".png"))

@@ -17,7 +17,17 @@ from diffgraft.methods.predictions import levels_of
 from diffgraft.methods.starts import is_first, unit_noise
 from torch import Tensor
 
-from diffgraft_videoscene_leap.drafts import encode, ensure_encodes, ensure_size, grid_of, moving_square, rows, size_of, usual_size, videos_of
+from diffgraft_videoscene_leap.drafts import (
+    encode,
+    ensure_encodes,
+    ensure_size,
+    grid_of,
+    moving_square,
+    rows,
+    size_of,
+    usual_size,
+    videos_of,
+)
 from diffgraft_videoscene_leap.knobs import PAPER, VideosceneLeapConfig, level_of
 from diffgraft_videoscene_leap.method import noised
 
@@ -111,7 +121,9 @@ class VideosceneLeap(Plugin):
                               "or one for all")  # fmt: skip
         sizes = {size_of(video) for video in videos}
         if len(sizes) > 1:
-            raise ConfigError(f"plugin 'videoscene_leap': draft: videos of one call have one size, and these have {' and '.join(map(str, sorted(sizes)))}")
+            raise ConfigError(
+                f"plugin 'videoscene_leap': draft: videos of one call have one size, and these have {' and '.join(map(str, sorted(sizes)))}"
+            )
         (size,) = sizes
         ensure_size(size, grid_of(pipe, family), said)
         call.count("drafts", len(videos))

@@ -101,7 +101,9 @@ def video_of(frames: Any) -> Tensor:
     if isinstance(frames, np.ndarray):
         frames = torch.from_numpy(np.ascontiguousarray(frames)).movedim(-1, 1)
     if frames.ndim != 4 or frames.shape[1] != 3:
-        raise ConfigError(f"{NAME}: three colours are expected on axis 1 of a tensor or on the last of an array, not in {tuple(frames.shape)}")
+        raise ConfigError(
+            f"{NAME}: three colours are expected on axis 1 of a tensor or on the last of an array, not in {tuple(frames.shape)}"
+        )
     x = frames.detach().float() / (255 if frames.dtype == torch.uint8 else 1)
     low, high = float(x.min()), float(x.max())
     if not (low >= -1e-3 and high <= 1 + 1e-3):
