@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from diffgraft import ConfigError, DenoiseCall, Effects, Plugin, RunCall, Schedule, ScheduleCall, Target, Unsupported
+from diffgraft import ConfigError, DenoiseCall, Effects, Family, Plugin, RunCall, Schedule, ScheduleCall, Target, Unsupported
 from diffgraft.methods.conditioning import number_of_prompts
-from diffgraft.methods.late import kind_of, late
+from diffgraft.methods.late import Kind, kind_of, late
 from diffgraft.methods.predictions import levels_of
 from diffgraft.methods.starts import is_first, unit_noise
 from torch import Tensor
@@ -65,12 +65,24 @@ class VideosceneLeap(Plugin):
     def check(self, target: Target) -> None:
         if not self.config.leaps:
             return
-        if kind_of(self.name, target.family, target.pipe.scheduler) == "levels":
-            raise Unsupported(f"videoscene_leap: {type(target.pipe.scheduler).__name__} spreads its levels between sigma_min and sigma_max, "
-                              "and the leap level is a share of the training's time: use a scheduler without sigma_max")  # fmt: skip
+        self.kind(target.family, target.pipe.scheduler)
         if target.pipe.config.get("expand_timesteps") and "ImageToVideo" in type(target.pipe).__name__:
             raise Unsupported("videoscene_leap: this pipeline puts its picture into the latents themselves, which a draft would draw over")
         ensure_encodes(target.pipe, target.family)
+
+    def kind(self, family: Family, scheduler: Any) -> Kind:
+        """What the leap level is a share of.
+
+        Raises:
+            Unsupported: neither the training's time nor a flow's level.
+        """
+        kind = kind_of(self.name, family, scheduler)
+        if kind == "levels":
+            raise Unsupported(
+                f"videoscene_leap: {type(scheduler).__name__} spreads its levels between sigma_min and sigma_max, and the leap level is a "
+                "share of the training's time: use a scheduler whose config says no sigma_max"
+            )
+        return kind
 
     def run(self, call: RunCall, next: Any) -> Any:
         knobs = self.config
@@ -121,9 +133,8 @@ class VideosceneLeap(Plugin):
                               "or one for all")  # fmt: skip
         sizes = {size_of(video) for video in videos}
         if len(sizes) > 1:
-            raise ConfigError(
-                f"plugin 'videoscene_leap': draft: videos of one call have one size, and these have {' and '.join(map(str, sorted(sizes)))}"
-            )
+            told = " and ".join(map(str, sorted(sizes)))
+            raise ConfigError(f"plugin 'videoscene_leap': draft: videos of one call have one size, and these have {told}")
         (size,) = sizes
         ensure_size(size, grid_of(pipe, family), said)
         call.count("drafts", len(videos))
@@ -133,7 +144,7 @@ class VideosceneLeap(Plugin):
         own: Schedule = next(call)
         if not self.config.leaps:
             return own
-        kind = kind_of(self.name, call.family, call.scheduler)
+        kind = self.kind(call.family, call.scheduler)
         # trailing: the first step is at t itself, however few there are
         return late(call, own, kind, level_of(self.config.level, kind), "level", timestep_spacing="trailing")
 

@@ -101,9 +101,7 @@ def video_of(frames: Any) -> Tensor:
     if isinstance(frames, np.ndarray):
         frames = torch.from_numpy(np.ascontiguousarray(frames)).movedim(-1, 1)
     if frames.ndim != 4 or frames.shape[1] != 3:
-        raise ConfigError(
-            f"{NAME}: three colours are expected on axis 1 of a tensor or on the last of an array, not in {tuple(frames.shape)}"
-        )
+        raise ConfigError(f"{NAME}: three colours are expected (axis 1 of a tensor, the last of an array), not {tuple(frames.shape)}")
     x = frames.detach().float() / (255 if frames.dtype == torch.uint8 else 1)
     low, high = float(x.min()), float(x.max())
     if not (low >= -1e-3 and high <= 1 + 1e-3):
@@ -186,11 +184,12 @@ def usual_size(pipe: Any, family: Family, said: dict[str, int]) -> Size:
     factor = getattr(pipe, "vae_scale_factor_spatial", None) or getattr(pipe, "vae_scale_factor", 1)
 
     def of(name: str, *keys: str) -> int:
-        value = said.get(name) or known[name].default
-        found = next((config[key] for key in keys if config.get(key)), None) if value is None else value
-        if found is None:
+        if value := said.get(name) or known[name].default:
+            return int(value)
+        own: Any = next((config[key] for key in keys if config.get(key)), None)
+        if own is None:
             raise ConfigError(f"{NAME}: a function renders in the call's size: say {name}")
-        return int(found) if value is not None or name == "num_frames" else int(found) * int(factor)
+        return int(own) * (1 if name == "num_frames" else int(factor))
 
     sides = of("height", "sample_height", "sample_size"), of("width", "sample_width", "sample_size")
     return Size(of("num_frames", "sample_frames"), *sides)

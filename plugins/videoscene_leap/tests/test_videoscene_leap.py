@@ -143,9 +143,7 @@ def test_a_run_begins_at_the_noised_draft(name):
 @pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
 def test_the_first_step_is_at_t_however_a_scheduler_spaces_its_steps(spacing, steps):
     for kind in (DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler, HeunDiscreteScheduler):
-        pipe, _ = run(
-            "AnimateDiffPipeline", kind(timestep_spacing=spacing), draft=draft_for("AnimateDiffPipeline"), level=0.55, steps=steps
-        )
+        pipe, _ = run("AnimateDiffPipeline", kind(timestep_spacing=spacing), draft=moving_square, level=0.55, steps=steps)
         assert float(pipe.scheduler.timesteps[0]) == 549, kind.__name__
         assert pipe.plugins.report().steps == steps
 
@@ -399,6 +397,9 @@ def test_pipelines_and_schedulers_without_a_leap_are_refused_with_the_reason():
             load_pipeline(make(name).pipe, plugins=[VideosceneLeap(draft=moving_square)])
     with pytest.raises(Unsupported, match="PNDMScheduler follows no schedule but its own"):
         run("AnimateDiffPipeline", PNDMScheduler(skip_prk_steps=True), draft=moving_square)
+    karras = EulerDiscreteScheduler(use_karras_sigmas=True, sigma_max=80.0)
+    with pytest.raises(Unsupported, match="spreads its levels between sigma_min and sigma_max"):
+        run("AnimateDiffPipeline", karras, draft=moving_square)
     pipe = make("WanImageToVideoPipeline").pipe
     pipe.register_to_config(expand_timesteps=True)
     with pytest.raises(Unsupported, match="puts its picture into the latents"):
