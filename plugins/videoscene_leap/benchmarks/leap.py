@@ -10,9 +10,10 @@ Each case is a held-out caption of a moving object and a true render of it. Its 
 
 Case i runs from seed i in all arms, with the checkpoint's own guidance (two forwards a step) and UniPC, Wan's usual scheduler (the
 checkpoint's Euler spends its last step at the lowest level, so that two steps give what one gives: ``--scheduler own``).
-``motion`` and ``object`` are the verdicts of the judge of clips, against the caption; ``draft`` and ``truth`` are RMS distances in pixels (0 to 1) to the draft and to the true render.
-Differences are to the plain run with as many steps, over pairs. Shares have Wilson's 95 % interval, means one of a bootstrap over
-cases. emoji-wan is not distilled for few steps, and no LoRA for that is bundled: the authors' model is.
+``motion`` and ``object`` are the verdicts of the judge of clips, against the caption; ``draft`` and ``truth`` are RMS distances in pixels
+(0 to 1) to the draft and to the true render. Differences are to the plain run with as many steps, over pairs. Shares have Wilson's 95 %
+interval, means one of a bootstrap over cases. emoji-wan is not distilled for few steps, as the authors' model is, and no LoRA for that is
+bundled.
 
 Writes OUT.json and OUT.png.
 """

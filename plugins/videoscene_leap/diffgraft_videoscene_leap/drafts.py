@@ -184,12 +184,12 @@ def usual_size(pipe: Any, family: Family, said: dict[str, int]) -> Size:
     factor = getattr(pipe, "vae_scale_factor_spatial", None) or getattr(pipe, "vae_scale_factor", 1)
 
     def of(name: str, *keys: str) -> int:
-        if value := said.get(name) or known[name].default:
+        if (value := said.get(name) or known[name].default) is not None:
             return int(value)
-        own: Any = next((config[key] for key in keys if config.get(key)), None)
-        if own is None:
+        own = [int(config[key]) for key in keys if config.get(key)]
+        if not own:
             raise ConfigError(f"{NAME}: a function renders in the call's size: say {name}")
-        return int(own) * (1 if name == "num_frames" else int(factor))
+        return own[0] * (1 if name == "num_frames" else int(factor))
 
     sides = of("height", "sample_height", "sample_size"), of("width", "sample_width", "sample_size")
     return Size(of("num_frames", "sample_frames"), *sides)
