@@ -80,8 +80,14 @@ def videos_of(draft: Any) -> list[Tensor]:
             in 0 to 1 or uint8, lists of PIL pictures, paths (a folder of pictures, .gif, .npy, or what imageio reads), lists of these.
 
     Raises:
-        ConfigError: a file cannot be read, frames of one video have different sizes, or values are outside their range.
+        ConfigError: something in it is no video, a file cannot be read, frames of one video have different sizes, or values are outside their range.
     """
+    try:
+        ensure_form(draft)
+    except ValueError as error:
+        raise ConfigError(f"{NAME}: {error}") from None
+    if callable(draft):
+        raise ConfigError(f"{NAME}: a function is given alone, not among videos: it is called for each prompt")
     if isinstance(draft, (str, Path)):
         return videos_of(read(Path(draft)))
     if isinstance(draft, (Tensor, np.ndarray)):
@@ -100,7 +106,7 @@ def video_of(frames: Any) -> Tensor:
         frames = torch.stack(list(parts)) if isinstance(parts[0], Tensor) else np.stack(parts)
     if isinstance(frames, np.ndarray):
         frames = torch.from_numpy(np.ascontiguousarray(frames)).movedim(-1, 1)
-    if frames.ndim != 4 or frames.shape[1] != 3:
+    if frames.ndim != 4 or frames.shape[1] != 3 or not frames.numel():
         raise ConfigError(f"{NAME}: three colours are expected (axis 1 of a tensor, the last of an array), not {tuple(frames.shape)}")
     x = frames.detach().float() / (255 if frames.dtype == torch.uint8 else 1)
     low, high = float(x.min()), float(x.max())
@@ -181,7 +187,7 @@ def ensure_size(size: Size, grid: Grid, said: dict[str, int]) -> None:
 def usual_size(pipe: Any, family: Family, said: dict[str, int]) -> Size:
     """The size of the call's videos: what it says, else what the pipeline takes."""
     known, config = parameters(pipe), getattr(pipe, family.denoisers[0]).config
-    factor = getattr(pipe, "vae_scale_factor_spatial", None) or getattr(pipe, "vae_scale_factor", 1)
+    factor = int(getattr(pipe, "vae_scale_factor_spatial", 0) or getattr(pipe, "vae_scale_factor", 1))
 
     def of(name: str, *keys: str) -> int:
         if (value := said.get(name) or known[name].default) is not None:
@@ -189,7 +195,7 @@ def usual_size(pipe: Any, family: Family, said: dict[str, int]) -> Size:
         own = [int(config[key]) for key in keys if config.get(key)]
         if not own:
             raise ConfigError(f"{NAME}: a function renders in the call's size: say {name}")
-        return own[0] * (1 if name == "num_frames" else int(factor))
+        return own[0] * (1 if name == "num_frames" else factor)
 
     sides = of("height", "sample_height", "sample_size"), of("width", "sample_width", "sample_size")
     return Size(of("num_frames", "sample_frames"), *sides)
