@@ -136,7 +136,7 @@ def nearest(images: Sequence[Image.Image], training: Tensor) -> tuple[Tensor, Te
 
 
 def recognised(judge: Judge, images: Sequence[Image.Image]) -> dict[str, Any]:
-    """What the judge, which knows 64 objects, sees: the share of pictures that are one of `KINDS` to it, and how many different ones there are."""
+    """What the judge, which knows 64 objects, sees: the share of pictures of one of `KINDS`, and how many different ones there are."""
     seen = [each["object"] for each in judge.predict(images)]
     objects = [name for name in seen if name in KINDS]
     return {"share": round(len(objects) / len(seen), 4), "objects": len(set(objects))}
@@ -220,8 +220,8 @@ training. The judge is that of emoji-sd, which looks at all of them enlarged to 
 
 ## Limits
 
-One object a picture, of {kinds}, and no way to ask for one; 32 x 32 pixels. The judge was trained on 64 x 64 pictures and is more lenient than
-a person about fine detail, so look at the pictures too.
+One object a picture, of {kinds}, and no way to ask for one; 32 x 32 pixels. The judge was trained on 64 x 64 pictures and is more lenient
+than a person about fine detail, so look at the pictures too.
 
 """
 )
