@@ -229,7 +229,7 @@ than a person about fine detail, so look at the pictures too.
 
 def emoji_pixel(
     out: Out,
-    steps: Steps = 10_000,
+    steps: Steps = 12_000,
     scenes: Scenes = 24_000,
     seed: Seed = 0,
     device: Device = "auto",
