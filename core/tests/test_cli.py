@@ -252,6 +252,7 @@ BAD = {
     "compare, no prompt file": (["compare", "{sd}", "--plugins", "sparse", "--prompts", "no.txt", "--out", "x"], ["ConfigError", "no.txt"]),
     "invert what cannot": (["invert", "sparse", "--pipeline", "{sd}", "--image", "x.png"], ["Unsupported", "cannot invert", "bdia"]),
     "calibrate what cannot": (["calibrate", "sparse", "--pipeline", "{sd}", "--prompt", "x"], ["Unsupported", "be calibrated; installed"]),
+    "calibrate on nothing": (["calibrate", "dpm_solver_v3", "--pipeline", "{sd}"], ["ConfigError", "--class-label CLASS", "--samples N"]),
     "evolve what cannot": (["evolve", "sparse", "--pipeline", "{sd}", "--prompt", "x", "--steps", "2"], ["Unsupported", "be searched"]),
     "show unknown": (["show", "sparze"], ["PluginNotFound", "did you mean 'sparse'"]),
 }

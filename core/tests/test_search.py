@@ -382,7 +382,8 @@ def test_the_command_refuses_what_it_cannot_do():
     run = CliRunner().invoke
     base = ["evolve", "autodiffusion", "--pipeline", "emoji-sd"]
     for more, why in [
-        ([], "--prompts FILE"),
+        ([], "nothing to judge the candidates on: give --prompts FILE"),
+        (["--prompt", "x", "--class-label", "y"], "the one or the other"),
         (["--prompt", "x"], "--steps K"),
         (["--prompt", "x", "--steps", "2", "--out", "a.safetensors"], "end in .json"),
         (["--prompt", "x", "--steps", "2", "--fitness", "trajectry"], "did you mean 'trajectory'"),

@@ -19,6 +19,7 @@ from diffgraft.cli.options import (
     NegativePrompt,
     PromptFile,
     PromptTexts,
+    SampleCount,
     Steps,
     Threads,
     Width,
@@ -35,6 +36,8 @@ def calibrate(
     pipeline: Annotated[str, typer.Option("--pipeline", help="A bundled name, a folder, or a Hub id.")],
     prompts: PromptFile = None,
     prompt: PromptTexts = None,
+    class_label: ClassLabels = None,
+    samples: SampleCount = None,
     out: Annotated[Path | None, typer.Option("--out", help="File to write (default: PLUGIN.safetensors).")] = None,
     option: KnobValues = None,
     seed: Annotated[int, typer.Option(help="Seed of the noise; prompt i has seed + i.")] = 0,
@@ -49,14 +52,12 @@ def calibrate(
     threads: Threads = None,
 ) -> None:
     """Measure what a plugin needs to know of a model; an interrupted calibration goes on where it stopped."""
-    from diffgraft.cli.values import call_settings, load_bare, parse_assignments, read_prompts, specs_for
+    from diffgraft.cli.values import asked_for, call_settings, load_bare, parse_assignments, read_prompts, specs_for
     from diffgraft.methods.named import declared
 
     specs = specs_for(pipeline, [plugin], option)
     declared(registry.find(plugin), "calibration")  # before the pipeline is loaded
-    texts = read_prompts(prompt, prompts)
-    if not texts:
-        raise ConfigError("nothing to calibrate on: give --prompts FILE with one prompt a line, or --prompt TEXT")
+    number, words = asked_for(read_prompts(prompt, prompts), class_label, samples, "calibrate")
     extra = parse_assignments(arg, "-a")
     path = out or Path(f"{plugin}.safetensors")
     check_file(path, [".safetensors"])
@@ -66,11 +67,12 @@ def calibrate(
 
     call = call_settings(steps, guidance_scale, negative_prompt, height, width, None, extra)
     pipe, built = load_bare(pipeline, specs, device, dtype)
-    samples = make_samples(pipe, [seed + i for i in range(len(texts))], texts)
+    made_of = make_samples(pipe, [seed + i for i in range(number)], **words)
     with steady(threads), progress() as on_progress:
-        artefact = measure(pipe, built[0], samples, call, path, on_progress=on_progress)
+        artefact = measure(pipe, built[0], made_of, call, path, on_progress=on_progress)
     made = artefact.made_for
-    say(f"wrote {path}: for {made.pipeline}, {made.scheduler}, {made.steps} steps, latents {made.shape}, from {len(texts)} prompts")
+    kind = "prompts" if words.get("prompts") else "samples"
+    say(f"wrote {path}: for {made.pipeline}, {made.scheduler}, {made.steps} steps, latents {made.shape}, from {number} {kind}")
 
 
 def evolve(
@@ -78,6 +80,8 @@ def evolve(
     pipeline: Annotated[str, typer.Option("--pipeline", help="A bundled name, a folder, or a Hub id.")],
     prompts: PromptFile = None,
     prompt: PromptTexts = None,
+    class_label: ClassLabels = None,
+    samples: SampleCount = None,
     out: Annotated[Path | None, typer.Option("--out", help="File to write (default: PLUGIN.json).")] = None,
     steps: Steps = None,
     fitness: Annotated[str, typer.Option(help="trajectory, reward or frechet: see docs of diffgraft.methods.fitness.")] = "trajectory",
@@ -114,6 +118,7 @@ def evolve(
 ) -> None:
     """Find a plugin's settings for one pipeline and number of steps by evolution; an interrupted search goes on where it stopped."""
     from diffgraft.cli.values import (
+        asked_for,
         call_settings,
         load_bare,
         make_fitness,
@@ -125,9 +130,7 @@ def evolve(
 
     specs = specs_for(pipeline, [plugin, *(beside or [])], option)
     declared(registry.find(plugin), "search")  # before the pipeline is loaded
-    texts = read_prompts(prompt, prompts)
-    if not texts:
-        raise ConfigError("nothing to judge the candidates on: give --prompts FILE with one prompt a line, or --prompt TEXT")
+    number, words = asked_for(read_prompts(prompt, prompts), class_label, samples, "judge the candidates")
     if steps is None:
         raise ConfigError("what is found holds for one number of steps: give --steps K")
     knobs, extra = parse_assignments(searcher, "--set"), parse_assignments(arg, "-a")
@@ -143,13 +146,13 @@ def evolve(
     call = call_settings(steps, guidance_scale, negative_prompt, height, width, None, extra)
     pipe, built = load_bare(pipeline, specs, device, dtype)
     pipe.set_progress_bar_config(disable=True)
-    samples = make_samples(pipe, [seed + i for i in range(len(texts))], texts)
+    made_of = make_samples(pipe, [seed + i for i in range(number)], **words)
     with steady(threads), progress() as on_progress:
         found = find_settings(
-            pipe, built[0], samples, call, path, judged, plan=plan, knobs=knobs, beside=built[1:], batch=batch, on_progress=on_progress
+            pipe, built[0], made_of, call, path, judged, plan=plan, knobs=knobs, beside=built[1:], batch=batch, on_progress=on_progress
         )
     loss = found.facts["fitness"]
-    say(f"{found.facts['judged']} candidates: {loss['name']} {loss['loss_of_start']:.6g} at the start, {loss['loss']:.6g} now")
+    say(f"{found.facts['judged']} candidates: loss ({loss['name']}) {loss['loss_of_start']:.6g} at the start, {loss['loss']:.6g} now")
     say(f"wrote {path}: for {found.made_for.pipeline}, {found.made_for.scheduler}, {found.made_for.steps} steps")
 
 

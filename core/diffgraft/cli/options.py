@@ -46,6 +46,7 @@ ClassLabels = Annotated[
 ImagePath = Annotated[Path | None, typer.Option("--image", help="Input picture, for pipelines that take one.")]
 PromptTexts = Annotated[list[str] | None, typer.Option("--prompt", help="A prompt; repeat for several.")]
 PromptFile = Annotated[Path | None, typer.Option("--prompts", help="A text file with one prompt a line.")]
+SampleCount = Annotated[int | None, typer.Option("--samples", min=1, help="Pictures to make (default: one a prompt, or a class).")]
 Steps = Annotated[int | None, typer.Option(min=1, help="Denoising steps (default: the pipeline's).")]
 GuidanceScale = Annotated[float | None, typer.Option(help="Guidance scale (default: the pipeline's).")]
 Height = Annotated[int | None, typer.Option(min=1, help="Height in pixels.")]

@@ -126,6 +126,22 @@ def read_prompts(prompts: list[str] | None, file: Path | None) -> list[str]:
     return texts
 
 
+def asked_for(prompts: list[str], class_labels: list[str] | None, number: int | None, what: str) -> tuple[int, dict[str, list[str]]]:
+    """How many pictures a command works on, and of what: prompts, classes, or neither.
+
+    Raises:
+        ConfigError: nothing is said, or both prompts and classes.
+    """
+    if prompts and class_labels:
+        raise ConfigError("--prompt and --class-label: a pipeline takes the one or the other")
+    if not (number or prompts or class_labels):
+        raise ConfigError(
+            f"nothing to {what} on: give --prompts FILE with one prompt a line, or --prompt TEXT; for a class-conditional pipeline "
+            "--class-label CLASS, for one that takes neither --samples N"
+        )
+    return number or len(prompts) or len(class_labels or ()), {"prompts": prompts} if prompts else {"class_labels": class_labels or []}
+
+
 def parse_device(text: str | None) -> Any:
     """A device that is really there; without a name the best one."""
     import torch

@@ -17,6 +17,7 @@ from diffgraft.kernel.loading import unload
 from diffgraft.kernel.stack import stack_of
 from diffgraft.testing.case import check
 from diffgraft.testing.levels import VARIANCE, exactly_gaussian, level
+from diffgraft.testing.runs import counting
 from diffgraft.testing.setting import ANOTHER, USUAL, Setting, under
 from diffgraft.testing.subject import Subject, distance
 from diffgraft.testing.tiny import SCHEDULERS, ForeignProcessor, add_lora, attention_layers, denoisers, make_scheduler, quiet
@@ -30,11 +31,15 @@ def register(scheduler: str) -> None:
         """Second-order and multistep schedulers, repeated timesteps (DeepCache: positions 0,1,1,3,3 under Heun; diffusers #5687)."""
         setting = under(scheduler)
         pipe = s.make(setting)
-        try:
-            s.attach(pipe)
-            first = s.run(pipe, setting)
-        except Unsupported as error:
-            s.note(f"refused under {scheduler}: {error}")
+        with counting(denoisers(pipe, s.family)) as work:
+            try:
+                s.attach(pipe)
+                first = s.run(pipe, setting)
+            except Unsupported as error:
+                s.note(f"refused under {scheduler}: {error}")
+                first = None
+        if first is None:
+            assert work.calls == 0, f"refused under {scheduler} after the denoiser has run; check(target) or run(call) can tell earlier"
             s.expect(s.run(unload(pipe), setting), s.baseline(setting), "after the refusal, against the baseline")
             return
         s.expect(s.run(pipe, setting), first, f"the second run under {scheduler}")

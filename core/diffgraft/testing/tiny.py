@@ -26,6 +26,7 @@ SCHEDULERS: Mapping[str, tuple[str, dict[str, Any]]] = {
     "Heun": ("HeunDiscreteScheduler", {}),
     "KDPM2": ("KDPM2DiscreteScheduler", {}),
     "DPM++Karras": ("DPMSolverMultistepScheduler", {"use_karras_sigmas": True}),
+    "EDMEuler": ("EDMEulerScheduler", {}),
     "FlowMatchEuler": ("FlowMatchEulerDiscreteScheduler", {}),
     "FlowMatchHeun": ("FlowMatchHeunDiscreteScheduler", {}),
 }

@@ -15,8 +15,9 @@ from diffgraft.installed import registry
 from diffgraft.kernel.defaults import own_defaults
 from diffgraft_checkpoints.emoji import edit_judge, edits, scenes
 from diffgraft_checkpoints.emoji.judge import load_bundled
-from diffgraft_checkpoints.train import edit, text
+from diffgraft_checkpoints.train import edit, pixel, text
 from diffgraft_checkpoints_more import bundled
+from diffusers import DDIMScheduler
 
 CALLS: dict[str, tuple[str, dict[str, Any]]] = {
     "emoji-dit": ("DiTPipeline", {"num_inference_steps": 50, "guidance_scale": 2.0}),
@@ -24,6 +25,7 @@ CALLS: dict[str, tuple[str, dict[str, Any]]] = {
         "StableDiffusionInstructPix2PixPipeline",
         {"num_inference_steps": 50, "guidance_scale": 2.0, "image_guidance_scale": 1.5},
     ),
+    "emoji-pixel": ("DDPMPipeline", {"num_inference_steps": 100}),
 }
 """Pipeline class, and what a call takes where nobody says otherwise."""
 
@@ -84,6 +86,16 @@ def test_emoji_edit_edits_its_start_picture_and_others_as_told() -> None:
     other = scenes.render(scenes.upright(replace(start, labels=replace(start.labels, object="star"))))
     [moved] = pipe("make the background blue", image=other, num_inference_steps=16, generator=torch.Generator().manual_seed(0)).images
     assert load_bundled().score([moved], ["a star on a blue background"])["background"] == [True]
+
+
+def test_emoji_pixel_draws_its_objects() -> None:
+    pipe = opened("emoji-pixel")
+    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
+    images = pipe(batch_size=16, num_inference_steps=20, generator=torch.Generator().manual_seed(0)).images
+    assert [image.size for image in images] == [(pixel.SIDE, pixel.SIDE)] * 16
+    seen = pixel.recognised(load_bundled(), images)
+    assert seen["share"] >= 0.6
+    assert seen["objects"] >= 5
 
 
 def test_emoji_text_writes_captions_of_its_grammar() -> None:

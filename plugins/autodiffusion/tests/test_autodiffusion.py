@@ -460,10 +460,20 @@ def test_the_command(tmp_path):
         ],
     )
     assert done.exit_code == 0, done.output
-    assert "6 candidates: trajectory" in done.output
+    assert "6 candidates: loss (trajectory)" in done.output
     made = Finding.load(tmp_path / "found.json", "autodiffusion")
     assert made.facts["searcher"]["mutation"] == 0.5
     assert len(made.genome["timesteps"]) == made.made_for.steps == 3
+
+
+def test_the_command_for_a_pipeline_without_prompts(tmp_path):
+    pipe, _ = tiny("DDPMPipeline")
+    pipe.save_pretrained(tmp_path / "pipe")
+    words = ("evolve", "autodiffusion", "--pipeline", str(tmp_path / "pipe"), "--steps", "3", "--population", "2", "--epochs", "1")
+    words = (*words, "--samples", "2", "--reference-steps", "4", "--out", str(tmp_path / "found.json"), "--device", "cpu")
+    done = CliRunner().invoke(app, words)
+    assert done.exit_code == 0, done.output
+    assert Finding.load(tmp_path / "found.json", "autodiffusion").facts["prompts"]["number"] == 2
 
 
 # bad input ---------------------------------------------------------------------------------------------------------------------------

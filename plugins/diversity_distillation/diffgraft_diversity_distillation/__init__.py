@@ -33,6 +33,7 @@ from diffgraft import (
 from diffgraft.methods.adapters import adapter_layers, removable_layers, without_adapters
 from diffgraft.methods.conditioning import Conditioning, PromptWatch, same_text_encoders
 from diffgraft.methods.inputs import parameters
+from diffgraft.methods.predictions import known_kind
 from diffusers import DiffusionPipeline
 from pydantic import Field
 from torch import Tensor
@@ -153,6 +154,8 @@ class DiversityDistillation(Plugin):
         shared.__init__()  # an outer plugin may run the pipeline several times
         if config.lora_strength != 1:
             call = self._weakened(call)
+        if config.preview:
+            known_kind(call.family, call.pipe.scheduler)
         if config.steps:
             self._prepare(call)
         result = next(call)

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 
 import torch
 from diffgraft import Effects, Paper, Plugin, PluginConfig, RunCall, Step, StepCall, StepOutput, Unsupported
-from diffgraft.methods.predictions import SignalNoise, clean_estimate, levels_after, levels_of, noise_estimate, prediction_kind
+from diffgraft.methods.predictions import SignalNoise, clean_estimate, known_kind, levels_after, levels_of, noise_estimate, prediction_kind
 from pydantic import Field, NonNegativeInt, field_validator
 from torch import Tensor
 
@@ -86,6 +86,8 @@ class InterpolantSDE(Plugin):
                 f"interpolant_sde: {type(call.pipe.scheduler).__name__} makes a step in two stages, between which no noise may come; "
                 "use a first-order scheduler (DDIM, Euler, FlowMatchEuler)"
             )
+        if self.config.eta:
+            known_kind(call.family, call.pipe.scheduler)
         call.shared.__init__()  # an outer plugin may run the pipeline several times
         result = next(call)
         kept: Path = call.shared

@@ -14,7 +14,7 @@ from typing import Annotated, Any, ClassVar
 import torch
 from diffgraft import ConfigError, DenoiseCall, Effects, Paper, Plugin, PluginConfig, RunCall, Unsupported
 from diffgraft.methods.decoding import ensure_decodes, to_latents
-from diffgraft.methods.predictions import levels_after, levels_of
+from diffgraft.methods.predictions import known_kind, levels_after, levels_of
 from diffusers.image_processor import VaeImageProcessor
 from PIL.Image import Image
 from pydantic import AfterValidator, Field
@@ -149,6 +149,8 @@ class ScoreGeometry(Plugin):
     # a run --------------------------------------------------------------------------------------------------------------------------
 
     def run(self, call: RunCall, next: Callable[[RunCall], Any]) -> Any:
+        if self.config.steps:
+            known_kind(call.family, call.pipe.scheduler)
         if self.config.steps and self.config.picture is not None:
             call.shared.centre = self.encoded(call)
         result = next(call)

@@ -29,7 +29,7 @@ from diffgraft import (
 )
 from diffgraft.methods.conditioning import Conditioning, for_each_prompt, own_conditioning, with_prompt
 from diffgraft.methods.gradients import LossScale, latent_gradient, predict_alone
-from diffgraft.methods.predictions import SignalNoise, levels_after, levels_of, noise_estimate, prediction_kind
+from diffgraft.methods.predictions import SignalNoise, known_kind, levels_after, levels_of, noise_estimate, prediction_kind
 from diffgraft.methods.second import unhooked
 from diffusers import DiffusionPipeline
 from diffusers.utils.torch_utils import randn_tensor
@@ -112,6 +112,7 @@ class SuperDiff(Plugin):
             return next(call)
         if getattr(call.pipe.scheduler, "order", 1) != 1:
             raise Unsupported(f"superdiff: {type(call.pipe.scheduler).__name__} makes a step in two stages; use DDIM or Euler")
+        known_kind(call.family, call.pipe.scheduler)
         second = call.given("model") or call.pipe
         arguments = call.arguments()
         shared.heard = own_conditioning(second, with_prompt(arguments, for_each_prompt(self.name, self.config.prompt, arguments)))

@@ -47,3 +47,6 @@ emoji_edit = Bundled(
     pictures={"image": str(HERE / "emoji-edit" / "start.png")},
 )
 """Instructions instead of captions. A call without a picture edits the start picture."""
+
+emoji_pixel = Bundled(name="emoji-pixel", path=str(HERE / "emoji-pixel"), steps=100)
+"""Neither prompts nor classes; so there is nothing that a judge could hold a picture against."""

@@ -19,7 +19,7 @@ from rich.progress import track
 from torch import Tensor
 
 from ..emoji import scenes
-from ..emoji.judge import OTHER, Judge, load_bundled
+from ..emoji.judge import Judge, load_bundled
 from . import cards
 from . import evaluate as measuring
 from . import export as exporting
@@ -136,9 +136,9 @@ def nearest(images: Sequence[Image.Image], training: Tensor) -> tuple[Tensor, Te
 
 
 def recognised(judge: Judge, images: Sequence[Image.Image]) -> dict[str, Any]:
-    """What the judge sees: the share of pictures that are an object to it, and how many different ones, of the 64, there are."""
+    """What the judge, which knows 64 objects, sees: the share of pictures of one of `KINDS`, and how many different ones there are."""
     seen = [each["object"] for each in judge.predict(images)]
-    objects = [name for name in seen if name != OTHER]
+    objects = [name for name in seen if name in KINDS]
     return {"share": round(len(objects) / len(seen), 4), "objects": len(set(objects))}
 
 
@@ -199,12 +199,12 @@ image = pipe(num_inference_steps=100).images[0]
 {count} pictures of each sampler, picture i with seed i, fp16 weights loaded as fp32, beside as many true renders that are not in the
 training. The judge is that of emoji-sd, which looks at all of them enlarged to 64 x 64:
 
-| | steps | Frechet | the judge sees an object | different objects | nearest training picture | diversity |
+| | steps | Frechet | the judge sees one of the {kinds} | different objects | nearest training picture | diversity |
 |---|---|---|---|---|---|---|
 {figures}
 
 - Frechet: distance of judge features to those of true renders.
-- "The judge sees an object": not a scrambled one or a shapeless blob. {last} objects were in the training.
+- "The judge sees one of the {kinds}": and not one of the 48 others that it knows, a scrambled one or a shapeless blob.
 - Nearest training picture: mean RMS pixel difference (0..255) to the nearest of the {scene_count} training pictures, in `nearest.png` side
   by side. A model that repeats its training pictures would be far below the true renders; a blurred picture is a little nearer, too.
 - Diversity: mean pairwise RMS pixel difference (0..255).
@@ -213,15 +213,15 @@ training. The judge is that of emoji-sd, which looks at all of them enlarged to 
 """
     + cards.MADE
     + """
-- Data: {scene_count} upright scenes of one object, as in the later stages of emoji-sd, averaged to 32 x 32 pixels.
-- U-Net: widths 32, 64, 96, two layers a block, attention at 8 x 8; AdamW (learning rate 1e-3, cosine), batch 64, bf16
-  autocast, averaged weights (.998). Ho et al.'s linear schedule; the error of the noise weighted by clamp(1 / SNR, 1, 10); timesteps
-  1000 u^0.6 in the first half of the steps, uniform in the second.
+- Data: {scene_count} upright scenes of one object, as in the later stages of emoji-sd, averaged to 32 x 32 pixels. Objects: {names}.
+- U-Net: widths 32, 64, 96, two layers a block, attention at 8 x 8; AdamW (learning rate 1e-3, falling in the last
+  quarter), batch {batch_size}, bf16 autocast, averaged weights (.998). Ho et al.'s linear schedule; the error of the noise weighted by
+  clamp(1 / SNR, 1, 10); timesteps 1000 u^0.6 in the first half of the steps, uniform in the second.
 
 ## Limits
 
-One object a picture, of 64, and no way to ask for one; 32 x 32 pixels. The judge was trained on 64 x 64 pictures and is more lenient than
-a person about fine detail, so look at the pictures too.
+One object a picture, of {kinds}, and no way to ask for one; 32 x 32 pixels. The judge was trained on 64 x 64 pictures and is more lenient
+than a person about fine detail, so look at the pictures too.
 
 """
 )
@@ -265,7 +265,9 @@ def measure_pixel(
         notes=exporting.remarks(notes.read_text() if notes else ""),
         count=pictures,
         batch=DRAWN_AT_ONCE,
-        last=len(judge.config.classes["object"]) - 1,
+        kinds=len(KINDS),
+        names=", ".join(KINDS),
+        batch_size=BATCH,
         figures="\n".join(figure_row(name, row) for name, row in (*result["samplers"].items(), ("true renders", result["true_renders"]))),
         seconds=", ".join(f"{name} {row['seconds_per_picture']}" for name, row in result["samplers"].items()),
     )
