@@ -80,7 +80,8 @@ def videos_of(draft: Any) -> list[Tensor]:
             in 0 to 1 or uint8, lists of PIL pictures, paths (a folder of pictures, .gif, .npy, or what imageio reads), lists of these.
 
     Raises:
-        ConfigError: something in it is no video, a file cannot be read, frames of one video have different sizes, or values are outside their range.
+        ConfigError: something in it is no video, a file cannot be read, frames of one video have different sizes, or values are outside
+            their range.
     """
     try:
         ensure_form(draft)
