@@ -1,0 +1,147 @@
+"""DPM-OT (Li, Li, Wang, Lei, Luo, Gu, arXiv 2307.11308): a run begins at the optimal transport image of its noise, at level m.
+
+The images are training pictures, noised once: the map says which of them a noise is sent to. What is left of the schedule, a few steps,
+is the pipeline's own.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from diffgraft import (
+    ArtefactMismatch,
+    ConfigError,
+    DenoiseCall,
+    Effects,
+    Need,
+    Plugin,
+    RunCall,
+    Schedule,
+    ScheduleCall,
+    Target,
+    Unsupported,
+)
+from diffgraft.methods.artefacts import Artefact, make_again
+from diffgraft.methods.starts import cut, is_first, unit_noise
+from torch import Tensor
+
+from diffgraft_dpm_ot.fitter import MapFitter, classes_of
+from diffgraft_dpm_ot.knobs import ANY, HOLDS, PAPER, DpmOtConfig
+from diffgraft_dpm_ot.method import cell_of, source_of, unit_of, values
+
+__all__ = ["DpmOt"]
+__version__ = "0.1.0"
+
+FAR = 0.1
+"""Total variation from equal measures, beyond chance, above which the report says that the map is not fitted well."""
+
+
+@dataclass
+class Chosen:
+    """Of a run: the target of each sample."""
+
+    cells: Tensor | None = None
+
+
+class DpmOt(Plugin):
+    name = "dpm_ot"
+    paper = PAPER
+    families = ("pixel", "dit")
+    Config = DpmOtConfig
+    State = Chosen
+    neutral: ClassVar[dict[str, Any]] = {"artefact": None, "start": 1000.0}
+    active: ClassVar[dict[str, Any]] = {"start": 700.0}
+    effects = Effects(edits=frozenset({"latents", "schedule"}))
+    needs = (Need("fit", "artefact", fits=frozenset({"scheduler", "steps", "shape"}), holds=HOLDS),)
+    fitting = MapFitter
+    config: DpmOtConfig
+
+    def check(self, target: Target) -> None:
+        found: Artefact | None = target.given.get("artefact")
+        T = int(target.pipe.scheduler.config.get("num_train_timesteps", 1000))
+        knobs = self.config
+        if knobs.start > T:
+            raise ConfigError(f"plugin 'dpm_ot': start = {knobs.start:g}: this model was trained with {T} timesteps; take at most that")
+        if found is None:
+            if knobs.start < T:
+                raise ConfigError(
+                    f"plugin 'dpm_ot': start = {knobs.start:g} and artefact = None: noise is no sample of that level, so a run cannot begin "
+                    f"there; {make_again(self.name, 'fit')}, or take start = {T}, which is off"
+                )
+            return
+        for key in ("start", "source"):
+            if (made := found.facts[key]) != (asked := getattr(knobs, key)):
+                raise ArtefactMismatch(
+                    f"dpm_ot: the map {found.path or '(in memory)'} was fitted with {key} = {made}, and {key} = {asked} is asked for; say "
+                    f"{key} = {made}, or {make_again(self.name, 'fit')}"
+                )
+
+    def run(self, call: RunCall, next: Any) -> Any:
+        found: Artefact | None = call.given("artefact")
+        call.shared.cells = None  # an outer plugin may run the pipeline several times
+        if found is None:
+            call.note("inactive: no map is given, and start is the whole schedule")
+            return next(call)
+        J = len(found.tensors["heights"])
+        call.note(f"begins with noised training pictures: {J} of them are in the map, and a sampler without noise can make no more pictures")
+        off, chance = found.facts["off"], found.facts["chance"]
+        if off is None:
+            call.note("the map is an example: its targets are no pictures")
+        elif off > chance + FAR or found.facts["empty"]:
+            call.note(
+                f"the map is not fitted well: its cells are {off:.2f} from equal measures (total variation; {chance:.2f} by chance alone), "
+                f"and {found.facts['empty']} are empty; fit it with more steps, or more samples"
+            )
+        return next(call)
+
+    def schedule(self, call: ScheduleCall, next: Any) -> Schedule:
+        own: Schedule = next(call)
+        found: Artefact | None = call.given("artefact")
+        if found is None:
+            return own
+        made = cut(call, own, self.config.start)
+        if (first := float(made.timesteps[0])) != (level := found.facts["timestep"]):  # once a run
+            raise ArtefactMismatch(
+                f"dpm_ot: the targets are of timestep {level:g}, and this run would begin at {first:g}: something else has changed its "
+                f"schedule; take that off, or {make_again(self.name, 'fit')}"
+            )
+        return made
+
+    def denoise(self, call: DenoiseCall, next: Any) -> Tensor:
+        if call.step.call == 0 and call.given("artefact") is not None:
+            call = call.with_latents(self.start(call) if is_first(call) else call.latents)
+        return next(call)  # type: ignore[no-any-return]
+
+    def start(self, call: DenoiseCall) -> Tensor:
+        """T(x): a target for each sample, in the pipeline's layout and dtype."""
+        noise, found = unit_noise(call), call.given("artefact").tensors
+        y, labels = (found[key].to(noise.device, non_blocking=True) for key in ("targets", "labels"))
+        if y.shape[1:] != noise.shape[1:]:
+            raise ArtefactMismatch(
+                f"dpm_ot: the targets have shape {tuple(y.shape[1:])}, these latents {tuple(noise.shape[1:])}; {make_again(self.name, 'fit')}"
+            )
+        flat = y.flatten(1).float()
+        h = found["heights"].to(flat) * unit_of(flat, classes_of(labels))
+        call.shared.cells = j = cell_of(values(source_of(noise, self.config.source), flat, h), self.allowed(call, labels))
+        call.count("starts at a training picture", len(j))
+        return y[j].to(call.latents.dtype)
+
+    def allowed(self, call: DenoiseCall, labels: Tensor) -> Tensor | None:
+        """[n, J]: the targets of each sample's class; None where there are no classes.
+
+        Raises:
+            Unsupported: a class without targets.
+        """
+        name = "class_labels"
+        if name not in call.family.conditioning or bool((labels == ANY).all()):
+            return None
+        asked = call.only("cond")[name].reshape(-1, 1)
+        found: Tensor = asked == labels
+        if missing := asked[~found.any(1)].unique().tolist():  # once a run
+            raise Unsupported(
+                f"dpm_ot: the map has no target of class {missing[0]}, only of {labels.unique().tolist()}: ask for these, or fit it with "
+                "pictures of that class"
+            )
+        return found

@@ -1,0 +1,85 @@
+"""The knobs, the paper, and what the file holds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+from diffgraft import Paper, PluginConfig
+from diffgraft.methods.artefacts import Artefact
+from diffgraft.methods.schema import Holds, Values
+from pydantic import Field
+from torch import Tensor
+from typing_extensions import TypedDict
+
+from diffgraft_dpm_ot.method import Source
+
+PAPER = Paper(
+    title="DPM-OT: A New Diffusion Probabilistic Model Based on Optimal Transport",
+    arxiv="2307.11308",
+    implemented="the semi-discrete map from white noise to noised training pictures, and the run from their level on; class by class for DiT",
+    omitted="annealed Langevin steps (NCSN++): the pipeline's own sampler runs; `topk` > 1 with its angle filter, which does not run in the "
+    "official code; doubling of the samples when the fit stalls",
+    licence="the official repository names none; written from the equations",
+)
+ANY = -1
+"""The label of a target that serves every class."""
+
+
+class DpmOtConfig(PluginConfig):
+    """Knobs of DPM-OT."""
+
+    artefact: str | Path | Artefact | None = Field(
+        None, description="targets and heights, as `diffgraft fit dpm_ot` wrote them; they hold noised training pictures"
+    )
+    start: float = Field(
+        400.0,
+        gt=0,
+        description="level m, a timestep of the training (T = 1000 for most): a run begins at the first step that is not above it; at T "
+        "without an artefact nothing is done",
+    )
+    source: Source = Field(
+        "normal", description="mu: the pipeline's white noise as in the paper, or 'uniform' on [0, 1] (its Phi) as in the official code"
+    )
+
+
+class FitConfig(PluginConfig):
+    """Knobs of the fit (``diffgraft fit dpm_ot --set NAME=VALUE``)."""
+
+    targets: int = Field(64, ge=1, description="J: how many training pictures are kept, of all classes together")
+    samples: int = Field(1024, ge=1, description="N: samples of mu in each step of the fit (Monte Carlo)")
+    rate: float = Field(0.1, gt=0, description="learning rate of Adam on the heights, in units of the targets' spread")
+
+
+class Facts(TypedDict):
+    """Of a map: the level, in timesteps, as asked for and as the first step has it; mu; J; the histogram's distance from uniform by fresh
+    samples (total variation; None: not fitted), what chance alone makes of it, cells that none of them met, and their number."""
+
+    start: float
+    timestep: float
+    source: str
+    off: Annotated[float, Field(ge=0, le=1)] | None
+    chance: float
+    empty: int
+    drawn: int
+
+
+def unlike(tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> str | None:
+    """Why targets and facts do not go together, or None."""
+    if bool((tensors["labels"] == ANY).any()) and not bool((tensors["labels"] == ANY).all()):
+        return f"some of its labels are {ANY} (any class), some are not"
+    return None if facts["source"] in ("normal", "uniform") else f"its fact source is {facts['source']!r}, no 'normal' or 'uniform'"
+
+
+HOLDS = Holds(
+    tensors={
+        "targets": Values(("J", ...)),
+        "heights": Values(("J",)),
+        "labels": Values(("J",), dtypes=(torch.int64,), low=ANY),
+        "filled": Values((), dtypes=(torch.int64,), low=0),
+    },
+    facts=Facts,
+    also=unlike,
+)
