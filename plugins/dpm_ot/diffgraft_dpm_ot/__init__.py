@@ -6,10 +6,8 @@ is the pipeline's own.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import torch
 from diffgraft import (
     ArtefactMismatch,
     ConfigError,
@@ -38,23 +36,15 @@ FAR = 0.1
 """Total variation from equal measures, beyond chance, above which the report says that the map is not fitted well."""
 
 
-@dataclass
-class Chosen:
-    """Of a run: the target of each sample."""
-
-    cells: Tensor | None = None
-
-
 class DpmOt(Plugin):
     name = "dpm_ot"
     paper = PAPER
     families = ("pixel", "dit")
     Config = DpmOtConfig
-    State = Chosen
-    neutral: ClassVar[dict[str, Any]] = {"artefact": None, "start": 1000.0}
+    neutral: ClassVar[dict[str, Any]] = {"start": None}
     active: ClassVar[dict[str, Any]] = {"start": 700.0}
     effects = Effects(edits=frozenset({"latents", "schedule"}))
-    needs = (Need("fit", "artefact", fits=frozenset({"scheduler", "steps", "shape"}), holds=HOLDS),)
+    needs = (Need("fit", "artefact", fits=frozenset({"scheduler", "shape"}), holds=HOLDS),)
     fitting = MapFitter
     config: DpmOtConfig
 
@@ -62,14 +52,11 @@ class DpmOt(Plugin):
         found: Artefact | None = target.given.get("artefact")
         T = int(target.pipe.scheduler.config.get("num_train_timesteps", 1000))
         knobs = self.config
+        if knobs.start is None:
+            return
         if knobs.start > T:
             raise ConfigError(f"plugin 'dpm_ot': start = {knobs.start:g}: this model was trained with {T} timesteps; take at most that")
         if found is None:
-            if knobs.start < T:
-                raise ConfigError(
-                    f"plugin 'dpm_ot': start = {knobs.start:g} and artefact = None: noise is no sample of that level, so a run cannot begin "
-                    f"there; {make_again(self.name, 'fit')}, or take start = {T}, which is off"
-                )
             return
         for key in ("start", "source"):
             if (made := found.facts[key]) != (asked := getattr(knobs, key)):
@@ -79,10 +66,14 @@ class DpmOt(Plugin):
                 )
 
     def run(self, call: RunCall, next: Any) -> Any:
-        found: Artefact | None = call.given("artefact")
-        call.shared.cells = None  # an outer plugin may run the pipeline several times
+        found, start = self.map(call), self.config.start
         if found is None:
-            call.note("inactive: no map is given, and start is the whole schedule")
+            if start is not None and start < int(call.pipe.scheduler.config.get("num_train_timesteps", 1000)):
+                raise ConfigError(
+                    f"plugin 'dpm_ot': start = {start:g} and artefact = None: noise is no sample of that level, so a run cannot begin there; "
+                    f"{make_again(self.name, 'fit')}, or take start = None, which is off"
+                )
+            call.note(f"inactive: {'start is None' if start is None else 'no map is given, and start is the whole schedule'}")
             return next(call)
         J = len(found.tensors["heights"])
         call.note(f"begins with noised training pictures: {J} of them are in the map, and a sampler without noise can make no more pictures")
@@ -98,25 +89,32 @@ class DpmOt(Plugin):
 
     def schedule(self, call: ScheduleCall, next: Any) -> Schedule:
         own: Schedule = next(call)
-        found: Artefact | None = call.given("artefact")
+        found = self.map(call)
         if found is None:
             return own
+        assert self.config.start is not None
         made = cut(call, own, self.config.start)
         if (first := float(made.timesteps[0])) != (level := found.facts["timestep"]):  # once a run
             raise ArtefactMismatch(
-                f"dpm_ot: the targets are of timestep {level:g}, and this run would begin at {first:g}: something else has changed its "
-                f"schedule; take that off, or {make_again(self.name, 'fit')}"
+                f"dpm_ot: the targets are of timestep {level:g}, and this run would begin at {first:g}; the map was fitted for "
+                f"num_inference_steps={found.facts['steps']} of the plain schedule: take that, and no plugin that changes it, or "
+                f"{make_again(self.name, 'fit')}"
             )
         return made
 
     def denoise(self, call: DenoiseCall, next: Any) -> Tensor:
-        if call.step.call == 0 and call.given("artefact") is not None:
+        if call.step.call == 0 and self.map(call) is not None:
             call = call.with_latents(self.start(call) if is_first(call) else call.latents)
         return next(call)  # type: ignore[no-any-return]
+
+    def map(self, call: Any) -> Artefact | None:
+        """What a run was given; None where nothing is to be done."""
+        return None if self.config.start is None else call.given("artefact")
 
     def start(self, call: DenoiseCall) -> Tensor:
         """T(x): a target for each sample, in the pipeline's layout and dtype."""
         noise, found = unit_noise(call), call.given("artefact").tensors
+        noise = noise * getattr(call.pipe.scheduler, "init_noise_sigma", 1.0)  # these pipelines draw unit noise under every scheduler
         y, labels = (found[key].to(noise.device, non_blocking=True) for key in ("targets", "labels"))
         if y.shape[1:] != noise.shape[1:]:
             raise ArtefactMismatch(
@@ -124,7 +122,7 @@ class DpmOt(Plugin):
             )
         flat = y.flatten(1).float()
         h = found["heights"].to(flat) * unit_of(flat, classes_of(labels))
-        call.shared.cells = j = cell_of(values(source_of(noise, self.config.source), flat, h), self.allowed(call, labels))
+        j = cell_of(values(source_of(noise, self.config.source), flat, h), self.allowed(call, labels))
         call.count("starts at a training picture", len(j))
         return y[j].to(call.latents.dtype)
 

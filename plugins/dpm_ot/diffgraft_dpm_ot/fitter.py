@@ -6,6 +6,7 @@ samples of mu. The denoiser has no part in it.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable
 from typing import Any, ClassVar
 
@@ -25,16 +26,18 @@ DRAWN = 2**16
 
 
 class Cells(nn.Module):
-    """y [J, ...] with their classes, h in units of :func:`unit_of`, and how many of them are there already (then random numbers else)."""
+    """y [J, ...], random numbers but for the first ``filled``; of each its class and its picture's mark; h in units of :func:`unit_of`."""
 
     def __init__(self, number: int, shape: tuple[int, ...]) -> None:
         super().__init__()
         self.heights = nn.Parameter(torch.zeros(number))
         self.register_buffer("targets", torch.randn(number, *shape))
         self.register_buffer("labels", torch.full((number,), ANY))
+        self.register_buffer("pictures", torch.zeros(number, dtype=torch.long))
         self.register_buffer("filled", torch.zeros((), dtype=torch.long))
         self.targets: Tensor
         self.labels: Tensor
+        self.pictures: Tensor
         self.filled: Tensor
 
 
@@ -48,6 +51,8 @@ class MapFitter(Fitter):
 
     def build(self, probe: Any) -> nn.Module:
         times, start = probe.timesteps, self.plugin.config.start
+        if start is None:
+            raise ConfigError("plugin 'dpm_ot': start = None is off, so there is no level to fit a map for: give the start of your runs")
         index = next((i for i, t in enumerate(times.tolist()) if t <= start), None)
         if index is None:
             raise ConfigError(
@@ -58,7 +63,6 @@ class MapFitter(Fitter):
         self.time = float(times[index])
         self.levels = levels_at(probe.target.family, probe.scheduler, times[index], sigma, torch.device("cpu"))
         self.ready: tuple[Tensor, Tensor, Tensor] | None = None
-        self.seen: list[Tensor] = []
         return Cells(self.config.targets, shape_of(probe.target))
 
     def optimizer(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
@@ -77,34 +81,40 @@ class MapFitter(Fitter):
 
     @torch.no_grad()
     def keep(self, batch: Any) -> None:
-        """Make targets of a batch's pictures.
+        """Make targets of a batch's pictures, of each picture one.
 
         Raises:
-            ConfigError: fewer pictures than targets.
+            ConfigError: there are no more.
         """
         cells, number = self.trained, int(self.trained.filled)
-        place = batch.step * len(batch.examples)
-        if number < place:  # an epoch of another length cannot be: the batches follow from the step
-            raise ConfigError("plugin 'dpm_ot': the state is not that of this fit")
         z0 = self.latents(batch).float()
         if cells.targets.shape[1:] != z0.shape[1:]:
             raise ConfigError(
-                f"plugin 'dpm_ot': a picture's latents have shape {tuple(z0.shape[1:])}, those of a run {tuple(cells.targets.shape[1:])}"
+                f"plugin 'dpm_ot': a picture's latents have shape {tuple(z0.shape[1:])}, those of a run {tuple(cells.targets.shape[1:])}; "
+                "leave --height and --width out"
             )
         noise = torch.randn(z0.shape, generator=batch.generator).to(z0)
         y = at_level(z0, noise, type(self.levels)(*(level.to(z0.device) for level in self.levels)))
-        for each, target in zip(batch.examples, y, strict=True):
-            if number == len(cells.heights):
-                break
-            cells.targets[number] = target
-            cells.labels[number] = ANY if each.class_label is None else each.class_label
-            number += 1
+        known, before = set(cells.pictures[:number].tolist()), number
+        for each, pixels, target in zip(batch.examples, batch.pixels, y, strict=True):
+            mark = mark_of(pixels)
+            if number < len(cells.heights) and mark not in known:
+                known.add(mark)
+                cells.targets[number] = target
+                cells.labels[number] = ANY if each.class_label is None else each.class_label
+                cells.pictures[number] = mark
+                number += 1
+        if number == before:
+            raise ConfigError(
+                f"plugin 'dpm_ot': targets = {len(cells.heights)}: a whole batch brought no new picture after {number} different ones; give "
+                f"more pictures, or --set targets={number}"
+            )
         cells.filled.fill_(number)
 
     def facts(self) -> dict[str, Any]:
         """Raises ConfigError where the steps did not even read all pictures."""
         cells, J = self.trained, len(self.trained.heights)
-        about = {"start": float(self.plugin.config.start), "timestep": self.time, "source": self.plugin.config.source}
+        about = {"start": float(self.plugin.config.start), "timestep": self.time, "steps": self.probe.steps, "source": self.plugin.config.source}
         if 0 < int(cells.filled) < J:
             raise ConfigError(
                 f"plugin 'dpm_ot': the steps of the fit read {int(cells.filled)} of {J} pictures, and fitted nothing: take more --steps, "
@@ -113,6 +123,11 @@ class MapFitter(Fitter):
         if not cells.filled:  # an example, nothing learned
             return {**about, "off": None, "chance": 0.0, "empty": 0, "drawn": 0}
         return {**about, **measured(cells, self.plugin.config.source)}
+
+
+def mark_of(pixels: Tensor) -> int:
+    """Tells one picture [3, height, width] from another."""
+    return int.from_bytes(hashlib.sha256(pixels.cpu().contiguous().numpy().tobytes()).digest()[:7], "big")
 
 
 def shape_of(target: Any) -> tuple[int, ...]:

@@ -34,11 +34,11 @@ class DpmOtConfig(PluginConfig):
     artefact: str | Path | Artefact | None = Field(
         None, description="targets and heights, as `diffgraft fit dpm_ot` wrote them; they hold noised training pictures"
     )
-    start: float = Field(
+    start: float | None = Field(
         400.0,
         gt=0,
-        description="level m, a timestep of the training (T = 1000 for most): a run begins at the first step that is not above it; at T "
-        "without an artefact nothing is done",
+        description="level m, a timestep of the training (T = 1000 for most): a run begins at the first step that is not above it; none is "
+        "off, and so is T without an artefact",
     )
     source: Source = Field(
         "normal", description="mu: the pipeline's white noise as in the paper, or 'uniform' on [0, 1] (its Phi) as in the official code"
@@ -54,11 +54,12 @@ class FitConfig(PluginConfig):
 
 
 class Facts(TypedDict):
-    """Of a map: the level, in timesteps, as asked for and as the first step has it; mu; J; the histogram's distance from uniform by fresh
+    """Of a map: the level, in timesteps, as asked for and as the first step has it, of a run of ``steps``; mu; the histogram's distance from uniform by fresh
     samples (total variation; None: not fitted), what chance alone makes of it, cells that none of them met, and their number."""
 
     start: float
     timestep: float
+    steps: int
     source: str
     off: Annotated[float, Field(ge=0, le=1)] | None
     chance: float
@@ -78,6 +79,7 @@ HOLDS = Holds(
         "targets": Values(("J", ...)),
         "heights": Values(("J",)),
         "labels": Values(("J",), dtypes=(torch.int64,), low=ANY),
+        "pictures": Values(("J",), dtypes=(torch.int64,), low=0),
         "filled": Values((), dtypes=(torch.int64,), low=0),
     },
     facts=Facts,
