@@ -373,8 +373,9 @@ def test_a_fit_needs_as_many_different_pictures_as_targets_and_steps_to_read_the
     twice = pictures(3) + pictures(3)
     with pytest.raises(ConfigError, match=r"no new picture after 3 different ones.*--set targets=3"):
         learned(tmp_path, J=6, examples=twice, batch=3)
+    (tmp_path / "few").mkdir()
     with pytest.raises(ConfigError, match=r"read 4 of 6 pictures.*--steps"):
-        learned(tmp_path, J=6, steps=1, batch=4, rate=0.2)
+        learned(tmp_path / "few", J=6, steps=1, batch=4)
     made = tiny("DiTPipeline")
     with pytest.raises(ConfigError, match="class"):
         fit(made.pipe, DpmOt(start=START), pictures(4), CallSettings(steps=STEPS), tmp_path / "dit.safetensors", FitPlan(steps=1))
