@@ -55,8 +55,10 @@ from PIL import Image, ImageDraw
 from pydantic import Field
 from torch import Tensor
 
-KINDS = ("panda", "pig", "frog", "ladybug", "apple", "carrot", "eggplant", "mushroom", "donut", "sunflower", "bus", "balloon", "soccer ball",
-         "gift", "star", "heart")  # fmt: skip
+KINDS = (
+    "panda", "pig", "frog", "ladybug", "apple", "carrot", "eggplant", "mushroom", "donut", "sunflower", "bus", "balloon", "soccer ball",
+    "gift", "star", "heart",
+)  # fmt: skip
 """What emoji-pixel draws; of emoji-dit the first ones."""
 SAME = 2.0
 SENT = 4000
@@ -247,9 +249,13 @@ def main(
     picked = [of_kind[kind][int(rng.integers(len(of_kind[kind])))] for kind in asked]
     shown = {"pictures": [ours[i][1] for i in picked], "renders": [picture for _, picture in renders(kinds, each, 4, side)]}
     result: dict[str, Any] = {
-        "pipeline": Path(pipeline).name, "versions": {"torch": torch.__version__, "diffusers": diffusers.__version__, "python": platform.python_version()},
-        "pictures": len(asked), "targets": len(ours), "beside": {name: scale.figures(made, asked) for name, made in shown.items()}, "settings": {},
-    }  # fmt: skip
+        "pipeline": Path(pipeline).name,
+        "versions": {"torch": torch.__version__, "diffusers": diffusers.__version__, "python": platform.python_version()},
+        "pictures": len(asked),
+        "targets": len(ours),
+        "beside": {name: scale.figures(made, asked) for name, made in shown.items()},
+        "settings": {},
+    }
     page = dict(shown)
     for setting in settings.split(","):
         steps, start = int(setting.split(":")[0]), float(setting.split(":")[1])
@@ -257,7 +263,11 @@ def main(
         ours_at = CallSettings(steps=steps)
         found = fit(pipe, DpmOt(start=start), examples, ours_at, path, FitPlan(steps=fit_steps, batch=batch), knobs={"targets": len(ours)})
         about = {key: found.facts[key] for key in ("timestep", "off", "chance", "empty")}
-        row: dict[str, Any] = {"map": {**about, "seconds": round(time.process_time() - began, 1)}, "transport": transport(found), "arms": {}}
+        row: dict[str, Any] = {
+            "map": {**about, "seconds": round(time.process_time() - began, 1)},
+            "transport": transport(found),
+            "arms": {},
+        }
         y, labels = found.tensors["targets"], found.tensors["labels"]
         lots = [int(rng.choice((labels == label[kind]).nonzero()[:, 0].numpy() if has_classes else len(y))) for kind in asked]
         arms: dict[str, Callable[[Sequence[int]], list[Any]]] = {

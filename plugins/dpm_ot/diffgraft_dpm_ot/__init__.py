@@ -70,13 +70,13 @@ class DpmOt(Plugin):
         if found is None:
             if start is not None and start < int(call.pipe.scheduler.config.get("num_train_timesteps", 1000)):
                 raise ConfigError(
-                    f"plugin 'dpm_ot': start = {start:g} and artefact = None: noise is no sample of that level, so a run cannot begin there; "
+                    f"plugin 'dpm_ot': start = {start:g} and artefact = None: noise is no sample of that level, so no run begins there; "
                     f"{make_again(self.name, 'fit')}, or take start = None, which is off"
                 )
             call.note(f"inactive: {'start is None' if start is None else 'no map is given, and start is the whole schedule'}")
             return next(call)
         J = len(found.tensors["heights"])
-        call.note(f"begins with noised training pictures: {J} of them are in the map, and a sampler without noise can make no more pictures")
+        call.note(f"begins with noised training pictures: {J} of them are in the map, and a sampler without noise makes no more")
         off, chance = found.facts["off"], found.facts["chance"]
         if off is None:
             call.note("the map is an example: its targets are no pictures")
@@ -118,7 +118,7 @@ class DpmOt(Plugin):
         y, labels = (found[key].to(noise.device, non_blocking=True) for key in ("targets", "labels"))
         if y.shape[1:] != noise.shape[1:]:
             raise ArtefactMismatch(
-                f"dpm_ot: the targets have shape {tuple(y.shape[1:])}, these latents {tuple(noise.shape[1:])}; {make_again(self.name, 'fit')}"
+                f"dpm_ot: targets of shape {tuple(y.shape[1:])}, latents of {tuple(noise.shape[1:])}; {make_again(self.name, 'fit')}"
             )
         flat = y.flatten(1).float()
         h = found["heights"].to(flat) * unit_of(flat, classes_of(labels))

@@ -106,15 +106,20 @@ class MapFitter(Fitter):
                 number += 1
         if number == before:
             raise ConfigError(
-                f"plugin 'dpm_ot': targets = {len(cells.heights)}: a whole batch brought no new picture after {number} different ones; give "
-                f"more pictures, or --set targets={number}"
+                f"plugin 'dpm_ot': targets = {len(cells.heights)}: a whole batch brought no new picture after {number} different ones; "
+                f"give more pictures, or --set targets={number}"
             )
         cells.filled.fill_(number)
 
     def facts(self) -> dict[str, Any]:
         """Raises ConfigError where the steps did not even read all pictures."""
         cells, J = self.trained, len(self.trained.heights)
-        about = {"start": float(self.plugin.config.start), "timestep": self.time, "steps": self.probe.steps, "source": self.plugin.config.source}
+        about = {
+            "start": float(self.plugin.config.start),
+            "timestep": self.time,
+            "steps": self.probe.steps,
+            "source": self.plugin.config.source,
+        }
         if 0 < int(cells.filled) < J:
             raise ConfigError(
                 f"plugin 'dpm_ot': the steps of the fit read {int(cells.filled)} of {J} pictures, and fitted nothing: take more --steps, "

@@ -19,9 +19,9 @@ from diffgraft_dpm_ot.method import Source
 PAPER = Paper(
     title="DPM-OT: A New Diffusion Probabilistic Model Based on Optimal Transport",
     arxiv="2307.11308",
-    implemented="the semi-discrete map from white noise to noised training pictures, and the run from their level on; class by class for DiT",
-    omitted="annealed Langevin steps (NCSN++): the pipeline's own sampler runs; `topk` > 1 with its angle filter, which does not run in the "
-    "official code; doubling of the samples when the fit stalls",
+    implemented="the semi-discrete map from white noise to noised training pictures, the run from their level on; class by class for DiT",
+    omitted="annealed Langevin steps (NCSN++): the pipeline's own sampler runs; `topk` > 1 with its angle filter, which does not run in "
+    "the official code; doubling of the samples when the fit stalls",
     licence="the official repository names none; written from the equations",
 )
 ANY = -1
@@ -54,29 +54,30 @@ class FitConfig(PluginConfig):
 
 
 class Facts(TypedDict):
-    """Of a map: the level, in timesteps, as asked for and as the first step has it, of a run of ``steps``; mu; the histogram's distance from uniform by fresh
-    samples (total variation; None: not fitted), what chance alone makes of it, cells that none of them met, and their number."""
+    """Of a map: the level, in timesteps, as asked for and as the first step of a run of ``steps`` has it; mu; the histogram's distance
+    from uniform by ``drawn`` fresh samples (total variation; None: not fitted), what chance alone makes of it, cells that none met."""
 
     start: float
     timestep: float
-    steps: int
-    source: str
+    steps: Annotated[int, Field(ge=1)]
+    source: Source
     off: Annotated[float, Field(ge=0, le=1)] | None
-    chance: float
-    empty: int
-    drawn: int
+    chance: Annotated[float, Field(ge=0)]
+    empty: Annotated[int, Field(ge=0)]
+    drawn: Annotated[int, Field(ge=0)]
 
 
 def unlike(tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> str | None:
     """Why targets and facts do not go together, or None."""
     if bool((tensors["labels"] == ANY).any()) and not bool((tensors["labels"] == ANY).all()):
         return f"some of its labels are {ANY} (any class), some are not"
-    return None if facts["source"] in ("normal", "uniform") else f"its fact source is {facts['source']!r}, no 'normal' or 'uniform'"
+    filled, number = int(tensors["filled"]), len(tensors["heights"])
+    return None if filled in (0, number) else f"{filled} of its {number} targets are pictures"
 
 
 HOLDS = Holds(
     tensors={
-        "targets": Values(("J", ...)),
+        "targets": Values(("J", "C", "height", "width")),
         "heights": Values(("J",)),
         "labels": Values(("J",), dtypes=(torch.int64,), low=ANY),
         "pictures": Values(("J",), dtypes=(torch.int64,), low=0),

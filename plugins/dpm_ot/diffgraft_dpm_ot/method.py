@@ -35,7 +35,7 @@ def values(x: Tensor, y: Tensor, h: Tensor) -> Tensor:
 
 
 def energy(u: Tensor, h: Tensor, cells: Tensor) -> Tensor:
-    """E(h) by the mean over samples, of ``u`` = :func:`values` [n, J]; ``cells`` [J]: each y_j's class, 0 ... C - 1. Summed over classes."""
+    """E(h), a mean over samples, of ``u`` = :func:`values` [n, J]; ``cells`` [J]: each y_j's class, 0 ... C - 1. Summed over classes."""
     n, classes = len(u), int(cells.max()) + 1
     best = u.new_full((n, classes), -torch.inf).scatter_reduce(1, cells.expand(n, -1), u, "amax", include_self=False)
     return best.mean(0).sum() - (nu(cells) * h).sum()

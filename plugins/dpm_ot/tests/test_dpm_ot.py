@@ -147,14 +147,14 @@ def test_the_energys_gradient_is_the_histogram_less_nu_in_each_class():
 def test_the_energy_is_that_of_the_definition_and_convex():
     x, y, cells = torch.randn(300, 3).double(), torch.randn(5, 3).double(), one(5)
 
-    def E(h):
+    def value(h):
         u = m.values(x, y, h)
         assert m.energy(u, h, cells).isclose(u.max(1).values.mean() - h.mean())
         return m.energy(u, h, cells)
 
     a, b = torch.randn(5).double(), torch.randn(5).double()
-    assert E((a + b) / 2) <= (E(a) + E(b)) / 2
-    assert E(a).isclose(E(a + 3)), "heights matter up to a constant"
+    assert value((a + b) / 2) <= (value(a) + value(b)) / 2
+    assert value(a).isclose(value(a + 3)), "heights matter up to a constant"
 
 
 def test_in_one_dimension_it_is_the_quantile_map():
@@ -403,8 +403,8 @@ def test_what_cannot_be_is_refused_before_the_pipeline_is_touched():
         with pytest.raises(error, match=words):
             load_pipeline(made.pipe, plugins=[DpmOt(**knobs)])
         assert not hasattr(made.pipe, "plugins")
+    tensors = {**artefact.tensors, "labels": torch.tensor([1, ANY, 1, 1, 1, 1])}
     with pytest.raises(ArtefactMismatch, match="any class"):
-        tensors = {**artefact.tensors, "labels": torch.tensor([1, ANY, 1, 1, 1, 1])}
         load_pipeline(made.pipe, plugins=[DpmOt(artefact=replace(artefact, tensors=tensors), start=START)])
     with pytest.raises(ConfigError, match="start"):
         DpmOt(start=0)
