@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
+import torch
 from diffgraft import (
     ArtefactMismatch,
     ConfigError,
@@ -75,6 +76,7 @@ class DpmOt(Plugin):
                 )
             call.note(f"inactive: {'start is None' if start is None else 'no map is given, and start is the whole schedule'}")
             return next(call)
+        ensure_classes(found.tensors["labels"], call.get("class_labels"))
         J = len(found.tensors["heights"])
         call.note(f"begins with noised training pictures: {J} of them are in the map, and a sampler without noise makes no more")
         off, chance = found.facts["off"], found.facts["chance"]
@@ -115,31 +117,35 @@ class DpmOt(Plugin):
         """T(x): a target for each sample, in the pipeline's layout and dtype."""
         noise, found = unit_noise(call), call.given("artefact").tensors
         noise = noise * getattr(call.pipe.scheduler, "init_noise_sigma", 1.0)  # these pipelines draw unit noise under every scheduler
-        y, labels = (found[key].to(noise.device, non_blocking=True) for key in ("targets", "labels"))
-        if y.shape[1:] != noise.shape[1:]:
+        if found["targets"].shape[1:] != noise.shape[1:]:
             raise ArtefactMismatch(
-                f"dpm_ot: targets of shape {tuple(y.shape[1:])}, latents of {tuple(noise.shape[1:])}; {make_again(self.name, 'fit')}"
+                f"dpm_ot: targets of shape {tuple(found['targets'].shape[1:])}, latents of {tuple(noise.shape[1:])}; "
+                f"{make_again(self.name, 'fit')}"
             )
+        unit = unit_of(found["targets"].flatten(1).float(), classes_of(found["labels"]))  # on the processor: nothing is waited for
+        h, y, labels = (each.to(noise.device, non_blocking=True) for each in (found["heights"] * unit, found["targets"], found["labels"]))
         flat = y.flatten(1).float()
-        h = found["heights"].to(flat) * unit_of(flat, classes_of(labels))
-        j = cell_of(values(source_of(noise, self.config.source), flat, h), self.allowed(call, labels))
+        j = cell_of(values(source_of(noise, self.config.source), flat, h), allowed(call, labels) if has_classes(found["labels"]) else None)
         call.count("starts at a training picture", len(j))
         return y[j].to(call.latents.dtype)
 
-    def allowed(self, call: DenoiseCall, labels: Tensor) -> Tensor | None:
-        """[n, J]: the targets of each sample's class; None where there are no classes.
 
-        Raises:
-            Unsupported: a class without targets.
-        """
-        name = "class_labels"
-        if name not in call.family.conditioning or bool((labels == ANY).all()):
-            return None
-        asked = call.only("cond")[name].reshape(-1, 1)
-        found: Tensor = asked == labels
-        if missing := asked[~found.any(1)].unique().tolist():  # once a run
-            raise Unsupported(
-                f"dpm_ot: the map has no target of class {missing[0]}, only of {labels.unique().tolist()}: ask for these, or fit it with "
-                "pictures of that class"
-            )
-        return found
+def has_classes(labels: Tensor) -> bool:
+    """Whether a map's targets belong to classes; of labels on the processor."""
+    return bool((labels != ANY).any())
+
+
+def allowed(call: DenoiseCall, labels: Tensor) -> Tensor | None:
+    """[n, J]: the targets of each sample's class; None where the model has no classes."""
+    name = "class_labels"
+    return call.only("cond")[name].reshape(-1, 1) == labels if name in call.family.conditioning else None
+
+
+def ensure_classes(labels: Tensor, asked: Any) -> None:
+    """Raises Unsupported for a class without targets."""
+    known = set(labels.tolist())
+    if asked is not None and has_classes(labels) and (missing := sorted(set(torch.as_tensor(asked).reshape(-1).tolist()) - known)):
+        raise Unsupported(
+            f"dpm_ot: the map has no target of class {missing[0]}, only of {sorted(known)}: ask for these, or fit it with pictures of that "
+            "class"
+        )
