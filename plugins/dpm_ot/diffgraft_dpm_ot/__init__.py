@@ -23,7 +23,7 @@ from diffgraft import (
     Unsupported,
 )
 from diffgraft.methods.artefacts import Artefact, make_again
-from diffgraft.methods.starts import cut, is_first, unit_noise
+from diffgraft.methods.starts import cut, follows, is_first, unit_noise
 from torch import Tensor
 
 from diffgraft_dpm_ot.fitter import MapFitter, classes_of
@@ -33,6 +33,8 @@ from diffgraft_dpm_ot.method import cell_of, source_of, unit_of, values
 __all__ = ["DpmOt"]
 __version__ = "0.1.0"
 
+SAME = 1e-2
+"""Timesteps that differ by less are of one level: some schedulers compute them in single precision."""
 FAR = 0.1
 """Total variation from equal measures, beyond chance, above which the report says that the map is not fitted well."""
 
@@ -43,7 +45,7 @@ class DpmOt(Plugin):
     families = ("pixel", "dit")
     Config = DpmOtConfig
     neutral: ClassVar[dict[str, Any]] = {"start": None}
-    active: ClassVar[dict[str, Any]] = {"start": 700.0}
+    active: ClassVar[dict[str, Any]] = {"start": 400.0}
     effects = Effects(edits=frozenset({"latents", "schedule"}))
     needs = (Need("fit", "artefact", fits=frozenset({"scheduler", "shape"}), holds=HOLDS),)
     fitting = MapFitter
@@ -57,6 +59,11 @@ class DpmOt(Plugin):
             return
         if knobs.start > T:
             raise ConfigError(f"plugin 'dpm_ot': start = {knobs.start:g}: this model was trained with {T} timesteps; take at most that")
+        if not follows(target.pipe.scheduler):
+            raise Unsupported(
+                f"dpm_ot: {type(target.pipe.scheduler).__name__} follows no schedule but its own, so it cannot begin late: use DDIM, DDPM, "
+                "DPM++, UniPC or Euler, or start = None, which is off"
+            )
         if found is None:
             return
         for key in ("start", "source"):
@@ -96,7 +103,8 @@ class DpmOt(Plugin):
             return own
         assert self.config.start is not None
         made = cut(call, own, self.config.start)
-        if (first := float(made.timesteps[0])) != (level := found.facts["timestep"]):  # once a run
+        first, level = float(made.timesteps[0]), found.facts["timestep"]  # once a run
+        if not abs(first - level) < SAME:
             raise ArtefactMismatch(
                 f"dpm_ot: the targets are of timestep {level:g}, and this run would begin at {first:g}; the map was fitted for "
                 f"num_inference_steps={found.facts['steps']} of the plain schedule: take that, and no plugin that changes it, or "

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import torch
 from diffgraft import ConfigError, Fitter
 from diffgraft.methods.predictions import levels_at
-from diffgraft.methods.starts import at_level
+from diffgraft.methods.starts import at_level, begins_at
 from torch import Tensor, nn
 
 from diffgraft_dpm_ot.knobs import ANY, FitConfig
@@ -53,7 +53,7 @@ class MapFitter(Fitter):
         times, start = probe.timesteps, self.plugin.config.start
         if start is None:
             raise ConfigError("plugin 'dpm_ot': start = None is off, so there is no level to fit a map for: give the start of your runs")
-        index = next((i for i, t in enumerate(times.tolist()) if t <= start), None)
+        index = begins_at(probe.scheduler, times.tolist(), start)
         if index is None:
             raise ConfigError(
                 f"plugin 'dpm_ot': start = {start:g}: none of the {len(times)} timesteps of a run is that low, the last is {times[-1]:g}; "
