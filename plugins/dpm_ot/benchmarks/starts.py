@@ -49,7 +49,7 @@ from diffgraft_checkpoints.emoji import scenes
 from diffgraft_checkpoints.emoji.judge import OTHER, load_bundled
 from diffgraft_dpm_ot import DpmOt
 from diffgraft_dpm_ot.fitter import classes_of
-from diffgraft_dpm_ot.method import cell_of, unit_of, values
+from diffgraft_dpm_ot.method import cell_of, values
 from diffusers import DDIMPipeline, DDIMScheduler
 from PIL import Image, ImageDraw
 from pydantic import Field
@@ -163,7 +163,7 @@ def transport(found: Artefact) -> dict[str, Any]:
     """Mean <x, T(x)> in units of the targets' spread, of the first class: by the map, by POT's exact plan, by lot; cells that agree."""
     tensors = found.tensors
     flat, classes = tensors["targets"].flatten(1), classes_of(tensors["labels"])
-    unit, members = unit_of(flat, classes), (classes == 0).nonzero()[:, 0]
+    unit, members = tensors["unit"], (classes == 0).nonzero()[:, 0]
     y, h = flat[members] - flat[members].mean(0), (tensors["heights"] * unit)[members]
     generator = torch.Generator().manual_seed(5)
     x = torch.randn(SENT - SENT % len(y), y.shape[1], generator=generator)

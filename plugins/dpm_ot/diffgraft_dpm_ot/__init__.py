@@ -26,9 +26,9 @@ from diffgraft.methods.artefacts import Artefact, make_again
 from diffgraft.methods.starts import cut, follows, is_first, unit_noise
 from torch import Tensor
 
-from diffgraft_dpm_ot.fitter import MapFitter, classes_of
+from diffgraft_dpm_ot.fitter import MapFitter
 from diffgraft_dpm_ot.knobs import ANY, HOLDS, PAPER, DpmOtConfig
-from diffgraft_dpm_ot.method import cell_of, source_of, unit_of, values
+from diffgraft_dpm_ot.method import cell_of, source_of, values
 
 __all__ = ["DpmOt"]
 __version__ = "0.1.0"
@@ -130,8 +130,8 @@ class DpmOt(Plugin):
                 f"dpm_ot: targets of shape {tuple(found['targets'].shape[1:])}, latents of {tuple(noise.shape[1:])}; "
                 f"{make_again(self.name, 'fit')}"
             )
-        unit = unit_of(found["targets"].flatten(1).float(), classes_of(found["labels"]))  # on the processor: nothing is waited for
-        h, y, labels = (each.to(noise.device, non_blocking=True) for each in (found["heights"] * unit, found["targets"], found["labels"]))
+        h, y, labels = found["heights"] * found["unit"], found["targets"], found["labels"]
+        h, y, labels = (each.to(noise.device, non_blocking=True) for each in (h, y, labels))
         flat = y.flatten(1).float()
         j = cell_of(values(source_of(noise, self.config.source), flat, h), allowed(call, labels) if has_classes(found["labels"]) else None)
         call.count("starts at a training picture", len(j))

@@ -26,7 +26,7 @@ DRAWN = 2**16
 
 
 class Cells(nn.Module):
-    """y [J, ...], random numbers but for the first ``filled``; of each its class and its picture's mark; h in units of :func:`unit_of`."""
+    """y [J, ...], random but for the first ``filled``; of each its class and its picture's mark; h in units of ``unit`` (:func:`unit_of`)."""
 
     def __init__(self, number: int, shape: tuple[int, ...]) -> None:
         super().__init__()
@@ -34,10 +34,12 @@ class Cells(nn.Module):
         self.register_buffer("targets", torch.randn(number, *shape))
         self.register_buffer("labels", torch.full((number,), ANY))
         self.register_buffer("pictures", torch.zeros(number, dtype=torch.long))
+        self.register_buffer("unit", torch.ones(()))
         self.register_buffer("filled", torch.zeros((), dtype=torch.long))
         self.targets: Tensor
         self.labels: Tensor
         self.pictures: Tensor
+        self.unit: Tensor
         self.filled: Tensor
 
 
@@ -73,7 +75,10 @@ class MapFitter(Fitter):
         if int(cells.filled) < len(cells.heights):
             self.keep(batch)
             return 0 * cells.heights.sum().expand(rows)
-        y, classes, unit = self.ready = self.ready or ready(cells)
+        if self.ready is None:
+            self.ready = ready(cells)
+            cells.unit.copy_(self.ready[2])
+        y, classes, unit = self.ready
         noise = torch.randn(self.config.samples, y.shape[1], generator=batch.generator).to(y)
         h = cells.heights * unit
         u = values(source_of(noise, self.plugin.config.source), y, h)

@@ -79,6 +79,7 @@ HOLDS = Holds(
     tensors={
         "targets": Values(("J", "C", "height", "width")),
         "heights": Values(("J",)),
+        "unit": Values((), low=0),
         "labels": Values(("J",), dtypes=(torch.int64,), low=ANY),
         "pictures": Values(("J",), dtypes=(torch.int64,), low=0),
         "filled": Values((), dtypes=(torch.int64,), low=0),

@@ -79,6 +79,7 @@ def example(made, J=6, labels=None, seed=0, **knobs) -> Artefact:
     tensors = {
         "targets": torch.randn(J, *shape, generator=generator),
         "heights": torch.randn(J, generator=generator),
+        "unit": torch.tensor(30.0),
         "labels": torch.full((J,), ANY) if labels is None else torch.tensor(labels),
         "pictures": torch.arange(J),
         "filled": torch.tensor(J),
@@ -252,8 +253,7 @@ def test_a_run_begins_with_the_image_of_its_noise_at_level_m(name, source):
     _, x, report = run(made, artefact, seeds, source=source)
     y, h = artefact.tensors["targets"], artefact.tensors["heights"]
     noise = m.source_of(drawn(seeds, y.shape[1:]), source)
-    unit = (y - y.mean(0)).flatten(1).square().sum(1).mean().sqrt()
-    j = (noise @ y.flatten(1).T + h * unit).argmax(1)
+    j = (noise @ y.flatten(1).T + 30 * h).argmax(1)
     assert x.equal(y[j])
     assert len(j.unique()) > 1
     made.pipe.scheduler.set_timesteps(STEPS)
@@ -267,8 +267,7 @@ def test_under_euler_the_noise_has_unit_scale():
     made = tiny("DiTPipeline", labels=[1, 1], scheduler=EulerDiscreteScheduler)
     artefact = example(made)
     y = artefact.tensors["targets"]
-    unit = (y - y.mean(0)).flatten(1).square().sum(1).mean().sqrt()
-    j = (drawn((3, 4), y.shape[1:]) @ y.flatten(1).T + artefact.tensors["heights"] * unit).argmax(1)
+    j = (drawn((3, 4), y.shape[1:]) @ y.flatten(1).T + 30 * artefact.tensors["heights"]).argmax(1)
     assert run(made, artefact, (3, 4))[1].equal(y[j])
 
 
@@ -341,6 +340,9 @@ def test_targets_are_training_pictures_noised_to_the_level_and_cells_are_equal(t
     assert abs(float(noise.std()) - 1) < 4 / noise.numel() ** 0.5
     assert found.facts["off"] < found.facts["chance"] + 0.03
     assert found.facts["empty"] == 0
+    groups = [y[found.tensors["labels"] == each] for each in found.tensors["labels"].unique()]
+    spread = torch.cat([(each - each.mean(0)).flatten(1) for each in groups]).square().sum(1).mean().sqrt()
+    torch.testing.assert_close(found.tensors["unit"], spread)
     made.kwargs.update({} if labels is None else {"class_labels": [labels[0]]})
     begun = run(made, str(tmp_path / "map.safetensors"))[1]
     assert bool((y == begun).flatten(1).all(1).any())
