@@ -26,7 +26,7 @@ DRAWN = 2**16
 
 
 class Cells(nn.Module):
-    """y [J, ...], random but for the first ``filled``; of each its class and its picture's mark; h in units of ``unit`` (:func:`unit_of`)."""
+    """y [J, ...], random after ``filled``; of each its class and its picture's mark; h in units of ``unit`` (:func:`unit_of`)."""
 
     def __init__(self, number: int, shape: tuple[int, ...]) -> None:
         super().__init__()
