@@ -86,6 +86,13 @@ def test_the_weights_are_shared_and_keep_their_dtype():
     assert own_size(new) == (64, 64)
 
 
+def test_the_size_of_pipelines_that_keep_no_scale_factor():
+    pixel, dit = (make(name).pipe for name in ("DDPMPipeline", "DiTPipeline"))
+    assert own_size(pixel) == (16, 16)
+    factor = 2 ** (len(dit.vae.config.block_out_channels) - 1)
+    assert own_size(dit) == (dit.transformer.config.sample_size * factor,) * 2
+
+
 # from a picture
 
 

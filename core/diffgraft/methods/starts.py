@@ -14,6 +14,9 @@ drew, from the user's generators; only its scale is taken off.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 from torch import Tensor
 
 from diffgraft.installed.errors import ConfigError, Conflict, Unsupported
@@ -37,14 +40,18 @@ def cut(call: ScheduleCall, schedule: Schedule, level: float) -> Schedule:
     scheduler = call.scheduler
     most = int(scheduler.config.get("num_train_timesteps", 1000))
     times = schedule.timesteps.tolist()  # once a run
-    stride = pace_of(scheduler).later
-    begin = next((i for i in range(0, len(times), stride) if times[i] <= level), None)
+    begin = begins_at(scheduler, times, level)
     if begin is None or not 0 < level <= most:
         raise ConfigError(
             f"{call.entry.name}: no step of this run begins at timestep {level:g}: its {len(times)} timesteps go from {times[0]:g} to "
             f"{times[-1]:g}, of {most} that the model was trained with; take a level between them, or more steps"
         )
     return Schedule(schedule.timesteps[begin:], None if schedule.sigmas is None else schedule.sigmas[begin:])
+
+
+def begins_at(scheduler: Any, times: Sequence[float], level: float) -> int | None:
+    """Where in a schedule's timesteps the first step of the solver begins that is not above ``level``; None: nowhere. See :func:`cut`."""
+    return next((i for i in range(0, len(times), pace_of(scheduler).later) if times[i] <= level), None)
 
 
 def is_first(call: DenoiseCall) -> bool:

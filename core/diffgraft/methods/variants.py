@@ -69,6 +69,10 @@ def own_size(pipe: Any) -> tuple[int, int] | None:
         denoiser = next(iter(denoisers_of(pipe, registry.find_family(type(pipe))).values()))
         side = getattr(denoiser.config, "sample_size", None)
     scale = getattr(pipe, "vae_scale_factor", None)
+    if scale is None:  # DiT keeps none; without an autoencoder the denoiser works on the pixels themselves
+        vae = getattr(pipe, "vae", None)
+        widths = getattr(getattr(vae, "config", None), "block_out_channels", None)
+        scale = 1 if vae is None else None if widths is None else 2 ** (len(widths) - 1)
     if side is None or scale is None:
         return None
     height, width = side if isinstance(side, (list, tuple)) else (side, side)

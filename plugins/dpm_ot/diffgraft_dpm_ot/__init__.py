@@ -1,0 +1,159 @@
+"""DPM-OT (Li, Li, Wang, Lei, Luo, Gu, arXiv 2307.11308): a run begins at the optimal transport image of its noise, at level m.
+
+The images are training pictures, noised once: the map says which of them a noise is sent to. What is left of the schedule, a few steps,
+is the pipeline's own.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from diffgraft import (
+    ArtefactMismatch,
+    ConfigError,
+    DenoiseCall,
+    Effects,
+    Need,
+    Plugin,
+    RunCall,
+    Schedule,
+    ScheduleCall,
+    Target,
+    Unsupported,
+)
+from diffgraft.methods.artefacts import Artefact, make_again
+from diffgraft.methods.starts import cut, follows, is_first, unit_noise
+from torch import Tensor
+
+from diffgraft_dpm_ot.fitter import MapFitter
+from diffgraft_dpm_ot.knobs import ANY, HOLDS, PAPER, DpmOtConfig
+from diffgraft_dpm_ot.method import cell_of, source_of, values
+
+__all__ = ["DpmOt"]
+__version__ = "0.1.0"
+
+SAME = 1e-2
+"""Timesteps that differ by less are of one level: some schedulers compute them in single precision."""
+FAR = 0.1
+"""Total variation from equal measures, beyond chance, above which the report says that the map is not fitted well."""
+
+
+class DpmOt(Plugin):
+    name = "dpm_ot"
+    paper = PAPER
+    families = ("pixel", "dit")
+    Config = DpmOtConfig
+    neutral: ClassVar[dict[str, Any]] = {"start": None}
+    active: ClassVar[dict[str, Any]] = {"start": 400.0}
+    effects = Effects(edits=frozenset({"latents", "schedule"}))
+    needs = (Need("fit", "artefact", fits=frozenset({"scheduler", "shape"}), holds=HOLDS),)
+    fitting = MapFitter
+    config: DpmOtConfig
+
+    def check(self, target: Target) -> None:
+        found: Artefact | None = target.given.get("artefact")
+        T = int(target.pipe.scheduler.config.get("num_train_timesteps", 1000))
+        knobs = self.config
+        if knobs.start is None:
+            return
+        if knobs.start > T:
+            raise ConfigError(f"plugin 'dpm_ot': start = {knobs.start:g}: this model was trained with {T} timesteps; take at most that")
+        if not follows(target.pipe.scheduler):
+            raise Unsupported(
+                f"dpm_ot: {type(target.pipe.scheduler).__name__} follows no schedule but its own, so it cannot begin late: use DDIM, DDPM, "
+                "DPM++, UniPC or Euler, or start = None, which is off"
+            )
+        if found is None:
+            return
+        for key in ("start", "source"):
+            if (made := found.facts[key]) != (asked := getattr(knobs, key)):
+                raise ArtefactMismatch(
+                    f"dpm_ot: the map {found.path or '(in memory)'} was fitted with {key} = {made}, and {key} = {asked} is asked for; say "
+                    f"{key} = {made}, or {make_again(self.name, 'fit')}"
+                )
+
+    def run(self, call: RunCall, next: Any) -> Any:
+        found, start = self.map(call), self.config.start
+        if found is None:
+            if start is not None and start < int(call.pipe.scheduler.config.get("num_train_timesteps", 1000)):
+                raise ConfigError(
+                    f"plugin 'dpm_ot': start = {start:g} and artefact = None: noise is no sample of that level, so no run begins there; "
+                    f"{make_again(self.name, 'fit')}, or take start = None, which is off"
+                )
+            call.note(f"inactive: {'start is None' if start is None else 'no map is given, and start is the whole schedule'}")
+            return next(call)
+        ensure_classes(found.tensors["labels"], call.get("class_labels"))
+        J = len(found.tensors["heights"])
+        call.note(f"begins with noised training pictures: {J} of them are in the map, and a sampler without noise makes no more")
+        off, chance = found.facts["off"], found.facts["chance"]
+        if off is None:
+            call.note("the map is an example: its targets are no pictures")
+        elif off > chance + FAR or found.facts["empty"]:
+            call.note(
+                f"the map is not fitted well: its cells are {off:.2f} from equal measures (total variation; {chance:.2f} by chance alone), "
+                f"and {found.facts['empty']} are empty; fit it with more steps, or more samples"
+            )
+        return next(call)
+
+    def schedule(self, call: ScheduleCall, next: Any) -> Schedule:
+        own: Schedule = next(call)
+        found = self.map(call)
+        if found is None:
+            return own
+        assert self.config.start is not None
+        made = cut(call, own, self.config.start)
+        first, level = float(made.timesteps[0]), found.facts["timestep"]  # once a run
+        if not abs(first - level) < SAME:
+            raise ArtefactMismatch(
+                f"dpm_ot: the targets are of timestep {level:g}, and this run would begin at {first:g}; the map was fitted for "
+                f"num_inference_steps={found.facts['steps']} of the plain schedule: take that, and no plugin that changes it, or "
+                f"{make_again(self.name, 'fit')}"
+            )
+        return made
+
+    def denoise(self, call: DenoiseCall, next: Any) -> Tensor:
+        if call.step.call == 0 and self.map(call) is not None:
+            call = call.with_latents(self.start(call) if is_first(call) else call.latents)
+        return next(call)  # type: ignore[no-any-return]
+
+    def map(self, call: Any) -> Artefact | None:
+        """What a run was given; None where nothing is to be done."""
+        return None if self.config.start is None else call.given("artefact")
+
+    def start(self, call: DenoiseCall) -> Tensor:
+        """T(x): a target for each sample, in the pipeline's layout and dtype."""
+        noise, found = unit_noise(call), call.given("artefact").tensors
+        noise = noise * getattr(call.pipe.scheduler, "init_noise_sigma", 1.0)  # these pipelines draw unit noise under every scheduler
+        if found["targets"].shape[1:] != noise.shape[1:]:
+            raise ArtefactMismatch(
+                f"dpm_ot: targets of shape {tuple(found['targets'].shape[1:])}, latents of {tuple(noise.shape[1:])}; "
+                f"{make_again(self.name, 'fit')}"
+            )
+        h, y, labels = found["heights"] * found["unit"], found["targets"], found["labels"]
+        h, y, labels = (each.to(noise.device, non_blocking=True) for each in (h, y, labels))
+        flat = y.flatten(1).float()
+        j = cell_of(values(source_of(noise, self.config.source), flat, h), allowed(call, labels) if has_classes(found["labels"]) else None)
+        call.count("starts at a training picture", len(j))
+        return y[j].to(call.latents.dtype)
+
+
+def has_classes(labels: Tensor) -> bool:
+    """Whether a map's targets belong to classes; of labels on the processor."""
+    return bool((labels != ANY).any())
+
+
+def allowed(call: DenoiseCall, labels: Tensor) -> Tensor | None:
+    """[n, J]: the targets of each sample's class; None where the model has no classes."""
+    name = "class_labels"
+    return call.only("cond")[name].reshape(-1, 1) == labels if name in call.family.conditioning else None
+
+
+def ensure_classes(labels: Tensor, asked: Any) -> None:
+    """Raises Unsupported for a class without targets."""
+    known = set(labels.tolist())
+    if asked is not None and has_classes(labels) and (missing := sorted(set(torch.as_tensor(asked).reshape(-1).tolist()) - known)):
+        raise Unsupported(
+            f"dpm_ot: the map has no target of class {missing[0]}, only of {sorted(known)}: ask for these, or fit it with pictures of that "
+            "class"
+        )
