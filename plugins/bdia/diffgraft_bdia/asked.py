@@ -88,7 +88,7 @@ def ensure_batch(noise: Tensor, family: Family, arguments: Mapping[str, Any]) ->
     rows, prompts = number_of_pictures(arguments, family), number_of_prompts(arguments)
     if len(noise) not in (1, rows):
         raise ConfigError(
-            f"plugin 'bdia': start is a code of {len(noise)} pictures, this call makes {rows} ({prompts} prompts, {rows // prompts} of each); "
-            f"give it {len(noise)} prompts, or the code of one picture, which is taken for all"
+            f"plugin 'bdia': start is a code of {len(noise)} pictures, this call makes {rows} ({prompts} prompts, {rows // prompts} of "
+            f"each); give it {len(noise)} prompts, or the code of one picture, which is taken for all"
         )
     return rows
