@@ -2,17 +2,19 @@
 
     python plugins/golden_seed/benchmarks/tenths.py --out tenths
 
-Every seed of the pool draws every caption (two objects each, none of these pairs was trained on: one object alone the model draws right
-nearly always). The captions with even numbers rank the seeds, by the judge's mean log-probability of the caption (what
-`diffgraft evolve golden_seed --fitness reward --reward emoji_judge` minimises with its sign changed); those with odd numbers test them:
+Every seed of the pool draws every caption (two objects each, none of these pairs was trained on: one object alone the models draw right
+nearly always). Half of the captions rank the seeds, by the judge's mean log-probability of the caption (what `diffgraft evolve golden_seed
+--fitness reward --reward emoji_judge` ranks by), the other half tests them, and then the halves change places. No object of one half is in
+the other: the same two objects on another background are drawn alike from one seed, so that halves which share them test a ranking on what
+ranked it. What that seems to gain is shown too (`even captions rank, odd ones test`), and what a ranking does on the captions that ranked
+it.
 
     judge     share of pictures in which all is as asked
     score     the judge's mean log-probability of the caption
     Frechet   distance of the judge's features to true renders of the same captions
 
 Intervals: 95 % bootstrap, seeds and test captions redrawn (Frechet: seeds). p: one-sided permutation test, as good a difference between
-two tenths chosen by lot. The same for a ranking by the tested captions themselves shows what a ranking that is tested on its own captions
-seems to gain. OUT/ holds a file a chunk of seeds, so that an interrupted run goes on, and pictures.csv.
+two tenths chosen by lot. OUT/ holds a file a chunk of seeds, so that an interrupted run goes on, and pictures.csv.
 """
 
 from __future__ import annotations
@@ -108,6 +110,20 @@ def p_value(seen: float, chance: Rows) -> float:
     return float((np.sum(chance >= seen - 1e-12) + 1) / (len(chance) + 1))
 
 
+def small(p: float) -> str:
+    """A p value for people."""
+    return f"{p:.3f}" if p >= 0.001 else "< 0.001"
+
+
+def renders(pairs: Sequence[Any], numbers: Sequence[int]) -> list[Image.Image]:
+    """Twenty true pictures of each of these captions."""
+    return [
+        scenes.render(*scenes.sample_pair(pair, np.random.default_rng([21, int(i), k])))
+        for pair, i in zip(pairs, numbers, strict=True)
+        for k in range(20)
+    ]
+
+
 def told(value: float, draws: Rows, form: str) -> str:
     """A value with its 95 % interval."""
     low, high = np.quantile(draws, (0.025, 0.975))
@@ -127,7 +143,7 @@ def rows_of(found: dict[str, Rows], ranks: Rows, tests: Rows, true: torch.Tensor
         redrawn, seen = bootstrap(values, best, worst, draws), difference(best, worst)
         p = p_value(seen, by_lot(difference, len(values), len(best), draws))
         told_all = [told(v, r, form) for v, r in zip((values[best].mean(), values[worst].mean()), redrawn.T[:2], strict=True)]
-        rows.append([name, *told_all, f"{values.mean():{form}}", told(seen, redrawn[:, 2], "+" + form), f"{p:.3f}"])
+        rows.append([name, *told_all, f"{values.mean():{form}}", told(seen, redrawn[:, 2], "+" + form), small(p)])
     features = torch.from_numpy(found["features"][:, tests]).double()
 
     def distance(group: Rows) -> float:
@@ -136,7 +152,7 @@ def rows_of(found: dict[str, Rows], ranks: Rows, tests: Rows, true: torch.Tensor
     def closer(a: Rows, b: Rows) -> float:
         return distance(b) - distance(a)
 
-    rng, few = np.random.default_rng(2), max(1, draws // 50)
+    rng, few = np.random.default_rng(2), max(1, draws // 10)
     redrawn = np.array([[distance(g[rng.integers(len(g), size=len(g))]) for g in (best, worst)] for _ in range(few)])
     values = [distance(best), distance(worst)]
     redrawn += np.asarray(values) - redrawn.mean(0)  # a fit to a resample is worse by itself
@@ -144,8 +160,21 @@ def rows_of(found: dict[str, Rows], ranks: Rows, tests: Rows, true: torch.Tensor
     seen = values[1] - values[0]
     same = distance(np.random.default_rng(3).permutation(len(features))[: len(best)])
     rows.append(["Frechet", *(told(v, r, ".2f") for v, r in zip(values, redrawn.T, strict=True)), f"{same:.2f}"])
-    rows[-1] += [told(-seen, redrawn[:, 0] - redrawn[:, 1], "+.2f"), f"{p_value(seen, chance):.3f}"]
+    rows[-1] += [told(-seen, redrawn[:, 0] - redrawn[:, 1], "+.2f"), small(p_value(seen, chance))]
     return rows
+
+
+def halves(objects: Sequence[frozenset[str]]) -> tuple[Rows, Rows]:
+    """Two halves of the captions, none of whose objects is in both: captions that share one, through others too, stay together."""
+    groups: list[tuple[set[str], list[int]]] = []
+    for i, shown in enumerate(objects):
+        joined = [group for group in groups if group[0] & shown]
+        groups = [group for group in groups if not group[0] & shown]
+        groups.append((set(shown).union(*(group[0] for group in joined)), sorted([i, *(k for group in joined for k in group[1])])))
+    parts: tuple[list[int], list[int]] = ([], [])
+    for _, members in sorted(groups, key=lambda group: (-len(group[1]), group[1])):
+        min(parts, key=len).extend(members)
+    return np.array(sorted(parts[0])), np.array(sorted(parts[1]))
 
 
 def agreement(score: Rows, ranks: Rows, tests: Rows, draws: int) -> tuple[float, float]:
@@ -164,7 +193,7 @@ def main(
     captions: Annotated[int, typer.Option(min=4, help="Captions of two objects: half rank, half test.")] = 24,
     steps: Annotated[int, typer.Option(help="Steps, DDIM.")] = 10,
     guidance: Annotated[float, typer.Option(help="Guidance scale.")] = 2.0,
-    draws: Annotated[int, typer.Option(min=100, help="Redraws of bootstrap and permutations (Frechet: a fiftieth).")] = DRAWS,
+    draws: Annotated[int, typer.Option(min=100, help="Redraws of bootstrap and permutations (Frechet: a tenth).")] = DRAWS,
     picture: Annotated[bool, typer.Option(help="Draw the best and the worst three seeds side by side.")] = True,
 ) -> None:
     """Draw, judge, compare."""
@@ -181,30 +210,31 @@ def main(
     found = measured(pipe, judge, prompts, seeds, steps, guidance, out)
     with (out / "pictures.csv").open("w", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow(["seed", "caption", "ranks", "right", "score"])
+        writer.writerow(["seed", "caption", "right", "score"])
         for s, i in np.ndindex(found["right"].shape):
-            writer.writerow([s, prompts[i], i % 2 == 0, int(found["right"][s, i]), f"{found['score'][s, i]:.6f}"])
-    rank, test = np.arange(0, captions, 2), np.arange(1, captions, 2)
-    tested = [pairs[i] for i in test]
-    renders = [
-        scenes.render(*scenes.sample_pair(each, np.random.default_rng([21, i, k]))) for i, each in enumerate(tested) for k in range(20)
-    ]
-    true = judge.features(renders).double()
-    title = f"{pipeline}, {seeds} seeds, {len(rank)} + {len(test)} captions of two objects, DDIM {steps} steps, guidance {guidance:g}"
-    for how, ranks in (("ranked on other captions", rank), ("ranked on the tested captions themselves: not a result", test)):
-        table = Table("", "best tenth", "worst tenth", "all", "best - worst", "p", title=f"{title}\n{how}")
-        for row in rows_of(found, ranks, test, true, draws):
+            writer.writerow([s, prompts[i], int(found["right"][s, i]), f"{found['score'][s, i]:.6f}"])
+    one, other = halves([frozenset(each.object for each in pair) for pair in pairs])
+    title = f"{pipeline}, {seeds} seeds, {captions} captions of two objects, DDIM {steps} steps, guidance {guidance:g}"
+    even = np.arange(0, captions, 2)
+    ways = (
+        ("half A ranks, half B tests", one, other),
+        ("half B ranks, half A tests", other, one),
+        ("even captions rank, odd ones test: some objects are in both, not a result", even, even + 1),
+        ("half B ranks and tests: not a result", other, other),
+    )
+    for how, rank, test in ways:
+        true = judge.features(renders([pairs[i] for i in test], test)).double()
+        table = Table("", "best tenth", "worst tenth", "all", "best - worst", "p", title=f"{title}\n{how} ({len(rank)}, {len(test)})")
+        for row in rows_of(found, rank, test, true, draws):
             table.add_row(*row)
         console.print(table)
-    rho, p = agreement(found["score"], rank, test, draws)
-    console.print(f"rank correlation of the seeds' scores on both halves of the captions: {rho:+.3f}, p {p:.3f}", highlight=False)
-    between = found["score"].mean(1).var(ddof=1)
-    noise = (found["score"] - found["score"].mean(0)).var(ddof=1) / captions
-    console.print(f"variance of the seeds' means {between:.5f}; {noise:.5f} is what pictures without a seed's effect give", highlight=False)
+        if rank is not test:
+            rho, p = agreement(found["score"], rank, test, draws)
+            console.print(f"rank correlation of the seeds' scores on both: {rho:+.3f}, p {small(p)}", highlight=False)
     if not picture:
         return
-    best, worst = tenths(found["score"][:, rank])
-    shown, rows = [prompts[i] for i in test[:8]], []
+    best, worst = tenths(found["score"][:, one])
+    shown, rows = [prompts[i] for i in other[:8]], []
     for name, group in (("best", best[:3]), ("worst", worst[::-1][:3])):
         rows += [([f"{name} {k + 1}", f"seed {s}"], draw(pipe, shown, int(s), steps, guidance)) for k, s in enumerate(group)]
     footer = "captions that did not rank the seeds"
