@@ -109,6 +109,34 @@ def test_a_bad_searcher_knob_is_refused(pipe, tmp_path):
         found(pipe, tmp_path / "a.json", knobs={"spread": 0})
 
 
+class Ranker(GainSearcher):
+    ranks = True
+    not_by = {"frechet": "it is not for gains"}  # noqa: RUF012
+
+
+class Ranked(Gain):
+    search = Ranker
+
+
+def test_a_searcher_that_ranks_keeps_all_that_were_judged(pipe, tmp_path):
+    made = search(pipe, Ranked(), samples(), sized(pipe), tmp_path / "a.json", TrajectoryFitness(2), plan=SMALL)
+    ranking = made.facts["ranking"]
+    losses = [loss for _, loss in ranking]
+    assert len(ranking) == len({genome for genome, _ in ranking}) == made.facts["judged"]
+    assert (ranking[0], losses) == ([made.genome, made.facts["fitness"]["loss"]], sorted(losses))
+    assert made.facts["fitness"]["loss_of_start"] == dict(ranking)[160]
+    assert Finding.load(tmp_path / "a.json", "gain").facts["ranking"] == ranking
+    assert "ranking" not in found(pipe, tmp_path / "b.json").facts
+    example = search_call(pipe, Ranked(), lambda: generate(pipe, {"prompt": "x", "num_inference_steps": 2}, output_type="latent"))
+    assert example.facts["ranking"][0][0] == example.genome
+
+
+def test_a_fitness_that_says_nothing_of_the_genomes_is_refused(pipe, tmp_path):
+    fitness = FrechetFitness(lambda images: torch.zeros(len(images), 1))
+    with pytest.raises(ConfigError, match="search of gain: fitness = 'frechet': it is not for gains"):
+        search(pipe, Ranked(), samples(), sized(pipe), tmp_path / "a.json", fitness, plan=SMALL)
+
+
 def test_search_use_and_leave_no_trace(pipe, tmp_path):
     settings = sized(pipe)
     kwargs = {"prompt": "x", "num_inference_steps": 2, "guidance_scale": 4.0, "height": settings.height, "width": settings.width}

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from diffgraft.installed.errors import ConfigError, Unsupported
+from diffgraft.installed.family import Family
 from diffgraft.installed.plugin import Effects, Paper, Plugin
 from diffgraft.kernel.boundary import usual_shape
 from diffgraft.kernel.calls import DenoiseCall, StepCall
@@ -173,6 +174,26 @@ def number_of_prompts(arguments: Mapping[str, Any]) -> int:
     if prompt is None and embeddings is not None:
         return len(embeddings)
     return len(prompt) if isinstance(prompt, (list, tuple)) else 1
+
+
+HEEDLESS = frozenset({"animatediff", "cogvideox"})
+"""Families whose pipelines take ``num_videos_per_prompt`` and make one."""
+
+
+def number_of_pictures(arguments: Mapping[str, Any], family: Family) -> int:
+    """How many pictures, or videos, a call makes: samples of its latents. ``arguments`` as they were passed, with defaults or without."""
+    said = [arguments.get(name) for name in ("prompt", "prompt_embeds", "batch_size", "class_labels")]
+    prompt, embeddings, batch_size, labels = said
+    if batch_size is not None:
+        asked = int(batch_size)
+    elif labels is not None:
+        asked = len(labels) if hasattr(labels, "__len__") else 1
+    elif prompt is None and embeddings is None and isinstance(image := arguments.get("image"), (list, tuple, Tensor)):
+        asked = len(image)  # a pipeline that is told nothing but its picture
+    else:
+        asked = number_of_prompts(arguments)
+    each = arguments.get("num_images_per_prompt") or arguments.get("num_videos_per_prompt") or 1
+    return asked * (1 if family.name in HEEDLESS else int(each))
 
 
 def for_each_prompt(plugin: str, texts: str | Sequence[str], arguments: Mapping[str, Any]) -> list[str]:

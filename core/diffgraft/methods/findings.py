@@ -19,7 +19,8 @@ class Finding(Artefact):
     """The best genome of a search, and how it was found.
 
     ``facts``: "genome", "fitness" (what was minimised, its value and that of the start), "guidance_scale", "prompts" (number and SHA-256),
-    "history" (an entry a generation), "searcher" and "plan" (settings). There are no tensors.
+    "history" (an entry a generation), "searcher" and "plan" (settings), and of a searcher that ranks "ranking": every [genome,
+    loss] that was judged, best first. There are no tensors.
     """
 
     kind: str = "search"

@@ -14,7 +14,7 @@ import math
 import os
 import random
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -44,6 +44,8 @@ from diffgraft.methods.watching import Watcher, made_for, watching
 Genome = Any
 """A plain JSON value."""
 
+EXAMPLES = 8
+"""Genomes of a ranking that is made for a test."""
 TRIES = 10
 """How often a new genome is drawn for each that is wanted, before fewer are taken: a small space has no more."""
 
@@ -68,12 +70,16 @@ class Searcher:
     """What a plugin says about its genomes. A genome is a plain JSON value; two with the same JSON are the same candidate.
 
     Config   knobs of the search itself (mutation rates and the like)
+    ranks    whether every judged genome is worth keeping, not the best alone: the file then has them all ("ranking")
+    not_by   fitnesses that say nothing of these genomes: name -> why
 
     Every draw is made from the ``rng`` that is given. ``epoch`` counts the generations that are judged already. A method that draws may
     return None: that try gave nothing legal.
     """
 
     Config: ClassVar[type[PluginConfig]] = PluginConfig
+    ranks: ClassVar[bool] = False
+    not_by: ClassVar[Mapping[str, str]] = {}
 
     def __init__(self, name: str = "search", **knobs: Any) -> None:
         self.config = build_config(name, self.Config, knobs)
@@ -145,13 +151,15 @@ class Plan:
 
 @dataclass(frozen=True)
 class Evolved:
-    """``best`` genome with its ``loss``, the ``start`` that member 0 of the first generation was, an entry a generation in ``history``."""
+    """``best`` genome with its ``loss``, the ``start`` that member 0 of the first generation was, an entry a generation in ``history``, and
+    the ``ranking``: all that were judged with their losses, best first."""
 
     best: Genome
     loss: float
     start: float
     judged: int
     history: list[dict[str, Any]]
+    ranking: list[tuple[Genome, float]]
 
 
 def key_of(genome: Genome) -> str:
@@ -205,7 +213,8 @@ def evolve(searcher: Searcher, judge: Callable[[Genome], float], plan: Plan, on_
             made = take(partial(_mutant, searcher, rng, parent, epoch), plan.mutations)
             made += take(lambda: searcher.cross(rng, parent(), parent()), plan.crossovers)
             take(partial(searcher.draw, rng, epoch), plan.population - made)
-    return Evolved(genomes[best[0]], losses[best[0]], next(iter(losses.values())), len(losses), history)
+    ranking = [(genomes[key], losses[key]) for key in sorted(losses, key=losses.__getitem__)]
+    return Evolved(genomes[best[0]], losses[best[0]], next(iter(losses.values())), len(losses), history, ranking)
 
 
 def _mutant(searcher: Searcher, rng: random.Random, parent: Callable[[], Genome], epoch: int) -> Genome | None:
@@ -267,13 +276,16 @@ def search(
     Raises:
         Unsupported: the plugin cannot be searched, or does not work on this pipeline.
         Conflict: it does not fit together with those beside it.
-        ConfigError: no prompt, no number of steps, or ``out`` holds an unfinished search of something else.
+        ConfigError: no prompt, no number of steps, a fitness that says nothing of its genomes, or ``out`` holds an unfinished search of
+            something else.
         RewardError: the fitness of a candidate is no finite number; those before it are kept.
     """
     made_by = declared(plugin, "search")
     if not samples or settings.steps is None:
         raise ConfigError("a search needs prompts to judge the candidates on, and the number of steps: give --prompts and --steps")
     plan = plan or Plan()
+    if why := made_by.not_by.get(fitness.name):
+        raise ConfigError(f"search of {plugin.name}: fitness = {fitness.name!r}: {why}")
     searcher = made_by(f"search of {plugin.name}", **(knobs or {}))
 
     def look_call() -> None:
@@ -334,6 +346,7 @@ def search(
             "searcher": searcher.config.model_dump(mode="json"),
             "judged": evolved.judged,
             "history": evolved.history,
+            **({"ranking": [list(pair) for pair in evolved.ranking]} if searcher.ranks else {}),
         },
     )
     finding.save(out)
@@ -351,7 +364,10 @@ def search_call(pipe: Any, plugin: Plugin, call: Callable[[], Any], seed: int = 
     searcher = made_by(f"search of {plugin.name}")
     probe, fits, guidance = look(pipe, plugin, call)
     searcher.prepare(probe)
-    return Finding(fits, {}, {"genome": searcher.example(random.Random(seed)), "guidance_scale": guidance})
+    rng = random.Random(seed)
+    examples = [searcher.example(rng) for _ in range(EXAMPLES if searcher.ranks else 1)]
+    ranking = {"ranking": [[genome, float(i)] for i, genome in enumerate(examples)]} if searcher.ranks else {}
+    return Finding(fits, {}, {"genome": examples[0], "guidance_scale": guidance, **ranking})
 
 
 # a first look --------------------------------------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from diffgraft import ConfigError, Family
-from diffgraft.methods.conditioning import number_of_prompts
+from diffgraft.methods.conditioning import number_of_pictures, number_of_prompts
 from diffgraft.methods.inputs import parameters
 from torch import Tensor
 
@@ -85,12 +85,10 @@ def ensure_batch(noise: Tensor, family: Family, arguments: Mapping[str, Any]) ->
     Raises:
         ConfigError: the code is that of several pictures, and of another number.
     """
-    each = arguments.get("num_images_per_prompt") or arguments.get("num_videos_per_prompt") or 1
-    prompts = number_of_prompts(arguments)
-    rows = prompts * (1 if family.name == "animatediff" else each)  # it ignores num_videos_per_prompt
+    rows, prompts = number_of_pictures(arguments, family), number_of_prompts(arguments)
     if len(noise) not in (1, rows):
         raise ConfigError(
-            f"plugin 'bdia': start is a code of {len(noise)} pictures, this call makes {rows} ({prompts} prompts, {each} of each); "
-            f"give it {len(noise)} prompts, or the code of one picture, which is taken for all"
+            f"plugin 'bdia': start is a code of {len(noise)} pictures, this call makes {rows} ({prompts} prompts, {rows // prompts} of "
+            f"each); give it {len(noise)} prompts, or the code of one picture, which is taken for all"
         )
     return rows

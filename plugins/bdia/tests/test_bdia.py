@@ -476,7 +476,7 @@ def test_the_line_that_invert_prints_is_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Image.effect_noise((96, 64), 60).convert("RGB").save("wide.png")
     knobs = ("-o", "bdia.strength=0.6", "-o", "bdia.gamma=0.9")
-    words = ("--steps", "5", "--prompt", "it's a \"cat\"", "--negative-prompt", "a dog")
+    words = ("--steps", "5", "--prompt", 'it\'s a "cat"', "--negative-prompt", "a dog")
     walk = ("invert", "bdia", "--pipeline", "sd", "--image", "wide.png", "--out", "a code.safetensors")
     told = CliRunner().invoke(app, [*walk, *knobs, *words])
     assert told.exit_code == 0, told.output
@@ -488,7 +488,7 @@ def test_the_line_that_invert_prints_is_run(tmp_path, monkeypatch):
     assert "3 steps in" in done.output
     record = read_record(Path("out.png"))
     assert record.size == (96, 64)
-    assert (record.recipe.prompt, record.recipe.negative_prompt, record.recipe.steps) == ("it's a \"cat\"", "a dog", 5)
+    assert (record.recipe.prompt, record.recipe.negative_prompt, record.recipe.steps) == ('it\'s a "cat"', "a dog", 5)
 
 
 def code_for(name, shape=None, steps=2):
