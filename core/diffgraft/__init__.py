@@ -28,6 +28,7 @@ if TYPE_CHECKING:
         Conflict,
         DiffgraftError,
         NeverFired,
+        NotFinite,
         PipelineNotFound,
         PluginNotFound,
         RewardError,
@@ -63,7 +64,7 @@ logging.getLogger("diffgraft").addHandler(logging.NullHandler())  # silent until
 _LAZY = {
     **dict.fromkeys(("ArtefactMismatch", "BrokenPlugin", "CatalogueError", "ConfigError", "Conflict"), "installed.errors"),
     **dict.fromkeys(("DiffgraftError", "NeverFired", "PipelineNotFound", "PluginNotFound", "RewardError"), "installed.errors"),
-    **dict.fromkeys(("Unsupported", "nearest"), "installed.errors"),
+    **dict.fromkeys(("NotFinite", "Unsupported", "nearest"), "installed.errors"),
     **dict.fromkeys(("BlockGroup", "Bundled", "Family", "Guidance", "Tiny"), "installed.family"),
     "API": "installed.offers",
     **dict.fromkeys(("Effects", "Need", "Paper", "Plugin"), "installed.plugin"),
