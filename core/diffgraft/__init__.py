@@ -108,6 +108,7 @@ __all__ = [
     "ModulesCall",
     "Need",
     "NeverFired",
+    "NotFinite",
     "Now",
     "Paper",
     "PipelineNotFound",

@@ -199,7 +199,8 @@ def tell(lines: list[dict[str, Any]], candidates: int, steps: int, s: int, fewer
     oracle = {n: [max(e[:candidates], key=lambda line: line["outside"])[n] for e in by_edit] for n in names}
     arms[f"best of {candidates} by the truth"] = candidates * steps, oracle
     one, best_of = arms["one seed (mean of all)"][1], arms[f"best of {fewer}, whole runs, latent"][1]
-    table = Table("arm", "forwards", *names, "outside: more than one seed", f"more than best of {fewer} (latent)", title=f"{len(numbers)} edits")
+    compared = ("outside: more than one seed", f"more than best of {fewer} (latent)")
+    table = Table("arm", "forwards", *names, *compared, title=f"{len(numbers)} edits")
     for arm, (forwards, found) in arms.items():
         more = [Mean.of(np.array(found["outside"]) - np.array(base["outside"])) for base in (one, best_of)]
         told = [f"{float(np.mean(found[n])):.2f}" for n in names]
@@ -230,7 +231,7 @@ def tell(lines: list[dict[str, Any]], candidates: int, steps: int, s: int, fewer
 
 def rank(of_edit: list[dict[str, Any]], column: str) -> float:
     """Spearman's correlation of a score with the error outside the edit."""
-    a, b = ([np.argsort(np.argsort([line[name] * sign for line in of_edit])) for name, sign in ((column, 1), ("outside", -1))])
+    a, b = [np.argsort(np.argsort([line[name] * sign for line in of_edit])) for name, sign in ((column, 1), ("outside", -1))]
     return float(np.corrcoef(a, b)[0, 1])
 
 

@@ -91,9 +91,7 @@ class Elect(Plugin):
     State = Election
     neutral: ClassVar[dict[str, Any]] = {"candidates": 1}
     active: ClassVar[dict[str, Any]] = {"candidates": 3}
-    effects = Effects(
-        skips=frozenset({"denoiser"}), edits=frozenset({"schedule", "noise"}), needs=frozenset({"extra_forwards"})
-    )
+    effects = Effects(skips=frozenset({"denoiser"}), edits=frozenset({"schedule", "noise"}), needs=frozenset({"extra_forwards"}))
     config: ElectConfig
 
     def check(self, target: Target) -> None:

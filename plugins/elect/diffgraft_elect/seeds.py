@@ -47,7 +47,7 @@ class Starts:
         return self.single if self.single is not None else list(self.given)
 
     def words(self, candidate: int, row: int) -> str:
-        """"seed 123", for people."""
+        """ "seed 123", for people."""
         seed = int(self.seeds[candidate, row])
         return "the call's own noise" if seed < 0 else f"seed {seed}"
 
