@@ -90,7 +90,7 @@ class Elect(Plugin):
     Config = ElectConfig
     State = Election
     neutral: ClassVar[dict[str, Any]] = {"candidates": 1}
-    active: ClassVar[dict[str, Any]] = {"candidates": 3}
+    active: ClassVar[dict[str, Any]] = {"candidates": 5, "at_once": 5}
     effects = Effects(skips=frozenset({"denoiser"}), edits=frozenset({"schedule", "noise"}), needs=frozenset({"extra_forwards"}))
     config: ElectConfig
 
