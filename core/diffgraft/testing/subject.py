@@ -61,7 +61,7 @@ class Subject:
 
     @property
     def keeps_branches(self) -> bool:
-        """Whether one branch may not influence the other, except through the pipeline's own formula. A choice among noises may rest on all."""
+        """Whether one branch may not influence the other but through the pipeline's own formula. A choice of noises may rest on all."""
         effects = self.plugin.effects
         chooses = "noise" in effects.edits and "extra_forwards" in effects.needs
         return not (self.couples or chooses or "guide" in self.plugin.points() or "branches" in effects.skips)
