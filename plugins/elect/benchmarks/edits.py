@@ -245,7 +245,7 @@ def picture(shown: list[tuple[Task, list[Image.Image], dict[str, int]]], fewer: 
         *(([f"ELECT, {space}"], [images[winners[space]] for _, images, winners in part]) for space in SPACES),
     ]
     footer = f"chosen after step {s}; emoji-edit, the same seeds in every row"
-    draw_grid("ELECT on held-out edits", footer, [task.instruction for task, _, _ in part], rows, side=96).quantize(128).save(path)
+    draw_grid("ELECT on held-out edits", footer, [task.instruction for task, _, _ in part], rows, side=128).quantize(128).save(path)
 
 
 if __name__ == "__main__":
