@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any, ClassVar
@@ -10,7 +12,7 @@ import pytest
 import torch
 from diffgraft import ConfigError, Conflict, Unsupported, load_pipeline, unload
 from diffgraft.kernel.calls import Schedule
-from diffgraft.methods.replay import Record
+from diffgraft.methods.replay import Record, beginning
 from diffgraft.methods.starts import cut, start_from, unit_noise
 from diffusers import (
     DDIMScheduler,
@@ -239,3 +241,47 @@ def test_a_chosen_sample_goes_on_bit_for_bit(family, scheduler):
     for batch, alone in zip(beginning[:2], after[:2], strict=True):  # a multistep solver makes the last step of a schedule in another way
         assert torch.equal(batch[1:2], alone)
     assert (found[0] - plain[1]).abs().max() < 2e-5 * plain[1].abs().max()
+
+
+def asked(call, branches=("uncond", "cond"), branch="both"):
+    """A denoiser call, as a record reads it."""
+    return SimpleNamespace(step=SimpleNamespace(call=call), branches=branches, branch=branch, model_name="unet")
+
+
+def test_a_record_numbers_the_samples_of_all_its_passes():
+    record, passes = Record(2), [torch.randn(2 * n, 3) for n in (2, 1, 3)]
+    for prediction in passes:
+        record.another_pass()
+        assert record.keep(asked(0), prediction) is prediction
+        record.keep(asked(1), 10 * prediction)
+        record.keep(asked(2), prediction)  # behind the beginning
+    uncond, cond = (torch.cat([p.chunk(2)[i] for p in passes]) for i in (0, 1))
+    assert torch.equal(record.answer(asked(0), [4, 0]), torch.cat([uncond[[4, 0]], cond[[4, 0]]]))
+    assert torch.equal(record.answer(asked(1), [2]), 10 * torch.stack([uncond[2], cond[2]]))
+    assert record.answer(asked(2), [0]) is None
+    assert record.answer(asked(0, branch="cond"), [0]) is None
+    record.choose([5, 2])
+    assert torch.equal(record.answer(asked(0), [0, 1]), torch.cat([uncond[[5, 2]], cond[[5, 2]]]))
+    assert torch.equal(record.answer(asked(1), [1]), 10 * torch.stack([uncond[2], cond[2]]))
+
+
+def test_a_record_holds_nothing_of_samples_that_were_not_chosen():
+    record, prediction = Record(1), torch.randn(8, 3)
+    record.keep(asked(0), prediction)
+    watched = weakref.ref(prediction.untyped_storage())
+    del prediction
+    assert watched() is not None
+    record.choose([2])
+    gc.collect()
+    assert watched() is None
+
+
+def test_a_beginning_is_as_long_as_its_solver_needs():
+    schedule = Schedule(torch.arange(9, -1, -1), torch.arange(10, -1, -1))
+    for config, more in (({}, 0), ({"solver_order": 2}, 0), ({"solver_order": 3}, 1), ({"predictor_order": 2, "corrector_order": 4}, 2)):
+        call = SimpleNamespace(scheduler=SimpleNamespace(config=config))
+        short = beginning(call, schedule, 4)
+        assert len(short.timesteps) == 4 + more
+        assert len(short.sigmas) == 5 + more
+    assert len(beginning(call, schedule, 10).timesteps) == 10
+    assert beginning(call, Schedule(schedule.timesteps, None), 4).sigmas is None

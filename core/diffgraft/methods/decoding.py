@@ -93,12 +93,16 @@ def to_latents(pipe: Any, family: Family, pixels: Tensor, *, float32: bool = Fal
     vae = _autoencoder(pipe, float32, pixels.device)
     if family.latents == "packed" and vae.config.get("latents_mean") is not None:
         raise Unsupported(f"{type(pipe).__name__} encodes pictures by an autoencoder for video, in a way that is not known here")
-    latents: Tensor = vae.encode(pixels.to(vae.dtype)).latent_dist.mode()
-    if vae.config.get("latents_mean") is not None:
-        mean, std = _statistics(vae, latents)
-        return (latents - mean) * (1 / std) * (vae.config.get("scaling_factor") or 1)
-    latents = (latents - (vae.config.get("shift_factor") or 0)) * vae.config["scaling_factor"]
+    latents = scaled_latents(vae, vae.encode(pixels.to(vae.dtype)).latent_dist.mode())
     return pipe._pack_latents(latents, *latents.shape) if family.latents == "packed" else latents  # type: ignore[no-any-return]
+
+
+def scaled_latents(vae: Any, encoded: Tensor) -> Tensor:
+    """What an autoencoder's encoder gives, in the scale of the pipeline's latents."""
+    if vae.config.get("latents_mean") is not None:
+        mean, std = _statistics(vae, encoded)
+        return (encoded - mean) * (1 / std) * (vae.config.get("scaling_factor") or 1)
+    return (encoded - (vae.config.get("shift_factor") or 0)) * vae.config["scaling_factor"]  # type: ignore[no-any-return]
 
 
 def _statistics(vae: Any, latents: Tensor) -> tuple[Tensor, Tensor]:

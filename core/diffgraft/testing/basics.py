@@ -115,7 +115,7 @@ def fires(s: Subject) -> None:
     s.notes += inactive
 
 
-@check("main", when=lambda s: bool(s.plugin.effects.skips))
+@check("main", when=lambda s: bool(s.plugin.effects.skips) and "extra_forwards" not in s.plugin.effects.needs)
 def saves_work(s: Subject) -> None:
     """Who says that it skips computes less, and counts it in the report (WaveSpeed PR #149 never cached and was slower)."""
     fresh = s.fresh()

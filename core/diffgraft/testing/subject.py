@@ -61,9 +61,10 @@ class Subject:
 
     @property
     def keeps_branches(self) -> bool:
-        """Whether one branch may not influence the other, except through the pipeline's own formula."""
+        """Whether one branch may not influence the other but through the pipeline's own formula. A choice of noises may rest on all."""
         effects = self.plugin.effects
-        return not (self.couples or "guide" in self.plugin.points() or "branches" in effects.skips)
+        chooses = "noise" in effects.edits and "extra_forwards" in effects.needs
+        return not (self.couples or chooses or "guide" in self.plugin.points() or "branches" in effects.skips)
 
     @property
     def stays(self) -> bool:

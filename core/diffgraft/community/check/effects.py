@@ -69,7 +69,8 @@ def observe(project: Project, families: Iterable[Family]) -> Observed:
             for word, where in getattr(seen, name).items():
                 getattr(total, name).setdefault(word, where if name == "waits" else f"{family.name}, {where}")
         total.inactive += [f"{family.name}: {note}" for note in subject.excuses(subject.report(pipe))]
-        if cls.effects.skips and (work := subject.fresh().work) >= subject.work_of_baseline():
+        saves = cls.effects.skips and "extra_forwards" not in cls.effects.needs
+        if saves and (work := subject.fresh().work) >= subject.work_of_baseline():
             total.saves_nothing = f"{family.name}: the denoiser's layers get {work} values, as many as without the plugin"
         if not subject.couples and subject.supports(PAIR):
             for i in PAIR.samples:
