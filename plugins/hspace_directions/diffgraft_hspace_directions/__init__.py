@@ -1,4 +1,4 @@
-"""Directions in a U-Net's h-space, the output of its mid block, found without labels and added at every step (arXiv 2303.11073, 2210.10960)."""
+"""Directions in a U-Net's h-space, the output of its mid block, found without labels (arXiv 2303.11073, 2210.10960)."""
 
 from __future__ import annotations
 
@@ -221,5 +221,6 @@ class HSpaceDirections(Plugin):
             shared.V, shared.sigma, shared.form, shared.taken = same_sense(V, before), sigma, J.form_of_h, step.index
             shared.values.append(sigma)
             call.count("Jacobians")
-        assert shared.V is not None and shared.sigma is not None
+        assert shared.V is not None
+        assert shared.sigma is not None
         return shared.V[k].float().unflatten(1, shared.form), shared.sigma[k].float()

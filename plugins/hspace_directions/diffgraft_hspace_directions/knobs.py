@@ -48,7 +48,7 @@ class HSpaceDirectionsConfig(PluginConfig):
     )
     mode: Literal["symmetric", "asyrp"] = Field(
         "symmetric",
-        description="'symmetric': the step uses the edited prediction; 'asyrp': only for the clean sample P_t, and the plain one for D_t; a "
+        description="'symmetric': the step uses the edited prediction; 'asyrp': only for the clean sample P_t, the plain one for D_t; a "
         "second forward, DDIM or Euler",
     )
     branches: Literal["all", "cond"] = Field(
