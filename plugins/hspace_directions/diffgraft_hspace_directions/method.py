@@ -2,10 +2,10 @@
 
 h_t is what the mid block of a U-Net returns at step t. An edit adds a direction to it, h_t + gamma n_t, and runs the rest of the network.
 
-* **PCA** of h_t over samples (Haas et al., section 4.1): n_t = std_k(t) u_k(t), so that gamma counts standard deviations;
-* **Jacobian** of one sample (section 4.2): J = d eps / d h_t, n_t = sigma_k v_k of its singular value decomposition, by subspace iteration
+* **PCA** of h_t over samples (Haas et al.): n_t = std_k(t) u_k(t), so that gamma counts standard deviations;
+* **Jacobian** of one sample: J = d eps / d h_t, n_t = sigma_k v_k of its singular value decomposition, by subspace iteration
   on J^T J: no matrix of that size is ever built;
-* **Asyrp** (Kwon et al., eq. 5): x_{t-1} = a' P_t(eps edited) + d D_t(eps), the clean sample from the edited prediction, the way back to
+* **Asyrp** (Kwon et al.): x_{t-1} = a' P_t(eps edited) + d D_t(eps), the clean sample from the edited prediction, the way back to
   x_t from the plain one.
 """
 
@@ -83,6 +83,8 @@ def singular_directions(
     for _ in range(iterations):
         V = orthonormal(torch.stack([scaled(Jt, J(v)) for v in V]))
     U = torch.stack([J(v) for v in V]).double()
+    if len(V) == 1:
+        return V, U.norm(dim=2).to(V.dtype)
     values, turn = torch.linalg.eigh(torch.einsum("knd,lnd->nkl", U, U))
     V = torch.einsum("nkl,knd->lnd", turn.flip(2).to(V.dtype), V)
     return V, values.flip(1).clamp(min=0).sqrt().mT.to(V.dtype)
@@ -95,10 +97,18 @@ def scaled(Jt: Callable[[Tensor], Tensor], u: Tensor) -> Tensor:
 
 
 def orthonormal(V: Tensor) -> Tensor:
-    """[k, n, d] with orthonormal vectors for each of the n, spanning the same spaces; the first keeps its direction."""
-    Q, R = torch.linalg.qr(V.movedim(0, 2))
-    sign = R.diagonal(dim1=1, dim2=2).sign()
-    return (Q * torch.where(sign == 0, 1, sign)[:, None]).movedim(2, 0)
+    """[k, n, d] with orthonormal vectors for each of the n, spanning the same spaces; the first keeps its direction.
+
+    Gram and Schmidt, twice for each vector: as good as QR for a few, and it does not wait for the device.
+    """
+    found: list[Tensor] = []
+    for v in V:
+        for _ in range(2):
+            for u in found:
+                v = v - (u * v).sum(1, keepdim=True) * u
+            v = v / v.norm(dim=1, keepdim=True).clamp(min=torch.finfo(v.dtype).tiny)
+        found.append(v)
+    return torch.stack(found)
 
 
 def same_sense(V: Tensor, before: Tensor | None) -> Tensor:
