@@ -144,10 +144,10 @@ class HSpaceDirections(Plugin):
             return
         artefact: Artefact | None = call.given("artefact")
         if artefact is None:
-            way = make_again(self.name)
-            raise ConfigError(f"plugin 'hspace_directions': source = {self.config.source!r} needs an artefact: {way}; or unit = 'norm'"
-                              if self.config.source == "random" else
-                              f"plugin 'hspace_directions': source = 'pca' needs an artefact: {way}")  # fmt: skip
+            way = " (or take unit = 'norm')" if self.config.source == "random" else ""
+            raise ConfigError(
+                f"plugin 'hspace_directions': artefact = None: source = {self.config.source!r} needs one{way}; {make_again(self.name)}"
+            )
         self.ensure_component(artefact)
 
     def asymmetric(self, call: DenoiseCall, edited: Tensor, plain: Tensor) -> Tensor:
