@@ -125,11 +125,17 @@ def vjp_alone(call: DenoiseCall, u: Tensor, *, at: Tensor | None = None) -> Tens
     Raises:
         Unsupported, Conflict: see :func:`latent_gradient`.
     """
+    return vjp_of(call, lambda z: predict_alone(call.with_input(z)), call.latents if at is None else at, u)
+
+
+def vjp_of(call: DenoiseCall, predict: Callable[[Tensor], Tensor], z: Tensor, u: Tensor) -> Tensor:
+    """J^T u of another function of the denoiser than that of the latents: ``predict(z)`` runs it by :func:`predict_alone`, with a hook of
+    the asking plugin that puts ``z`` where a block's output was."""
     model = root_of(call.model)
     ensure_differentiable(call, model)
     with alone(call), frozen(model), torch.enable_grad(), explained(call, model):
-        z = (call.latents if at is None else at).detach().clone().requires_grad_()
-        (found,) = torch.autograd.grad(predict_alone(call.with_input(z)), z, u)
+        z = z.detach().clone().requires_grad_()
+        (found,) = torch.autograd.grad(predict(z), z, u)
     return found
 
 
@@ -146,13 +152,14 @@ def jvp_alone(call: DenoiseCall, v: Tensor, *, at: Tensor | None = None) -> Tens
     Raises:
         Unsupported, Conflict: see :func:`latent_gradient`.
     """
+    return jvp_of(call, lambda z: predict_alone(call.with_input(z)), call.latents if at is None else at, v)
+
+
+def jvp_of(call: DenoiseCall, predict: Callable[[Tensor], Tensor], z: Tensor, v: Tensor) -> Tensor:
+    """J v, likewise: see :func:`vjp_of` for the function, :func:`jvp_alone` for the ways."""
     model = root_of(call.model)
     ensure_differentiable(call, model)
-    z = (call.latents if at is None else at).detach()
-
-    def predict(z: Tensor) -> Tensor:
-        return predict_alone(call.with_input(z))
-
+    z = z.detach()
     v, missing = v.to(z.dtype), []
     with alone(call), frozen(model):
         for name, way in (("forward mode", _forward_mode), ("two backward passes", _two_backward_passes)):
