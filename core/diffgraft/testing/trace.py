@@ -87,7 +87,8 @@ def _of_module(name: str, root: nn.Module, classes: set[type], modules: bool) ->
 def scratch(module: nn.Module) -> frozenset[str]:
     """What an autoencoder for video notes on itself at each clip (``clear_cache``), whoever asks it to encode or decode."""
     method = getattr(type(module), "clear_cache", None)
-    return frozenset(method.__code__.co_names) if hasattr(method, "__code__") else frozenset()
+    code = getattr(method, "__code__", None)
+    return frozenset() if code is None else frozenset(code.co_names)
 
 
 def expect_same_trace(before: Trace, after: Trace, what: str) -> None:
