@@ -90,7 +90,7 @@ class Elect(Plugin):
     Config = ElectConfig
     State = Election
     neutral: ClassVar[dict[str, Any]] = {"candidates": 1}
-    active: ClassVar[dict[str, Any]] = {"candidates": 5, "at_once": 5}
+    active: ClassVar[dict[str, Any]] = {"candidates": 2, "space": "pixel"}
     effects = Effects(skips=frozenset({"denoiser"}), edits=frozenset({"schedule", "noise"}), needs=frozenset({"extra_forwards"}))
     config: ElectConfig
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -60,19 +61,19 @@ class Starts:
 def starts_of(generator: Any, rows: int, candidates: int) -> Starts:
     """Where the candidates of a call with this ``generator`` begin.
 
-    With a generator of its own for each picture the first candidate is what the plain call makes, and the others are seeded by numbers
-    drawn from a copy, so that the caller's does not move before the winner is known. Pictures that share one (or torch's global one, on
-    None) cannot each go on with another candidate's noise, so there all seeds are drawn from it.
+    With a generator of its own for each picture the first candidate is what the plain call makes, and the others' seeds follow from its
+    state, so that it does not move before the winner is known. Pictures that share one (or torch's global one, on None) cannot each go on
+    with another candidate's noise, so there all seeds are drawn from it.
     """
     single = generator if isinstance(generator, Generator) else None
     listed = [single] if single is not None else list(generator or ())
     device = listed[0].device if listed else torch.device("cpu")
     own = len(listed) == rows and len({id(each) for each in listed}) == rows
     if own:
-        drawn = [draw(copied(each), candidates - 1) for each in listed]
-        seeds = torch.stack([torch.cat([torch.tensor([-1]), each]) for each in drawn], 1)
+        seeds = torch.tensor([[-1 if i == 0 else following(each, i) for each in listed] for i in range(candidates)])
     else:
-        seeds = draw(listed[0] if listed else None, candidates * rows).reshape(candidates, rows)
+        given = listed[0] if listed else None
+        seeds = torch.randint(LARGEST, (candidates, rows), generator=given, device=device).cpu()
     states = [
         [listed[row].get_state() if seed < 0 else Generator(device).manual_seed(seed).get_state() for row, seed in enumerate(of_one)]
         for of_one in seeds.tolist()
@@ -80,14 +81,7 @@ def starts_of(generator: Any, rows: int, candidates: int) -> Starts:
     return Starts(states, device, listed if own else None, seeds, single if own else None)
 
 
-def copied(generator: Generator) -> Generator:
-    """A generator of its own in the same state."""
-    made = Generator(generator.device)
-    made.set_state(generator.get_state())
-    return made
-
-
-def draw(generator: Generator | None, number: int) -> Tensor:
-    """So many seeds."""
-    device = "cpu" if generator is None else generator.device
-    return torch.randint(LARGEST, (number,), generator=generator, device=device).cpu()
+def following(generator: Generator, number: int) -> int:
+    """A seed, another for each ``number``, that is the same whenever the generator is in the same state; nothing is drawn."""
+    state = generator.get_state().cpu().numpy().tobytes()
+    return int.from_bytes(hashlib.sha256(state + number.to_bytes(8, "little")).digest()[:8], "little") % LARGEST

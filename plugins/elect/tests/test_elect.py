@@ -379,13 +379,16 @@ def test_without_a_generator_seeds_come_from_the_global_one():
     assert torch.equal(first, alone)
 
 
-def test_candidates_are_seeded_from_a_copy_of_the_callers_generator():
+def test_candidates_follow_from_the_state_of_the_callers_generator():
     generator = torch.Generator().manual_seed(3)
     before = generator.get_state()
     few, many = starts_of(generator, 1, 3), starts_of(generator, 1, 6)
     assert torch.equal(generator.get_state(), before)
     assert few.seeds.equal(many.seeds[:3])
     assert few.seeds[0] == -1
+    assert len(set(many.seeds.flatten().tolist())) == 6
+    torch.randn(1, generator=generator)
+    assert not starts_of(generator, 1, 3).seeds[1:].eq(few.seeds[1:]).any()
     shared = starts_of([generator, generator], 2, 3)  # one generator twice is nobody's own
     assert shared.given is None
     assert (shared.seeds >= 0).all()
