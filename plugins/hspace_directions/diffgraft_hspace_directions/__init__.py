@@ -29,7 +29,7 @@ class HSpaceDirections(Plugin):
     Config = HSpaceDirectionsConfig
     State = Shared
     neutral: ClassVar[dict[str, Any]] = {"strength": 0.0}
-    active: ClassVar[dict[str, Any]] = {"source": "jacobian", "unit": "norm", "iterations": 1}
+    active: ClassVar[dict[str, Any]] = {"strength": 1.0, "source": "jacobian", "unit": "norm", "iterations": 1}
     effects = Effects(
         edits=frozenset({"prediction"}), needs=frozenset({"all_blocks", "extra_forwards", "plain_gradients", "calibrated_run"})
     )
