@@ -23,7 +23,7 @@ from diffgraft import (
     Unsupported,
 )
 from diffgraft.methods.artefacts import Artefact, make_again
-from diffgraft.methods.starts import cut, follows, is_first, unit_noise
+from diffgraft.methods.starts import begins_at, cut, follows, is_first, unit_noise
 from torch import Tensor
 
 from diffgraft_dpm_ot.fitter import MapFitter
@@ -102,15 +102,16 @@ class DpmOt(Plugin):
         if found is None:
             return own
         assert self.config.start is not None
-        made = cut(call, own, self.config.start)
-        first, level = float(made.timesteps[0]), found.facts["timestep"]  # once a run
-        if not abs(first - level) < SAME:
+        times, level = own.timesteps.tolist(), found.facts["timestep"]  # once a run
+        begin = begins_at(call.scheduler, times, self.config.start)
+        if begin is None or not abs(times[begin] - level) < SAME:
+            where = f"would begin at {times[begin]:g}" if begin is not None else f"ends at {times[-1]:g}"
             raise ArtefactMismatch(
-                f"dpm_ot: the targets are of timestep {level:g}, and this run would begin at {first:g}; the map was fitted for "
+                f"dpm_ot: the targets are of timestep {level:g}, and this run {where}; the map was fitted for "
                 f"num_inference_steps={found.facts['steps']} of the plain schedule: take that, and no plugin that changes it, or "
                 f"{make_again(self.name, 'fit')}"
             )
-        return made
+        return cut(call, own, self.config.start)
 
     def denoise(self, call: DenoiseCall, next: Any) -> Tensor:
         if call.step.call == 0 and self.map(call) is not None:

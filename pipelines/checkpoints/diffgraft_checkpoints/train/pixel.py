@@ -213,7 +213,8 @@ training. The judge is that of emoji-sd, which looks at all of them enlarged to 
 """
     + cards.MADE
     + """
-- Data: {scene_count} upright scenes of one object, as in the later stages of emoji-sd, averaged to 32 x 32 pixels. Objects: {names}.
+- Data: {scene_count} upright scenes of one object, as in the later stages of emoji-sd, averaged to 32 x 32 pixels. Objects:
+  {names}.
 - U-Net: widths 32, 64, 96, two layers a block, attention at 8 x 8; AdamW (learning rate 1e-3, falling in the last
   quarter), batch {batch_size}, bf16 autocast, averaged weights (.998). Ho et al.'s linear schedule; the error of the noise weighted by
   clamp(1 / SNR, 1, 10); timesteps 1000 u^0.6 in the first half of the steps, uniform in the second.
