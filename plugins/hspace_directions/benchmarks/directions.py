@@ -1,7 +1,7 @@
 """Which attribute does a direction of h-space move, and does a random one of the same norm not do the same? emoji-sd, or a pixel model.
 
     python plugins/hspace_directions/benchmarks/directions.py --out directions
-    python plugins/hspace_directions/benchmarks/directions.py --pipeline path/to/emoji-pixel --out directions-pixel
+    python plugins/hspace_directions/benchmarks/directions.py --pipeline emoji-pixel --out directions-pixel
 
 Directions are principal components of h over `--samples` pictures (of training captions where the model reads captions; nobody labels
 anything). Each is added with plus and minus `--strengths` standard deviations to the same held-out pictures. The controls are random
@@ -53,10 +53,12 @@ class Model:
 
     def __init__(self, name: str, steps: int) -> None:
         self.steps = steps
-        self.captions = not Path(name).exists() or (Path(name) / "text_encoder").exists()
-        pipe: Any = load_pipeline(name, plugins=[]) if self.captions else DDIMPipeline.from_pretrained(name)
-        self.pipe = unload(pipe) if self.captions else pipe
-        self.pipe.scheduler = DDIMScheduler.from_config(self.pipe.scheduler.config, clip_sample=False)
+        pipe: Any = unload(load_pipeline(name, plugins=[]))
+        self.captions = hasattr(pipe, "text_encoder")
+        scheduler = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False)
+        if self.captions:
+            pipe.scheduler = scheduler
+        self.pipe = pipe if self.captions else DDIMPipeline(pipe.unet, scheduler)
         self.pipe.set_progress_bar_config(disable=True)
         training, _ = scenes.split()
         chosen = np.random.default_rng(3).integers(0, len(training), 4096)
