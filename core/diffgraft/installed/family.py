@@ -99,6 +99,7 @@ class Family:
                   ``height``, ``width``, without the first frame)
     common        arguments of the denoiser that all rows of a batch share, though their first axis may be as long as the batch (rotary
                   tables, token positions); every other tensor whose first axis is a multiple of the batch holds a part for each row
+    one_each      its pipelines take ``num_videos_per_prompt`` and make one all the same
     packages      import packages that diffusers does not bring and without which some of the pipelines die in mid-run: name -> these
                   pipelines. Such a pipeline is refused with the pip line where the package is not installed
     tiny          "module:function" of a seeded random tiny pipeline, ``function(class_name, seed) -> Tiny``, for tests
@@ -120,6 +121,7 @@ class Family:
     appended: Literal["none", "channels", "tokens"] = "none"
     branch_prediction: Literal["same", "drop_sigma", "first_tokens", "unpacked_tail"] = "same"
     common: tuple[str, ...] = ()
+    one_each: bool = False
     packages: Mapping[str, tuple[str, ...]] = field(default_factory=dict, hash=False)
     tiny: str | None = None
 

@@ -176,10 +176,6 @@ def number_of_prompts(arguments: Mapping[str, Any]) -> int:
     return len(prompt) if isinstance(prompt, (list, tuple)) else 1
 
 
-HEEDLESS = frozenset({"animatediff", "cogvideox"})
-"""Families whose pipelines take ``num_videos_per_prompt`` and make one."""
-
-
 def number_of_pictures(arguments: Mapping[str, Any], family: Family) -> int:
     """How many pictures, or videos, a call makes: samples of its latents. ``arguments`` as they were passed, with defaults or without."""
     said = [arguments.get(name) for name in ("prompt", "prompt_embeds", "batch_size", "class_labels")]
@@ -193,7 +189,7 @@ def number_of_pictures(arguments: Mapping[str, Any], family: Family) -> int:
     else:
         asked = number_of_prompts(arguments)
     each = arguments.get("num_images_per_prompt") or arguments.get("num_videos_per_prompt") or 1
-    return asked * (1 if family.name in HEEDLESS else int(each))
+    return asked * (1 if family.one_each else int(each))
 
 
 def for_each_prompt(plugin: str, texts: str | Sequence[str], arguments: Mapping[str, Any]) -> list[str]:

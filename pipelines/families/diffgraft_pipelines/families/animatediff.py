@@ -15,5 +15,6 @@ family = Family(
     guidance=Guidance("batched", active="do_classifier_free_guidance"),
     sample="sample",
     latents="bcfhw",
+    one_each=True,
     tiny="diffgraft_pipelines.tiny.animatediff:make",
 )

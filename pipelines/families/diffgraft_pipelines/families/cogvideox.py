@@ -16,5 +16,6 @@ family = Family(
     latents="bfchw",
     appended="channels",  # image to video: the start picture
     common=("image_rotary_emb",),
+    one_each=True,
     tiny="diffgraft_pipelines.tiny.cogvideox:make",
 )
