@@ -79,8 +79,8 @@ def given_generator(given: Any, pictures: int) -> torch.Generator | None:
         return given[0]  # type: ignore[no-any-return]
     found = f"a list of {len(given)}" if is_list else f"{given!r:.60}"
     raise ConfigError(
-        f"plugin 'golden_seed': generator = {found} for a call of {pictures} picture(s): give one torch.Generator, a list with one for each "
-        "picture, or none"
+        f"plugin 'golden_seed': generator = {found} for a call of {pictures} picture(s): give one torch.Generator, a list with one for "
+        "each picture, or none"
     )
 
 
