@@ -137,6 +137,46 @@ def test_a_fitness_that_says_nothing_of_the_genomes_is_refused(pipe, tmp_path):
         search(pipe, Ranked(), samples(), sized(pipe), tmp_path / "a.json", fitness, plan=SMALL)
 
 
+class Lister(GainSearcher):
+    """Breeds nothing, and heeds no knob."""
+
+    breeds = False
+    own_noise = True
+
+    def mutate(self, rng, parent, epoch):
+        return None
+
+    def cross(self, rng, one, other):
+        return None
+
+    def check(self, knobs):
+        if knobs:
+            raise ConfigError(f"not heeded: {', '.join(knobs)}")
+
+
+class Listed(Gain):
+    search = Lister
+
+
+def test_a_searcher_of_other_noise_that_breeds_nothing(pipe, tmp_path):
+    """The file says nothing of what was not used, and what would not be heeded is refused."""
+    reward = RewardFitness(lambda images, prompts: [0.5] * len(images))
+
+    def run(plugin: Any, asked: Any, fitness: Any) -> Finding:
+        return search(pipe, plugin, asked, sized(pipe), tmp_path / "a.json", fitness, plan=Plan(2, 1, 0, 0, 1))
+
+    with pytest.raises(ConfigError, match="not heeded: gain"):
+        run(Listed(gain=1.5), samples(), reward)
+    with pytest.raises(ConfigError, match="'picture 0' is asked for more than once"):
+        run(Listed(), samples(1) * 2, reward)
+    with pytest.raises(ConfigError, match=r"without reference pictures compares with the pipeline's own.*give --reference FOLDER"):
+        run(Listed(), samples(), FrechetFitness(lambda images: torch.zeros(len(images), 1)))
+    assert not list(tmp_path.iterdir())
+    made = run(Listed(), samples(), reward)
+    assert made.facts["plan"] == {"population": 2, "epochs": 1}
+    assert "seeds" not in made.facts["prompts"]
+
+
 def test_search_use_and_leave_no_trace(pipe, tmp_path):
     settings = sized(pipe)
     kwargs = {"prompt": "x", "num_inference_steps": 2, "guidance_scale": 4.0, "height": settings.height, "width": settings.width}

@@ -129,7 +129,14 @@ def evolve(
     from diffgraft.methods.named import declared
 
     specs = specs_for(pipeline, [plugin, *(beside or [])], option)
-    declared(registry.find(plugin), "search")  # before the pipeline is loaded
+    made_by = declared(registry.find(plugin), "search")  # before the pipeline is loaded
+    if why := made_by.not_by.get(fitness):
+        raise ConfigError(f"--fitness {fitness}: {why}")
+    bred = {"--top": top, "--mutations": mutations, "--crossovers": crossovers}
+    if not made_by.breeds and (idle := [f"{name} {value}" for name, value in bred.items() if value is not None]):
+        raise ConfigError(f"{', '.join(idle)}: the search of {plugin} breeds nothing; leave it out")
+    if made_by.own_noise and seed:
+        raise ConfigError(f"--seed {seed}: each candidate of {plugin} says which noise it draws; leave it out")
     number, words = asked_for(read_prompts(prompt, prompts), class_label, samples, "judge the candidates")
     if steps is None:
         raise ConfigError("what is found holds for one number of steps: give --steps K")
@@ -153,6 +160,9 @@ def evolve(
         )
     loss = found.facts["fitness"]
     say(f"{found.facts['judged']} candidates: loss ({loss['name']}) {loss['loss_of_start']:.6g} at the start, {loss['loss']:.6g} now")
+    losses = [one for _, one in found.facts.get("ranking", [])]
+    if len(losses) > 1 and losses[0] == losses[-1]:
+        say(f"all {len(losses)} have the same loss: the fitness does not tell them apart, and their order says nothing")
     say(f"wrote {path}: for {found.made_for.pipeline}, {found.made_for.scheduler}, {found.made_for.steps} steps")
 
 

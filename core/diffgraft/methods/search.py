@@ -72,6 +72,8 @@ class Searcher:
     Config   knobs of the search itself (mutation rates and the like)
     ranks    whether every judged genome is worth keeping, not the best alone: the file then has them all ("ranking")
     not_by   fitnesses that say nothing of these genomes: name -> why
+    breeds   whether mutations and crossovers are made
+    own_noise  whether a candidate says which noise it draws, so that the samples' seeds are not used
 
     Every draw is made from the ``rng`` that is given. ``epoch`` counts the generations that are judged already. A method that draws may
     return None: that try gave nothing legal.
@@ -80,9 +82,14 @@ class Searcher:
     Config: ClassVar[type[PluginConfig]] = PluginConfig
     ranks: ClassVar[bool] = False
     not_by: ClassVar[Mapping[str, str]] = {}
+    breeds: ClassVar[bool] = True
+    own_noise: ClassVar[bool] = False
 
     def __init__(self, name: str = "search", **knobs: Any) -> None:
         self.config = build_config(name, self.Config, knobs)
+
+    def check(self, knobs: Mapping[str, Any]) -> None:
+        """Refuse knobs of the plugin, of those that were set, which the search would not heed. Raise ``ConfigError``."""
 
     def prepare(self, probe: Probe) -> None:
         """Learn the space from the pipeline. Raise ``Unsupported`` or ``ConfigError`` where there is none."""
@@ -286,7 +293,10 @@ def search(
     plan = plan or Plan()
     if why := made_by.not_by.get(fitness.name):
         raise ConfigError(f"search of {plugin.name}: fitness = {fitness.name!r}: {why}")
+    if made_by.own_noise:
+        _ensure_other_noise(plugin.name, samples, fitness)
     searcher = made_by(f"search of {plugin.name}", **(knobs or {}))
+    searcher.check(plugin.own_knobs)
 
     def look_call() -> None:
         make_outputs(pipe, samples[:1], settings, batch, False)
@@ -340,9 +350,9 @@ def search(
             "prompts": {
                 "number": len(samples),
                 "sha256": hashlib.sha256("\n".join(prompts).encode()).hexdigest(),
-                "seeds": [sample.seed for sample in samples],
+                **({} if searcher.own_noise else {"seeds": [sample.seed for sample in samples]}),
             },
-            "plan": asdict(plan),
+            "plan": asdict(plan) if searcher.breeds else {"population": plan.population, "epochs": plan.epochs},
             "searcher": searcher.config.model_dump(mode="json"),
             "judged": evolved.judged,
             "history": evolved.history,
@@ -352,6 +362,21 @@ def search(
     finding.save(out)
     shutil.rmtree(folder)
     return finding
+
+
+def _ensure_other_noise(plugin: str, samples: Sequence[Sample], fitness: Fitness) -> None:
+    """Raises ConfigError where a candidate that says its noise would draw a picture twice, or be held against what other noise makes."""
+    asked = [(sample.prompt, sample.class_label) for sample in samples]
+    if twice := [sample.label for sample, each in zip(samples, asked, strict=True) if asked.count(each) > 1]:
+        raise ConfigError(
+            f"search of {plugin}: {twice[0]!r} is asked for more than once, and a candidate draws the same picture each time: ask for each "
+            f"once (--samples {len(set(asked))}, or none)"
+        )
+    if "reference_steps" in fitness.describe():
+        raise ConfigError(
+            f"search of {plugin}: fitness = {fitness.name!r} without reference pictures compares with the pipeline's own, and candidates "
+            "of their noise would be the nearer: give --reference FOLDER"
+        )
 
 
 def search_call(pipe: Any, plugin: Plugin, call: Callable[[], Any], seed: int = 0) -> Finding:

@@ -14,7 +14,7 @@ import torch
 from diffgraft import ConfigError, Conflict, DenoiseCall, Effects, Need, Paper, Plugin, PluginConfig, RunCall, Target, Unsupported
 from diffgraft.methods.conditioning import number_of_pictures
 from diffgraft.methods.findings import Finding
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 from typing_extensions import Self
 
@@ -38,14 +38,27 @@ class GoldenSeedConfig(PluginConfig):
     k: int | None = Field(None, ge=1, description="K, number of seeds that are used; none: a tenth of those ranked, 1 at least")
     order: Literal["rank", "lot"] = Field(
         "rank",
-        description="own: which picture of a call gets which seed: picture i the i-th of the K ('rank'), or K drawn without repetition, "
-        "by the call's generator ('lot')",
+        description="own: which picture of a call gets which seed: picture i the i-th of the K ('rank'), or drawn from the K by the call's "
+        "generator ('lot'): none twice in a call, each call for itself",
     )
+
+    @field_validator("seed", mode="before")
+    @classmethod
+    def _a_number(cls, seed: Any) -> Any:
+        if isinstance(seed, bool):
+            raise ValueError("a seed is a whole number")
+        return seed
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:
         if self.seed is not None and self.artefact is not None:
             raise ValueError("seed and artefact exclude each other: one seed for all pictures, or those of a ranking")
+        idle = {"use": self.use == "worst", "k": self.k is not None, "order": self.order == "lot"}
+        if self.seed is not None and any(idle.values()):
+            given = ", ".join(f"{name} = {getattr(self, name)}" for name, is_given in idle.items() if is_given)
+            raise ValueError(
+                f"{given} beside seed = {self.seed}: they choose among the seeds of a ranking; leave them out, or give artefact"
+            )
         return self
 
 
@@ -55,6 +68,20 @@ class State:
 
     generators: list[torch.Generator] | None = None
     begun: bool = False
+
+
+def given_generator(given: Any, pictures: int) -> torch.Generator | None:
+    """The call's generator, of a list the first; ConfigError for what is none, or a list of another length than pictures."""
+    if given is None or isinstance(given, torch.Generator):
+        return given
+    is_list = isinstance(given, (list, tuple))
+    if is_list and len(given) == pictures and all(isinstance(each, torch.Generator) for each in given):
+        return given[0]  # type: ignore[no-any-return]
+    found = f"a list of {len(given)}" if is_list else f"{given!r:.60}"
+    raise ConfigError(
+        f"plugin 'golden_seed': generator = {found} for a call of {pictures} picture(s): give one torch.Generator, a list with one for "
+        "each picture, or none"
+    )
 
 
 class GoldenSeed(Plugin):
@@ -112,31 +139,57 @@ class GoldenSeed(Plugin):
                 call.note("inactive: neither a seed nor a ranking is given (`diffgraft evolve golden_seed` makes one)")
             return next(call)
         pictures = number_of_pictures(call.arguments(), call.family)
+        lots = before = None
         if kept.generators is None:
             self._ensure_no_latents(call)
-            each = self._seed_of_each(call, seeds, pictures)
+            given = given_generator(call.get("generator"), pictures)
+            by_lot = self.config.order == "lot"
+            if by_lot:
+                lots = torch.default_generator if given is None else given
+                before = lots.get_state()
+            each = self._seed_of_each(seeds, pictures, given)
             kept.generators = generators(each)
             call.record({"seeds": torch.tensor(each)})
             call.count("pictures", pictures)
-            call.note(f"seeds {', '.join(map(str, each[:16]))}{', ...' if pictures > 16 else ''}; the call's own generator draws no noise")
+            how = "; drawn by " + ("torch's own generator" if given is None else "the call's generator") if by_lot else ""
+            how = how or ("" if given is None else "; the call's own generator is not used")
+            call.note(f"seeds {', '.join(map(str, each[:16]))}{', ...' if pictures > 16 else ''}{how}")
+            self._say_what_is_not_known(call)
         elif len(kept.generators) != pictures:
             call.note(f"a plugin further out goes on with {pictures} of {len(kept.generators)} pictures: their noise is its own choice")
             return next(call)
-        return next(call.replace(generator=kept.generators if pictures > 1 else kept.generators[0]))
+        try:
+            return next(call.replace(generator=kept.generators if pictures > 1 else kept.generators[0]))
+        except Exception:
+            if lots is not None and not kept.begun:  # refused: nothing was drawn, so that the lot is the same in the next try
+                lots.set_state(before)
+            raise
 
-    def _seed_of_each(self, call: RunCall, seeds: tuple[int, ...], pictures: int) -> list[int]:
+    def _seed_of_each(self, seeds: tuple[int, ...], pictures: int, generator: torch.Generator | None) -> list[int]:
         """A seed for each picture; raises ConfigError where one would come twice unasked."""
         if self.config.seed is not None:
             return list(seeds) * pictures
         if pictures > len(seeds):
             raise ConfigError(
                 f"plugin 'golden_seed': this call makes {pictures} pictures, and k = {len(seeds)} seeds are used, so that some would come "
-                f"twice: make {len(seeds)} pictures a call at most, set k = {pictures}, or give one seed for all of them "
+                f"twice: make no more than {len(seeds)} a call, set k = {pictures}, or give one seed for all of them "
                 f"(seed = {seeds[0]})"
             )
-        given = call.get("generator")
-        first = given[0] if isinstance(given, (list, tuple)) else given
-        return spread(seeds, pictures, first, self.config.order == "lot")
+        return spread(seeds, pictures, generator, self.config.order == "lot")
+
+    @staticmethod
+    def _say_what_is_not_known(call: RunCall) -> None:
+        """Notes where the ranking may not hold, though nothing of the run tells: eta, plugins beside, losses that are all alike."""
+        ranked = call.given("artefact")
+        if ranked is None:
+            return
+        if eta := call.get("eta"):
+            call.note(f"eta = {eta:g}: a ranking does not keep the eta it was made at; with another one its order may not hold")
+        if others := sorted({plugin.name for plugin in call.others if not plugin.is_neutral} - set(ranked.facts.get("beside", ()))):
+            call.note(f"the seeds were ranked without {', '.join(others)}: beside it their order may not hold")
+        losses = [loss for _, loss in ranked.facts["ranking"]]
+        if len(losses) > 1 and losses[0] == losses[-1]:
+            call.note("all ranked seeds have the same loss: what ranked them does not tell them apart")
 
     @staticmethod
     def _ensure_no_latents(call: RunCall) -> None:
@@ -153,8 +206,8 @@ class GoldenSeed(Plugin):
     def denoise(self, call: DenoiseCall, next: Any) -> Tensor:
         kept = call.shared
         if kept.generators is not None and not kept.begun:
-            kept.begun = True
             self._ensure_drawn(call, len(kept.generators))
+            kept.begun = True
         return next(call)  # type: ignore[no-any-return]
 
     def _ensure_drawn(self, call: DenoiseCall, pictures: int) -> None:

@@ -16,6 +16,8 @@ from torch import Tensor
 Part = Literal["best", "worst", "none"]
 TENTH = 10
 """One of so many seeds is golden where K is not said."""
+LEAST_SIDE = 4
+"""Pixels of a side in which a frame can be looked for."""
 
 
 def default_k(number: int) -> int:
@@ -38,7 +40,8 @@ def chosen(ranking: Sequence[int], part: Part, k: int | None = None) -> tuple[in
 
 
 def spread(seeds: Sequence[int], pictures: int, generator: torch.Generator | None = None, by_lot: bool = False) -> list[int]:
-    """A seed for each picture, none twice: in their order, or drawn by lot from ``generator`` (none: torch's own).
+    """A seed for each picture, none twice: in their order, or drawn by lot from ``generator`` (none: torch's own). A draw knows nothing of
+    those before it.
 
     Raises:
         ValueError: there are more pictures than seeds.
@@ -68,7 +71,15 @@ def colourfulness(pixels: Tensor) -> Tensor:
 
 def border(pixels: Tensor, share: float = 1 / 16) -> Tensor:
     """How much of a frame pictures [n, 3, h, w] have [n]: the least over the four sides of the step in mean colour from the outer ``share``
-    of a side to as much behind it. 0: none of it goes all round."""
+    of a side to as much behind it. 0: none of it goes all round, or the frame is wider than both strips together.
+
+    Raises:
+        ValueError: a side is shorter than 4 pixels.
+    """
+    if min(pixels.shape[2:]) < LEAST_SIDE:
+        raise ValueError(
+            f"a picture of {pixels.shape[3]} x {pixels.shape[2]} pixels has no frame to look for: at least {LEAST_SIDE} a side"
+        )
     n = max(1, round(share * min(pixels.shape[2:])))
     sides = (pixels, pixels.flip(2), pixels.transpose(2, 3), pixels.transpose(2, 3).flip(2))
     steps = [(x[:, :, :n].mean(dim=(2, 3)) - x[:, :, n : 2 * n].mean(dim=(2, 3))).abs().amax(1) for x in sides]

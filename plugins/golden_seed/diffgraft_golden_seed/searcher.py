@@ -6,7 +6,7 @@ import random
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar
 
-from diffgraft import PluginConfig
+from diffgraft import ConfigError, PluginConfig
 from diffgraft.methods.schema import Holds
 from diffgraft.methods.search import Probe, Searcher
 from pydantic import Field
@@ -56,6 +56,8 @@ class SeedSearcher(Searcher):
     Config = SeedPool
     config: SeedPool
     ranks = True
+    breeds = False
+    own_noise = True
     not_by: ClassVar[dict[str, str]] = {
         "trajectory": "it compares with what other noise makes, which says nothing of a seed: take --fitness reward --reward NAME, or "
         "--fitness frechet"
@@ -64,6 +66,13 @@ class SeedSearcher(Searcher):
     """Steps of a call."""
     given = 0
     """How many seeds of the pool were given out."""
+
+    def check(self, knobs: Mapping[str, Any]) -> None:
+        if given := ", ".join(f"{name} = {value}" for name, value in sorted(knobs.items()) if value is not None):
+            raise ConfigError(
+                f"search of golden_seed: {given}: a candidate is one seed of the pool, and the plugin's knobs change nothing of that; "
+                "leave them out (--set first=N begins the pool at N, --population says its size)"
+            )
 
     def prepare(self, probe: Probe) -> None:
         self.asked, self.given = probe.steps, 0

@@ -11,11 +11,11 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from diffgraft import ArtefactMismatch, ConfigError, Conflict, Effects, Paper, Plugin, find_family, load_pipeline
+from diffgraft import ArtefactMismatch, ConfigError, Conflict, Effects, Paper, Plugin, RewardError, find_family, load_pipeline
 from diffgraft.cli import app
 from diffgraft.methods.conditioning import number_of_pictures
 from diffgraft.methods.findings import Finding
-from diffgraft.methods.fitness import Fitness, TrajectoryFitness
+from diffgraft.methods.fitness import Fitness, FrechetFitness, RewardFitness, TrajectoryFitness
 from diffgraft.methods.inputs import CallSettings, Sample
 from diffgraft.methods.search import Plan, evolve, search
 from diffgraft.testing import Case, contract_cases, cover
@@ -69,6 +69,10 @@ def tiny(name: str = "StableDiffusionPipeline", scheduler: str | None = None) ->
 def out(pipe: Any, kwargs: dict[str, Any], **more: Any) -> torch.Tensor:
     found = pipe(**{**kwargs, **more})[0]
     return found if isinstance(found, torch.Tensor) else torch.as_tensor(np.stack([np.asarray(each) for each in found]))
+
+
+def notes(pipe: Any) -> list[str]:
+    return list(pipe.plugins.report().plugins["golden_seed"].notes)
 
 
 def several(kwargs: dict[str, Any], n: int) -> dict[str, Any]:
@@ -223,7 +227,7 @@ def test_lots_are_drawn_without_repetition_and_every_seed_as_often():
 
 
 def test_what_the_calls_generator_means():
-    """By rank nothing; by lot it draws them, and goes on, so that the next call of the same generator gets others."""
+    """By rank nothing; by lot it draws them, and goes on, so that the next call of the same generator draws anew."""
     pipe, kwargs = tiny()
     found = ranked(pipe, kwargs, POOL)
     load_pipeline(pipe, plugins=[GoldenSeed(artefact=found, k=8)])
@@ -233,17 +237,77 @@ def test_what_the_calls_generator_means():
         return pipe.plugins.report().plugins["golden_seed"].records["seeds"].tolist()
 
     assert seeds(None) == seeds(torch.Generator().manual_seed(3)) == POOL[:4]
-    assert "the call's own generator draws no noise" in pipe.plugins.report().plugins["golden_seed"].notes[0]
+    assert notes(pipe) == ["seeds 11, 5, 7, 3; the call's own generator is not used"]
+    seeds(None)
+    assert notes(pipe) == ["seeds 11, 5, 7, 3"]
     pipe.plugins.configure("golden_seed", order="lot")
     one = torch.Generator().manual_seed(3)
     first, second = seeds(one), seeds(one)
     assert first != second
     assert seeds(torch.Generator().manual_seed(3)) == first
+    assert notes(pipe)[0].endswith("; drawn by the call's generator")
     assert seeds([torch.Generator().manual_seed(3 + i) for i in range(4)]) == first, "of a list the first one draws"
     torch.manual_seed(8)
     loose = seeds(None)
     torch.manual_seed(8)
     assert seeds(None) == loose
+    assert notes(pipe)[0].endswith("; drawn by torch's own generator")
+
+
+@pytest.mark.parametrize("knobs", [{"seed": 5}, {"order": "rank"}, {"order": "lot"}])
+@pytest.mark.parametrize(
+    ("given", "said"), [(5, "5"), ([], "a list of 0"), (1, "a list of 1"), (3, "a list of 3"), (["a", "b"], "a list of 2")]
+)
+def test_what_is_no_generator_is_refused_before_anything_runs(knobs, given, said):
+    pipe, kwargs = tiny()
+    if "order" in knobs:
+        knobs = {**knobs, "artefact": ranked(pipe, kwargs, POOL), "k": 8}
+    if given in (1, 3):
+        given = [torch.Generator() for _ in range(given)]
+    load_pipeline(pipe, plugins=[GoldenSeed(**knobs)])
+    with pytest.raises(
+        ConfigError, match=f"generator = {said} for a call of 2 picture.*give one torch.Generator, a list with one for each"
+    ):
+        out(pipe, kwargs, **several(kwargs, 2), generator=given)
+    assert pipe.plugins.report().forwards == {}
+
+
+def test_a_refused_call_leaves_the_generator_as_it_was():
+    pipe, kwargs = tiny()
+    kwargs |= {"guidance_scale": 3.0}
+    load_pipeline(pipe, plugins=[GoldenSeed(artefact=ranked(pipe, kwargs, POOL), k=8, order="lot")])
+    for more in ({"guidance_scale": 5.0}, {"width": 2 * kwargs["width"]}, {"num_images_per_prompt": 9}):
+        for generator in (torch.Generator().manual_seed(5), torch.default_generator):
+            before = generator.get_state()
+            with pytest.raises((ArtefactMismatch, ConfigError)):
+                out(pipe, kwargs, **more, generator=None if generator is torch.default_generator else generator)
+            assert torch.equal(generator.get_state(), before), more
+    generator = torch.Generator().manual_seed(5)
+    before = generator.get_state()
+    out(pipe, kwargs, generator=generator)
+    assert not torch.equal(generator.get_state(), before)
+
+
+class Beside(Watch):
+    name = "beside"
+
+
+def test_what_a_ranking_does_not_know_is_noted():
+    pipe, kwargs = tiny()
+    found = ranked(pipe, kwargs, POOL)
+    load_pipeline(pipe, plugins=[GoldenSeed(artefact=found, k=8)])
+    out(pipe, kwargs, eta=0.5)
+    assert "eta = 0.5: a ranking does not keep the eta it was made at" in notes(pipe)[1]
+    pipe.plugins.clear()
+    load_pipeline(pipe, plugins=[GoldenSeed(artefact=found, k=8), Beside])
+    out(pipe, kwargs)
+    assert notes(pipe)[1].startswith("the seeds were ranked without beside")
+    pipe.plugins.clear()
+    for facts, told in (({"beside": {"beside": {}}}, 1), ({"beside": {"beside": {}}, "ranking": [[s, -0.5] for s in POOL]}, 2)):
+        load_pipeline(pipe, plugins=[GoldenSeed(artefact=replace(found, facts={**found.facts, **facts}), k=8), Beside])
+        out(pipe, kwargs)
+        assert len(notes(pipe)) == told
+        pipe.plugins.clear()
 
 
 def test_num_images_per_prompt_gives_each_its_seed():
@@ -255,7 +319,9 @@ def test_num_images_per_prompt_gives_each_its_seed():
 def test_more_pictures_than_golden_seeds_are_told_in_a_sentence():
     pipe, kwargs = tiny()
     load_pipeline(pipe, plugins=[GoldenSeed(artefact=ranked(pipe, kwargs, POOL), k=3)])
-    with pytest.raises(ConfigError, match=r"makes 4 pictures, and k = 3 seeds are used.*twice.*at most, set k = 4, or.*seed = 11"):
+    with pytest.raises(
+        ConfigError, match=r"makes 4 pictures, and k = 3 seeds are used.*twice: make no more than 3 a call, set k = 4, or.*seed = 11"
+    ):
         out(pipe, kwargs, **several(kwargs, 4))
     out(pipe, kwargs, **several(kwargs, 3))
     with pytest.raises(ConfigError, match=r"k = 9 of 8 ranked seeds: give a smaller k"):
@@ -378,6 +444,8 @@ def test_a_planted_good_seed_is_found_and_the_whole_pool_is_ranked(tmp_path):
     ranking = made.facts["ranking"]
     assert sorted(seed for seed, _ in ranking) == list(range(100, 110)), "population x epochs seeds, each once"
     assert (made.genome, ranking[0][0], made.facts["judged"]) == (106, 106, 10)
+    assert "seeds" not in made.facts["prompts"], "the noise is the candidate's"
+    assert made.facts["plan"] == {"population": 5, "epochs": 2}, "nothing is bred"
     assert ranking[0][1] < 1e-9
     assert ranking[1][1] > 1e-3
     losses = [loss for _, loss in ranking]
@@ -412,7 +480,46 @@ def test_a_fitness_that_compares_with_other_noise_is_refused(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_the_command(tmp_path):
+@pytest.mark.parametrize(
+    ("knobs", "prompts", "fitness", "why"),
+    [
+        ({"seed": 5}, "ab", None, "seed = 5: a candidate is one seed of the pool.*leave them out"),
+        ({"use": "worst", "k": 2}, "ab", None, "k = 2, use = worst: "),
+        ({"use": "none"}, "ab", None, "use = none: "),
+        ({"artefact": "r.json"}, "ab", None, "artefact = r.json: "),
+        ({}, "aba", None, "'a' is asked for more than once.*--samples 2"),
+        ({}, "ab", FrechetFitness(lambda images: torch.zeros(len(images), 1)), "of their noise would be the nearer: give --reference"),
+    ],
+)
+def test_what_a_ranking_would_not_heed_is_refused(knobs, prompts, fitness, why, tmp_path):
+    pipe, _ = tiny()
+    samples = [Sample(seed=i, prompt=each) for i, each in enumerate(prompts)]
+    with pytest.raises(ConfigError, match=why):
+        search(pipe, GoldenSeed(**knobs), samples, sized(pipe), tmp_path / "r.json", fitness or RewardFitness(colourful))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("words", "why"),
+    [
+        (["--mutations", "3", "--top", "1"], "--top 1, --mutations 3: the search of golden_seed breeds nothing"),
+        (["--seed", "7"], "--seed 7: each candidate of golden_seed says which noise it draws"),
+        (["--fitness", "trajectory"], "--fitness trajectory: it compares with what other noise makes"),
+    ],
+)
+def test_the_command_refuses_before_the_pipeline_is_loaded(words, why, monkeypatch):
+    monkeypatch.setattr("diffgraft.cli.values.load_bare", None)
+    told = ["evolve", "golden_seed", "--pipeline", "emoji-sd", "--prompt", "a", "--steps", "2", "--fitness", "reward"]
+    done = CliRunner().invoke(app, [*told, "--reward", "diffgraft_golden_seed.scores:colourful", *words])
+    assert done.exit_code != 0
+    assert why in " ".join((done.output + str(done.exception)).split())
+
+
+def constant(images, prompts):
+    return [0.5] * len(images)
+
+
+def test_the_command(tmp_path, monkeypatch):
     pipe, kwargs = tiny()
     pipe.save_pretrained(tmp_path / "pipe")
     path = tmp_path / "seeds.json"
@@ -425,7 +532,13 @@ def test_the_command(tmp_path):
         ],
     )
     assert done.exit_code == 0, done.output
-    assert "3 candidates: reward" in done.output
+    assert "3 candidates: loss (reward)" in done.output
+    assert "have the same loss" not in done.output
+    monkeypatch.setattr("diffgraft_golden_seed.scores.colourful", constant)
+    words = ["evolve", "golden_seed", "--pipeline", str(tmp_path / "pipe"), "--prompt", "a red apple", "--steps", "1", "--device", "cpu"]
+    words += ["--fitness", "reward", "--reward", "diffgraft_golden_seed.scores:colourful", "--population", "2", "--epochs", "1"]
+    alike = CliRunner().invoke(app, [*words, "--out", str(tmp_path / "alike.json")])
+    assert "all 2 have the same loss: the fitness does not tell them apart" in " ".join(alike.output.split())
     made = Finding.load(path, "golden_seed")
     assert {seed for seed, _ in made.facts["ranking"]} == {7, 8, 9}
     pipe, kwargs = tiny()
@@ -491,6 +604,9 @@ def test_a_ranking_that_makes_no_sense_is_refused(facts, why):
     [
         ({"seed": -1}, "seed"),
         ({"seed": 2**63}, "seed"),
+        ({"seed": True}, "a seed is a whole number"),
+        ({"seed": 3, "k": 2}, "k = 2 beside seed = 3"),
+        ({"seed": 3, "use": "worst", "order": "lot"}, "use = worst, order = lot beside seed = 3"),
         ({"k": 0}, "k"),
         ({"use": "some"}, "use"),
         ({"order": "random"}, "order"),
@@ -519,6 +635,21 @@ def test_scorers_know_grey_pictures_and_frames():
     pictures = [Image.new("RGB", (32, 32), colour) for colour in ("white", "red")]
     assert colourful(pictures, ["", ""]) == [0, 1]
     assert borderless(pictures, ["", ""]) == [0, 0]
+
+
+def test_scorers_take_pictures_of_every_form_or_refuse_them():
+    grey = Image.new("L", (32, 32), 100)
+    red = np.zeros((32, 32, 3), np.float32)
+    red[..., 0] = 1
+    video = [red, red * 0]
+    forms = [grey, Image.new("RGBA", (8, 8), "red"), red, np.stack(video), video, torch.rand(16, 16), torch.rand(16, 16, 1)]
+    assert colourful(forms, [""] * 7) == [0, 1, 1, 1, 1, 0, 0]
+    assert borderless(forms[:3], [""] * 3) == [0, 0, 0]
+    for wrong in (torch.rand(3, 32, 32), torch.rand(2, 3, 32, 32), torch.rand(3)):
+        with pytest.raises(RewardError, match=r"a picture of shape .*: give \[height, width, 3\]"):
+            colourful([wrong], [""])
+    with pytest.raises(RewardError, match="1 x 1 pixels has no frame to look for: at least 4 a side"):
+        borderless([Image.new("RGB", (1, 1))], [""])
 
 
 def test_what_it_says_it_does_follows_the_knobs():
