@@ -217,9 +217,15 @@ def test_more_steps_than_are_left_are_refused_before_the_text_and_at_the_load_wh
 
 def test_a_first_level_below_1_is_said():
     """The leap level is a share of the scheduler's own first level."""
-    scheduler = UniPCMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=0.1)
-    pipe, _ = run("WanPipeline", scheduler, draft=draft_for("WanPipeline"), level=0.6, steps=2)
-    assert f"so the leap is to {float(pipe.scheduler.sigmas[0]):.4g} = level x 0.9" in str(pipe.plugins.report())
+
+    class Low(FlowMatchEulerDiscreteScheduler):
+        def set_timesteps(self, *args: Any, **kwargs: Any) -> None:
+            super().set_timesteps(*args, **kwargs)
+            self.sigmas, self.timesteps = 0.99 * self.sigmas, 0.99 * self.timesteps
+
+    pipe, _ = run("WanPipeline", Low(shift=3.0), draft=draft_for("WanPipeline"), level=0.6, steps=2)
+    assert float(pipe.scheduler.sigmas[0]) == pytest.approx(0.594)
+    assert "so the leap is to 0.594 = level x 0.99" in str(pipe.plugins.report())
 
 
 # both ends of the level ---------------------------------------------------------------------------------------------------------------
