@@ -9,8 +9,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 from diffgraft.installed.errors import ConfigError, Unsupported
@@ -60,22 +62,85 @@ def late(call: ScheduleCall, own: Schedule, kind: Kind, share: float, knob: str,
         settings: other entries of the scheduler's config for this schedule (``timestep_spacing``), where it has them.
 
     Raises:
-        ConfigError: fewer training steps are left than are asked for.
+        ConfigError: fewer steps are left than are asked for (see :func:`ensure_steps`, which says it before a run begins).
     """
     if kind == "flow":
         assert own.sigmas is not None  # of a flow scheduler
         sigmas = late_levels(own.sigmas, share)
         times = sigmas[: len(own.timesteps)] * call.scheduler.config.num_train_timesteps
         return Schedule(times.to(own.timesteps.dtype).to(own.timesteps.device), sigmas)
-    steps = call.get("num_inference_steps")
+    steps, count = call.get("num_inference_steps"), call.get("original_inference_steps")
+    ensure_steps(call.entry.name, call.scheduler, kind, share, steps, knob, count)
+    if steps is not None and grid_of(call.scheduler):
+        return Schedule(own.timesteps.new_tensor(spread(left(call.scheduler, share, count), steps)), None)
     twin = shorter(call.scheduler, kind, share, **settings)
-    if steps is not None and steps > twin.config.num_train_timesteps:
-        raise ConfigError(
-            f"plugin {call.entry.name!r}: {knob} = {share:g}: {twin.config.num_train_timesteps} training steps are left, fewer than the "
-            f"{steps} that are asked for; begin earlier, or take fewer steps"
-        )
     twin.set_timesteps(**call.arguments())
-    return Schedule(twin.timesteps, getattr(twin, "sigmas", None))
+    made = Schedule(twin.timesteps, getattr(twin, "sigmas", None))
+    return to_the_end(made) if kind == "times" else made
+
+
+def ensure_steps(name: str, scheduler: Any, kind: Kind, share: float, steps: Any, knob: str, count: int | None = None) -> None:
+    """Refuse more steps than a late start leaves. It rests on nothing but settings, so a plugin's ``run`` can say it first.
+
+    Args:
+        name: the plugin's; ``knob``: that of its knobs which says ``share``.
+        count: see :func:`grid_of`.
+
+    Raises:
+        ConfigError: with a share that leaves as many.
+    """
+    if kind != "times" or not isinstance(steps, int):
+        return
+    T, grid = int(scheduler.config["num_train_timesteps"]), grid_of(scheduler, count)
+    there = len(left(scheduler, share, count)) if grid else last_of(share, T) + 1
+    if steps <= there:
+        return
+    least = grid[-(steps - 1)] + 2 if 1 < steps <= len(grid) else steps  # t above steps - 1 times of the grid
+    most = len(grid) if grid else T
+    way = f"take {knob} = {least / T:g} or more, or fewer steps" if steps <= most else f"take {most} steps at most"
+    raise ConfigError(
+        f"plugin {name!r}: {knob} = {share:g}: {there} training steps are left"
+        + (f" of the {len(grid)} that {type(scheduler).__name__} goes by" if grid else "")
+        + f", fewer than the {steps} that are asked for; {way}"
+    )
+
+
+def last_of(share: float, T: int) -> int:
+    """The noisiest time of a process of M = ``share`` T times: M - 1."""
+    return max(round(share * T), 1) - 1
+
+
+def grid_of(scheduler: Any, count: int | None = None) -> list[int]:
+    """The times, falling, that a consistency model's scheduler (LCM, TCD) takes its steps from; of other schedulers none.
+
+    Args:
+        count: how many, where the call says it (``original_inference_steps``); None: as the config does.
+    """
+    usual, T = scheduler.config.get("original_inference_steps"), int(scheduler.config.get("num_train_timesteps", 1000))
+    if usual is None or not (n := count or usual):
+        return []
+    return [T // n * i - 1 for i in range(n, 0, -1)]
+
+
+def left(scheduler: Any, share: float, count: int | None = None) -> list[int]:
+    """The times of :func:`grid_of` below the one at which a late run begins, and that one first: it is on the grid or not."""
+    t = last_of(share, int(scheduler.config["num_train_timesteps"]))
+    return [t, *(time for time in grid_of(scheduler, count) if time < t)]
+
+
+def spread(times: Sequence[int], steps: int) -> list[int]:
+    """``steps`` of them at even places, the first among them, as LCM and TCD take theirs."""
+    return [times[i * len(times) // steps] for i in range(steps)]
+
+
+def to_the_end(made: Schedule) -> Schedule:
+    """Without times below 0: with trailing steps and an M / n that no float is equal to (600 / 7), diffusers makes one step too many, at
+    t = -1."""
+    keep = made.timesteps >= 0
+    if made.sigmas is None:
+        return Schedule(made.timesteps[keep], None)
+    n = len(keep)
+    return Schedule(made.timesteps[keep], torch.cat([made.sigmas[:n][keep.to(made.sigmas.device)], made.sigmas[n:]]))
 
 
 def late_levels(sigmas: Tensor, share: float) -> Tensor:
@@ -88,7 +153,7 @@ def shorter(scheduler: Any, kind: Kind, share: float, **settings: Any) -> Any:
     config = scheduler.config
     if kind == "levels":
         return type(scheduler).from_config(config, sigma_max=share * config["sigma_max"])
-    M = max(round(share * config["num_train_timesteps"]), 1)
+    M = last_of(share, config["num_train_timesteps"]) + 1
     settings |= {"num_train_timesteps": M, "trained_betas": scheduler.betas[:M].tolist(), "rescale_betas_zero_snr": False}
     twin = type(scheduler).from_config(config, **{key: value for key, value in settings.items() if key in config})
     twin.alphas_cumprod = scheduler.alphas_cumprod[:M]  # as the training had them, also where betas were rescaled (CogVideoX, zero SNR)

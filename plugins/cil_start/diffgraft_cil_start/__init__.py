@@ -22,7 +22,7 @@ from diffgraft import (
     Unsupported,
 )
 from diffgraft.methods.artefacts import make_again
-from diffgraft.methods.late import kind_of, late
+from diffgraft.methods.late import ensure_steps, kind_of, late
 from diffgraft.methods.predictions import is_exploding, levels_of
 from diffgraft.methods.starts import is_first, unit_noise
 from torch import Tensor
@@ -77,6 +77,9 @@ class CilStart(Plugin):
                 f"plugin 'cil_start': the call says {' and '.join(own)} itself, and a start below 1 writes another schedule; leave them "
                 "out, or set start = 1"
             )
+        if knobs.start != 1:
+            kind = kind_of(self.name, call.family, call.pipe.scheduler)
+            ensure_steps(self.name, call.pipe.scheduler, kind, share_of(knobs.start, kind), call.get("num_inference_steps"), "start")
         artefact = call.given("artefact")
         moments = moments_of(artefact, call.given("published"))
         if knobs.formula == "official" and knobs.init == "analytic" and not self.takes_official(moments, call.pipe.scheduler):

@@ -12,12 +12,21 @@ import torch
 from diffgraft import ArtefactMismatch, ConfigError, Effects, Paper, Plugin, Unsupported, load_pipeline, unload
 from diffgraft.methods.artefacts import Artefact
 from diffgraft.methods.calibration import calibrate_call
+from diffgraft.methods.late import left, spread
 from diffgraft.methods.published import Weights
 from diffgraft.testing import Case, contract_cases, cover
 from diffgraft_cil_start import CilStart, __version__, measured_on
 from diffgraft_cil_start.method import UNIT, Moments, Sums, begin, divergence, official_svd, optimum
 from diffgraft_pipelines.tiny import make
-from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler, HeunDiscreteScheduler, PNDMScheduler
+from diffusers import (
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    HeunDiscreteScheduler,
+    LCMScheduler,
+    PNDMScheduler,
+    TCDScheduler,
+)
 
 CASES = cover(contract_cases("cil_start"), seed=__version__)
 """Each check once and each family once; which meet changes with the version. All of them: ``diffgraft check``, or without ``cover``."""
@@ -161,6 +170,26 @@ def test_times_are_spread_over_m_as_the_official_code_spreads_them(steps, start)
     leading, _ = run("StableDiffusionPipeline", DDIMScheduler(steps_offset=1), steps, start=start)
     expected = np.arange(0, steps)[::-1] * (M // steps) + 1  # "uniform"
     assert leading.scheduler.timesteps.tolist() == expected.tolist()
+
+
+@pytest.mark.parametrize("kind", [LCMScheduler, TCDScheduler])
+def test_lcm_and_tcd_begin_at_m_and_keep_their_own_grid(kind):
+    """Their times are 19, 39, ... 999, whatever M is; spread as they spread them."""
+    for start, expected in (
+        (0.94, [939, 719, 479, 239]),
+        (0.82, [819, 619, 419, 219]),
+        (0.3, [299, 239, 159, 79]),
+        (0.099, [98, 79, 59, 39]),
+    ):
+        pipe, _ = run("StableDiffusionPipeline", kind(), start=start)
+        assert pipe.scheduler.timesteps.tolist() == expected
+
+
+@pytest.mark.parametrize("steps", [1, 3, 4, 8, 50])
+def test_at_m_of_t_the_spread_of_a_grid_is_the_schedulers_own(steps):
+    scheduler = LCMScheduler()
+    scheduler.set_timesteps(steps)
+    assert spread(left(scheduler, 1.0), steps) == scheduler.timesteps.tolist()
 
 
 @pytest.mark.parametrize("kind", [DPMSolverMultistepScheduler, EulerDiscreteScheduler, HeunDiscreteScheduler])
@@ -344,9 +373,19 @@ def test_a_schedule_of_the_calls_own_is_refused():
     run("StableDiffusionPipeline", DPMSolverMultistepScheduler(), call={"timesteps": [900, 500, 1], "num_inference_steps": None}, start=1.0)
 
 
-def test_more_steps_than_are_left_are_refused():
-    with pytest.raises(ConfigError, match="3 training steps are left"):
-        run("StableDiffusionPipeline", start=0.003)
+def test_more_steps_than_are_left_are_refused_before_the_text():
+    for scheduler, start, way in (
+        (DDIMScheduler(), 0.003, "3 training steps are left, fewer than the 4 that are asked for; take start = 0.004 or more"),
+        (LCMScheduler(), 0.06, "3 training steps are left of the 50 that LCMScheduler goes by, .* take start = 0.061 or more"),
+    ):
+        made = make("StableDiffusionPipeline")
+        made.pipe.scheduler, texts = scheduler, []
+        made.pipe.text_encoder.register_forward_pre_hook(lambda *_: texts.append(1))  # noqa: B023
+        load_pipeline(made.pipe, plugins=[CilStart(start=start)])
+        with pytest.raises(ConfigError, match=way):
+            made.pipe(**{**made.kwargs, "num_inference_steps": 4})
+        assert not texts
+    run("StableDiffusionPipeline", LCMScheduler(), start=0.061)
 
 
 def test_pipelines_that_begin_in_the_middle_are_refused():

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import torch
 from diffgraft import ConfigError, DenoiseCall, Effects, Family, Plugin, RunCall, Schedule, ScheduleCall, Target, Unsupported
 from diffgraft.methods.conditioning import number_of_prompts
-from diffgraft.methods.late import Kind, kind_of, late
+from diffgraft.methods.late import Kind, ensure_steps, kind_of, late
 from diffgraft.methods.predictions import levels_of
 from diffgraft.methods.starts import is_first, unit_noise
 from torch import Tensor
@@ -21,8 +21,10 @@ from diffgraft_videoscene_leap.drafts import (
     encode,
     ensure_encodes,
     ensure_size,
+    ensure_there,
     grid_of,
     moving_square,
+    rendered,
     rows,
     size_of,
     usual_size,
@@ -34,6 +36,8 @@ from diffgraft_videoscene_leap.method import noised
 __all__ = ["VideosceneLeap", "moving_square"]
 __version__ = "0.1.0"
 SIZES = ("num_frames", "height", "width")
+NEAR = 2e-3
+"""How near to 1 a flow's first level is where nothing is said of it."""
 
 
 @dataclass
@@ -65,10 +69,20 @@ class VideosceneLeap(Plugin):
     def check(self, target: Target) -> None:
         if not self.config.leaps:
             return
-        self.kind(target.family, target.pipe.scheduler)
+        self.ensure(target.family, target.pipe.scheduler, self.config.steps)
+        ensure_there(self.config.draft)
         if target.pipe.config.get("expand_timesteps") and "ImageToVideo" in type(target.pipe).__name__:
             raise Unsupported("videoscene_leap: this pipeline puts its picture into the latents themselves, which a draft would draw over")
         ensure_encodes(target.pipe, target.family)
+
+    def ensure(self, family: Family, scheduler: Any, steps: int | None) -> None:
+        """Refuse a scheduler without a leap, and more steps than are left of it.
+
+        Raises:
+            Unsupported, ConfigError: with the reason.
+        """
+        kind = self.kind(family, scheduler)
+        ensure_steps(self.name, scheduler, kind, level_of(self.config.level, kind), steps, "level")
 
     def kind(self, family: Family, scheduler: Any) -> Kind:
         """What the leap level is a share of.
@@ -87,13 +101,17 @@ class VideosceneLeap(Plugin):
     def run(self, call: RunCall, next: Any) -> Any:
         knobs = self.config
         if not knobs.leaps:
-            if not self.is_neutral:
-                call.note("inactive: no draft is given, so this run is the plain one; set draft")
+            if knobs.level == 1 and knobs.draft is not None:
+                call.note("inactive: at level = 1 a run is the plain one: size, frames and steps are the call's, and not the draft's")
+            elif knobs.draft is None and knobs.level != 1:
+                unused = "" if knobs.steps is None else f", and steps = {knobs.steps} is not applied"
+                call.note(f"inactive: no draft is given, so this run is the plain one{unused}; set draft")
             return next(call)
         if own := [name for name in ("timesteps", "sigmas") if call.get(name) is not None]:
             raise ConfigError(f"plugin 'videoscene_leap': the call says {' and '.join(own)} itself, and a leap writes another schedule; "
                               "leave them out, or set level = 1")  # fmt: skip
         call = self._with_steps(call)
+        self.ensure(call.family, call.pipe.scheduler, call.get("num_inference_steps"))
         call, call.shared.z = self._with_drafts(call)
         return next(call)
 
@@ -124,7 +142,7 @@ class VideosceneLeap(Plugin):
             known = {name: int(call[name]) for name in SIZES if call.get(name) is not None}  # those of a bundled checkpoint too
             prompt, size = call.get("prompt"), usual_size(pipe, family, known)
             prompts = [prompt] * n if prompt is None or isinstance(prompt, str) else list(prompt)
-            videos = [video for each in prompts for video in videos_of(draft(each, *size))]
+            videos = [video for each in prompts for video in videos_of(rendered(draft, each, size))]
             said = dict(zip(SIZES, size, strict=True))
         else:
             videos = videos_of(draft)
@@ -145,6 +163,9 @@ class VideosceneLeap(Plugin):
         if not self.config.leaps:
             return own
         kind = self.kind(call.family, call.scheduler)
+        if kind == "flow" and own.sigmas is not None and abs((top := float(own.sigmas[0])) - 1) > NEAR:  # once a run
+            level = level_of(self.config.level, kind)
+            call.note(f"the scheduler's own levels begin at {top:.4g}, so the leap is to {level * top:.4g} = level x {top:.4g}")
         # trailing: the first step is at t itself, however few there are
         return late(call, own, kind, level_of(self.config.level, kind), "level", timestep_spacing="trailing")
 

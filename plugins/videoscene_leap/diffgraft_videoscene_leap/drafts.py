@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,6 +20,10 @@ NAME = "plugin 'videoscene_leap': draft"
 PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 MOVING = {".gif", ".webp", ".apng", ".png"}
 """Files that hold frames and that PIL reads."""
+
+
+FILMS = {".3gp", ".avi", ".flv", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".ogv", ".ts", ".webm", ".wmv"}
+"""Files that imageio reads."""
 
 
 class Size(NamedTuple):
@@ -68,8 +73,61 @@ def ensure_form(draft: Any) -> None:
     elif isinstance(draft, (list, tuple)):
         if not draft:
             raise ValueError("there is no video in an empty list")
-    elif not (isinstance(draft, (str, Path)) or callable(draft)):
+    elif isinstance(draft, (str, Path)):
+        if not str(draft).strip():
+            raise ValueError("an empty path names no video; none: off")
+    elif callable(draft):
+        ensure_renders(draft)
+    else:
         raise ValueError(f"{type(draft).__name__} is no video: give frames (tensor, array, pictures), a path, or a function that renders")
+
+
+def ensure_renders(draft: Callable[..., Any]) -> None:
+    """Refuse a function that cannot be called as a draft is.
+
+    Raises:
+        ValueError: by its signature, where it has one.
+    """
+    try:
+        signature = inspect.signature(draft)
+    except (TypeError, ValueError):  # a built-in without one
+        return
+    try:
+        signature.bind(None, 1, 1, 1)
+    except TypeError as error:
+        raise ValueError(f"a function is called as draft(prompt, frames, height, width), and this one is not: {error}") from None
+
+
+def ensure_there(draft: Any) -> None:
+    """Refuse paths that name nothing, before a model is touched.
+
+    Raises:
+        ConfigError: with the path.
+    """
+    if isinstance(draft, (str, Path)) and not exists(Path(draft)):
+        raise ConfigError(f"{NAME} = {str(draft)!r}: there is no such file or folder (from {str(Path.cwd())!r})")
+    if isinstance(draft, (list, tuple)):
+        for each in draft:
+            ensure_there(each)
+
+
+def exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:  # a name that is too long
+        return False
+
+
+def rendered(draft: Callable[..., Any], prompt: str | None, size: Size) -> Any:
+    """What the user's function makes.
+
+    Raises:
+        ConfigError: it raised, and what is the cause of this one.
+    """
+    try:
+        return draft(prompt, *size)
+    except Exception as error:
+        raise ConfigError(f"{NAME}: the function that renders it raised {type(error).__name__} for {size}: {error}") from error
 
 
 def videos_of(draft: Any) -> list[Tensor]:
@@ -129,7 +187,7 @@ def read(path: Path) -> Any:
                 raise ConfigError(f"{NAME} = {str(path)!r}: no pictures are in this folder")
             return [Image.open(file).convert("RGB") for file in files]
         if path.suffix.lower() == ".npy":
-            return np.load(path, allow_pickle=False)
+            return array(path)
         if path.suffix.lower() in MOVING:
             with Image.open(path) as image:
                 return [frame.convert("RGB") for frame in ImageSequence.Iterator(image)]
@@ -138,10 +196,22 @@ def read(path: Path) -> Any:
         raise ConfigError(f"{NAME} = {str(path)!r}: {error}") from None
 
 
+def array(path: Path) -> Any:
+    """A .npy file's array."""
+    try:
+        return np.load(path, allow_pickle=False)
+    except (ValueError, EOFError):  # numpy's advice is to unpickle it
+        raise ConfigError(
+            f"{NAME} = {str(path)!r}: it holds no plain array: np.save one of [frames, height, width, 3], in 0 to 1 or uint8"
+        ) from None
+
+
 def films(path: Path) -> list[Image.Image]:
     """Frames of a film, which diffusers has imageio read."""
     if not path.is_file():
         raise ConfigError(f"{NAME} = {str(path)!r}: there is no such file")
+    if path.suffix.lower() not in FILMS:
+        raise ConfigError(f"{NAME} = {str(path)!r}: give a folder of pictures, .gif, .npy, or a film ({', '.join(sorted(FILMS))})")
     from diffusers.utils import load_video
 
     try:

@@ -6,7 +6,8 @@ from typing import Any
 
 from diffgraft import Paper, PluginConfig
 from diffgraft.methods.late import Kind
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
+from typing_extensions import Self
 
 from diffgraft_videoscene_leap.drafts import ensure_form
 
@@ -43,7 +44,7 @@ class VideosceneLeapConfig(PluginConfig):
         None,
         ge=1,
         le=1000,
-        description="steps from the leap level to the clean video (the authors: 1); none: the call's num_inference_steps",
+        description="steps from the leap level to the clean video (the authors: 1); none: the call's num_inference_steps; not with level 1",
     )
 
     @field_validator("draft")
@@ -52,6 +53,15 @@ class VideosceneLeapConfig(PluginConfig):
         if value is not None:
             ensure_form(value)
         return value
+
+    @model_validator(mode="after")
+    def _no_steps_at_1(self) -> Self:
+        if self.level == 1 and self.steps is not None:
+            raise ValueError(
+                f"steps = {self.steps} has no effect at level = 1, where a run is the plain one: leave steps out, and say "
+                f"num_inference_steps = {self.steps} in the call"
+            )
+        return self
 
     @property
     def leaps(self) -> bool:

@@ -25,6 +25,8 @@ from diffusers import (
     HeunDiscreteScheduler,
     LCMScheduler,
     PNDMScheduler,
+    TCDScheduler,
+    UniPCMultistepScheduler,
 )
 from PIL import Image
 
@@ -172,6 +174,60 @@ def test_under_lcm_it_is_the_same_step():
     torch.testing.assert_close(out, clean_of_v(x, v, abar.sqrt(), (1 - abar).sqrt()), rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize(("kind", "name"), [(LCMScheduler, "CogVideoXPipeline"), (TCDScheduler, "AnimateDiffPipeline")])
+@pytest.mark.parametrize(
+    ("level", "times"),
+    [(0.46, [459]), (0.46, [459, 239]), (0.55, [549, 279]), (0.099, [98, 59]), (0.05, [49, 39]), (0.999, [998, 499]), (0.02, [19])],
+)
+def test_under_lcm_and_tcd_a_run_begins_at_t_and_goes_on_their_own_grid(kind, name, level, times):
+    """Their grid is 19, 39, ... 999 at all levels: the authors' 459 is on it, and their 549 is not."""
+    scheduler = kind.from_config(make(name).pipe.scheduler.config)
+    pipe, _ = run(name, scheduler, {"guidance_scale": 1.0}, draft=draft_for(name), level=level, steps=len(times))
+    assert pipe.scheduler.timesteps.tolist() == times
+    assert [t for _, _, t, _ in Watch.seen] == times
+
+
+@pytest.mark.parametrize(
+    "kind", [DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler, HeunDiscreteScheduler, UniPCMultistepScheduler]
+)
+def test_there_are_as_many_steps_as_are_asked_for(kind):
+    """diffusers makes one too many where no float is M / n: 600 / 7."""
+    pipe, _ = run("AnimateDiffPipeline", kind(), {"guidance_scale": 1.0}, draft=moving_square, level=0.6, steps=7)
+    assert pipe.plugins.report().steps == 7
+    assert pipe.scheduler.timesteps.tolist()[:: 2 if kind is HeunDiscreteScheduler else 1][-1] >= 0
+
+
+def test_more_steps_than_are_left_are_refused_before_the_text_and_at_the_load_where_the_knobs_say_it():
+    for scheduler, level, way in (
+        (None, 0.02, "20 training steps are left, fewer than the 30 that are asked for; take level = 0.03 or more"),
+        (LCMScheduler(), 0.06, "3 training steps are left of the 50 that LCMScheduler goes by, .*; take level = 0.581 or more"),
+    ):
+        made = make("AnimateDiffPipeline")
+        made.pipe.scheduler = scheduler or made.pipe.scheduler
+        texts = []
+        made.pipe.text_encoder.register_forward_pre_hook(lambda *_: texts.append(1))  # noqa: B023
+        load_pipeline(made.pipe, plugins=[VideosceneLeap(draft=moving_square, level=level)])
+        with pytest.raises(ConfigError, match=way):
+            made.pipe(**{**made.kwargs, "num_inference_steps": 30})
+        assert not texts
+        unload(made.pipe)
+        with pytest.raises(ConfigError, match=way):
+            load_pipeline(made.pipe, plugins=[VideosceneLeap(draft=moving_square, level=level, steps=30)])
+
+
+def test_a_first_level_below_1_is_said():
+    """The leap level is a share of the scheduler's own first level."""
+
+    class Low(FlowMatchEulerDiscreteScheduler):
+        def set_timesteps(self, *args: Any, **kwargs: Any) -> None:
+            super().set_timesteps(*args, **kwargs)
+            self.sigmas, self.timesteps = 0.99 * self.sigmas, 0.99 * self.timesteps
+
+    pipe, _ = run("WanPipeline", Low(shift=3.0), draft=draft_for("WanPipeline"), level=0.6, steps=2)
+    assert float(pipe.scheduler.sigmas[0]) == pytest.approx(0.594)
+    assert "so the leap is to 0.594 = level x 0.99" in str(pipe.plugins.report())
+
+
 # both ends of the level ---------------------------------------------------------------------------------------------------------------
 
 
@@ -201,6 +257,26 @@ def test_at_1_a_run_is_the_plain_one_bit_for_bit(name):
     assert run(name, draft=draft_for(name), level=1.0)[1].equal(run(name)[1])
     eps = torch.randn(1, 4, 3)
     assert noised(torch.randn(1, 4, 3), eps, torch.tensor(0.0), torch.tensor(1.0)).equal(eps)
+
+
+def test_at_1_what_has_no_effect_is_refused_or_said():
+    with pytest.raises(ConfigError, match="steps = 4 has no effect at level = 1"):
+        VideosceneLeap(draft=moving_square, level=1.0, steps=4)
+    pipe, _ = run("WanPipeline", draft=draft_for("WanPipeline"), level=1.0)
+    assert "size, frames and steps are the call's, and not the draft's" in str(pipe.plugins.report())
+    load_pipeline(unload(pipe), plugins=[VideosceneLeap(steps=4)])
+    pipe(**make("WanPipeline").kwargs)
+    assert "steps = 4 is not applied" in str(pipe.plugins.report())
+
+
+def test_with_one_step_ddim_ends_at_its_first_abar():
+    """AnimateDiff's usual DDIM (``set_alpha_to_one=False``): sqrt(abar_0) x_0 + sqrt(1 - abar_0) eps, not x_0."""
+    pipe, out = run("AnimateDiffPipeline", DDIMScheduler(beta_schedule="linear", set_alpha_to_one=False, clip_sample=False),
+                    {"guidance_scale": 1.0}, draft=moving_square, level=0.55, steps=1)  # fmt: skip
+    ((x, _, t, eps),) = Watch.seen
+    abar, abar_0 = pipe.scheduler.alphas_cumprod[int(t)], pipe.scheduler.alphas_cumprod[0]
+    x0 = (x - (1 - abar).sqrt() * eps) / abar.sqrt()
+    torch.testing.assert_close(out, abar_0.sqrt() * x0 + (1 - abar_0).sqrt() * eps, rtol=0, atol=1e-5)
 
 
 def test_without_a_draft_a_run_is_the_plain_one_and_says_so():
@@ -356,7 +432,8 @@ def test_in_half_precision():
         (lambda prompt, frames, height, width: moving_square(prompt, frames + 4, height, width), "num_frames = 5, and the draft has 9"),
         (torch.full((5, 3, 32, 32), torch.nan), "its values go from nan"),
         (torch.zeros(0, 3, 32, 32), "three colours are expected"),
-        ("no/such/draft.npy", "No such file"),
+        ("no/such/draft.npy", "no such file"),
+        (lambda prompt, frames, height, width: 1 / 0, "the function that renders it raised ZeroDivisionError for 5 frames of 32 x 32"),
     ],
 )
 def test_drafts_that_do_not_fit_are_refused_before_anything_runs(draft, why):
@@ -383,7 +460,17 @@ def test_files_and_forms_that_are_none_are_refused(tmp_path: Path):
     (tmp_path / "a.mp4").write_bytes(b"")
     with pytest.raises(ConfigError, match=r"a\.mp4"):
         run("WanPipeline", draft=tmp_path / "a.mp4")
-    for form in (3, [], torch.zeros(3, 8, 8), {"a": 1}):
+    np.save(tmp_path / "objects.npy", np.array([{}], dtype=object), allow_pickle=True)
+    with pytest.raises(ConfigError, match=r"objects\.npy.*it holds no plain array"):
+        run("WanPipeline", draft=tmp_path / "objects.npy")
+    (tmp_path / "a.txt").write_text("no film")
+    with pytest.raises(ConfigError, match=r"a\.txt.*give a folder of pictures"):
+        run("WanPipeline", draft=tmp_path / "a.txt")
+    with pytest.raises(ConfigError, match="there is no such file or folder"):
+        load_pipeline(make("WanPipeline").pipe, plugins=[VideosceneLeap(draft=["nope.mp4"])])
+    with pytest.raises(ConfigError, match="a function is called as draft"):
+        VideosceneLeap(draft=lambda prompt: None)
+    for form in (3, "", [], torch.zeros(3, 8, 8), {"a": 1}):
         with pytest.raises(ConfigError, match="draft"):
             VideosceneLeap(draft=form)
 
