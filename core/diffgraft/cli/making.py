@@ -282,5 +282,6 @@ def fit(
     with steady(threads), progress() as on_progress:
         found = learn(pipe, built[0], examples, call, path, plan, knobs=knobs, on_progress=on_progress)
     losses = found.facts["fit"]["losses"]
-    say(f"{steps} steps of {batch} examples: loss {losses[0]:.6g} at the start, {losses[-1]:.6g} at the end")
+    told = learns.told(found.facts) or f"loss {losses[0]:.6g} at the start, {losses[-1]:.6g} at the end"
+    say(f"{steps} steps of {batch} examples: {told}")
     say(f"wrote {path}: for {found.made_for.pipeline}, {found.made_for.scheduler}, {found.made_for.steps} steps")

@@ -324,4 +324,5 @@ def find_file(source: str | os.PathLike[str], plugin: str, kind: str) -> Path:
         except (OSError, ValueError) as error:  # the Hub's own errors are kinds of these
             why = why_not_loaded(error, lacks="such file")
             raise ConfigError(f"plugin {plugin!r}: no {kind} {text!r}, here or on the Hub: {why}; {make_again(plugin, kind)}") from error
-    raise ConfigError(f"plugin {plugin!r}: no {kind} {text!r}, there is no such file; {make_again(plugin, kind)}")
+    why = "that is a folder" if path.is_dir() else "there is no such file"
+    raise ConfigError(f"plugin {plugin!r}: no {kind} {text!r}, {why}; {make_again(plugin, kind)}")

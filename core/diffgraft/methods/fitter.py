@@ -21,7 +21,7 @@ from __future__ import annotations
 import inspect
 import math
 import tempfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -162,6 +162,14 @@ class Fitter(Plugin):
     @classmethod
     def ensure_writable(cls, pipe: Any) -> None:
         """Raises Unsupported where what is learned on this pipeline could not be written."""
+
+    def ensure_enough(self, pipe: Any, examples: Sequence[Example], rows: Iterable[Sequence[int]]) -> None:
+        """Raise ConfigError where the examples do not suffice, before anything is kept; ``rows`` are those that each step will take."""
+
+    @classmethod
+    def told(cls, facts: Mapping[str, Any]) -> str | None:
+        """How well it went, in a line of ``diffgraft fit``, by the facts of the result; None: its losses say it."""
+        return None
 
     def values(self) -> dict[str, Tensor]:
         """The live tensors that are learned, by name."""

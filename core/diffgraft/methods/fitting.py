@@ -195,6 +195,7 @@ def fit(
     ensure_examples(pipe, examples, fitter.wants, plugin.name)
     check_file(out, [".safetensors"])
     examples = list(examples) or [Example()]
+    fitter.ensure_enough(pipe, examples, (plan.rows(step, len(examples)) for step in range(plan.steps)))
 
     def call(work: Any) -> Any:
         return work(**call_arguments(work, [examples[0].sample(0)], settings))

@@ -23,11 +23,11 @@ from diffgraft import (
     Unsupported,
 )
 from diffgraft.methods.artefacts import Artefact, make_again
-from diffgraft.methods.starts import begins_at, cut, follows, is_first, unit_noise
+from diffgraft.methods.starts import begins_at, cut, is_first, unit_noise
 from torch import Tensor
 
-from diffgraft_dpm_ot.fitter import MapFitter
-from diffgraft_dpm_ot.knobs import ANY, HOLDS, PAPER, DpmOtConfig
+from diffgraft_dpm_ot.fitter import MapFitter, ensure_level
+from diffgraft_dpm_ot.knobs import ANY, HOLDS, PAPER, DpmOtConfig, poor
 from diffgraft_dpm_ot.method import cell_of, source_of, values
 
 __all__ = ["DpmOt"]
@@ -35,8 +35,6 @@ __version__ = "0.1.0"
 
 SAME = 1e-2
 """Timesteps that differ by less are of one level: some schedulers compute them in single precision."""
-FAR = 0.1
-"""Total variation from equal measures, beyond chance, above which the report says that the map is not fitted well."""
 
 
 class DpmOt(Plugin):
@@ -53,17 +51,10 @@ class DpmOt(Plugin):
 
     def check(self, target: Target) -> None:
         found: Artefact | None = target.given.get("artefact")
-        T = int(target.pipe.scheduler.config.get("num_train_timesteps", 1000))
         knobs = self.config
         if knobs.start is None:
             return
-        if knobs.start > T:
-            raise ConfigError(f"plugin 'dpm_ot': start = {knobs.start:g}: this model was trained with {T} timesteps; take at most that")
-        if not follows(target.pipe.scheduler):
-            raise Unsupported(
-                f"dpm_ot: {type(target.pipe.scheduler).__name__} follows no schedule but its own, so it cannot begin late: use DDIM, DDPM, "
-                "DPM++, UniPC or Euler, or start = None, which is off"
-            )
+        ensure_level(target.pipe.scheduler, knobs.start)
         if found is None:
             return
         for key in ("start", "source"):
@@ -83,17 +74,13 @@ class DpmOt(Plugin):
                 )
             call.note(f"inactive: {'start is None' if start is None else 'no map is given, and start is the whole schedule'}")
             return next(call)
-        ensure_classes(found.tensors["labels"], call.get("class_labels"))
-        J = len(found.tensors["heights"])
-        call.note(f"begins with noised training pictures: {J} of them are in the map, and a sampler without noise makes no more")
-        off, chance = found.facts["off"], found.facts["chance"]
-        if off is None:
+        labels, asked = found.tensors["labels"], call.get("class_labels")
+        ensure_classes(labels, asked)
+        call.note(f"begins with noised training pictures: {held(labels, asked)}, and a sampler without noise makes no more")
+        if found.facts["off"] is None:
             call.note("the map is an example: its targets are no pictures")
-        elif off > chance + FAR or found.facts["empty"]:
-            call.note(
-                f"the map is not fitted well: its cells are {off:.2f} from equal measures (total variation; {chance:.2f} by chance alone), "
-                f"and {found.facts['empty']} are empty; fit it with more steps, or more samples"
-            )
+        elif wrong := poor(found.facts):
+            call.note(wrong)
         return next(call)
 
     def schedule(self, call: ScheduleCall, next: Any) -> Schedule:
@@ -148,6 +135,17 @@ def allowed(call: DenoiseCall, labels: Tensor) -> Tensor | None:
     """[n, J]: the targets of each sample's class; None where the model has no classes."""
     name = "class_labels"
     return call.only("cond")[name].reshape(-1, 1) == labels if name in call.family.conditioning else None
+
+
+def held(labels: Tensor, asked: Any) -> str:
+    """How many targets a map has for a run, of the classes that it asks for."""
+    if asked is None or not has_classes(labels):
+        return f"{len(labels)} of them are in the map"
+    counts = {each: int((labels == each).sum()) for each in torch.as_tensor(asked).reshape(-1).unique().tolist()}
+    least = min(counts, key=lambda each: counts[each])
+    if len(counts) == 1:
+        return f"{counts[least]} of them are in the map for class {least}"
+    return f"{sum(counts.values())} of them are in the map for the {len(counts)} classes asked for, {counts[least]} for class {least}"
 
 
 def ensure_classes(labels: Tensor, asked: Any) -> None:

@@ -7,16 +7,18 @@ samples of mu. The denoiser has no part in it.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
-from diffgraft import ConfigError, Fitter
+from diffgraft import ConfigError, Fitter, Unsupported
+from diffgraft.methods.examples import Example, pixels_of
 from diffgraft.methods.predictions import levels_at
-from diffgraft.methods.starts import at_level, begins_at
+from diffgraft.methods.starts import at_level, begins_at, follows
+from diffgraft.methods.variants import own_size
 from torch import Tensor, nn
 
-from diffgraft_dpm_ot.knobs import ANY, FitConfig
+from diffgraft_dpm_ot.knobs import ANY, FitConfig, poor
 from diffgraft_dpm_ot.method import chance, energy, histogram, off_by, source_of, unit_of, values
 
 CHUNK = 1024
@@ -55,6 +57,7 @@ class MapFitter(Fitter):
         times, start = probe.timesteps, self.plugin.config.start
         if start is None:
             raise ConfigError("plugin 'dpm_ot': start = None is off, so there is no level to fit a map for: give the start of your runs")
+        ensure_level(probe.scheduler, start)
         index = begins_at(probe.scheduler, times.tolist(), start)
         if index is None:
             raise ConfigError(
@@ -66,6 +69,37 @@ class MapFitter(Fitter):
         self.levels = levels_at(probe.target.family, probe.scheduler, times[index], sigma, torch.device("cpu"))
         self.ready: tuple[Tensor, Tensor, Tensor] | None = None
         return Cells(self.config.targets, shape_of(probe.target))
+
+    def ensure_enough(self, pipe: Any, examples: Sequence[Example], rows: Iterable[Sequence[int]]) -> None:
+        """Raises ConfigError where there are not J different pictures, or the steps do not read so many and go on."""
+        J, size = self.config.targets, own_size(pipe) or (64, 64)
+        marks: dict[int, int] = {}
+        met: set[int] = set()
+        for batch in rows:
+            if len(met) == J:
+                return
+            for row in batch:
+                if row not in marks:
+                    pixels = pixels_of([examples[row]], *size)
+                    assert pixels is not None
+                    marks[row] = mark_of(pixels[0])
+                met.add(marks[row])
+                if len(met) == J:
+                    break
+            if len(marks) == len(examples) and len(met) < J:
+                raise ConfigError(
+                    f"plugin 'dpm_ot': targets = {J}, and only {len(met)} of the pictures are different; give more pictures, or --set "
+                    f"targets={len(met)}"
+                )
+        raise ConfigError(
+            f"plugin 'dpm_ot': the steps of the fit would read {len(met)} of {J} pictures, and fit nothing: take more --steps, a larger "
+            "--batch, or fewer targets"
+        )
+
+    @classmethod
+    def told(cls, facts: Mapping[str, Any]) -> str | None:
+        off, chance = facts["off"], facts["chance"]
+        return poor(facts) or f"cells are {off:.3f} from equal measures ({chance:.3f} by chance alone), none is empty"
 
     def optimizer(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
         return torch.optim.Adam(parameters, lr=self.config.rate)
@@ -86,11 +120,7 @@ class MapFitter(Fitter):
 
     @torch.no_grad()
     def keep(self, batch: Any) -> None:
-        """Make targets of a batch's pictures, of each picture one.
-
-        Raises:
-            ConfigError: there are no more.
-        """
+        """Make targets of a batch's pictures, of each different picture one."""
         cells, number = self.trained, int(self.trained.filled)
         z0 = self.latents(batch).float()
         if cells.targets.shape[1:] != z0.shape[1:]:
@@ -100,7 +130,7 @@ class MapFitter(Fitter):
             )
         noise = torch.randn(z0.shape, generator=batch.generator).to(z0)
         y = at_level(z0, noise, type(self.levels)(*(level.to(z0.device) for level in self.levels)))
-        known, before = set(cells.pictures[:number].tolist()), number
+        known = set(cells.pictures[:number].tolist())
         for each, pixels, target in zip(batch.examples, batch.pixels, y, strict=True):
             mark = mark_of(pixels)
             if number < len(cells.heights) and mark not in known:
@@ -109,30 +139,31 @@ class MapFitter(Fitter):
                 cells.labels[number] = ANY if each.class_label is None else each.class_label
                 cells.pictures[number] = mark
                 number += 1
-        if number == before:
-            raise ConfigError(
-                f"plugin 'dpm_ot': targets = {len(cells.heights)}: a whole batch brought no new picture after {number} different ones; "
-                f"give more pictures, or --set targets={number}"
-            )
         cells.filled.fill_(number)
 
     def facts(self) -> dict[str, Any]:
-        """Raises ConfigError where the steps did not even read all pictures."""
-        cells, J = self.trained, len(self.trained.heights)
+        cells = self.trained
         about = {
             "start": float(self.plugin.config.start),
             "timestep": self.time,
             "steps": self.probe.steps,
             "source": self.plugin.config.source,
         }
-        if 0 < int(cells.filled) < J:
-            raise ConfigError(
-                f"plugin 'dpm_ot': the steps of the fit read {int(cells.filled)} of {J} pictures, and fitted nothing: take more --steps, "
-                f"a larger --batch, or fewer targets (--set targets={int(cells.filled)})"
-            )
         if not cells.filled:  # an example, nothing learned
             return {**about, "off": None, "chance": 0.0, "empty": 0, "drawn": 0}
         return {**about, **measured(cells, self.plugin.config.source)}
+
+
+def ensure_level(scheduler: Any, start: float) -> None:
+    """Raises ConfigError where the model has no timestep ``start``, Unsupported where the scheduler cannot begin at one."""
+    name, config = type(scheduler).__name__, scheduler.config
+    if start > (T := int(config.get("num_train_timesteps", 1000))):
+        raise ConfigError(f"plugin 'dpm_ot': start = {start:g}: this model was trained with {T} timesteps; take at most that")
+    others = "use DDIM, DDPM, DPM++ or UniPC, or start = None, which is off"
+    if not follows(scheduler):
+        raise Unsupported(f"dpm_ot: {name} follows no schedule but its own, so it cannot begin late: {others}")
+    if hasattr(scheduler, "precondition_outputs") or config.get("timestep_type") == "continuous":
+        raise Unsupported(f"dpm_ot: {name} counts levels by sigma, where start = {start:g}, a timestep, means nothing: {others}")
 
 
 def mark_of(pixels: Tensor) -> int:

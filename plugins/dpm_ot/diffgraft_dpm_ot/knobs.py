@@ -48,14 +48,15 @@ class DpmOtConfig(PluginConfig):
 class FitConfig(PluginConfig):
     """Knobs of the fit (``diffgraft fit dpm_ot --set NAME=VALUE``)."""
 
-    targets: int = Field(64, ge=1, description="J: how many training pictures are kept, of all classes together")
+    targets: int = Field(64, ge=1, description="J: how many training pictures are kept, by lot, of all classes together")
     samples: int = Field(1024, ge=1, description="N: samples of mu in each step of the fit (Monte Carlo)")
-    rate: float = Field(0.1, gt=0, description="learning rate of Adam on the heights, in units of the targets' spread")
+    rate: float = Field(0.1, gt=0, le=10, description="learning rate of Adam on the heights, in units of the targets' spread")
 
 
 class Facts(TypedDict):
     """Of a map: the level, in timesteps, as asked for and as the first step of a run of ``steps`` has it; mu; the histogram's distance
-    from uniform by ``drawn`` fresh samples (total variation; None: not fitted), what chance alone makes of it, cells that none met."""
+    from uniform in the worst class by ``drawn`` fresh samples (total variation; None: not fitted), what chance alone makes of it, cells
+    that none met."""
 
     start: float
     timestep: float
@@ -65,6 +66,21 @@ class Facts(TypedDict):
     chance: Annotated[float, Field(ge=0)]
     empty: Annotated[int, Field(ge=0)]
     drawn: Annotated[int, Field(ge=0)]
+
+
+FAR = 0.1
+"""Total variation from equal measures, beyond chance, above which a map is not fitted well."""
+
+
+def poor(facts: Mapping[str, Any]) -> str | None:
+    """What is wrong with a fitted map, or None."""
+    off, empty = facts["off"], facts["empty"]
+    if off is None or (off <= facts["chance"] + FAR and not empty):
+        return None
+    return (
+        f"the map is not fitted well: its cells are {off:.2f} from equal measures (total variation, of the worst class; "
+        f"{facts['chance']:.2f} by chance alone), and {empty} are empty; fit it with more steps, more samples, or a smaller rate"
+    )
 
 
 def unlike(tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> str | None:

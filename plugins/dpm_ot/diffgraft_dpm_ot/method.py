@@ -61,15 +61,21 @@ def histogram(u: Tensor, cells: Tensor) -> Tensor:
 
 
 def off_by(counts: Tensor, cells: Tensor) -> float:
-    """Total variation between the cells' measures and nu, its mean over the classes: 0 is exact, 1 is all in one cell of many."""
-    shares = counts.double() / counts.double().new_zeros(int(cells.max()) + 1).index_add(0, cells, counts.double())[cells]
-    return float((shares - nu(cells)).abs().sum() / 2 / (cells.max() + 1))
+    """Total variation between the cells' measures and nu, of the worst class: 0 is exact, 1 is all in one cell of many."""
+    shares = counts.double() / per_class(counts.double(), cells)[cells]
+    return float(per_class((shares - nu(cells)).abs(), cells).max() / 2)
+
+
+def per_class(values: Tensor, cells: Tensor) -> Tensor:
+    """Sums over each class's j [C]."""
+    return values.new_zeros(int(cells.max()) + 1).index_add(0, cells, values)
 
 
 def chance(number: int, cells: Tensor) -> float:
-    """What :func:`off_by` is of exact heights, by ``number`` samples: sum_j sqrt(nu_j (1 - nu_j) / (2 pi n))."""
+    """What :func:`off_by` is of exact heights, by ``number`` samples: sum_j sqrt(nu_j (1 - nu_j) / (2 pi n)) of a class, the
+    largest of the classes."""
     p = nu(cells).double()
-    return float((p * (1 - p) / (2 * math.pi * number)).sqrt().sum() / (cells.max() + 1))
+    return float(per_class((p * (1 - p) / (2 * math.pi * number)).sqrt(), cells).max())
 
 
 def unit_of(y: Tensor, cells: Tensor) -> Tensor:

@@ -16,10 +16,10 @@ from diffgraft.methods.inputs import CallSettings
 from diffgraft.testing import Case, contract_cases, cover
 from diffgraft_dpm_ot import DpmOt, __version__
 from diffgraft_dpm_ot import method as m
-from diffgraft_dpm_ot.fitter import mark_of
+from diffgraft_dpm_ot.fitter import MapFitter, mark_of
 from diffgraft_dpm_ot.knobs import ANY
 from diffgraft_pipelines.tiny import make
-from diffusers import DDIMScheduler, EulerDiscreteScheduler
+from diffusers import DDIMScheduler, EDMEulerScheduler, EulerDiscreteScheduler, PNDMScheduler
 from PIL import Image
 from torch.distributions import Normal
 
@@ -373,11 +373,15 @@ def test_an_interrupted_fit_ends_where_the_whole_one_does(tmp_path):
 
 def test_a_fit_needs_as_many_different_pictures_as_targets_and_steps_to_read_them(tmp_path):
     twice = pictures(3) + pictures(3)
-    with pytest.raises(ConfigError, match=r"no new picture after 3 different ones.*--set targets=3"):
+    with pytest.raises(ConfigError, match=r"targets = 6, and only 3 of the pictures are different.*--set targets=3"):
         learned(tmp_path, J=6, examples=twice, batch=3)
-    (tmp_path / "few").mkdir()
     with pytest.raises(ConfigError, match=r"read 4 of 6 pictures.*--steps"):
-        learned(tmp_path / "few", J=6, steps=1, batch=4)
+        learned(tmp_path, J=6, steps=1, batch=4)
+    with pytest.raises(ConfigError, match=r"read 6 of 6 pictures, and fit nothing"):
+        learned(tmp_path, J=6, steps=2, batch=3)
+    assert not list(tmp_path.iterdir()), "the way out that they name leads to no unfinished fit"
+    found = learned(tmp_path, J=3, examples=twice, batch=1, steps=20)[1]
+    assert len(found.tensors["pictures"].unique()) == 3
     made = tiny("DiTPipeline")
     with pytest.raises(ConfigError, match="class"):
         fit(made.pipe, DpmOt(start=START), pictures(4), CallSettings(steps=STEPS), tmp_path / "dit.safetensors", FitPlan(steps=1))
@@ -386,9 +390,33 @@ def test_a_fit_needs_as_many_different_pictures_as_targets_and_steps_to_read_the
 def test_a_level_that_no_step_has_and_none_are_refused():
     made = tiny()
     made.pipe.scheduler = DDIMScheduler(timestep_spacing="trailing")  # ends at 124
-    for start, words in ((50.0, "start = 50: none of the 8 timesteps of a run is that low"), (None, "start = None is off")):
+    for start, words in (
+        (50.0, "start = 50: none of the 8 timesteps of a run is that low"),
+        (1001.0, "start = 1001.*1000 timesteps"),
+        (None, "start = None is off"),
+    ):
         with pytest.raises(ConfigError, match=words):
             fit_call(made.pipe, DpmOt(start=start), lambda pipe: pipe(**made.kwargs))
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "words"), [(PNDMScheduler, "follows no schedule but its own"), (EDMEulerScheduler, "counts levels by sigma")]
+)
+def test_schedulers_without_timesteps_to_begin_at_are_refused_in_fits_and_runs(scheduler, words):
+    made = tiny("DiTPipeline")
+    artefact = example(made)
+    made.pipe.scheduler = scheduler.from_config(made.pipe.scheduler.config)
+    with pytest.raises(Unsupported, match=f"{scheduler.__name__} {words}.*DDIM, DDPM, DPM\\+\\+ or UniPC"):
+        fit_call(made.pipe, DpmOt(start=START), lambda pipe: pipe(**made.kwargs))
+    with pytest.raises(Unsupported, match=words):
+        load_pipeline(made.pipe, plugins=[DpmOt(artefact=artefact, start=START)])
+
+
+def test_a_map_is_judged_by_its_worst_class():
+    """Two cells of one class are 0.3 off, another class has one; chance is that of the class with more targets."""
+    cells = torch.tensor([0, 1, 1])
+    assert m.off_by(torch.tensor([1000, 800, 200]), cells) == pytest.approx(0.3)
+    assert m.chance(1000, cells) == pytest.approx(m.chance(1000, one(2)))
 
 
 # bad input ----------------------------------------------------------------------------------------------------------------------------
@@ -431,3 +459,15 @@ def test_a_map_that_is_not_fitted_is_said_to_be_so():
     bad = replace(artefact, facts={**artefact.facts, "off": 0.6, "empty": 2})
     assert "not fitted well: its cells are 0.60" in str(run(made, bad)[2])
     assert "not fitted well" not in str(run(made, artefact)[2])
+    assert "not fitted well: its cells are 0.60" in MapFitter.told(bad.facts)
+    assert MapFitter.told(artefact.facts) == "cells are 0.000 from equal measures (0.000 by chance alone), none is empty"
+
+
+def test_the_report_counts_the_targets_of_the_classes_asked_for():
+    artefact = example(tiny("DiTPipeline"), J=4, labels=[5, 2, 5, 5])
+    for asked, words in (
+        ([5, 5], "3 of them are in the map for class 5"),
+        ([2], "1 of them are in the map for class 2"),
+        ([5, 2], "4 of them are in the map for the 2 classes asked for, 1 for class 2"),
+    ):
+        assert words in str(run(tiny("DiTPipeline", labels=asked), artefact, range(len(asked)))[2])
