@@ -22,6 +22,7 @@ def part(name, **effects):
     [
         (part("a", skips=["blocks"]), part("b", skips=["blocks"]), "both skip blocks"),
         (part("a", replaces=["scheduler"]), part("b", replaces=["scheduler"]), "both replace the scheduler"),
+        (part("a", replaces=["noise"]), part("b", replaces=["noise"]), "both replace the noise: only one can be there"),
         (part("a", skips=["blocks"]), part("b", needs=["gradients"]), "needs gradients"),
         (part("a", skips=["denoiser"]), part("b", needs=["all_blocks"]), "needs every block"),
         (part("a", stochastic=True), part("b", needs=["determinism"]), "deterministic"),

@@ -243,31 +243,37 @@ def test_a_chosen_sample_goes_on_bit_for_bit(family, scheduler):
     assert (found[0] - plain[1]).abs().max() < 2e-5 * plain[1].abs().max()
 
 
-def asked(call, branches=("uncond", "cond"), branch="both"):
+def asked(call, branches=("uncond", "cond"), branch="both", latents=None):
     """A denoiser call, as a record reads it."""
-    return SimpleNamespace(step=SimpleNamespace(call=call), branches=branches, branch=branch, model_name="unet")
+    latents = torch.ones(6, 3) if latents is None else latents
+    return SimpleNamespace(step=SimpleNamespace(call=call), branches=branches, branch=branch, model_name="unet", latents=latents)
 
 
 def test_a_record_numbers_the_samples_of_all_its_passes():
     record, passes = Record(2), [torch.randn(2 * n, 3) for n in (2, 1, 3)]
     for prediction in passes:
         record.another_pass()
-        assert record.keep(asked(0), prediction) is prediction
+        assert record.keep(asked(0, latents=prediction[: len(prediction) // 2]), prediction) is prediction
         record.keep(asked(1), 10 * prediction)
         record.keep(asked(2), prediction)  # behind the beginning
     uncond, cond = (torch.cat([p.chunk(2)[i] for p in passes]) for i in (0, 1))
-    assert torch.equal(record.answer(asked(0), [4, 0]), torch.cat([uncond[[4, 0]], cond[[4, 0]]]))
+    assert torch.equal(record.answer(asked(0, latents=uncond[[4, 0]]), [4, 0]), torch.cat([uncond[[4, 0]], cond[[4, 0]]]))
     assert torch.equal(record.answer(asked(1), [2]), 10 * torch.stack([uncond[2], cond[2]]))
     assert record.answer(asked(2), [0]) is None
     assert record.answer(asked(0, branch="cond"), [0]) is None
     record.choose([5, 2])
-    assert torch.equal(record.answer(asked(0), [0, 1]), torch.cat([uncond[[5, 2]], cond[[5, 2]]]))
+    record.ensure_begun_alike("me")
+    assert torch.equal(record.answer(asked(0, latents=uncond[[5, 2]]), [0, 1]), torch.cat([uncond[[5, 2]], cond[[5, 2]]]))
     assert torch.equal(record.answer(asked(1), [1]), 10 * torch.stack([uncond[2], cond[2]]))
+    record.ensure_begun_alike("me")
+    record.answer(asked(0, latents=uncond[[2, 5]]), [0, 1])
+    with pytest.raises(Conflict, match=r"me: .* began at other noise than the recorded one"):
+        record.ensure_begun_alike("me")
 
 
 def test_a_record_holds_nothing_of_samples_that_were_not_chosen():
     record, prediction = Record(1), torch.randn(8, 3)
-    record.keep(asked(0), prediction)
+    record.keep(asked(0, latents=prediction[:4]), prediction)
     watched = weakref.ref(prediction.untyped_storage())
     del prediction
     assert watched() is not None

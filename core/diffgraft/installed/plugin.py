@@ -61,10 +61,9 @@ class Paper:
 class Effects:
     """What a plugin does to a run, in the words the planner reasons with.
 
-    replaces   "scheduler", "denoiser"
+    replaces   "scheduler", "denoiser", "noise" (which noise the pipeline draws: the call's generator)
     skips      "denoiser" (whole calls), "blocks", "branches"
-    edits      "timestep", "schedule", "latents", "prediction", "attention", "conditioning", "resolution", "weights",
-               "noise" (which noise the pipeline draws: the call's generator)
+    edits      "timestep", "schedule", "latents", "prediction", "attention", "conditioning", "resolution", "weights"
     needs      "gradients", "determinism", "all_blocks", "extra_forwards", "calibrated_run" (the steps and size of its artefact),
                "own_steps" (its calls are no successive steps of one path, so that nothing may be edited from one to the next),
                "plain_gradients" (of the denoiser itself, taken past all other plugins: `latent_gradient`; "gradients": through them)
@@ -80,11 +79,9 @@ class Effects:
     couples_batch: bool = False
 
     VOCABULARY: ClassVar[dict[str, frozenset[str]]] = {
-        "replaces": frozenset({"scheduler", "denoiser"}),
+        "replaces": frozenset({"scheduler", "denoiser", "noise"}),
         "skips": frozenset({"denoiser", "blocks", "branches"}),
-        "edits": frozenset(
-            {"timestep", "schedule", "latents", "prediction", "attention", "conditioning", "resolution", "weights", "noise"}
-        ),
+        "edits": frozenset({"timestep", "schedule", "latents", "prediction", "attention", "conditioning", "resolution", "weights"}),
         "needs": frozenset({"gradients", "plain_gradients", "determinism", "all_blocks", "extra_forwards", "calibrated_run", "own_steps"}),
     }
 

@@ -88,7 +88,7 @@ class Pair:
                 assert part.fired or part.notes or cls.points() == ("modules",), f"{self}: {cls.name} did nothing and does not say why"
             subject.expect(subject.run(pipe), first, f"{self}: the second run with the same seed")
         except (Conflict, Unsupported, ArtefactMismatch) as error:
-            refusal = str(error)
+            refusal = "; ".join(str(error).split("\n  - ")[1:]) or str(error)  # of a planner's list the reasons alone
             assert len(refusal) > 20, f"{self}: refused without a reason: {refusal!r}"
         unload(pipe)
         assert type(pipe) is base, f"{self}: the class stays changed"

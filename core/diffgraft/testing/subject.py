@@ -63,7 +63,7 @@ class Subject:
     def keeps_branches(self) -> bool:
         """Whether one branch may not influence the other but through the pipeline's own formula. A choice of noises may rest on all."""
         effects = self.plugin.effects
-        chooses = "noise" in effects.edits and "extra_forwards" in effects.needs
+        chooses = "noise" in effects.replaces and "extra_forwards" in effects.needs
         return not (self.couples or chooses or "guide" in self.plugin.points() or "branches" in effects.skips)
 
     @property

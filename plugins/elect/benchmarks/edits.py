@@ -104,10 +104,10 @@ def measured(task: Task, images: list[Image.Image]) -> list[dict[str, float]]:
 
 
 def main(
-    edits: Annotated[int, typer.Option(help="Held-out edits, as many of each of the four kinds.")] = 24,
-    steps: Annotated[int, typer.Option(help="Steps of a run.")] = 20,
-    candidates: Annotated[int, typer.Option(help="N.")] = 6,
-    proofs: Annotated[int, typer.Option(help="Edits on which the plugin itself is run beside.")] = 2,
+    edits: Annotated[int, typer.Option(help="Held-out edits, as many of each of the four kinds.", min=4)] = 24,
+    steps: Annotated[int, typer.Option(help="Steps of a run.", min=1)] = 20,
+    candidates: Annotated[int, typer.Option(help="N.", min=2)] = 6,
+    proofs: Annotated[int, typer.Option(help="Edits on which the plugin itself is run beside.", min=0)] = 2,
     out: Annotated[Path, typer.Option(help="Where to write, without suffix.")] = Path("chosen"),
 ) -> None:
     """Run, choose, judge."""

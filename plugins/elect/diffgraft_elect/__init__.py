@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 
 import torch
 from diffgraft import (
+    ConfigError,
     DenoiseCall,
     Effects,
     NotFinite,
@@ -41,6 +42,13 @@ from diffgraft_elect.seeds import Starts, starts_of
 
 __all__ = ["Elect"]
 __version__ = "0.1.0"
+
+
+OTHERS = (
+    "use another scheduler (DDIM, Euler, Heun; Euler ancestral or DPM++ with algorithm_type='sde-dpmsolver++' for fresh noise in each "
+    "step), or set candidates = 1"
+)
+"""The way out of a scheduler that is refused."""
 
 
 class ElectConfig(PluginConfig):
@@ -91,7 +99,9 @@ class Elect(Plugin):
     State = Election
     neutral: ClassVar[dict[str, Any]] = {"candidates": 1}
     active: ClassVar[dict[str, Any]] = {"candidates": 2, "space": "pixel"}
-    effects = Effects(skips=frozenset({"denoiser"}), edits=frozenset({"schedule", "noise"}), needs=frozenset({"extra_forwards"}))
+    effects = Effects(
+        replaces=frozenset({"noise"}), skips=frozenset({"denoiser"}), edits=frozenset({"schedule"}), needs=frozenset({"extra_forwards"})
+    )
     config: ElectConfig
 
     def check(self, target: Target) -> None:
@@ -101,12 +111,15 @@ class Elect(Plugin):
         """Raises Unsupported where predictions say nothing of the clean sample, or a run cannot be made twice."""
         if self.is_neutral:
             return
-        known_kind(family, pipe.scheduler)
+        name = type(pipe.scheduler).__name__
+        try:
+            known_kind(family, pipe.scheduler)
+        except Unsupported as error:
+            raise Unsupported(f"elect: {error}; {OTHERS}") from error
         if hasattr(pipe.scheduler, "noise_sampler"):
-            raise Unsupported(
-                f"elect: {type(pipe.scheduler).__name__} draws its noise past the call's generator, so that a candidate cannot be "
-                "run again; use another stochastic scheduler (Euler ancestral, DPM++ with algorithm_type='sde-dpmsolver++')"
-            )
+            raise Unsupported(f"elect: {name} draws its noise past the call's generator, so that a candidate cannot be run again; {OTHERS}")
+        if hasattr(pipe.scheduler, "sigmas_interpol"):
+            raise Unsupported(f"elect: {name} asks the denoiser between its sigmas too, where its levels are not known here; {OTHERS}")
         if self.config.space == "pixel":
             ensure_decodes(pipe, family)
 
@@ -130,26 +143,37 @@ class Elect(Plugin):
         generator = arguments.get("generator")
         if isinstance(generator, (list, tuple)) and len(generator) != rows:
             return next(call)  # the pipeline says what is wrong
+        if wrong := [each for each in listed(generator) if generator is not None and not isinstance(each, torch.Generator)]:
+            raise ConfigError(
+                f"elect: generator is {wrong[0]!r}, which is no torch.Generator: give torch.Generator().manual_seed(...), a list with one "
+                "for each picture, or none"
+            )
         starts = starts_of(generator, rows, knobs.candidates)
         call.shared.__init__()  # an outer plugin may run the pipeline several times
         call.shared.rows = rows
-        winners = self._elect(call, next, starts)
+        winners = self._elect(call, next, starts, lengths_fit(arguments, rows))
         if winners is None:
             return next(call)
-        return next(call.replace(generator=starts.resume(winners)))
+        made = next(call.replace(generator=starts.resume(winners)))
+        call.shared.record.ensure_begun_alike(call.entry.name)
+        return made
 
-    def _elect(self, call: RunCall, next: Any, starts: Starts) -> list[int] | None:
-        """The number of the winning candidate of each row; None where the user has ended the call."""
+    def _elect(self, call: RunCall, next: Any, starts: Starts, fits: bool) -> list[int] | None:
+        """The number of the winning candidate of each row; None where the user has ended the call.
+
+        Where it is not plain that the call's lengths fit each other, the first candidate is tried alone, so that the pipeline says what
+        is wrong before anything has run: repeated, three prompts would fit two pictures.
+        """
         shared: Election = call.shared
-        for first in range(0, starts.candidates, self.config.at_once):
-            if call.stopped:
-                break
-            shared.trying = min(self.config.at_once, starts.candidates - first)
+        first = 0
+        while first < starts.candidates and not call.stopped:
+            shared.trying = min(self.config.at_once if fits or first else 1, starts.candidates - first)
             several = {} if shared.trying == 1 else repeated(call, shared.rows, shared.trying)
             generators = starts.of(range(first, first + shared.trying))
             if shared.record is not None:
                 shared.record.another_pass()
             next(call.replace(**several, generator=generators, output_type="latent", return_dict=False))
+            first += shared.trying
         shared.trying, shared.last = 0, None
         if call.stopped or shared.record is None:
             shared.record = None
@@ -274,6 +298,25 @@ def with_defaults(call: RunCall) -> dict[str, Any]:
 def guided(call: RunCall, arguments: Mapping[str, Any]) -> bool:
     """Whether the pipeline will ask for the branches of the picture and of the instruction."""
     return (arguments[call.family.guidance.scale] or 0) > 1 and (arguments["image_guidance_scale"] or 0) >= 1
+
+
+def listed(value: Any) -> list[Any]:
+    """A list's members, or what is alone."""
+    return list(value) if isinstance(value, (list, tuple)) else [value]
+
+
+def lengths_fit(arguments: Mapping[str, Any], rows: int) -> bool:
+    """Whether there is plainly one text of each kind for each prompt, and one picture for all, for each prompt or for each row."""
+    prompts, prompt, image = number_of_prompts(arguments), arguments.get("prompt"), arguments.get("image")
+    for name, value in arguments.items():
+        if not is_of_the_prompt(name) or value is None:
+            continue
+        if (1 if isinstance(value, str) else len(value)) != prompts:
+            return False
+        if prompt is not None and not isinstance(value, Tensor) and isinstance(value, str) != isinstance(prompt, str):
+            return False
+    pictures = sum(len(each) if getattr(each, "ndim", 3) == 4 else 1 for each in listed(image))
+    return pictures in (1, prompts, rows)
 
 
 def repeated(call: RunCall, rows: int, times: int) -> dict[str, Any]:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+import re
 from typing import Any, ClassVar
 
 import numpy as np
 import pytest
 import torch
-from diffgraft import ConfigError, Effects, NotFinite, Paper, Plugin, Unsupported, load_pipeline
+from diffgraft import ConfigError, Conflict, Effects, NotFinite, Paper, Plugin, Unsupported, load_pipeline
 from diffgraft.lab.instruments import LiveBytes
 from diffgraft.methods.decoding import to_pixels
 from diffgraft.testing import Case, contract_cases, cover
@@ -22,6 +23,8 @@ from diffusers import (
     EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
     HeunDiscreteScheduler,
+    KDPM2AncestralDiscreteScheduler,
+    KDPM2DiscreteScheduler,
     UniPCMultistepScheduler,
 )
 
@@ -518,12 +521,86 @@ def test_schedulers_that_cannot_be_run_twice_are_refused():
         noise_sampler = None
 
     made.pipe.scheduler = Noisy.from_config(made.pipe.scheduler.config)
-    with pytest.raises(Unsupported, match="draws its noise past the call's generator"):
+    with pytest.raises(Unsupported, match=r"draws its noise past the call's generator.*use another scheduler"):
         load_pipeline(made.pipe, plugins=[Elect(candidates=2)])
-    made.pipe.scheduler = EDMEulerScheduler()
-    with pytest.raises(Unsupported, match="EDM"):
+
+
+@pytest.mark.parametrize("scheduler", [EDMEulerScheduler, KDPM2DiscreteScheduler, KDPM2AncestralDiscreteScheduler])
+def test_schedulers_whose_clean_picture_is_not_known_are_refused_with_a_way_out(scheduler):
+    made = new()
+    made.pipe.scheduler = scheduler()
+    with pytest.raises(Unsupported, match=f"elect: {scheduler.__name__} .*use another scheduler .*or set candidates = 1"):
         load_pipeline(made.pipe, plugins=[Elect(candidates=2)])
     load_pipeline(made.pipe, plugins=[Elect(candidates=1)])
+
+
+@pytest.mark.parametrize("generator", [5, ["no", "generator"]])
+def test_what_is_no_generator_is_refused(generator):
+    pipe = load_pipeline((made := new()).pipe, plugins=[Elect(candidates=2)])
+    with pytest.raises(ConfigError, match=r"elect: generator is .*no torch.Generator: give"):
+        pipe(**{**made.kwargs, "prompt": ["a", "b"], "negative_prompt": None}, generator=generator)
+
+
+@pytest.mark.parametrize("at_once", [1, 2])
+@pytest.mark.parametrize("wrong", [
+    {"prompt": ["a", "b"], "negative_prompt": ["x"]},
+    {"prompt": "a", "negative_prompt": ["x"]},
+    {"prompt": ["a", "b"], "negative_prompt": "x"},
+    {"prompt": ["a", "b", "c"], "negative_prompt": None, "image": torch.rand(2, 3, 64, 64)},
+    {"prompt": "a", "negative_prompt": None, "image": [torch.rand(1, 3, 64, 64), torch.rand(1, 3, 64, 64)]},
+], ids=lambda wrong: "+".join(wrong))  # fmt: skip
+def test_lengths_that_do_not_fit_are_said_before_the_first_forward(wrong, at_once):
+    """X: beside each other three prompts, twice, would fit two pictures, and some candidates be judged against another's picture."""
+    made = new()
+    Watch.forget()
+    with pytest.raises((ValueError, TypeError, RuntimeError)) as plain:
+        made.pipe(**{**made.kwargs, **wrong})
+    with pytest.raises(plain.type, match=re.escape(str(plain.value)[:40])):
+        call(made, {"candidates": 4, "at_once": at_once}, watched=True, **wrong)
+    assert not Watch.asked
+
+
+def test_two_pictures_for_four_are_tried_alone_first():
+    """Lengths that do not look alike, and yet fit."""
+    made = new(scheduler=ANCESTRAL)
+    many = {"image": torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0)), "num_images_per_prompt": 4}
+    one, first, _ = call(made, {"candidates": 4}, (0, 1, 2, 3), **many)
+    several, report, _ = call(made, {"candidates": 4, "at_once": 3}, (0, 1, 2, 3), **many)
+    assert winners(report) == winners(first)
+    assert near(several, one) < 2e-5
+    assert report.forwards == {"cond+image+uncond": 2 * 2 + 4}
+
+
+class Reseeds(Plugin):
+    """Gives each pass a noise of its own, and does not say so."""
+
+    name = "reseeds"
+    paper = Paper("none", "", "draws")
+    families = ("*",)
+    neutral: ClassVar[dict[str, Any]] = {}
+    effects = Effects(edits=frozenset({"prediction"}))
+    generator: ClassVar[torch.Generator] = torch.Generator().manual_seed(162)
+
+    def run(self, call, next):
+        return next(call.replace(generator=self.generator))
+
+
+def test_a_winners_run_from_other_noise_is_refused():
+    made = new()
+    pipe = load_pipeline(made.pipe, plugins=[Elect(candidates=2), Reseeds])
+    with pytest.raises(Conflict, match="elect: the run that takes its first steps from a record began at other noise"):
+        pipe(**made.kwargs, generator=torch.Generator().manual_seed(0))
+
+
+def test_who_else_decides_the_noise_is_refused():
+    class Starts(Reseeds):
+        name = "starts"
+        effects = Effects(replaces=frozenset({"noise"}))
+
+    for plugins in ([Elect(candidates=2), Starts], [Starts, Elect(candidates=2)]):
+        with pytest.raises(Conflict, match="both replace the noise"):
+            load_pipeline(new().pipe, plugins=plugins)
+    load_pipeline(new().pipe, plugins=[Elect(candidates=1), Starts])
 
 
 def test_generators_of_a_wrong_number_are_the_pipelines_matter():

@@ -100,7 +100,7 @@ class GoldenSeed(Plugin):
     State = State
     neutral: ClassVar[dict[str, Any]] = {"use": "none"}
     active: ClassVar[dict[str, Any]] = {"use": "best", "k": 8}
-    effects = Effects(edits=frozenset({"noise"}), couples_batch=True)
+    effects = Effects(replaces=frozenset({"noise"}), couples_batch=True)
     needs = (Need("search", "artefact", fits=frozenset({"scheduler", "shape", "guidance"}), holds=HOLDS),)
     search = SeedSearcher
     config: GoldenSeedConfig
@@ -110,7 +110,7 @@ class GoldenSeed(Plugin):
         if self.config.use == "none" or (self.config.seed is None and self.config.artefact is None):
             self.effects = Effects()
         elif self.config.seed is not None:
-            self.effects = Effects(edits=frozenset({"noise"}))
+            self.effects = Effects(replaces=frozenset({"noise"}))
 
     def check(self, target: Target) -> None:
         self.seeds(target.given.get("artefact"))

@@ -654,5 +654,5 @@ def test_scorers_take_pictures_of_every_form_or_refuse_them():
 
 def test_what_it_says_it_does_follows_the_knobs():
     assert GoldenSeed().effects == GoldenSeed(seed=5, use="none").effects == Effects()
-    assert GoldenSeed(seed=5).effects == Effects(edits={"noise"})
-    assert GoldenSeed(artefact="a.json").effects == Effects(edits={"noise"}, couples_batch=True)
+    assert GoldenSeed(seed=5).effects == Effects(replaces={"noise"})
+    assert GoldenSeed(artefact="a.json").effects == Effects(replaces={"noise"}, couples_batch=True)
