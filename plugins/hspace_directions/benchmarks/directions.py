@@ -122,7 +122,7 @@ def sheet(shown: dict[str, list[Image.Image]], path: Path) -> None:
 
 
 def main(
-    pipeline: Annotated[str, typer.Option(help="emoji-sd, or the folder of a pixel model such as emoji-pixel")] = "emoji-sd",
+    pipeline: Annotated[str, typer.Option(help="emoji-sd, emoji-pixel, or the folder of another such model")] = "emoji-sd",
     pictures: Annotated[int, typer.Option(min=2)] = 12,
     directions: Annotated[int, typer.Option(min=1)] = 5,
     samples: Annotated[int, typer.Option(min=3, help="pictures for the components")] = 64,

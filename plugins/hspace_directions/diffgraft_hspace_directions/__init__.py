@@ -9,13 +9,13 @@ from typing import Any, ClassVar
 import torch
 from diffgraft import BlockCall, BlockInfo, ConfigError, DenoiseCall, Effects, Need, Plugin, Target, Unsupported
 from diffgraft.methods.artefacts import Artefact, make_again
-from diffgraft.methods.predictions import known_kind, levels_after, levels_of
+from diffgraft.methods.predictions import known_kind
 from diffusers import DDIMScheduler, EulerDiscreteScheduler
 from torch import Tensor
 
 from diffgraft_hspace_directions.calibration import HOLDS, Measure, difference, directions_of, mid_blocks
-from diffgraft_hspace_directions.edit import Edit, MidJacobian, Shared, random_rows, random_unit
-from diffgraft_hspace_directions.knobs import PAPER, HSpaceDirectionsConfig
+from diffgraft_hspace_directions.edit import Edit, MidJacobian, Shared, levels_there, random_rows, random_unit
+from diffgraft_hspace_directions.knobs import PAPER, HSpaceDirectionsConfig, idle_knobs
 from diffgraft_hspace_directions.method import direction_level, same_sense, singular_directions, stretch
 
 __all__ = ["HSpaceDirections", "difference"]
@@ -61,12 +61,27 @@ class HSpaceDirections(Plugin):
                 f"hspace_directions: this {type(target.pipe).__name__} has no mid block, whose output is h-space; it needs a U-Net with one"
             )
         self.ensure_scheduler(target.family, target.pipe.scheduler)
-        artefact = target.given.get("artefact")
-        if artefact is not None and self.of_artefact:
-            self.ensure_component(artefact)
+        if self.of_artefact:
+            self.ensure_component(target.given.get("artefact"))
+        if self.config.source == "given":
+            for model in target.denoisers.values():
+                self.ensure_channels(model.config.get("block_out_channels"))
 
-    def ensure_component(self, artefact: Artefact) -> None:
-        """Raises ConfigError where the artefact has no such direction."""
+    def ensure_channels(self, widths: Sequence[int] | None) -> None:
+        """Raises ConfigError where `direction` is of another width than the mid block, which is the last level's."""
+        shape = tuple(self.config.direction.shape)
+        if widths and shape[-3] != widths[-1]:
+            raise ConfigError(
+                f"plugin 'hspace_directions': direction of shape {list(shape)}: C = {shape[-3]}, and this U-Net's h has C = {widths[-1]}"
+            )
+
+    def ensure_component(self, artefact: Artefact | None) -> None:
+        """Raises ConfigError where there is no artefact, or none with such a direction."""
+        if artefact is None:
+            way = " (or take unit = 'norm')" if self.config.source == "random" else ""
+            raise ConfigError(
+                f"plugin 'hspace_directions': artefact = None: source = {self.config.source!r} needs one{way}; {make_again(self.name)}"
+            )
         K, samples, k = len(artefact.tensors["components"]), artefact.facts["samples"], self.config.component
         if samples < 2:
             raise ConfigError("plugin 'hspace_directions': artefact: one sample has no principal components; calibrate on some hundred")
@@ -87,7 +102,8 @@ class HSpaceDirections(Plugin):
         if not isinstance(scheduler, (DDIMScheduler, EulerDiscreteScheduler)):
             raise Unsupported(
                 f"hspace_directions: mode = 'asyrp' takes a step apart into P_t and D_t, which is DDIM's and Euler's step and not that of "
-                f"{name}; use DDIMScheduler.from_config(pipe.scheduler.config), or mode = 'symmetric'"
+                f"{name}; use DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False), or mode = 'symmetric' (where a plugin "
+                f"brought this scheduler, only the latter, or without that plugin)"
             )
         if clips := [key for key in ("clip_sample", "thresholding") if scheduler.config.get(key)]:
             raise Unsupported(
@@ -139,20 +155,18 @@ class HSpaceDirections(Plugin):
 
     def begin(self, call: DenoiseCall) -> None:
         """Raises where this run cannot have what was asked for, before anything is computed."""
+        config, total = self.config, call.step.total
         self.ensure_scheduler(call.family, call.pipe.scheduler)
-        if not self.of_artefact:
-            return
-        artefact: Artefact | None = call.given("artefact")
-        if artefact is None:
-            way = " (or take unit = 'norm')" if self.config.source == "random" else ""
-            raise ConfigError(
-                f"plugin 'hspace_directions': artefact = None: source = {self.config.source!r} needs one{way}; {make_again(self.name)}"
-            )
-        self.ensure_component(artefact)
+        if self.of_artefact:
+            self.ensure_component(call.given("artefact"))
+        if idle := idle_knobs(config):
+            call.note(f"without effect here: {', '.join(idle)} (source = {config.source!r}, unit = {config.unit!r})")
+        if not any(config.begin <= i / total < config.end for i in range(total)):
+            call.note(f"nothing is edited: no one of {total} steps lies in begin = {config.begin:g} to end = {config.end:g}")
 
     def asymmetric(self, call: DenoiseCall, edited: Tensor, plain: Tensor) -> Tensor:
         """The one prediction whose step is a' P_t(edited) + d D_t(plain)."""
-        now, after = levels_of(call), levels_after(call)
+        now, after = levels_there(call)
         eta = float(call.run.arguments.get("eta") or 0.0) if isinstance(call.pipe.scheduler, DDIMScheduler) else 0.0
         k = stretch(now.a, now.s, after.a, direction_level(now.a, now.s, after.a, after.s, eta))
         axis, channels = call.family.channel_axis, call.latents.shape[call.family.channel_axis]
@@ -186,6 +200,7 @@ class HSpaceDirections(Plugin):
             call.branches,
             len(call.sample),
             config.branches == "cond",
+            "direction" if config.source == "given" else "artefact",
         )
 
     def directions(self, call: DenoiseCall) -> tuple[Tensor, Tensor]:
@@ -213,6 +228,10 @@ class HSpaceDirections(Plugin):
         kept = shared.V is not None and shared.V.shape[1] == len(alone.sample)
         if not (kept and shared.taken <= step.index and (step.stage > 0 or step.index - shared.taken < config.every)):
             J = MidJacobian(alone, shared)
+            if k >= (most := min(J.h[0].numel() * J.form_of_h[0], alone.latents[0].numel())):
+                raise ConfigError(
+                    f"plugin 'hspace_directions': component = {k}: the Jacobian of this picture has singular vectors 0 to {most - 1}"
+                )
             before = shared.V if kept and shared.form == J.form_of_h else None
             start = random_rows(k + 1, J.h[0].numel() * J.form_of_h[0], config.seed).to(J.h.device, J.dtype)
             V, sigma = singular_directions(

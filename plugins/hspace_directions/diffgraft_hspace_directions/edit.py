@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 import torch
 from diffgraft import ConfigError, DenoiseCall, Unsupported
 from diffgraft.methods.gradients import alone, jvp_of, predict_alone, vjp_of
-from diffgraft.methods.predictions import known_kind, levels_of, noise_estimate
+from diffgraft.methods.predictions import SignalNoise, known_kind, levels_after, levels_of, noise_estimate
+from diffusers import DDIMScheduler
 from torch import Tensor
 
 
@@ -27,6 +28,8 @@ class Edit:
     branches: tuple[str, ...]
     rows: int
     only_cond: bool
+    knob: str = "artefact"
+    """Where the direction comes from, for an error."""
 
     def on(self, h: Tensor) -> Tensor:
         """h [branches x B x R, C, H, W] with the direction added."""
@@ -34,8 +37,8 @@ class Edit:
         parts, (of, frames, *rest) = len(self.branches), self.unit.shape
         if h.shape[0] != self.rows * frames or list(h.shape[1:]) != rest or of not in (1, self.rows // parts):
             raise ConfigError(
-                f"plugin 'hspace_directions': the direction is for {frames} row(s) a sample of {tuple(rest)}, and the mid block gave "
-                f"{tuple(h.shape)} for {self.rows} row(s): find it at this size"
+                f"plugin 'hspace_directions': {self.knob} is for h of shape {shape_of(self.unit.shape)}, and the mid block gave "
+                f"{shape_of((of, h.shape[0] // self.rows, *h.shape[1:]))} for a sample: take one of this size"
             )
         x = h.float().view(parts, -1, *self.unit.shape[1:])
         delta = self.gamma * self.unit
@@ -48,6 +51,28 @@ class Edit:
             edited = torch.tensor([branch in ("cond", "skip") for branch in self.branches])  # an extra call has the conditional's inputs
             delta = delta * edited.to(h.device, non_blocking=True).view(-1, *[1] * (x.ndim - 1))
         return h + delta.reshape(h.shape).to(h.dtype)
+
+
+def shape_of(unit: Sequence[int]) -> tuple[int, ...]:
+    """Of h of one sample, of [samples, R, C, H, W]: with frames only where there are several."""
+    return tuple(unit[2:] if unit[1] == 1 else unit[1:])
+
+
+def levels_there(call: DenoiseCall) -> tuple[SignalNoise, SignalNoise]:
+    """The levels before a step of DDIM or Euler, and where the scheduler's step goes.
+
+    DDIM's goes to t - T // n, which is not always the schedule's next timestep; where a plugin edited the schedule, it does go there.
+    """
+    now, after, scheduler = levels_of(call), levels_after(call), call.pipe.scheduler
+    if not isinstance(scheduler, DDIMScheduler) or getattr(call.run, "strides", None):
+        return now, after
+    abar = scheduler.alphas_cumprod.to(now.a.device, torch.float32)
+    end = torch.as_tensor(scheduler.final_alpha_cumprod, dtype=torch.float32, device=now.a.device)
+    t = call.step.t.to(now.a.device, torch.long, non_blocking=True)
+    before = t - scheduler.config.num_train_timesteps // scheduler.num_inference_steps
+    levels = [torch.where(before >= 0, abar.take(before.clamp(min=0)), end) for before in (t, before)]
+    one, other = (SignalNoise(each.sqrt(), (1 - each).sqrt()) for each in levels)
+    return one, other
 
 
 @dataclass

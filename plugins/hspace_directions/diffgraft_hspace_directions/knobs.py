@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from diffgraft import Paper, PluginConfig
 from diffgraft.methods.artefacts import Artefact
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 from torch import Tensor
 from typing_extensions import Self
 
@@ -66,11 +66,20 @@ class HSpaceDirectionsConfig(PluginConfig):
         "step", description="what a calibration takes components of: h_t at each step by itself, or all steps' h together"
     )
     direction: Annotated[Any, AfterValidator(ensure_direction)] = Field(
-        None, description="n for source = 'given': a tensor [C, H, W], one a denoiser call [T, C, H, W], or of videos [T, frames, C, H, W]"
+        None,
+        description="n for source = 'given': a tensor [C, H, W], one a denoiser call [T, C, H, W] (T = 1: for all), or of videos "
+        "[T, frames, C, H, W]",
     )
     artefact: str | Path | Artefact | None = Field(
         None, description="the calibration file: a path, owner/name/file.safetensors on the Hub, or an Artefact"
     )
+
+    @field_validator("strength", mode="before")
+    @classmethod
+    def _a_number(cls, strength: Any) -> Any:
+        if isinstance(strength, bool):
+            raise ValueError("a strength is a number")
+        return strength
 
     @model_validator(mode="after")
     def _together(self) -> Self:
@@ -79,3 +88,19 @@ class HSpaceDirectionsConfig(PluginConfig):
         if (self.source == "given") != (self.direction is not None):
             raise ValueError("source = 'given' and direction go together: give both or neither")
         return self
+
+
+OF_A_CALIBRATION = frozenset({"artefact", "component", "components", "over"})
+READS = {
+    "pca": OF_A_CALIBRATION,
+    "jacobian": frozenset({"component", "iterations", "every", "seed"}),
+    "given": frozenset[str](),
+    "random": frozenset({"seed"}),
+}
+"""source -> which of the knobs of some sources only it reads."""
+
+
+def idle_knobs(config: HSpaceDirectionsConfig) -> list[str]:
+    """The knobs that were set and that this source does not read."""
+    reads = READS[config.source] | (OF_A_CALIBRATION if (config.source, config.unit) == ("random", "own") else set())
+    return sorted((frozenset().union(*READS.values()) - reads) & config.model_fields_set)

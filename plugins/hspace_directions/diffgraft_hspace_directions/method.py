@@ -121,9 +121,12 @@ def stretch(a: Tensor, s: Tensor, a_next: Tensor, d: Tensor) -> Tensor:
     """k of Asyrp as one prediction, eps + k (eps_edited - eps), for a sample a x_0 + s eps that is brought to a' x_0 + d eps.
 
     x_{t-1} = a' (x - s eps_edited) / a + d eps is DDIM's step, a' (x - s e) / a + d e, with that e for k = a' s / (a' s - a d). At the
-    end of a schedule (d = 0) k = 1, which is the symmetric edit; before that it is larger.
+    end of a schedule (d = 0) k = 1, which is the symmetric edit; before that it is larger. A step that stays at its noise level
+    (a' s = a d, the last one of some schedules) takes every e to the same sample: no k is Asyrp there, and 0 is given, the plain step.
     """
-    return a_next * s / (a_next * s - a * d)
+    rest = a_next * s - a * d
+    stays = rest.abs() <= 1e-5 * a_next * s
+    return torch.where(stays, 0.0, a_next * s / torch.where(stays, 1.0, rest))
 
 
 def direction_level(a: Tensor, s: Tensor, a_next: Tensor, s_next: Tensor, eta: float) -> Tensor:

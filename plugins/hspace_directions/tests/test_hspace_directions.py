@@ -337,11 +337,64 @@ def test_asyrp_in_a_pipeline(kind, scheduler, eta):
             assert 0.7 < float(z.std()) < 1.3, "what is left is the noise"
 
 
-def test_asyrp_with_equal_predictions_is_ddim():
-    made = plain(SD)
+GRIDS = [("trailing", 6), ("trailing", 7), ("trailing", 30), ("linspace", 5), ("linspace", 7), ("linspace", 20), ("leading", 7)]
+
+
+@pytest.mark.parametrize("to_one", [True, False])
+@pytest.mark.parametrize(("spacing", "n"), GRIDS)
+def test_asyrp_goes_where_ddim_goes(spacing, n, to_one):
+    """To t - T // n, which is not the schedule's next timestep on these grids: each step from two predictions, in float64."""
+    made = plain(timestep_spacing=spacing, set_alpha_to_one=to_one)
+    asked, steps = [], []
+
+    class Steps(Plugin):
+        name, paper, families, neutral = "steps", HSpaceDirections.paper, ("*",), {}
+
+        def denoise(self, call, next):
+            asked.append(normal(*next(call).shape, seed=len(asked)))  # far apart, so that rounding hides nothing
+            return asked[-1].float()
+
+        def step(self, call, next):
+            out = next(call)
+            steps.append((call.sample.double(), int(call.step.t), out.sample.double()))
+            return out
+
+    load_pipeline(made.pipe, plugins=[HSpaceDirections(source="random", unit="norm", strength=3, mode="asyrp"), Steps()])
+    made.pipe(**{**made.kwargs, "num_inference_steps": n, "generator": torch.Generator().manual_seed(0)})
+    unload(made.pipe)
+    abar = made.pipe.scheduler.alphas_cumprod.double()
+    end = torch.ones((), dtype=torch.float64) if to_one else abar[0]
+    assert len(steps) == n
+    for i, (x, t, after) in enumerate(steps):
+        edited, e = asked[2 * i : 2 * i + 2]
+        now, then = abar[t], abar[t - 1000 // n] if t >= 1000 // n else end
+        (a, s), (a_next, s_next) = ((each.sqrt(), (1 - each).sqrt()) for each in (now, then))
+        paper, plain_step = (a_next * (x - s * clean) / a + s_next * e for clean in (edited, e))
+        if now == then:  # the step that stays where it is: the plain one
+            torch.testing.assert_close(after, x, rtol=1e-6, atol=1e-6)
+        else:
+            assert float((after - paper).norm() / (paper - plain_step).norm()) < 2e-3
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "config"),
+    [
+        (DDIMScheduler, {}),
+        (DDIMScheduler, {"timestep_spacing": "linspace", "set_alpha_to_one": False}),
+        (EulerDiscreteScheduler, {}),
+        (EulerDiscreteScheduler, {"final_sigmas_type": "sigma_min"}),
+    ],
+)
+def test_asyrp_with_equal_predictions_is_the_plain_run(scheduler, config):
+    """Also where the last step stays at its noise level, and a random direction is finite there."""
+    made = plain(SD, scheduler, **config)
     shape = first_h(made).shape[1:]
     nothing = HSpaceDirections(source="given", direction=torch.zeros(shape), mode="asyrp")
-    assert torch.equal(run(made, nothing)[0], run(made)[0])
+    without = run(made)[0]
+    assert torch.equal(run(made, nothing)[0], without)
+    moved = run(made, HSpaceDirections(source="random", unit="norm", mode="asyrp"))[0]
+    assert bool(moved.isfinite().all())
+    assert not torch.equal(moved, without)
 
 
 # the forbidden toy ----------------------------------------------------------------------------------------------------------------
@@ -387,6 +440,7 @@ def test_asyrp_wants_a_first_order_step_without_clipping():
         ({"source": "given", "direction": torch.full((2, 2, 2), float("nan"))}, "finite"),
         ({"strength": float("nan")}, "strength"),
         ({"strenght": 1}, "strength"),
+        ({"strength": True}, "strength"),
     ],
 )
 def test_knobs_that_make_no_sense(knobs, says):
@@ -396,9 +450,9 @@ def test_knobs_that_make_no_sense(knobs, says):
 
 def test_artefacts_that_do_not_do():
     made = plain()
-    with pytest.raises(ConfigError, match="diffgraft calibrate hspace_directions"):
-        run(made, HSpaceDirections())
-    unload(made.pipe)
+    for knobs in ({}, {"source": "random"}):
+        with pytest.raises(ConfigError, match="diffgraft calibrate hspace_directions"):
+            load_pipeline(made.pipe, plugins=[HSpaceDirections(**knobs)])
     few, one = artefact_of(made, number=3), artefact_of(made, number=1)
     with pytest.raises(ConfigError, match="holds 0 to 1"):
         load_pipeline(made.pipe, plugins=[HSpaceDirections(artefact=few, component=2)])
@@ -410,8 +464,29 @@ def test_artefacts_that_do_not_do():
 
 def test_directions_of_another_size():
     made = plain()
-    shape = first_h(made).shape[1:]
-    for direction, says in ((torch.zeros(2, *shape), "2 steps"), (torch.zeros(shape[0] + 1, *shape[1:]), "mid block gave")):
+    C, H, W = first_h(made).shape[1:]
+    with pytest.raises(ConfigError, match=rf"direction of shape \[{C + 1}, {H}, {W}\]"):
+        load_pipeline(made.pipe, plugins=[HSpaceDirections(source="given", direction=torch.zeros(C + 1, H, W))])
+    for shape, says in (((2, C, H, W), "2 steps"), ((C, H + 1, W), rf"direction is for .*{H + 1}.* mid block gave \({C}, {H}, {W}\)")):
         with pytest.raises(ConfigError, match=says):
-            run(made, HSpaceDirections(source="given", direction=direction))
+            run(made, HSpaceDirections(source="given", direction=torch.zeros(shape)))
         unload(made.pipe)
+
+
+def test_a_jacobian_has_no_more_directions_than_h_has_numbers():
+    made = plain(SD)
+    most = first_h(made)[0].numel()
+    assert most < 255
+    with pytest.raises(ConfigError, match=f"component = 255: .* 0 to {most - 1}"):
+        run(made, HSpaceDirections(source="jacobian", component=255, iterations=1))
+    unload(made.pipe)
+
+
+def test_what_does_nothing_is_said():
+    made = plain()
+    notes = run(made, HSpaceDirections(source="random", unit="norm", component=9, every=2, seed=1))[1].plugins[NAME].notes
+    assert "without effect here: component, every (source = 'random', unit = 'norm')" in str(notes)
+    _, report = run(made, HSpaceDirections(source="random", unit="norm", begin=0.4, end=0.5))
+    assert "nothing is edited: no one of 3 steps" in str(report.plugins[NAME].notes)
+    assert "edited" not in report.plugins[NAME].counts
+    assert not run(made, HSpaceDirections(source="random", unit="norm", seed=1))[1].plugins[NAME].notes
