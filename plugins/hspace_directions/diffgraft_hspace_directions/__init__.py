@@ -30,7 +30,7 @@ class HSpaceDirections(Plugin):
     State = Shared
     neutral: ClassVar[dict[str, Any]] = {"strength": 0.0}
     active: ClassVar[dict[str, Any]] = {"strength": 1.0, "source": "jacobian", "unit": "norm", "iterations": 1}
-    effects = Effects(
+    effects = Effects(  # check: allow effects because what it draws follows from the knob seed alone, the same in every run
         edits=frozenset({"prediction"}), needs=frozenset({"all_blocks", "extra_forwards", "plain_gradients", "calibrated_run"})
     )
     needs = (Need("artefact", "artefact", holds=HOLDS),)
