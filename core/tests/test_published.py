@@ -125,7 +125,7 @@ def test_what_is_no_state_dict_no_file_or_not_finite(tmp_path):
     for source, error in [
         (tmp_path / "list.pt", "holds a list, no state dict"),
         (tmp_path / "x.txt", "none of .safetensors"),
-        (tmp_path / "no.pt", "that is a folder; give the published file"),
+        (tmp_path / "no.pt", "there is no such file; give the published file"),
         (tmp_path, "that is a folder"),
         (3, "weights = int: give a file"),
         (Weights({1: torch.zeros(1)}), "weights: 1 is no name of a tensor"),
