@@ -160,9 +160,8 @@ def evolve(
         )
     loss = found.facts["fitness"]
     say(f"{found.facts['judged']} candidates: loss ({loss['name']}) {loss['loss_of_start']:.6g} at the start, {loss['loss']:.6g} now")
-    losses = [one for _, one in found.facts.get("ranking", [])]
-    if len(losses) > 1 and losses[0] == losses[-1]:
-        say(f"all {len(losses)} have the same loss: the fitness does not tell them apart, and their order says nothing")
+    if not found.tells_apart:
+        say(f"all {len(found.facts['ranking'])} have the same loss: the fitness does not tell them apart, and their order says nothing")
     say(f"wrote {path}: for {found.made_for.pipeline}, {found.made_for.scheduler}, {found.made_for.steps} steps")
 
 

@@ -100,6 +100,7 @@ class Family:
     common        arguments of the denoiser that all rows of a batch share, though their first axis may be as long as the batch (rotary
                   tables, token positions); every other tensor whose first axis is a multiple of the batch holds a part for each row
     one_each      its pipelines take ``num_videos_per_prompt`` and make one all the same
+    unit_start    its pipelines hand the noise that they drew to the denoiser as it is, without ``scheduler.init_noise_sigma``
     packages      import packages that diffusers does not bring and without which some of the pipelines die in mid-run: name -> these
                   pipelines. Such a pipeline is refused with the pip line where the package is not installed
     tiny          "module:function" of a seeded random tiny pipeline, ``function(class_name, seed) -> Tiny``, for tests
@@ -122,6 +123,7 @@ class Family:
     branch_prediction: Literal["same", "drop_sigma", "first_tokens", "unpacked_tail"] = "same"
     common: tuple[str, ...] = ()
     one_each: bool = False
+    unit_start: bool = False
     packages: Mapping[str, tuple[str, ...]] = field(default_factory=dict, hash=False)
     tiny: str | None = None
 

@@ -26,6 +26,12 @@ class Finding(Artefact):
     kind: str = "search"
 
     @property
+    def tells_apart(self) -> bool:
+        """Whether the fitness told the genomes of a ranking apart; True where there is no ranking."""
+        losses = [loss for _, loss in self.facts.get("ranking", ())]
+        return len(losses) < 2 or losses[0] != losses[-1]
+
+    @property
     def genome(self) -> Any:
         """The best genome, as the plugin's searcher wrote it."""
         return self.facts["genome"]

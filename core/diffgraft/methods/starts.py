@@ -75,7 +75,7 @@ def unit_noise(call: DenoiseCall) -> Tensor:
         raise Unsupported(f"{name}: the noise of a run is seen in its first denoiser call alone; keep it in call.shared")
     if call.run.carried is not None:
         raise Conflict(f"{name} sets where a run begins, but another plugin, further out, has done so already; keep one")
-    return call.latents.float() / getattr(call.pipe.scheduler, "init_noise_sigma", 1.0)
+    return call.latents.float() / (1.0 if call.family.unit_start else getattr(call.pipe.scheduler, "init_noise_sigma", 1.0))
 
 
 def at_level(z0: Tensor, noise: Tensor, levels: SignalNoise) -> Tensor:

@@ -1,14 +1,14 @@
-"""Two do-nothing neighbours around a plugin, which see whether it writes into tensors that are not its own."""
+"""Do-nothing neighbours of a plugin: two around it, which see whether it writes into tensors that are not its own, and one inside it."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
-from diffgraft.installed.plugin import Paper, Plugin
+from diffgraft.installed.plugin import Effects, Paper, Plugin
 
 POINTS = ("denoise", "block", "attention", "guide", "step")
 
@@ -113,3 +113,19 @@ def _inner(ledger: Ledger, point: str) -> Any:
         return result
 
     return inner
+
+
+class FirstLatents(Plugin):
+    """Innermost, for plugins that choose where a run begins: ``seen[0]`` is what the last run's first denoiser call was given."""
+
+    name = "watch"
+    paper = Paper("none", "", "watches")
+    families = ("*",)
+    neutral: ClassVar[dict[str, Any]] = {}
+    effects = Effects(edits=frozenset({"latents"}))
+    seen: ClassVar[list[Tensor]] = []
+
+    def denoise(self, call: Any, next: Any) -> Tensor:
+        if call.step.call == 0:
+            self.seen[:] = [call.latents.clone()]
+        return next(call)  # type: ignore[no-any-return]

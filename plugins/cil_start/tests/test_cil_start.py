@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import math
 from functools import cache
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from diffgraft import ArtefactMismatch, ConfigError, Effects, Paper, Plugin, Unsupported, load_pipeline, unload
+from diffgraft import ArtefactMismatch, ConfigError, Unsupported, load_pipeline, unload
 from diffgraft.methods.artefacts import Artefact
 from diffgraft.methods.calibration import calibrate_call
 from diffgraft.methods.late import left, spread
 from diffgraft.methods.published import Weights
 from diffgraft.testing import Case, contract_cases, cover
+from diffgraft.testing.watch import FirstLatents
 from diffgraft_cil_start import CilStart, __version__, measured_on
 from diffgraft_cil_start.method import UNIT, Moments, Sums, begin, divergence, official_svd, optimum
 from diffgraft_pipelines.tiny import make
@@ -40,33 +41,17 @@ def test_contract(case: Case) -> None:
 # helpers ------------------------------------------------------------------------------------------------------------------------------
 
 
-class Watch(Plugin):
-    """Innermost: keeps the latents that the first denoiser call of a run is given."""
-
-    name = "watch"
-    paper = Paper("none", "", "watches")
-    families = ("*",)
-    neutral: ClassVar[dict[str, Any]] = {}
-    effects = Effects(edits=frozenset({"latents"}))
-    seen: ClassVar[list[torch.Tensor]] = []
-
-    def denoise(self, call, next):
-        if not self.seen:
-            self.seen[:] = [call.latents.clone()]
-        return next(call)
-
-
 def run(name: str, scheduler: Any = None, steps: int = 4, call: dict[str, Any] | None = None, **knobs: Any) -> tuple[Any, torch.Tensor]:
     """(the pipeline with its plugin, the latents that it began with) of a run of a tiny pipeline."""
     made = make(name)
     if scheduler is not None:
         made.pipe.scheduler = scheduler
     made.pipe.set_progress_bar_config(disable=True)
-    Watch.seen.clear()
-    pipe = load_pipeline(made.pipe, plugins=[CilStart(**knobs), Watch])
+    FirstLatents.seen.clear()
+    pipe = load_pipeline(made.pipe, plugins=[CilStart(**knobs), FirstLatents])
     arguments = {**made.kwargs, "num_inference_steps": steps, "generator": torch.Generator().manual_seed(0), "output_type": "latent"}
     pipe(**{**arguments, **(call or {})})
-    return pipe, Watch.seen[0]
+    return pipe, FirstLatents.seen[0]
 
 
 @cache

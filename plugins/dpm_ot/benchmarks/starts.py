@@ -47,6 +47,7 @@ from diffgraft.methods.starts import cut, is_first, start_from, unit_noise
 from diffgraft.methods.variants import own_size
 from diffgraft_checkpoints.emoji import scenes
 from diffgraft_checkpoints.emoji.judge import OTHER, load_bundled
+from diffgraft_checkpoints.train.pixel import KINDS
 from diffgraft_dpm_ot import DpmOt
 from diffgraft_dpm_ot.fitter import classes_of
 from diffgraft_dpm_ot.method import cell_of, values
@@ -55,11 +56,6 @@ from PIL import Image, ImageDraw
 from pydantic import Field
 from torch import Tensor
 
-KINDS = (
-    "panda", "pig", "frog", "ladybug", "apple", "carrot", "eggplant", "mushroom", "donut", "sunflower", "bus", "balloon", "soccer ball",
-    "gift", "star", "heart",
-)  # fmt: skip
-"""What emoji-pixel draws; of emoji-dit the first ones."""
 SAME = 2.0
 SENT = 4000
 """Samples of noise that POT is given."""

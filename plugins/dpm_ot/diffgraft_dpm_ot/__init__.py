@@ -112,7 +112,6 @@ class DpmOt(Plugin):
     def start(self, call: DenoiseCall) -> Tensor:
         """T(x): a target for each sample, in the pipeline's layout and dtype."""
         noise, found = unit_noise(call), call.given("artefact").tensors
-        noise = noise * getattr(call.pipe.scheduler, "init_noise_sigma", 1.0)  # these pipelines draw unit noise under every scheduler
         if found["targets"].shape[1:] != noise.shape[1:]:
             raise ArtefactMismatch(
                 f"dpm_ot: targets of shape {tuple(found['targets'].shape[1:])}, latents of {tuple(noise.shape[1:])}; "

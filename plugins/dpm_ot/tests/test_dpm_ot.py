@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any, ClassVar
 
 import numpy as np
 import pytest
 import torch
-from diffgraft import ArtefactMismatch, ConfigError, Effects, Paper, Plugin, Unsupported, load_pipeline, unload
+from diffgraft import ArtefactMismatch, ConfigError, Unsupported, load_pipeline, unload
 from diffgraft.methods.artefacts import Artefact
 from diffgraft.methods.examples import Example
 from diffgraft.methods.fitting import FitPlan, fit, fit_call
 from diffgraft.methods.inputs import CallSettings
 from diffgraft.testing import Case, contract_cases, cover
+from diffgraft.testing.watch import FirstLatents
 from diffgraft_dpm_ot import DpmOt, __version__
 from diffgraft_dpm_ot import method as m
 from diffgraft_dpm_ot.fitter import MapFitter, mark_of
@@ -35,22 +35,6 @@ def test_contract(case: Case) -> None:
 
 
 # helpers ------------------------------------------------------------------------------------------------------------------------------
-
-
-class Watch(Plugin):
-    """Innermost: keeps the latents that the first denoiser call of a run is given."""
-
-    name = "watch"
-    paper = Paper("none", "", "watches")
-    families = ("*",)
-    neutral: ClassVar[dict[str, Any]] = {}
-    effects = Effects(edits=frozenset({"latents"}))
-    seen: ClassVar[list[torch.Tensor]] = []
-
-    def denoise(self, call, next):
-        if call.step.call == 0:
-            self.seen[:] = [call.latents.clone()]
-        return next(call)
 
 
 def pictures(number, labels=None, side=64):
@@ -90,13 +74,13 @@ def example(made, J=6, labels=None, seed=0, **knobs) -> Artefact:
 def run(made, artefact=None, seeds=(0,), start=START, **knobs):
     """(the result, the latents it began with); of the plugin nothing is left."""
     size = {} if "DiT" in type(made.pipe).__name__ else {"batch_size": len(seeds)}
-    load_pipeline(made.pipe, plugins=[DpmOt(artefact=artefact, start=start, **knobs), Watch])
+    load_pipeline(made.pipe, plugins=[DpmOt(artefact=artefact, start=start, **knobs), FirstLatents])
     try:
         out = made.pipe(**{**made.kwargs, **size, "generator": [torch.Generator().manual_seed(seed) for seed in seeds]})
         report = made.pipe.plugins.report()
     finally:
         unload(made.pipe)
-    return np.asarray(out.images), Watch.seen[0], report
+    return np.asarray(out.images), FirstLatents.seen[0], report
 
 
 def drawn(seeds, shape):

@@ -187,8 +187,7 @@ class GoldenSeed(Plugin):
             call.note(f"eta = {eta:g}: a ranking does not keep the eta it was made at; with another one its order may not hold")
         if others := sorted({plugin.name for plugin in call.others if not plugin.is_neutral} - set(ranked.facts.get("beside", ()))):
             call.note(f"the seeds were ranked without {', '.join(others)}: beside it their order may not hold")
-        losses = [loss for _, loss in ranked.facts["ranking"]]
-        if len(losses) > 1 and losses[0] == losses[-1]:
+        if not ranked.tells_apart:
             call.note("all ranked seeds have the same loss: what ranked them does not tell them apart")
 
     @staticmethod

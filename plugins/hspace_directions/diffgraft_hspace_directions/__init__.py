@@ -93,11 +93,10 @@ class HSpaceDirections(Plugin):
 
     def ensure_scheduler(self, family: Any, scheduler: Any) -> None:
         """Raises Unsupported where what was asked for means nothing under this scheduler."""
-        if self.config.source == "jacobian":
+        if self.config.source == "jacobian" or self.config.mode == "asyrp":
             known_kind(family, scheduler)
         if self.config.mode == "symmetric":
             return
-        known_kind(family, scheduler)
         name = type(scheduler).__name__
         if not isinstance(scheduler, (DDIMScheduler, EulerDiscreteScheduler)):
             raise Unsupported(

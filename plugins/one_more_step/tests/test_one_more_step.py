@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import math
-from typing import Any, ClassVar
 
 import pytest
 import torch
-from diffgraft import ArtefactMismatch, ConfigError, Effects, Paper, Plugin, Unsupported, load_pipeline, unload
+from diffgraft import ArtefactMismatch, ConfigError, Unsupported, load_pipeline, unload
 from diffgraft.methods.artefacts import Artefact
 from diffgraft.methods.examples import Example
 from diffgraft.methods.fitting import FitPlan, fit, fit_call
@@ -15,6 +14,7 @@ from diffgraft.methods.inputs import CallSettings
 from diffgraft.methods.layouts import Spec
 from diffgraft.methods.published import Weights
 from diffgraft.testing import Case, contract_cases, cover
+from diffgraft.testing.watch import FirstLatents
 from diffgraft_one_more_step import OneMoreStep, __version__
 from diffgraft_one_more_step.method import clean, guided, share_of_noise
 from diffgraft_one_more_step.network import LAYOUT, TIME, network, network_of, predict
@@ -35,22 +35,6 @@ def test_contract(case: Case) -> None:
 
 
 # helpers ------------------------------------------------------------------------------------------------------------------------------
-
-
-class Watch(Plugin):
-    """Innermost: keeps the latents that the first denoiser call of a run is given."""
-
-    name = "watch"
-    paper = Paper("none", "", "watches")
-    families = ("*",)
-    neutral: ClassVar[dict[str, Any]] = {}
-    effects = Effects(edits=frozenset({"latents"}))
-    seen: ClassVar[list[torch.Tensor]] = []
-
-    def denoise(self, call, next):
-        if call.step.call == 0:
-            self.seen[:] = [call.latents.clone()]
-        return next(call)
 
 
 def tensors(seed: int = 0, **changed: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -75,10 +59,10 @@ def first_latents(state, made=None, scheduler=None, seeds=(0,), call=None, **kno
     arguments = {**made.kwargs, "prompt": ["a red apple"] * len(seeds), "negative_prompt": None, "num_inference_steps": 4, **(call or {})}
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     given = {} if state is None else {"weights": Weights(state)}
-    load_pipeline(made.pipe, plugins=[OneMoreStep(**given, **knobs), Watch])
+    load_pipeline(made.pipe, plugins=[OneMoreStep(**given, **knobs), FirstLatents])
     made.pipe(**{**arguments, "generator": generators, "output_type": "latent"})
     unload(made.pipe)
-    return Watch.seen[0]
+    return FirstLatents.seen[0]
 
 
 def drawn(seeds, shape=(4, 8, 8)) -> tuple[torch.Tensor, torch.Tensor]:
@@ -291,7 +275,7 @@ def test_a_call_that_says_where_it_begins_is_refused():
         load_pipeline(make("FluxPipeline").pipe, plugins=[OneMoreStep()])
 
 
-class Nudge(Watch):
+class Nudge(FirstLatents):
     """Further out or further in: edits the first latents."""
 
     name = "nudge"

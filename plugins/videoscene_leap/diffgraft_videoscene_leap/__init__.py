@@ -13,8 +13,7 @@ import torch
 from diffgraft import ConfigError, DenoiseCall, Effects, Family, Plugin, RunCall, Schedule, ScheduleCall, Target, Unsupported
 from diffgraft.methods.conditioning import number_of_prompts
 from diffgraft.methods.late import Kind, ensure_steps, kind_of, late
-from diffgraft.methods.predictions import levels_of
-from diffgraft.methods.starts import is_first, unit_noise
+from diffgraft.methods.starts import start_from
 from torch import Tensor
 
 from diffgraft_videoscene_leap.drafts import (
@@ -31,7 +30,6 @@ from diffgraft_videoscene_leap.drafts import (
     videos_of,
 )
 from diffgraft_videoscene_leap.knobs import PAPER, VideosceneLeapConfig, level_of
-from diffgraft_videoscene_leap.method import noised
 
 __all__ = ["VideosceneLeap", "moving_square"]
 __version__ = "0.1.0"
@@ -171,11 +169,6 @@ class VideosceneLeap(Plugin):
 
     def denoise(self, call: DenoiseCall, next: Any) -> Tensor:
         if call.step.call == 0 and self.config.leaps:
-            call = call.with_latents(self.start(call) if is_first(call) else call.latents)
+            z = rows(call.shared.z.to(call.latents.device), call.latents.shape, "the draft")
+            call = call.with_latents(start_from(call, z))
         return next(call)  # type: ignore[no-any-return]
-
-    def start(self, call: DenoiseCall) -> Tensor:
-        """x_t, in the pipeline's layout and dtype; its noise is the one that the pipeline drew."""
-        eps = unit_noise(call)
-        z = rows(call.shared.z.to(eps.device), eps.shape, "the draft")
-        return noised(z, eps, *levels_of(call)).to(call.latents.dtype)

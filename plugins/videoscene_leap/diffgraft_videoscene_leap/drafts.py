@@ -281,11 +281,8 @@ def ensure_encodes(pipe: Any, family: Family) -> None:
     Raises:
         Unsupported: with the reason.
     """
-    vae: Any = getattr(pipe, "vae", None)
-    if vae is None:
+    if getattr(pipe, "vae", None) is None:
         raise Unsupported(f"videoscene_leap: {type(pipe).__name__} has no autoencoder, and a draft is encoded by it")
-    if vae.dtype == torch.float16 and vae.config.get("force_upcast") and hasattr(pipe, "upcast_vae"):
-        raise Unsupported(f"videoscene_leap: {type(pipe).__name__}: its vae overflows in float16; load the pipeline in bfloat16 or float32")
 
 
 @torch.no_grad()

@@ -2,7 +2,7 @@
 
 A clean video z (the encoded draft) is noised to the leap level t and one call of the denoiser goes from there to the clean video:
 
-    x_t = a z + s eps                       a^2 + s^2 = 1 (variance preserving), a + s = 1 (flow)
+    x_t = a z + s eps                       a^2 + s^2 = 1 (variance preserving), a + s = 1 (flow): `diffgraft.methods.starts.at_level`
     v = a eps - s x_0   ->   x_0 = a x_t - s v          (what the authors' ``video_gen`` calls the scheduler's "velocity" of v and x_t)
     u = eps - x_0       ->   x_0 = x_t - s u
 
@@ -12,11 +12,6 @@ With more steps the pipeline's own scheduler goes on from x_t.
 from __future__ import annotations
 
 from torch import Tensor
-
-
-def noised(z: Tensor, eps: Tensor, a: Tensor, s: Tensor) -> Tensor:
-    """x_t = a z + s eps in float32, for the signal level ``a`` and the noise level ``s`` (0-dim)."""
-    return a * z.float() + s * eps.float()
 
 
 def clean_of_v(x: Tensor, v: Tensor, a: Tensor, s: Tensor) -> Tensor:

@@ -11,11 +11,13 @@ import pytest
 import torch
 from diffgraft import ConfigError, Effects, Paper, Plugin, Unsupported, find_family, load_pipeline, unload
 from diffgraft.methods.decoding import to_pixels
+from diffgraft.methods.predictions import SignalNoise
+from diffgraft.methods.starts import at_level
 from diffgraft.testing import Case, contract_cases, cover
 from diffgraft_pipelines.tiny import make
 from diffgraft_videoscene_leap import VideosceneLeap, __version__, moving_square
 from diffgraft_videoscene_leap.drafts import Size, encode, ensure_size, grid_of, videos_of
-from diffgraft_videoscene_leap.method import clean_of_flow, clean_of_v, flow_level, noised
+from diffgraft_videoscene_leap.method import clean_of_flow, clean_of_v, flow_level
 from diffusers import (
     CogVideoXDDIMScheduler,
     DDIMScheduler,
@@ -99,10 +101,10 @@ def test_what_a_right_prediction_gives_is_the_draft():
     z, eps = torch.randn(2, 3, 4, 4), torch.randn(2, 3, 4, 4)
     for abar in (0.9, 0.18, 0.01):
         a, s = torch.tensor(abar).sqrt(), torch.tensor(1 - abar).sqrt()
-        torch.testing.assert_close(clean_of_v(noised(z, eps, a, s), a * eps - s * z, a, s), z, rtol=0, atol=2e-6)
+        torch.testing.assert_close(clean_of_v(at_level(z, eps, SignalNoise(a, s)), a * eps - s * z, a, s), z, rtol=0, atol=2e-6)
     for level in (0.1, 0.68, 0.99):
         s = torch.tensor(level)
-        torch.testing.assert_close(clean_of_flow(noised(z, eps, 1 - s, s), eps - z, s), z, rtol=0, atol=1e-6)
+        torch.testing.assert_close(clean_of_flow(at_level(z, eps, SignalNoise(1 - s, s)), eps - z, s), z, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("t", [549, 459, 99])
@@ -256,7 +258,7 @@ def test_towards_0_the_pixels_are_the_autoencoders_round_trip():
 def test_at_1_a_run_is_the_plain_one_bit_for_bit(name):
     assert run(name, draft=draft_for(name), level=1.0)[1].equal(run(name)[1])
     eps = torch.randn(1, 4, 3)
-    assert noised(torch.randn(1, 4, 3), eps, torch.tensor(0.0), torch.tensor(1.0)).equal(eps)
+    assert at_level(torch.randn(1, 4, 3), eps, SignalNoise(torch.tensor(0.0), torch.tensor(1.0))).equal(eps)
 
 
 def test_at_1_what_has_no_effect_is_refused_or_said():

@@ -26,7 +26,7 @@ from . import export as exporting
 from .common import Stage, console, keep_freed_memory, make_accelerator, plain_attention, step_generator
 from .flux import shrink
 from .pool import Pool, draw_scene, from_images, load_rendered, to_float
-from .recipe import Device, Out, Scenes, Seed, Steps, describe, read_recipe, write_recipe
+from .recipe import Device, Out, Scenes, Seed, Steps, describe, needs_artwork, read_recipe, write_recipe
 from .unet import LEARNING_RATE, draw_timesteps
 
 NAME = "emoji-pixel"
@@ -55,7 +55,8 @@ def draw_pixel_scene(seed: int, index: int, held_out: bool = False, upright: boo
 
 def load_pixel_scenes(out: Path, count: int, seed: int) -> Pool:
     """Training scenes of `KINDS`, rendered where they are not there yet."""
-    return load_rendered(out / "pool" / f"pixel-{count}-{seed}.pt", draw_pixel_scene, count, seed, held_out=False, upright=True)
+    with needs_artwork():
+        return load_rendered(out / "pool" / f"pixel-{count}-{seed}.pt", draw_pixel_scene, count, seed, held_out=False, upright=True)
 
 
 def build_unet() -> UNet2DModel:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -34,13 +36,20 @@ BASE = Path(emoji_sd.path)
 Base = Annotated[Path, typer.Option(help="The emoji-sd to start from: a folder with its judge.")]
 
 
-def load_scenes(out: Path, scenes: int, seed: int, upright: bool = False) -> Pool:
-    """Training scenes, rendered where they are not there yet."""
+@contextmanager
+def needs_artwork() -> Iterator[None]:
+    """A command that ends with one sentence where the artwork is not on this machine."""
     try:
-        return load_pool(out / "pool", scenes, seed, upright=upright)
+        yield
     except ArtworkMissing as missing:
         console.print(f"[red]{missing}[/red]")
         raise typer.Exit(2) from missing
+
+
+def load_scenes(out: Path, scenes: int, seed: int, upright: bool = False) -> Pool:
+    """Training scenes, rendered where they are not there yet."""
+    with needs_artwork():
+        return load_pool(out / "pool", scenes, seed, upright=upright)
 
 
 def load_data(out: Path, scenes: int, seed: int, upright: bool = False) -> tuple[Pool, Pairs]:

@@ -26,7 +26,7 @@ from .cards import LICENCE, MADE
 from .common import Stage, console, keep_freed_memory, make_accelerator, step_generator
 from .export import load_as_fp32, recipe_values, remarks, replacing, save_figures, score_table, versions
 from .pool import load_pool
-from .recipe import hardware
+from .recipe import hardware, needs_artwork
 from .wan_measure import POSITIONS, check_judge, evaluate
 from .wan_vae import CHANNELS, encode_clips, note_statistics, train_vae
 
@@ -203,12 +203,9 @@ def emoji_wan(
     began = time.perf_counter()
     keep_freed_memory()
     accelerator = make_accelerator(device)
-    try:
+    with needs_artwork():
         pool = load_pool(out / "pool", pictures, seed)
         scenes.load_artwork()
-    except scenes.ArtworkMissing as missing:
-        console.print(f"[red]{missing}[/red]")
-        raise typer.Exit(2) from missing
     state, folder = out / "state", out / "emoji-wan"
     vae = train_vae(pool, state, (steps_pictures, steps_clips), seed, accelerator)
     latents = encode_clips(vae, videos, state / f"wan-latents-{videos}-{seed}-{steps_pictures}-{steps_clips}.pt", seed, accelerator)

@@ -13,5 +13,6 @@ family = Family(
     guidance=Guidance("batched", ("cond", "uncond"), doubled=True),
     conditioning=("class_labels",),
     branch_prediction="drop_sigma",
+    unit_start=True,
     tiny="diffgraft_pipelines.tiny.dit:make",
 )

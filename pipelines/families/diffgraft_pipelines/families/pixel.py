@@ -16,5 +16,6 @@ family = Family(
     sample="sample",
     conditioning=(),
     latents="pixels",
+    unit_start=True,
     tiny="diffgraft_pipelines.tiny.pixel:make",
 )
