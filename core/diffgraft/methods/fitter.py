@@ -143,6 +143,10 @@ class Fitter(Plugin):
             arguments[guidance.scale] = 1.0  # guidance off: no text is encoded that nobody asks for
         return self._listening.conditioning(arguments).of_branch[branch]
 
+    def calls(self, batch: Batch) -> Mapping[str, Mapping[str, Any]]:
+        """All arguments of the denoiser's calls for the batch's prompts, by branch: the noisy sample and timestep, to be exchanged, too."""
+        return self._listening.conditioning(self.arguments(batch)).whole
+
     def arguments(self, batch: Batch) -> dict[str, Any]:
         """The arguments of a call that makes the batch's prompts: the same each time, and nothing is drawn from ``batch.generator``."""
         seeds = torch.randint(
