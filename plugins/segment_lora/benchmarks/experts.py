@@ -1,11 +1,11 @@
 """Two experts on a small emoji model, "layout" early and "detail" late, against one LoRA for all levels, and against the two exchanged.
 
-    python plugins/segment_lora/benchmarks/experts.py --out experts      # about 12 minutes of a core; interrupted, the same command goes on
+    python plugins/segment_lora/benchmarks/experts.py --out experts    # minutes of a core; interrupted, it goes on
 
-1. The model draws some pictures of each training caption (two objects), in the few steps that are measured later. Of each it is measured how
-   far apart its objects lie, and how probable the judge takes them to be those that were asked for. A caption's pictures with the largest
-   and the least distance are a pair for "layout", those with the most and the least probable objects one for "detail". (The judge's own
-   word on places is no use here: the model puts 97 % of the objects where they were asked for.)
+1. The model draws some pictures of each training caption (two objects), in the few steps that are measured later. Of each it is measured
+   how far apart its objects lie, and how probable the judge takes them to be those that were asked for. A caption's pictures with the
+   largest and the least distance are a pair for "layout", those with the most and the least probable objects one for "detail". (The judge's
+   own word on places is no use here: the model puts 97 % of the objects where they were asked for.)
 2. Three LoRA of one rank learn: "layout" within the noisy segment, "detail" within the other, and "global" over all levels from both sets
    of pairs, with as many steps as the two together.
 3. Held-out captions (no training picture shows these two objects together) are drawn from the same noise by every arm.
@@ -17,8 +17,6 @@ from __future__ import annotations
 
 import csv
 import json
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -28,8 +26,12 @@ import torch
 import typer
 from diffgraft import load_pipeline, unload
 from diffgraft.lab.pictures import draw_grid
+from diffgraft.methods.examples import read_examples
+from diffgraft.methods.fitting import FitPlan, fit
+from diffgraft.methods.inputs import CallSettings
 from diffgraft_checkpoints.emoji import scenes
 from diffgraft_checkpoints.emoji.judge import apart, bundled_once, to_batch
+from diffgraft_segment_lora import SegmentLora
 from PIL import Image
 from rich.console import Console
 from rich.table import Table
@@ -110,30 +112,14 @@ def make_pairs(pipe: Any, out: Path, number: int, candidates: int, steps: int, g
     (out / "global" / "metadata.jsonl").write_text("\n".join(every) + "\n")
 
 
-def learn(
-    out: Path, name: str, pipeline: str, start: float, end: float, optimizer_steps: int, knobs: Sequence[str], call: Sequence[str]
-) -> Path:
-    """Run `diffgraft fit`; nothing where it is done."""
+def learn(pipe: Any, out: Path, name: str, segment: tuple[float, float], steps: int, settings: CallSettings, knobs: dict[str, Any]) -> Path:
+    """`diffgraft fit segment_lora --data OUT/NAME`; nothing where it is done."""
     path = out / f"{name}.safetensors"
     if not path.exists():
-        command = [
-            sys.executable,
-            "-m",
-            "diffgraft",
-            "fit",
-            "segment_lora",
-            "--pipeline",
-            pipeline,
-            "--data",
-            str(out / name),
-            "--out",
-            str(path),
-        ]
-        sets = [f"start={start}", f"end={end}", *knobs]
-        subprocess.run(
-            [*command, "--steps", str(optimizer_steps), "--batch", "8", *call, *(word for each in sets for word in ("--set", each))],
-            check=True,
-        )
+        segment_knobs = {"start": segment[0], "end": segment[1], **knobs}
+        found = fit(pipe, SegmentLora(), read_examples(out / name), settings, path, FitPlan(steps, keep_every=20.0), knobs=segment_knobs)
+        losses = found.facts["fit"]["losses"]
+        print(f"{name}: loss {losses[0]:.3f} at the start, {np.mean(losses[-10:]):.3f} in the last tenth", flush=True)
     return path
 
 
@@ -152,10 +138,10 @@ def main(
     boundary: Annotated[float, typer.Option(help="sigma at which layout ends and detail begins")] = 0.6,
     train: Annotated[int, typer.Option(help="training captions")] = 256,
     candidates: int = 6,
-    fit_steps: Annotated[int, typer.Option(help="of the optimizer, each expert")] = 250,
+    fit_steps: Annotated[int, typer.Option(help="of the optimizer, each expert")] = 120,
     rate: float = 3e-4,
     beta: float = 1000.0,
-    test: Annotated[int, typer.Option(help="held-out captions")] = 192,
+    test: Annotated[int, typer.Option(help="held-out captions")] = 128,
 ) -> None:
     torch.set_num_threads(1)
     pipe = unload(load_pipeline(pipeline))
@@ -163,12 +149,11 @@ def main(
     out.mkdir(parents=True, exist_ok=True)
     if not (out / "global" / "metadata.jsonl").exists():
         make_pairs(pipe, out, train, candidates, steps, guidance)
-    knobs = [f"rate={rate}", f"beta={beta}"]
-    call = ["--inference-steps", str(steps), "--guidance-scale", str(guidance)]
-    layout = learn(out, "layout", pipeline, 1.0, boundary, fit_steps, knobs, call)
-    detail = learn(out, "detail", pipeline, boundary, 0.0, fit_steps, knobs, call)
-    whole = learn(out, "global", pipeline, 1.0, 0.0, 2 * fit_steps, knobs, call)
+    knobs, settings = {"rate": rate, "beta": beta}, CallSettings(steps=steps, guidance_scale=guidance)
     early, late = (1.0, boundary), (boundary, 0.0)
+    layout = learn(pipe, out, "layout", early, fit_steps, settings, knobs)
+    detail = learn(pipe, out, "detail", late, fit_steps, settings, knobs)
+    whole = learn(pipe, out, "global", (1.0, 0.0), 2 * fit_steps, settings, knobs)
     arms: dict[str, dict[str, Any] | None] = {
         "base": None,
         "layout early": {"lora": str(layout), "segments": (early,)},
