@@ -34,7 +34,8 @@ class Surgery:
 
     def operate(self, entry: Entry, pipe: Any, family: Family) -> None:
         """Let a plugin exchange its modules, all or none; nothing where it has no such hook or has done it."""
-        things = [(thing, pipe) for thing in entry.given.values() if isinstance(thing, Attached)]
+        given = [one for value in entry.given.values() for one in (value if isinstance(value, list) else [value])]
+        things = [(thing, pipe) for thing in given if isinstance(thing, Attached)]
         if entry in self._swaps or not (things or "modules" in entry.plugin.points()):
             return
         self._swaps[entry], self._attached[entry] = (), things
