@@ -80,18 +80,18 @@ class DPMSolver(Plugin):
     neutral: ClassVar[dict[str, Any]] = {"order": 0}
     active: ClassVar[dict[str, Any]] = {"order": 2}
     scheduler = DPMSolverScheduler
-    effects = Effects(
-        replaces=frozenset({"scheduler"}), skips=frozenset({"denoiser"}), edits=frozenset({"timestep"}),
-        needs=frozenset({"determinism", "own_steps"}),
-    )  # fmt: skip
-    """Of adaptive runs: a rejected trial goes back, so calls are no successive steps."""
+    effects = Effects(replaces=frozenset({"scheduler"}), needs=frozenset({"determinism"}))
+    """Of planned runs, whose calls are asked about points of one path at falling times; see ``__init__`` for adaptive ones."""
     tune: ClassVar[dict[str, Any]] = {"order": (3, 2)}
     config: DPMSolverConfig
 
     def __init__(self, **knobs: Any) -> None:
         super().__init__(**knobs)
-        if self.config.mode != "adaptive":
-            self.effects = Effects(replaces=frozenset({"scheduler"}), needs=frozenset({"determinism"}))
+        if self.config.mode == "adaptive":  # a rejected trial goes back, and what a cache reuses would look like no error at all
+            self.effects = Effects(
+                replaces=frozenset({"scheduler"}), skips=frozenset({"denoiser"}), edits=frozenset({"timestep"}),
+                needs=frozenset({"determinism", "own_steps", "all_blocks"}),
+            )  # fmt: skip
 
     @property
     def adapts(self) -> bool:
