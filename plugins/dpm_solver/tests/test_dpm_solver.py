@@ -88,7 +88,7 @@ def solver(kind="epsilon", **options):
 @pytest.fixture(scope="module")
 def exact():
     """The end of the ODE by kind of noise schedule."""
-    return {kind: walk(solver(kind), noise(), 900) for kind in ("epsilon", "flow_prediction")}
+    return {kind: walk(solver(kind), noise(), 3600) for kind in ("epsilon", "flow_prediction")}
 
 
 def rms(x):
@@ -102,10 +102,10 @@ def rms(x):
 @pytest.mark.parametrize("kind", ["epsilon", "flow_prediction"])
 @pytest.mark.parametrize("order", [1, 2, 3])
 def test_slope_of_the_error_is_the_order(exact, kind, form, order):
-    calls = (96, 192)
+    calls = (300, 600)
     errors = [rms(walk(solver(kind, solver_order=order, form=form, mode="fixed"), noise(), n) - exact[kind]) for n in calls]
     slope = math.log(errors[0] / errors[1]) / math.log(2)
-    assert order - 0.25 < slope < order + 0.45, errors
+    assert order - 0.2 < slope < order + 0.3, errors
 
 
 @pytest.mark.parametrize(("order", "mode"), [(1, "fast"), (2, "fast"), (3, "fast"), (3, "fixed"), (2, "adaptive"), (3, "adaptive")])
@@ -304,14 +304,17 @@ def test_each_sample_walks_as_a_plain_loop_alone(kind, form, order):
     assert counts["rejected"].any()
 
 
-def test_together_all_take_the_most_careful_step():
-    x, counts = noise(6), []
-    for together in (False, True):
-        mine = solver(mode="adaptive", together=together)
-        walk(mine, x, 300)
-        counts.append(mine.counts["calls"])
-    assert len(set(counts[1].tolist())) == 1
-    assert counts[1][0] >= counts[0].max()
+def test_together_all_take_the_same_steps():
+    """So a sample's steps depend on its neighbours: the plugin's own samples do not."""
+    x, ends = noise(6), []
+    for rows in (x, x[:1]):
+        mine = solver(mode="adaptive", together=True)
+        ends.append(walk(mine, rows, 300)[0])
+        assert len(set(mine.counts["calls"].tolist())) == 1
+        assert mine.times() is None
+    assert not torch.allclose(*ends, rtol=0, atol=1e-4)
+    apart = [walk(solver(mode="adaptive", together=False), rows, 300)[0] for rows in (x, x[:1])]
+    torch.testing.assert_close(*apart, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("form", ["data", "noise"])
@@ -556,8 +559,10 @@ def run(pipe, built, seeds=(0,), **changes):
     arguments = {**built.kwargs, "output_type": "latent", "num_inference_steps": 12, **changes}
     if "prompt" in arguments and len(seeds) > 1:
         arguments["prompt"] = [f"{i} apples" for i in seeds]
+        arguments |= {"negative_prompt": ["bad"] * len(seeds)} if "negative_prompt" in arguments else {}
     elif "prompt" in arguments:
         arguments["prompt"] = f"{seeds[0]} apples"
+        arguments |= {"negative_prompt": "bad"} if "negative_prompt" in arguments else {}
     generator = [torch.Generator().manual_seed(i) for i in seeds]
     return pipe(**arguments, generator=generator if len(seeds) > 1 else generator[0])[0]
 
@@ -625,9 +630,9 @@ def test_eulers_scheduler_gives_the_picture_that_ddim_gives():
         for knobs in ({"order": 3}, {"mode": "adaptive"}):
             pipe, built = tiny(**knobs)
             pipe.scheduler = cls.from_config(pipe.scheduler.config, **({"clip_sample": False} if cls is DDIMScheduler else {}))
-            outs.append(run(pipe, built, num_inference_steps=60))
-    torch.testing.assert_close(outs[0], outs[2], rtol=0, atol=1e-2)
-    torch.testing.assert_close(outs[1], outs[3], rtol=0, atol=1e-2)
+            outs.append(run(pipe, built, num_inference_steps=24, guidance_scale=1.0))
+    torch.testing.assert_close(outs[0], outs[2], rtol=1e-3, atol=1e-2)
+    torch.testing.assert_close(outs[1], outs[3], rtol=1e-3, atol=1e-2)
 
 
 def test_what_does_not_go_is_refused_before_the_denoiser_runs():
