@@ -56,8 +56,8 @@ class Rewrites(Probe):
 
 
 @pytest.mark.parametrize(
-    "name", ["StableDiffusionPipeline", "StableDiffusionXLPipeline", "FluxPipeline", "DiTPipeline", "PixArtAlphaPipeline", "StableDiffusion3Pipeline",
-             "WanPipeline", "LTXPipeline", "QwenImagePipeline"],
+    "name", ["StableDiffusionPipeline", "StableDiffusionXLPipeline", "FluxPipeline", "DiTPipeline", "PixArtAlphaPipeline",
+             "StableDiffusion3Pipeline", "WanPipeline", "LTXPipeline", "QwenImagePipeline"],
 )  # fmt: skip
 def test_rewritten_timesteps_are_followed(name):
     pipe, kwargs = tiny(name)

@@ -12,7 +12,19 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from diffgraft import (
-    ConfigError, ControlCall, DenoiseCall, Effects, Family, Paper, Plugin, PluginConfig, Schedule, ScheduleCall, StepCall, StepOutput, Target,
+    ConfigError,
+    ControlCall,
+    DenoiseCall,
+    Effects,
+    Family,
+    Paper,
+    Plugin,
+    PluginConfig,
+    Schedule,
+    ScheduleCall,
+    StepCall,
+    StepOutput,
+    Target,
     Unsupported,
 )  # fmt: skip
 from diffgraft.methods.predictions import is_exploding
@@ -69,8 +81,8 @@ class DPMSolver(Plugin):
     paper = Paper(
         title="DPM-Solver: A Fast ODE Solver for Diffusion Probabilistic Model Sampling in Around 10 Steps",
         arxiv="2206.00927",
-        implemented="DPM-Solver-1, -2, -3, DPM-Solver-fast, DPM-Solver-12 and -23 with adaptive steps, denoise_to_zero, in the noise form and "
-        "in the data form of DPM-Solver++ (2211.01095)",
+        implemented="DPM-Solver-1, -2, -3, DPM-Solver-fast, DPM-Solver-12 and -23 with adaptive steps, denoise_to_zero, in the noise form "
+        "and in the data form of DPM-Solver++ (2211.01095)",
         omitted="the multistep solvers and dynamic thresholding, which diffusers has; the 'taylor' variants; inversion",
         licence="official code MIT, read for facts; written from the equations",
     )
@@ -104,7 +116,7 @@ class DPMSolver(Plugin):
         name = type(target.pipe).__name__
         if len(target.denoisers) > 1:
             raise Unsupported(
-                f"dpm_solver: {name} takes one of two denoisers by the time of a step, and with mode='adaptive' each sample has its own time; "
+                f"dpm_solver: {name} takes one of two denoisers by the time of a step, and with mode='adaptive' each sample has its own; "
                 "take mode='fast'"
             )
         if "Inpaint" in name:
@@ -172,8 +184,8 @@ class DPMSolver(Plugin):
             call.count(name, int(counts[name].sum()))
         if forced := int((counts["forced"] > 0).sum()):
             call.note(
-                f"{forced} of {len(counts['forced'])} samples came to the end of their {call.step.calls} calls before the tolerances allowed "
-                "it, and went the rest in even steps: give more num_inference_steps, or a larger rtol or atol"
+                f"{forced} of {len(counts['forced'])} samples came to the end of their {call.step.calls} calls before the tolerances "
+                "allowed it, and went the rest in even steps: give more num_inference_steps, or a larger rtol or atol"
             )
 
 

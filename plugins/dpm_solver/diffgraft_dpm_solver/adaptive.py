@@ -12,7 +12,7 @@ import torch
 from diffgraft.methods.noise_schedule import DeviceSchedule, precise
 from torch import Tensor
 
-from diffgraft_dpm_solver.method import R, Point, Weights, changes, combine, error, first, next_h, weights
+from diffgraft_dpm_solver.method import Point, R, Weights, changes, combine, error, first, next_h, weights
 
 TAIL = 4
 """The last 1 / TAIL of the trials: here a sample whose own step would not arrive in time takes even steps instead."""

@@ -1,7 +1,7 @@
 """DPM-Solver as a diffusers scheduler; it works without diffgraft.
 
-Lu, Zhou, Bao, Chen, Li, Zhu, "DPM-Solver: A Fast ODE Solver for Diffusion Probabilistic Model Sampling in Around 10 Steps", arXiv 2206.00927;
-the data-prediction form is that of "DPM-Solver++", arXiv 2211.01095.
+Lu, Zhou, Bao, Chen, Li, Zhu, "DPM-Solver: A Fast ODE Solver for Diffusion Probabilistic Model Sampling in Around 10 Steps", arXiv
+2206.00927; the data-prediction form is that of "DPM-Solver++", arXiv 2211.01095.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from diffusers.utils import BaseOutput
 from torch import Tensor
 
 from diffgraft_dpm_solver.adaptive import Seen, Walk
-from diffgraft_dpm_solver.method import R, Point, Weights, changes, combine, fast, fixed, weights
+from diffgraft_dpm_solver.method import Point, R, Weights, changes, combine, fast, fixed, weights
 
 CHOICES = {
     "prediction_type": ("epsilon", "v_prediction", "sample", "flow_prediction"),
@@ -153,7 +153,7 @@ class DPMSolverScheduler(SchedulerMixin, ConfigMixin):
 
     @property
     def sigmas(self) -> Tensor:
-        """sigma / alpha (of a flow model: sigma) at the calls and at the end [n + 1]; they follow the timesteps, only the last can be set."""
+        """sigma / alpha (flow models: sigma) at the calls and at the end [n + 1]; they follow the timesteps, only the last can be set."""
         return self._sigmas
 
     @sigmas.setter
@@ -247,7 +247,7 @@ class DPMSolverScheduler(SchedulerMixin, ConfigMixin):
         """The schedule with calls at ``lam`` [n], the last one of which goes to no noise, or to the least of training."""
         n, least = len(lam), self.config.solver_order + self.config.denoise_to_zero
         if self.config.mode == "adaptive" and n < least:
-            raise ValueError(f"{n} calls are less than one trial of order {self.config.solver_order} (mode='adaptive'): give {least} or more")
+            raise ValueError(f"{n} calls are no trial of order {self.config.solver_order} (mode='adaptive'): give {least} or more")
         orders = [*self._orders(n - to_zero), *[1] * to_zero] if self.config.mode != "adaptive" else [1] * n
         starts = {0, *accumulate(orders)}
         self._begins = [i in starts for i in range(n)]
@@ -256,7 +256,7 @@ class DPMSolverScheduler(SchedulerMixin, ConfigMixin):
         levels = [self._point(each) for each in (*lam, self._end)]
         self._timesteps = torch.from_numpy(self.schedule.t(lam)).to(device, torch.float32)
         sigmas = torch.tensor([at.sigma if self._euler is not None else at.sigma / at.alpha for at in levels], dtype=torch.float32)
-        self._sigmas = sigmas.to(device) if self.config.mode == "adaptive" else sigmas  # rewritten there; read here, which is to wait for none
+        self._sigmas = sigmas.to(device) if self.config.mode == "adaptive" else sigmas  # rewritten there; elsewhere read without waiting
         self._begin_run()
 
     def _begin_run(self) -> None:
