@@ -107,6 +107,16 @@ class DeviceSchedule:
         part = (log_alpha - table[low]) / (table[low + 1] - table[low])
         return (self.steps - 1) - (low + part)
 
+    def at(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """(alpha, sigma) at timesteps [n]."""
+        if self.log_alpha is None:
+            sigma = t.float() / self.steps
+            return 1 - sigma, sigma
+        place = (self.steps - 1 - t.to(self.log_alpha.dtype)).clamp(0, self.steps - 1)
+        low = place.long().clamp(max=self.steps - 2)
+        log_alpha = torch.lerp(self.log_alpha[low], self.log_alpha[low + 1], place - low)
+        return log_alpha.exp(), (-torch.expm1(2 * log_alpha)).sqrt()
+
     def levels(self, lam: Tensor) -> tuple[Tensor, Tensor]:
         """(alpha, sigma) at lambda [n]."""
         if self.log_alpha is None:

@@ -2,7 +2,7 @@
 
     python plugins/dpm_solver/benchmarks/overhead.py                 # emoji-sd: about 20 seconds of a quiet core
 
-Prints medians over the steps of one run each: the pipeline's own scheduler, DPM-Solver with planned and with adaptive steps (guided, a batch
+Prints medians over the steps of one run each: the pipeline's own scheduler, DPM-Solver with planned and with adaptive steps (guided, batch
 of --pictures). The plugin's share is the time of its ``scheduler.step`` (and, adaptive, of the times that it tells) over that of the
 denoiser's forward.
 """

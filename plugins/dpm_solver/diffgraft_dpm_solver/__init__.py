@@ -195,10 +195,10 @@ def told(call: Any, times: Tensor | None, name: str, rows: int) -> Any:
     Raises:
         Unsupported: the pipeline has times for parts of a sample.
     """
-    if times is None:
-        return call
     old = call[name]
     if old.ndim > 1:
         raise Unsupported("dpm_solver: this pipeline tells its denoiser a time for each token; take mode='fast'")
+    if times is None:
+        return call
     own = (times * call.family.timestep_scale).to(old.dtype if old.is_floating_point() else torch.float32)
     return call.replace(**{name: own.repeat(rows // len(own))})

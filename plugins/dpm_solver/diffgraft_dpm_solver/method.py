@@ -48,7 +48,7 @@ def fast(calls: int, order: int) -> list[int]:
 
     Order 3: as many steps of 3 as leave something for the last ones, which are of order 1, 2, or (a multiple of 3) 2 and 1.
     """
-    if order == 3 and calls % 3 == 0:
+    if order == 3 and calls and calls % 3 == 0:
         return [3] * (calls // 3 - 1) + [2, 1]
     return [order] * (calls // order) + ([calls % order] if calls % order else [])
 

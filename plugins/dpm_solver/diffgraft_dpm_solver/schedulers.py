@@ -108,6 +108,7 @@ class DPMSolverScheduler(SchedulerMixin, ConfigMixin):
         together: bool = True,
         exploding: bool = False,
     ) -> None:
+        self._p = solver_order
         for key, allowed in CHOICES.items():
             if (value := self.config[key]) not in allowed:
                 raise ValueError(f"{key} = {value!r}: one of {', '.join(map(repr, allowed))}")
@@ -128,6 +129,7 @@ class DPMSolverScheduler(SchedulerMixin, ConfigMixin):
             )
             self.alphas_cumprod = ddim.alphas_cumprod
             self.schedule = NoiseSchedule.of_alphas(ddim.alphas_cumprod)
+        self._there: tuple[torch.device, DeviceSchedule] | None = None
         self.set_timesteps(12 + denoise_to_zero)
 
     # schedule ---------------------------------------------------------------------------------------------------------------------
@@ -148,7 +150,8 @@ class DPMSolverScheduler(SchedulerMixin, ConfigMixin):
             self._sigmas = self._sigmas[at : part.stop + 1]
             self._begin_run()
         else:
-            self._take_up(self._lam_of(value.double().cpu().numpy()), float(self._sigmas[-1]) == 0, value.device)
+            to_zero = float(self._sigmas[-1]) == 0
+            self._take_up(self._lam_of(value.double().cpu().numpy()), to_zero, value.device, fast(len(value) - to_zero, self._p))
             self._timesteps = value
 
     @property
@@ -241,14 +244,17 @@ class DPMSolverScheduler(SchedulerMixin, ConfigMixin):
         return self._take_up(np.append(lam, self.schedule.ends[1:]) if zero else lam, zero, device)
 
     def _orders(self, calls: int) -> list[int]:
-        return (fixed if self.config.mode == "fixed" else fast)(calls, self.config.solver_order) if calls else []
+        return (fixed if self.config.mode == "fixed" else fast)(calls, self.config.solver_order)
 
-    def _take_up(self, lam: Array, to_zero: bool, device: Any) -> None:
-        """The schedule with calls at ``lam`` [n], the last one of which goes to no noise, or to the least of training."""
+    def _take_up(self, lam: Array, to_zero: bool, device: Any, orders: list[int] | None = None) -> None:
+        """The schedule with calls at ``lam`` [n], the last one of which goes to no noise, or to the least of training; ``orders`` of the
+        steps before that: the mode's own, but what was cut or edited may not make whole steps."""
         n, least = len(lam), self.config.solver_order + self.config.denoise_to_zero
-        if self.config.mode == "adaptive" and n < least:
+        if self.config.mode == "adaptive" and n < least and orders is None:
             raise ValueError(f"{n} calls are no trial of order {self.config.solver_order} (mode='adaptive'): give {least} or more")
-        orders = [*self._orders(n - to_zero), *[1] * to_zero] if self.config.mode != "adaptive" else [1] * n
+        if self.config.mode == "adaptive":
+            orders = [1] * (n - to_zero)
+        orders = [*(self._orders(n - to_zero) if orders is None else orders), *[1] * to_zero]
         starts = {0, *accumulate(orders)}
         self._begins = [i in starts for i in range(n)]
         self._lam, self._end = lam, math.inf if to_zero else self.schedule.ends[1]
@@ -353,8 +359,9 @@ class DPMSolverScheduler(SchedulerMixin, ConfigMixin):
         k = self._here(timestep)
         if self.done and self._kept is not None:  # nothing is left to do
             self._index = k + 1
-            result = DPMSolverOutput(sample, None)
-            return result if return_dict else (sample, None)
+            if k == len(self._lam) - 1:
+                self._release()
+            return DPMSolverOutput(sample, None) if return_dict else (sample, None)
         dtype = torch.promote_types(sample.dtype, torch.float32)
         held, _ = unrounded(sample, self._kept, dtype)
         scale = self._alpha(k, held) if self.config.exploding else 1.0
@@ -399,11 +406,17 @@ class DPMSolverScheduler(SchedulerMixin, ConfigMixin):
 
     def _begin_walk(self, x: Tensor, k: int) -> Walk:
         end = self.schedule.ends[1] if self._end == math.inf else self._end
-        c, schedule = self.config, DeviceSchedule.of(self.schedule, x.device)
+        c, schedule = self.config, self._on(x.device)
         return Walk(
             x, float(self._lam[k]), end, schedule, c.form, c.solver_order, len(self._lam) - k, self._end == math.inf, c.together,
             c.h_init, c.atol, c.rtol, c.theta,
         )  # fmt: skip
+
+    def _on(self, device: torch.device) -> DeviceSchedule:
+        """The noise schedule on a device."""
+        if self._there is None or self._there[0] != device:
+            self._there = device, DeviceSchedule.of(self.schedule, device)
+        return self._there[1]
 
     def _adapt(self, x: Tensor, raw: Tensor, change: Tensor | None, kind: str) -> tuple[Tensor, Tensor]:
         """A call of an adaptive run: (next state, x0)."""
@@ -432,13 +445,12 @@ class DPMSolverScheduler(SchedulerMixin, ConfigMixin):
 
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """alpha x0 + sigma eps (``exploding``: over alpha) at timesteps [batch], which need not be whole numbers."""
-        lam = self.schedule.lam(timesteps.double().cpu().numpy().reshape(-1))
-        levels = torch.tensor([self.schedule.level(float(each))[:2] for each in lam], dtype=torch.float64)
-        shape = (-1, *[1] * (original_samples.ndim - 1))
+        x = original_samples
+        alpha, sigma = self._on(x.device).at(timesteps.to(x.device).reshape(-1))
         if self.config.exploding:
-            levels = levels / levels[:, :1]
-        alpha, sigma = (x.reshape(shape).to(original_samples.device, original_samples.dtype) for x in levels.unbind(1))
-        return alpha * original_samples + sigma * noise
+            alpha, sigma = torch.ones_like(alpha), sigma / alpha
+        a, s = (each.reshape(-1, *[1] * (x.ndim - 1)).to(x.dtype) for each in (alpha, sigma))
+        return a * x + s * noise
 
     def scale_noise(self, sample: Tensor, timestep: Tensor, noise: Tensor) -> Tensor:
         """The same under the name that flow-matching pipelines call."""

@@ -432,6 +432,8 @@ def test_levels_on_a_device_are_those_of_the_host():
         lam = np.linspace(*schedule.ends, 77)
         other = DeviceSchedule.of(schedule, torch.device("cpu"))
         np.testing.assert_allclose(other.t(torch.from_numpy(lam)).numpy(), schedule.t(lam), rtol=0, atol=1e-8)
+        alpha, sigma = other.at(torch.from_numpy(schedule.t(lam)))
+        np.testing.assert_allclose(np.stack([alpha, sigma], 1), [schedule.level(each)[:2] for each in lam], rtol=0, atol=1e-6)
         mine = torch.stack(other.levels(torch.from_numpy(lam)), 1).numpy()
         np.testing.assert_allclose(mine, [schedule.level(each)[:2] for each in lam], rtol=1e-12)
 
