@@ -130,7 +130,7 @@ class DPMSolverScheduler(SchedulerMixin, ConfigMixin):
             self.alphas_cumprod = ddim.alphas_cumprod
             self.schedule = NoiseSchedule.of_alphas(ddim.alphas_cumprod)
         self._there: tuple[torch.device, DeviceSchedule] | None = None
-        self.set_timesteps(12 + denoise_to_zero)
+        self.set_timesteps(12 + denoise_to_zero, mu=base_shift if self._euler is not None and use_dynamic_shifting else None)
 
     # schedule ---------------------------------------------------------------------------------------------------------------------
 
