@@ -1,0 +1,190 @@
+"""S3: the search for a solver schedule, for `diffgraft evolve`. A genome is a schedule as JSON (see :mod:`.decisions`)."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from diffgraft import ConfigError, PluginConfig
+from diffgraft.methods.schema import Holds
+from diffgraft.methods.search import Genome, Probe, Searcher
+from pydantic import Field
+from typing_extensions import NotRequired, TypedDict
+
+from diffgraft_usf_s3.decisions import HIGHEST, SolverSchedule, known_solver, spread
+from diffgraft_usf_s3.knobs import scheduler_like
+from diffgraft_usf_s3.method import NoiseSchedule
+
+KNOWN = (("unipc", 2), ("dpm++", 2), ("unipc", 3), ("dpm++ heun", 2), ("dpm++", 3), ("ddim", 1), ("dpm", 2), ("unipc bh1", 2))
+"""Solvers of the first generation, each on each table of timesteps, as far as the population goes."""
+
+
+class Facts(TypedDict):
+    """Of what a search found."""
+
+    genome: dict[str, Any]
+    guidance_scale: NotRequired[float | None]
+
+
+def not_a_schedule(tensors: Mapping[str, Any], facts: Mapping[str, Any]) -> str | None:
+    """What is wrong with a genome, or None."""
+    try:
+        SolverSchedule.parse(facts["genome"])
+    except ConfigError as error:
+        return f"its genome cannot be run: {error}"
+    return None
+
+
+HOLDS = Holds(facts=Facts, also=not_a_schedule)
+
+
+class S3Search(PluginConfig):
+    """Knobs of the search (``--set name=value``)."""
+
+    mutation: float = Field(0.3, gt=0, le=1, description="probability that a mutation changes a field of a step (official configuration: 0.3)")
+    time_sigma: float = Field(0.08, gt=0, le=1, description="a timestep is multiplied by 1 + N(0, time_sigma^2) (official: 0.08)")
+    relax_sigma: float = Field(0.03, gt=0, le=1, description="the relaxation's coefficient c moves by N(0, relax_sigma^2) (official: 0.03)")
+    move: float = Field(0.2, ge=0, le=1, description="probability that a step is deleted and one inserted elsewhere (official: 0.2 each)")
+    deep: float = Field(0.5, ge=0, le=1, description="probability that a crossover mixes step by step, not field by field (official: 0.5)")
+    types: bool = Field(True, description="whether steps may predict eps (0.5 each; official: 0.3 eps, 0.3 x0, 0.4 DPM-Solver-v3's)")
+    correct: float = Field(0.5, ge=0, le=1, description="probability of a corrector in a step whose corrector mutates (official: 0.5)")
+
+
+class S3Searcher(Searcher):
+    """Timesteps, prediction types, orders, active points, relaxations and correctors of a fixed number of steps."""
+
+    Config = S3Search
+    config: S3Search
+    noise: NoiseSchedule
+    tables: list[tuple[list[float], float | None]]
+
+    def prepare(self, probe: Probe) -> None:
+        scheduler = scheduler_like(probe.scheduler, probe.target.family)
+        self.noise, n = scheduler.noise, probe.steps
+        own = [float(t) for t in probe.timesteps]
+        first, last = scheduler.ends
+        even = spread(first, last, n)
+        if self.noise.flow:  # the pipeline's own sigmas, shifted for its size
+            self.tables = [(own, None), (own, 0.3 * own[-1]), (even, None)]
+        else:
+            lam = np.linspace(*(self.noise.level(t).lam for t in (first, last)), n + 1)[:-1]
+            self.tables = [(even, 0.0), (even, None), ([round(self.noise.t(float(x)), 3) for x in lam], 0.0)]
+            if all(a > b for a, b in zip(own, own[1:], strict=False)) and own != even and own[-1] > 0:
+                self.tables.insert(2, (own, 0.0))
+        self.tables = [(times, end) for times, end in self.tables if _legal(_of(times, end, known_solver("ddim", n)))]
+
+    def check(self, knobs: Mapping[str, Any]) -> None:
+        if knobs.get("schedule") is not None or knobs.get("artefact") is not None:
+            raise ConfigError("search of usf_s3: schedule and artefact take the place of what is searched: leave them out")
+
+    def first(self, rng: random.Random, number: int, size: int) -> Genome | None:
+        """Known solvers: the default one on even timesteps, on the other tables, then other solvers; mutations in the second half."""
+        known = [(table, solver) for solver in KNOWN for table in self.tables]
+        if number < min(len(known), max(size // 2, 1)):
+            (times, end), (name, order) = known[number]
+            return _of(times, end, known_solver(name, len(times), order))
+        return self.mutate(rng, self._known(rng), 0)
+
+    def _known(self, rng: random.Random) -> Genome:
+        (times, end), (name, order) = rng.choice(self.tables), rng.choice(KNOWN)
+        return _of(times, end, known_solver(name, len(times), order))
+
+    def draw(self, rng: random.Random, epoch: int) -> Genome | None:
+        """A known solver, mutated twice."""
+        genome = self._known(rng)
+        for _ in range(2):
+            genome = self.mutate(rng, genome, epoch) or genome
+        return genome
+
+    def mutate(self, rng: random.Random, parent: Genome, epoch: int) -> Genome | None:
+        """Each field of each step changes with probability ``mutation``; a step may move."""
+        knobs, n = self.config, len(parent["timesteps"])
+        times, steps = list(parent["timesteps"]), [dict(step) for step in parent["steps"]]
+        if n > 1 and rng.random() < knobs.move:
+            out, into = rng.randrange(1, n), rng.uniform(parent["end"] or 0.0, times[0])
+            moved = steps.pop(out)
+            del times[out]
+            place = sum(t > into for t in times)
+            times.insert(place, into)
+            steps.insert(place, moved)
+        for k in range(n):
+            if rng.random() < knobs.mutation:
+                times[k] = min(times[k] * (1 + rng.gauss(0, knobs.time_sigma)), self.noise.last)
+            steps[k] = self._mutated(rng, steps[k], k, n, parent["end"])
+        end = parent["end"]
+        if rng.random() < knobs.mutation:
+            end = rng.choice((None, rng.uniform(0.05, 0.6) * times[-1], *(() if self.noise.flow else (0.0,))))
+        return _legal(_mended([round(t, 2) for t in sorted(times, reverse=True)], None if end is None else round(end, 2), steps))
+
+    def _mutated(self, rng: random.Random, step: dict[str, Any], k: int, n: int, end: float | None) -> dict[str, Any]:
+        knobs = self.config
+        if rng.random() < knobs.mutation:
+            order = min(rng.choices((1, 2, 3, 4), (0.2, 0.4, 0.3, 0.1))[0], k + 1)
+            if order != step["order"]:
+                step = {"type": step["type"], "order": order, **({"correct": step["correct"]} if "correct" in step else {})}
+        if knobs.types and rng.random() < knobs.mutation:
+            step["type"] = rng.choice(("eps", "x0"))
+        if step["order"] > 1 and rng.random() < knobs.mutation:
+            c = step.get("relax", 0)
+            step["relax"] = round((0.0 if isinstance(c, str) else c) + rng.gauss(0, knobs.relax_sigma), 4)
+        elif step["order"] > 1 and rng.random() < knobs.mutation / 3:
+            step["relax"] = rng.choice(("dpm2", "bh1", "exp+", "exp-"))
+        if step["order"] > 2 and rng.random() < knobs.mutation:  # the first derivative from 1 or 2 points
+            full = [-i for i in range(2, step["order"] + 1)]
+            step["points"] = [full[: rng.choice((1, 2))], *[full] * (step["order"] - 2)]
+        if rng.random() < knobs.mutation:
+            step.pop("correct", None)
+            if rng.random() < knobs.correct:
+                step["correct"] = {"order": step["order"] + 1}
+        return step
+
+    def cross(self, rng: random.Random, one: Genome, other: Genome) -> Genome | None:
+        """The timesteps of one of two parents; the decisions of one, or of either step by step."""
+        times = rng.choice((one, other))
+        if rng.random() < self.config.deep:
+            steps = [rng.choice(both) for both in zip(one["steps"], other["steps"], strict=True)]
+        else:
+            steps = (other if times is one else one)["steps"]
+        return _legal(_mended(times["timesteps"], times["end"], [dict(step) for step in steps]))
+
+    def steps(self, genome: Genome) -> int:
+        return len(genome["timesteps"])
+
+    def knobs(self, genome: Genome) -> dict[str, Any]:
+        return {"schedule": genome}
+
+    def example(self, rng: random.Random) -> Genome:
+        """The first table, with a mutated solver: what is in a file that a test makes."""
+        times, end = self.tables[0]
+        return self.mutate(rng, _of(times, end, known_solver("unipc", len(times))), 0) or _of(times, end, known_solver("dpm", len(times)))
+
+
+def _of(times: list[float], end: float | None, steps: Any) -> Genome:
+    plain = [SolverSchedule.model_construct(timesteps=(), end=None, steps=(step,)).plain()["steps"][0] for step in steps]
+    return {"timesteps": list(times), "end": end, "steps": plain}
+
+
+def _mended(times: list[float], end: float | None, steps: list[dict[str, Any]]) -> Genome:
+    """Decisions that lost their place by a move or a crossover, in the form that fits where they are now."""
+    n = len(steps)
+    for k, step in enumerate(steps):
+        most = 1 if k == n - 1 and end is None else min(HIGHEST, k + 1)
+        if step["order"] > most or (step["order"] == 1 and "points" in step):
+            step["order"] = min(step["order"], most)
+            step.pop("points", None)
+        if step["order"] == 1:
+            step.pop("relax", None)
+        if k == n - 1:
+            step.pop("correct", None)
+        elif "correct" in step and step["correct"]["order"] != step["order"] + 1:
+            step["correct"] = {"order": step["order"] + 1}
+    return {"timesteps": times, "end": end, "steps": steps}
+
+
+def _legal(genome: Genome) -> Genome | None:
+    try:
+        return SolverSchedule.parse(genome).plain()
+    except ConfigError:
+        return None
