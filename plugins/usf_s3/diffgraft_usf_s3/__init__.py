@@ -19,10 +19,28 @@ from diffgraft_usf_s3.schedulers import SolverScheduleScheduler
 from diffgraft_usf_s3.searcher import HOLDS, S3Searcher
 
 __all__ = [
-    "Corrector", "Decision", "S3Searcher", "SolverSchedule", "SolverScheduleScheduler", "USFS3", "USFConfig", "known_solver",
+    "USFS3",
+    "Corrector",
+    "Decision",
+    "S3Searcher",
+    "SolverSchedule",
+    "SolverScheduleScheduler",
+    "USFConfig",
+    "known_solver",
     "solver_schedule",
 ]  # fmt: skip
 __version__ = "0.1.0"
+
+
+NOISE = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr")
+
+
+def other_noise(artefact: Finding, scheduler: SolverScheduleScheduler) -> str | None:
+    """In what the noise that a schedule was found for is another one; which solver was there makes no difference."""
+    told = artefact.made_for.scheduler_config or {}
+    keys = NOISE[:1] if scheduler.noise.flow else NOISE
+    found = [f"{key} = {told[key]!r}, here {scheduler.config[key]!r}" for key in keys if key in told and told[key] != scheduler.config[key]]
+    return "; ".join(found) or None
 
 
 class USFS3(Plugin):
@@ -36,7 +54,7 @@ class USFS3(Plugin):
     active: ClassVar[dict[str, Any]] = {"solver": "unipc"}
     scheduler = SolverScheduleScheduler
     effects = Effects(replaces=frozenset({"scheduler"}), edits=frozenset({"schedule"}), needs=frozenset({"determinism", "calibrated_run"}))
-    needs = (Need("search", "artefact", fits=frozenset({"scheduler", "guidance"}), holds=HOLDS),)
+    needs = (Need("search", "artefact", fits=frozenset({"guidance"}), holds=HOLDS),)
     search = S3Searcher
     config: USFConfig
 
@@ -49,8 +67,11 @@ class USFS3(Plugin):
     def check(self, target: Target) -> None:
         if self.config.solver == "off":
             return
-        chosen = self.chosen(target.given.get("artefact"))
+        artefact = target.given.get("artefact")
+        chosen = self.chosen(artefact)
         scheduler = scheduler_like(target.pipe.scheduler, target.family)
+        if artefact is not None and (why := other_noise(artefact, scheduler)):
+            raise ArtefactMismatch(f"usf_s3: the artefact was found on another noise schedule: {why}; {make_again('usf_s3', 'search')}")
         if chosen is not None:
             try:
                 scheduler.checked(chosen)

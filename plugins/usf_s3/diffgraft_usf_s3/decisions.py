@@ -63,14 +63,21 @@ class Part(BaseModel):
         """Points of each derivative: those given, or the order - 1 values nearest to the start, the newer ones first."""
         if self.points is not None:
             return self.points
-        newer = tuple(range(start + 1, 0))
-        return (((*newer, *range(start - 1, start - HIGHEST - 2, -1))[: self.order - 1]),) * (self.order - 1)
+        newer, older = range(start + 1, 0), range(start - 1, start - HIGHEST - 2, -1)
+        return ((*newer, *older)[: self.order - 1],) * (self.order - 1)
 
 
 class Corrector(Part):
     """The step again, when the model's value at its end is known: no further call."""
 
     order: Annotated[StrictInt, Field(ge=2, le=HIGHEST + 1)] = 2
+
+    def active(self, start: int) -> Points:
+        """The same with the value at the end of the step first."""
+        found = super().active(start)
+        if self.points is None and found and -1 not in found[0]:
+            found = ((-1, *found[0][:-1]),) * len(found)
+        return found
 
 
 class Decision(Part):

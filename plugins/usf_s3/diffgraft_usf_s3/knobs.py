@@ -36,7 +36,8 @@ class USFConfig(PluginConfig):
         None, description="a solver schedule by hand: a path to a JSON file, JSON text, or a dict of timesteps, end and steps"
     )
     solver: Literal["off", "ddim", "dpm", "dpm++", "dpm++ heun", "unipc", "unipc bh1", "dpm++ 2s"] = Field(
-        "unipc", description="without artefact and schedule: this known solver, at any number of steps; 'off' leaves the pipeline's scheduler"
+        "unipc",
+        description="without artefact and schedule: this known solver, at any number of steps; 'off' leaves the pipeline's scheduler",
     )
     order: int = Field(2, ge=1, le=3, description="n of the known solver, where it comes in several orders")
 

@@ -99,7 +99,9 @@ class SolverScheduleScheduler(SchedulerMixin, ConfigMixin):
         self.given = None if solver_schedule is None else self.checked(SolverSchedule.parse(solver_schedule))
         n = 50 if self.given is None else len(self.given.timesteps)
         first, last = self.ends
-        self._take_up(spread(first, last, n) if self.given is None else self.given.timesteps, last if self.given is None else self.given.end)
+        self._take_up(
+            spread(first, last, n) if self.given is None else self.given.timesteps, last if self.given is None else self.given.end
+        )
 
     # schedule ---------------------------------------------------------------------------------------------------------------------
 
@@ -263,7 +265,9 @@ class SolverScheduleScheduler(SchedulerMixin, ConfigMixin):
             past, target, last = levels[begin : k + 1], levels[k + 1], k == len(self._times) - 1
             points = () if target.sigma == 0 else step.active(step.start)
             corrected = correctors[k + 1 + step.start] is not None
-            kind = step.type if points or corrected else "x0"  # of order 1 from where the model was asked both are DDIM; x0 has no 1 / alpha
+            kind = (
+                step.type if points or corrected else "x0"
+            )  # of order 1 from where the model was asked both are DDIM; x0 has no 1 / alpha
             updates.append(update(past, target, kind, points, step.start, step.relax))
             fix = None if last else step.correct
             correctors.append(

@@ -15,7 +15,7 @@ from typing_extensions import NotRequired, TypedDict
 
 from diffgraft_usf_s3.decisions import HIGHEST, SolverSchedule, known_solver, spread
 from diffgraft_usf_s3.knobs import scheduler_like
-from diffgraft_usf_s3.method import NoiseSchedule
+from diffgraft_usf_s3.method import NoiseSchedule, relaxation
 
 KNOWN = (("unipc", 2), ("dpm++", 2), ("unipc", 3), ("dpm++ heun", 2), ("dpm++", 3), ("ddim", 1), ("dpm", 2), ("unipc bh1", 2))
 """Solvers of the first generation, each on each table of timesteps, as far as the population goes."""
@@ -43,9 +43,15 @@ HOLDS = Holds(facts=Facts, also=not_a_schedule)
 class S3Search(PluginConfig):
     """Knobs of the search (``--set name=value``)."""
 
-    mutation: float = Field(0.3, gt=0, le=1, description="probability that a mutation changes a field of a step (official configuration: 0.3)")
+    mutation: float = Field(0.3, gt=0, le=1, description="probability that a mutation changes a field of a step (official: 0.3)")
     time_sigma: float = Field(0.08, gt=0, le=1, description="a timestep is multiplied by 1 + N(0, time_sigma^2) (official: 0.08)")
-    relax_sigma: float = Field(0.03, gt=0, le=1, description="the relaxation's coefficient c moves by N(0, relax_sigma^2) (official: 0.03)")
+    relax_sigma: float = Field(0.1, gt=0, le=1, description="the relaxation's coefficient c moves by N(0, relax_sigma^2) (official: 0.03)")
+    gentle: float = Field(
+        3.0,
+        ge=0,
+        le=6,
+        description="own: each mutation draws u in 0 to this and scales mutation, the sigmas and move by 2^-u; 0 = official",
+    )
     move: float = Field(0.2, ge=0, le=1, description="probability that a step is deleted and one inserted elsewhere (official: 0.2 each)")
     deep: float = Field(0.5, ge=0, le=1, description="probability that a crossover mixes step by step, not field by field (official: 0.5)")
     types: bool = Field(True, description="whether steps may predict eps (0.5 each; official: 0.3 eps, 0.3 x0, 0.4 DPM-Solver-v3's)")
@@ -99,44 +105,46 @@ class S3Searcher(Searcher):
         return genome
 
     def mutate(self, rng: random.Random, parent: Genome, epoch: int) -> Genome | None:
-        """Each field of each step changes with probability ``mutation``; a step may move."""
-        knobs, n = self.config, len(parent["timesteps"])
-        times, steps = list(parent["timesteps"]), [dict(step) for step in parent["steps"]]
-        if n > 1 and rng.random() < knobs.move:
-            out, into = rng.randrange(1, n), rng.uniform(parent["end"] or 0.0, times[0])
+        """Each field of each step changes with probability ``mutation`` 2^-u; a step may move."""
+        strength, n = 2 ** -rng.uniform(0, self.config.gentle), len(parent["timesteps"])
+        p = self.config.mutation * strength
+        times, end, steps = list(parent["timesteps"]), parent["end"], [dict(step) for step in parent["steps"]]
+        if n > 1 and rng.random() < self.config.move * strength:
+            out, into = rng.randrange(1, n), rng.uniform(end or 0.0, times[0])
             moved = steps.pop(out)
             del times[out]
             place = sum(t > into for t in times)
             times.insert(place, into)
             steps.insert(place, moved)
         for k in range(n):
-            if rng.random() < knobs.mutation:
-                times[k] = min(times[k] * (1 + rng.gauss(0, knobs.time_sigma)), self.noise.last)
-            steps[k] = self._mutated(rng, steps[k], k, n, parent["end"])
-        end = parent["end"]
-        if rng.random() < knobs.mutation:
-            end = rng.choice((None, rng.uniform(0.05, 0.6) * times[-1], *(() if self.noise.flow else (0.0,))))
-        return _legal(_mended([round(t, 2) for t in sorted(times, reverse=True)], None if end is None else round(end, 2), steps))
+            if rng.random() < p:
+                times[k] = min(times[k] * (1 + rng.gauss(0, self.config.time_sigma * strength)), self.noise.last)
+        times = [round(t, 2) for t in sorted(times, reverse=True)]
+        if rng.random() < p:
+            end = rng.choice((None, round(rng.uniform(0.05, 0.6) * times[-1], 2), *(() if self.noise.flow else (0.0,))))
+        lam = [self.noise.level(t).lam for t in (*times, *(() if end is None else (end,)))]
+        for k, step in enumerate(steps):
+            steps[k] = self._mutated(rng, step, k, lam[k + 1] - lam[k] if k + 1 < len(lam) else 0.0, p, self.config.relax_sigma * strength)
+        return _legal(_mended(times, end, steps))
 
-    def _mutated(self, rng: random.Random, step: dict[str, Any], k: int, n: int, end: float | None) -> dict[str, Any]:
-        knobs = self.config
-        if rng.random() < knobs.mutation:
+    def _mutated(self, rng: random.Random, step: dict[str, Any], k: int, h: float, p: float, sigma: float) -> dict[str, Any]:
+        if rng.random() < p:
             order = min(rng.choices((1, 2, 3, 4), (0.2, 0.4, 0.3, 0.1))[0], k + 1)
             if order != step["order"]:
                 step = {"type": step["type"], "order": order, **({"correct": step["correct"]} if "correct" in step else {})}
-        if knobs.types and rng.random() < knobs.mutation:
+        if self.config.types and rng.random() < p:
             step["type"] = rng.choice(("eps", "x0"))
-        if step["order"] > 1 and rng.random() < knobs.mutation:
-            c = step.get("relax", 0)
-            step["relax"] = round((0.0 if isinstance(c, str) else c) + rng.gauss(0, knobs.relax_sigma), 4)
-        elif step["order"] > 1 and rng.random() < knobs.mutation / 3:
+        if step["order"] > 1 and rng.random() < p:  # from what the factor is now, also where it has a name
+            c = (relaxation(step.get("relax"), h, step["type"]) - 1) / h if h > 0 else 0.0
+            step["relax"] = round(c + rng.gauss(0, sigma), 4)
+        elif step["order"] > 1 and rng.random() < p / 3:
             step["relax"] = rng.choice(("dpm2", "bh1", "exp+", "exp-"))
-        if step["order"] > 2 and rng.random() < knobs.mutation:  # the first derivative from 1 or 2 points
+        if step["order"] > 2 and rng.random() < p:  # the first derivative from 1 or 2 points
             full = [-i for i in range(2, step["order"] + 1)]
             step["points"] = [full[: rng.choice((1, 2))], *[full] * (step["order"] - 2)]
-        if rng.random() < knobs.mutation:
+        if rng.random() < p:
             step.pop("correct", None)
-            if rng.random() < knobs.correct:
+            if rng.random() < self.config.correct:
                 step["correct"] = {"order": step["order"] + 1}
         return step
 
