@@ -13,9 +13,9 @@ and with the Taylor polynomial of order n - 1 at lambda_s in the place of the mo
 
     phi_0(z) = (e^z - 1) / z,    phi_{i+1}(z) = (phi_i(z) - 1 / (i+1)!) / z
 
-The derivatives m^(i) are "Taylor differences" of the values at other points ("active points"): a with sum_k a_k (lambda_k - lambda_s)^j / j!
-= delta_ij, m^(i) = sum_k a_k (m_k - m_s). All of it is linear in the state and the values, so a step is one list of numbers
-(:class:`Update`), made in float64 before the run.
+The derivatives m^(i) are "Taylor differences" of the values at other points ("active points"): m^(i) = sum_k a_k (m_k - m_s) with the a
+that solves sum_k a_k (lambda_k - lambda_s)^j / j! = delta_ij. All of it is linear in the state and the values, so a step is one list of
+numbers (:class:`Update`), made in float64 before the run.
 """
 
 from __future__ import annotations

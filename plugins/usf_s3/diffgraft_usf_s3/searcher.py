@@ -76,9 +76,11 @@ class S3Searcher(Searcher):
             self.tables = [(own, None), (own, 0.3 * own[-1]), (even, None)]
         else:
             lam = np.linspace(*(self.noise.level(t).lam for t in (first, last)), n + 1)[:-1]
-            self.tables = [(even, 0.0), (even, None), ([round(self.noise.t(float(x)), 3) for x in lam], 0.0)]
-            if all(a > b for a, b in zip(own, own[1:], strict=False)) and own != even and own[-1] > 0:
-                self.tables.insert(2, (own, 0.0))
+            by_lam = [self.noise.t(float(x)) for x in lam]
+            between = [(a + b) / 2 for a, b in zip(even, by_lam, strict=True)]
+            quadratic = [first * (1 - k / n) ** 2 for k in range(n)]
+            tables = [([round(t, 2) for t in times], 0.0) for times in (even, by_lam, between, quadratic, own) if times[-1] > 0]
+            self.tables = [*tables, (even, None)]
         self.tables = [(times, end) for times, end in self.tables if _legal(_of(times, end, known_solver("ddim", n)))]
 
     def check(self, knobs: Mapping[str, Any]) -> None:
@@ -86,9 +88,9 @@ class S3Searcher(Searcher):
             raise ConfigError("search of usf_s3: schedule and artefact take the place of what is searched: leave them out")
 
     def first(self, rng: random.Random, number: int, size: int) -> Genome | None:
-        """Known solvers: the default one on even timesteps, on the other tables, then other solvers; mutations in the second half."""
+        """Known solvers: the default one on even timesteps, on the other tables, then other solvers; mutations in the last third."""
         known = [(table, solver) for solver in KNOWN for table in self.tables]
-        if number < min(len(known), max(size // 2, 1)):
+        if number < min(len(known), max(2 * size // 3, 1)):
             (times, end), (name, order) = known[number]
             return _of(times, end, known_solver(name, len(times), order))
         return self.mutate(rng, self._known(rng), 0)

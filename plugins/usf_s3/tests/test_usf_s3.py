@@ -537,7 +537,7 @@ def test_what_does_not_fit_is_refused_before_anything_runs(monkeypatch, tmp_path
         call(made, 4)
     assert not asked
     flow = tiny("FluxPipeline")
-    with pytest.raises(ConfigError, match="outside.*ends at the clean sample with end = null"):
+    with pytest.raises(ConfigError, match=r"outside.*ends at the clean sample with end = null"):
         load_pipeline(flow.pipe, plugins=[USFS3(schedule=SCHEDULE)])
 
 
@@ -639,7 +639,8 @@ def test_what_is_drawn_can_be_run(name, n):
     pool = [each for each in pool if each]
     for _ in range(200):
         child = rng.choice((
-            lambda: searcher.mutate(rng, rng.choice(pool), 0), lambda: searcher.cross(rng, *rng.choices(pool, k=2)), lambda: searcher.draw(rng, 0),
+            lambda: searcher.mutate(rng, rng.choice(pool), 0), lambda: searcher.cross(rng, *rng.choices(pool, k=2)),
+            lambda: searcher.draw(rng, 0),
         ))()  # fmt: skip
         if child is None:
             continue
@@ -674,7 +675,7 @@ def test_a_search_finds_what_runs_and_fits_nothing_else(tmp_path):
     assert SolverSchedule.parse(again.genome).plain() == found.genome
     load_pipeline(made.pipe, plugins=[USFS3(artefact=tmp_path / "found.json")])
     by_file = call(made)
-    with pytest.raises(ArtefactMismatch, match="for 3 steps, and this call makes 4.*diffgraft evolve usf_s3"):
+    with pytest.raises(ArtefactMismatch, match=r"for 3 steps, and this call makes 4.*diffgraft evolve usf_s3"):
         call(made, 4)
     made.pipe.plugins.configure("usf_s3", artefact=None, schedule=found.genome)
     assert torch.equal(call(made), by_file)
@@ -693,7 +694,7 @@ def test_a_file_whose_schedule_is_none_is_refused(tmp_path):
     found = search_call(made.pipe, USFS3(), lambda: call(made))
     genome = {**found.genome, "timesteps": found.genome["timesteps"][::-1]}
     wrong = Finding(found.made_for, {}, {**found.facts, "genome": genome})
-    with pytest.raises(ArtefactMismatch, match="its genome cannot be run.*each must be smaller"):
+    with pytest.raises(ArtefactMismatch, match=r"its genome cannot be run.*each must be smaller"):
         load_pipeline(made.pipe, plugins=[USFS3(artefact=wrong)])
 
 
