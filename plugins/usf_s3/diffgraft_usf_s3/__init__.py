@@ -1,4 +1,4 @@
-"""USF and S3: a solver that changes from step to step, and the search for it (Liu et al., arXiv 2312.07243).
+"""USF and S3: a solver that changes from step to step, and the search for it (Liu, Ning, Yang, Wang, arXiv 2312.07243).
 
 At every step the unified sampling framework decides anew: where to go, whether noise or clean sample is extrapolated, by a polynomial of
 which order through which earlier values, how its slope is relaxed, and whether the step is done again when its end is known. DDIM,

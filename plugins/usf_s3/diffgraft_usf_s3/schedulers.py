@@ -1,6 +1,6 @@
 """A diffusers scheduler that follows a solver schedule; it works without diffgraft.
 
-Liu, Wang, Ning, Liu, Wang, "A Unified Sampling Framework for Solver Searching of Diffusion Probabilistic Models", arXiv 2312.07243.
+Liu, Ning, Yang, Wang, "A Unified Sampling Framework for Solver Searching of Diffusion Probabilistic Models", arXiv 2312.07243.
 """
 
 from __future__ import annotations
