@@ -7,6 +7,9 @@
        {"type": "x0", "order": 2, "points": [[-2]], "relax": "dpm2", "correct": {"order": 3}},
        {"type": "eps", "order": 2, "start": -1, "relax": 0.12}]}
 
+"first": "zero_x0" begins with an analytical step, without a call: at the end of the training's noise, where the denoiser sees x0 = 0 (eps =
+x), to the first of ``timesteps``; its value is one more of the past. The default, "model", begins at the first of ``timesteps``.
+
 Indices are the paper's: -1 is the newest value of the model, -2 the one before. A corrector counts from where it is done, one value later:
 there -1 is the value at the end of the step, and the step begins at ``start`` - 1.
 """
@@ -103,6 +106,7 @@ class SolverSchedule(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
     timesteps: tuple[Number, ...] = Field(min_length=1)
     end: Number | None = None
+    first: Literal["model", "zero_x0"] = "model"
     steps: tuple[Decision, ...]
 
     @model_validator(mode="after")
@@ -113,9 +117,10 @@ class SolverSchedule(BaseModel):
         if len(self.steps) != len(self.timesteps):
             raise ValueError(f"steps has {len(self.steps)} decisions for {len(self.timesteps)} timesteps: give one a timestep")
         for k, step in enumerate(self.steps):
-            if why := step.fault(k + 1, step.start, newest=False):
+            known = k + 1 + (self.first == "zero_x0")
+            if why := step.fault(known, step.start, newest=False):
                 raise ValueError(f"steps.{k}: {why}")
-            if step.correct is not None and (why := step.correct.fault(k + 2, step.start - 1, newest=True)):
+            if step.correct is not None and (why := step.correct.fault(known + 1, step.start - 1, newest=True)):
                 raise ValueError(f"steps.{k}.correct: {why}")
         if self.steps[-1].correct is not None:
             raise ValueError(f"steps.{len(self.steps) - 1}.correct: nothing is known at the end of the last step: leave it out there")
@@ -156,7 +161,8 @@ class SolverSchedule(BaseModel):
             if step.correct is not None:
                 told["correct"] = {"order": step.correct.order, **step.correct.model_dump(mode="json", exclude_defaults=True)}
             steps.append(told)
-        return {"timesteps": list(self.timesteps), "end": self.end, "steps": steps}
+        first = {} if self.first == "model" else {"first": self.first}
+        return {"timesteps": list(self.timesteps), "end": self.end, **first, "steps": steps}
 
 
 def _words(item: Any) -> str:

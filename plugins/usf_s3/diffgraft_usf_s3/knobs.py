@@ -19,7 +19,7 @@ PAPER = Paper(
     title="A Unified Sampling Framework for Solver Searching of Diffusion Probabilistic Models",
     arxiv="2312.07243",
     implemented="the unified sampling framework as a scheduler (timesteps, eps or x0, orders 1 to 4, Taylor-difference derivatives with "
-    "chosen active points, relaxation, pseudo corrector, start points) and S3, the evolutionary search for its decisions",
+    "chosen active points, relaxation, pseudo corrector, start points, analytical first step) and S3, the search for its decisions",
     omitted="DPM-Solver-v3's prediction type; scaled skip connections; the implicit corrector (another call); the predictor that ranks "
     "candidates; the dataset's mean as analytical first step",
     licence="official code without a licence; read for facts, written from the equations",

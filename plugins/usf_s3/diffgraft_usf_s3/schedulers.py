@@ -41,6 +41,7 @@ class Plan:
     correctors: list[Update | None]
     depth: int
     eps: bool
+    analytical: bool
 
 
 class SolverScheduleScheduler(SchedulerMixin, ConfigMixin):
@@ -117,6 +118,9 @@ class SolverScheduleScheduler(SchedulerMixin, ConfigMixin):
         if outside := [t for t in told if not low <= t <= self.noise.last]:
             why = "; a flow model ends at the clean sample with end = null" if self.noise.flow and outside == [0.0] else ""
             raise ValueError(f"schedule: timesteps {outside} are outside of the model's {low:g} to {self.noise.last:g}{why}")
+        if schedule.first == "zero_x0" and (self.noise.flow or told[0] >= self.noise.last):
+            why = "is not for flow models" if self.noise.flow else f"steps from {self.noise.last:g} to the first of timesteps, below it"
+            raise ValueError(f"schedule: first = 'zero_x0' {why}")
         return schedule
 
     def set_schedule(self, schedule: SolverSchedule | None) -> None:
@@ -257,14 +261,15 @@ class SolverScheduleScheduler(SchedulerMixin, ConfigMixin):
     def _planned(self, begin: int) -> Plan:
         """The run's updates from step ``begin`` on; a step that would need what came before it is of a lower order."""
         levels = [*map(self.noise.level, self._times), self._end]
+        before = [self.noise.level(self.noise.last)] if self._is_analytical(begin) else []
         updates: list[Any] = [None] * begin
         correctors: list[Update | None] = [None] * (begin + 1)
         depth = 1
         for k, decided in enumerate(self.decisions[begin:], begin):
-            step = decided.within(k + 1 - begin)
-            past, target, last = levels[begin : k + 1], levels[k + 1], k == len(self._times) - 1
+            past, target, last = [*before, *levels[begin : k + 1]], levels[k + 1], k == len(self._times) - 1
+            step = decided.within(len(past))
             points = () if target.sigma == 0 else step.active(step.start)
-            corrected = correctors[k + 1 + step.start] is not None
+            corrected = k + 1 + step.start >= begin and correctors[k + 1 + step.start] is not None
             kind = (
                 step.type if points or corrected else "x0"
             )  # of order 1 from where the model was asked both are DDIM; x0 has no 1 / alpha
@@ -275,10 +280,23 @@ class SolverScheduleScheduler(SchedulerMixin, ConfigMixin):
             )
             depth = max(depth, *(-index for each in (updates[-1], correctors[-1]) if each for index, _ in each.weights))
         used = [*updates[begin:], *filter(None, correctors)]
-        return Plan(levels, updates, correctors, max(depth, *(-each.start for each in used)), any(each.kind == "eps" for each in used))
+        depth = max(depth, *(-each.start for each in used))
+        return Plan(levels, updates, correctors, depth, any(each.kind == "eps" for each in used), bool(before))
+
+    def _is_analytical(self, begin: int) -> bool:
+        """Whether the run's first state is pure noise, from which an analytical step goes to the first timestep."""
+        return self.given is not None and self.given.first == "zero_x0" and begin == 0 and self._begin_index is None
+
+    def _analytical(self) -> tuple[float, float]:
+        """(what that step multiplies the noise by, x0 that belongs to eps = x, in units of the noise)."""
+        noise = self.noise.level(self.noise.last)
+        over, x0 = update([noise], self.noise.level(self._times[0]), "x0", ()), (1 - noise.sigma) / noise.alpha
+        return over.base + over.weights[0][1] * x0, x0
 
     def scale_model_input(self, sample: Tensor, timestep: Any = None) -> Tensor:
-        """The samples are at the denoiser's scale."""
+        """The samples are at the denoiser's scale, but for the noise that an analytical step takes to the first timestep."""
+        if self._plan is None and self._is_analytical(self._place(timestep)):
+            return sample * self._analytical()[0]
         return sample
 
     def step(self, model_output: Tensor, timestep: Any, sample: Tensor, return_dict: bool = True) -> Any:
@@ -294,6 +312,9 @@ class SolverScheduleScheduler(SchedulerMixin, ConfigMixin):
         k, plan = self._index, self._plan
         dtype = at_least_float32(sample.dtype)
         x, edited = unrounded(sample, self._exact, dtype)
+        if plan.analytical and not self._states:
+            factor, clean = self._analytical()
+            self._states, self._values, x = [x], {"x0": [x * clean], "eps": [x] if plan.eps else []}, x * factor
         at = plan.levels[k]
         x0, eps = estimates(x, model_output.to(dtype), at, self.config.prediction_type, plan.eps)
         self._remember(self._values["x0"], x0)

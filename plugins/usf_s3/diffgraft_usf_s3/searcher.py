@@ -55,6 +55,7 @@ class S3Search(PluginConfig):
     move: float = Field(0.2, ge=0, le=1, description="probability that a step is deleted and one inserted elsewhere (official: 0.2 each)")
     deep: float = Field(0.5, ge=0, le=1, description="probability that a crossover mixes step by step, not field by field (official: 0.5)")
     types: bool = Field(True, description="whether steps may predict eps (0.5 each; official: 0.3 eps, 0.3 x0, 0.4 DPM-Solver-v3's)")
+    analytical: bool = Field(False, description="whether a run may begin with an analytical step (official: yes); not for flow models")
     correct: float = Field(0.5, ge=0, le=1, description="probability of a corrector in a step whose corrector mutates (official: 0.5)")
 
 
@@ -127,7 +128,12 @@ class S3Searcher(Searcher):
         lam = [self.noise.level(t).lam for t in (*times, *(() if end is None else (end,)))]
         for k, step in enumerate(steps):
             steps[k] = self._mutated(rng, step, k, lam[k + 1] - lam[k] if k + 1 < len(lam) else 0.0, p, self.config.relax_sigma * strength)
-        return _legal(_mended(times, end, steps))
+        first = parent.get("first", "model")
+        if self.config.analytical and not self.noise.flow and rng.random() < p:
+            first = rng.choice(("model", "zero_x0"))
+        if first == "zero_x0":
+            times[0] = min(times[0], self.noise.last - 1)
+        return _legal(_mended(times, end, first, steps))
 
     def _mutated(self, rng: random.Random, step: dict[str, Any], k: int, h: float, p: float, sigma: float) -> dict[str, Any]:
         if rng.random() < p:
@@ -157,7 +163,8 @@ class S3Searcher(Searcher):
             steps = [rng.choice(both) for both in zip(one["steps"], other["steps"], strict=True)]
         else:
             steps = (other if times is one else one)["steps"]
-        return _legal(_mended(times["timesteps"], times["end"], [dict(step) for step in steps]))
+        first = times.get("first", "model")
+        return _legal(_mended(times["timesteps"], times["end"], first, [dict(step) for step in steps]))
 
     def steps(self, genome: Genome) -> int:
         return len(genome["timesteps"])
@@ -176,7 +183,7 @@ def _of(times: list[float], end: float | None, steps: Any) -> Genome:
     return {"timesteps": list(times), "end": end, "steps": plain}
 
 
-def _mended(times: list[float], end: float | None, steps: list[dict[str, Any]]) -> Genome:
+def _mended(times: list[float], end: float | None, first: str, steps: list[dict[str, Any]]) -> Genome:
     """Decisions that lost their place by a move or a crossover, in the form that fits where they are now."""
     n = len(steps)
     for k, step in enumerate(steps):
@@ -190,7 +197,7 @@ def _mended(times: list[float], end: float | None, steps: list[dict[str, Any]]) 
             step.pop("correct", None)
         elif "correct" in step and step["correct"]["order"] != step["order"] + 1:
             step["correct"] = {"order": step["order"] + 1}
-    return {"timesteps": times, "end": end, "steps": steps}
+    return {"timesteps": times, "end": end, "first": first, "steps": steps}
 
 
 def _legal(genome: Genome) -> Genome | None:

@@ -334,6 +334,30 @@ def scheduler_states(schedule, edit):
     return states
 
 
+def test_the_analytical_first_step_saves_a_call():
+    """Where the denoiser sees x0 = 0 in pure noise (eps = x), it is the run that asks it there, with a call less."""
+    steps = [{"type": "eps"}, {"type": "eps", "order": 2, "correct": {"order": 3}}, {"order": 3}, {"order": 2, "start": -2}]
+    asked = SolverSchedule.parse({"timesteps": [999, 700, 420, 150], "end": 0, "steps": steps})
+    saved = SolverSchedule.parse({"timesteps": [700, 420, 150], "end": 0, "first": "zero_x0", "steps": steps[1:]})
+    assert SolverSchedule.parse(json.loads(json.dumps(saved.plain()))) == saved
+    scheduler, first = scheduler_of(saved), Level(*scheduler_of().noise.level(999))
+
+    def model(x, at):
+        return x if at == first else of_mixture(x, at)
+
+    scheduler.set_timesteps(3)
+    x, calls = noise(), 0
+    for k, t in enumerate(scheduler.timesteps):
+        seen, calls = scheduler.scale_model_input(x, t), calls + 1
+        assert torch.equal(seen, x) == (k > 0)
+        x = scheduler.step(model(seen, scheduler.noise.level(saved.timesteps[k])), t, x).prev_sample
+    assert calls == 3
+    torch.testing.assert_close(x, walk(scheduler_of(asked), noise(), 4, model), rtol=0, atol=1e-9)
+    scheduler.set_timesteps(3)
+    scheduler.set_begin_index(0)  # image to image: latents are noised to the first timestep already
+    assert torch.equal(scheduler.scale_model_input(noise(), scheduler.timesteps[0]), noise())
+
+
 # runs -----------------------------------------------------------------------------------------------------------------------------
 
 
@@ -522,6 +546,8 @@ def test_what_does_not_fit_is_refused_before_anything_runs(monkeypatch, tmp_path
         ({"schedule": "none.json"}, "none.json"),
         ({"schedule": SCHEDULE, "artefact": "x.json"}, "exclude each other"),
         ({"artefact": tmp_path / "x.json"}, "diffgraft evolve usf_s3"),
+        ({"schedule": {**bad(timesteps=[999, 500, 100]), "first": "zero_x0"}}, "zero_x0' steps from 999 to the first of timesteps"),
+        ({"schedule": {**bad(), "first": "x"}}, "first = x"),
         ({"solver": "heun"}, "solver = 'heun'"),
         ({"order": 4}, "order = 4"),
     ):
@@ -539,6 +565,20 @@ def test_what_does_not_fit_is_refused_before_anything_runs(monkeypatch, tmp_path
     flow = tiny("FluxPipeline")
     with pytest.raises(ConfigError, match=r"outside.*ends at the clean sample with end = null"):
         load_pipeline(flow.pipe, plugins=[USFS3(schedule=SCHEDULE)])
+    with pytest.raises(ConfigError, match="is not for flow models"):
+        load_pipeline(flow.pipe, plugins=[USFS3(schedule={**SCHEDULE, "end": 1, "first": "zero_x0"})])
+
+
+def test_an_analytical_first_step_in_a_pipeline():
+    """The denoiser gets the noise scaled to the first timestep, where it would be taken for noise of the last one without."""
+    made, ends = tiny(), []
+    schedule = {"timesteps": [600, 300], "end": 0, "steps": [{"type": "eps"}, {"type": "eps"}]}
+    load_pipeline(made.pipe, plugins=[USFS3(schedule=schedule)])
+    for first in ("model", "zero_x0"):
+        made.pipe.plugins.configure("usf_s3", schedule={**schedule, "first": first})
+        ends.append(call(made, 2))
+    assert torch.isfinite(ends[1]).all()
+    assert not torch.allclose(ends[0], ends[1], rtol=1e-2)
 
 
 def test_a_schedule_runs_and_asks_the_denoiser_once_a_step():
@@ -633,7 +673,7 @@ def test_known_solvers_are_in_the_first_generation(name):
 def test_what_is_drawn_can_be_run(name, n):
     """Every mutation and crossover is a legal schedule of as many steps; every field is reached."""
     made = tiny(name)
-    searcher, rng = searcher_of(made, n), random.Random(0)
+    searcher, rng = searcher_of(made, n, analytical=True), random.Random(0)
     scheduler = USFS3().make_scheduler(made.pipe.scheduler, find_family(type(made.pipe)))
     pool = [searcher.first(rng, i, 8) for i in range(8)]
     pool = [each for each in pool if each]
@@ -658,6 +698,7 @@ def test_what_is_drawn_can_be_run(name, n):
         assert any(isinstance(step.get("relax"), str) for step in steps)
         assert any("correct" in step for step in steps)
         assert len({genome["end"] for genome in pool}) > 2
+        assert any("first" in genome for genome in pool) != (name == "FluxPipeline")
 
 
 def test_a_search_finds_what_runs_and_fits_nothing_else(tmp_path):
