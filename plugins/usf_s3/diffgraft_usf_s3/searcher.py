@@ -73,8 +73,9 @@ class S3Searcher(Searcher):
         own = [float(t) for t in probe.timesteps]
         first, last = scheduler.ends
         even = spread(first, last, n)
-        if self.noise.flow:  # the pipeline's own sigmas, shifted for its size
-            self.tables = [(own, None), (own, 0.3 * own[-1]), (even, None)]
+        if self.noise.flow:  # the pipeline's own sigmas, and further shifts of them
+            shifted = [[self.noise.steps * s * t / (self.noise.steps + (s - 1) * t) for t in own] for s in (2.0, 0.5)]
+            self.tables = [(own, None), *(([round(t, 2) for t in times], None) for times in shifted), (own, round(0.3 * own[-1], 2))]
         else:
             lam = np.linspace(*(self.noise.level(t).lam for t in (first, last)), n + 1)[:-1]
             by_lam = [self.noise.t(float(x)) for x in lam]
