@@ -58,6 +58,11 @@ class USFS3(Plugin):
     search = S3Searcher
     config: USFConfig
 
+    def __init__(self, **knobs: Any) -> None:
+        super().__init__(**knobs)
+        if self.config.artefact is None and self.config.schedule is None:  # a known solver goes at any number of steps
+            self.effects = Effects(replaces=frozenset({"scheduler"}), needs=frozenset({"determinism"}))
+
     def chosen(self, artefact: Finding | None) -> SolverSchedule | None:
         """What the knobs say; None: a known solver, or the plugin is off."""
         if self.config.solver == "off":

@@ -69,10 +69,10 @@ class S3Searcher(Searcher):
 
     def prepare(self, probe: Probe) -> None:
         scheduler = scheduler_like(probe.scheduler, probe.target.family)
-        self.noise, n = scheduler.noise, probe.steps
-        own = [float(t) for t in probe.timesteps]
+        self.noise, n = scheduler.noise, getattr(probe.scheduler, "num_inference_steps", None) or probe.steps  # Heun's timesteps are more
         first, last = scheduler.ends
-        even = spread(first, last, n)
+        even, own = spread(first, last, n), sorted({float(t) for t in probe.timesteps}, reverse=True)
+        own = own if len(own) == n else even
         if self.noise.flow:  # the pipeline's own sigmas, and further shifts of them
             shifted = [[self.noise.steps * s * t / (self.noise.steps + (s - 1) * t) for t in own] for s in (2.0, 0.5)]
             self.tables = [(own, None), *(([round(t, 2) for t in times], None) for times in shifted), (own, round(0.3 * own[-1], 2))]
@@ -81,9 +81,10 @@ class S3Searcher(Searcher):
             by_lam = [self.noise.t(float(x)) for x in lam]
             between = [(a + b) / 2 for a, b in zip(even, by_lam, strict=True)]
             quadratic = [first * (1 - k / n) ** 2 for k in range(n)]
-            tables = [([round(t, 2) for t in times], 0.0) for times in (even, by_lam, between, quadratic, own) if times[-1] > 0]
+            tables = [([round(t, 2) for t in times], 0.0) for times in (even, by_lam, between, quadratic, own)]
             self.tables = [*tables, (even, None)]
-        self.tables = [(times, end) for times, end in self.tables if _legal(_of(times, end, known_solver("ddim", n)))]
+        legal = [(times, end) for times, end in self.tables if _legal(_of(times, end, known_solver("ddim", n)))]
+        self.tables = [table for i, table in enumerate(legal) if table not in legal[:i]]
 
     def check(self, knobs: Mapping[str, Any]) -> None:
         if knobs.get("schedule") is not None or knobs.get("artefact") is not None:
