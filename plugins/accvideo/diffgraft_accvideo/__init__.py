@@ -1,4 +1,4 @@
-"""AccVideo (Zhang, Chen, Wu, Wang, Qiao, Chen, Liu et al., arXiv 2503.19462): few steps without guidance, along the teacher's trajectory.
+"""AccVideo (Zhang, Chen, Wang, Liu, Wang, Qiao, arXiv 2503.19462): few steps without guidance, along the teacher's trajectory.
 
 A student that was taught to jump between key points of its teacher's own trajectories makes N steps on exactly these levels, and none of
 its teacher's guidance, which is in it already.
@@ -115,7 +115,7 @@ class AccVideo(Plugin):
         own: Schedule = next(call)
         if self.config.steps == 0:
             return own
-        return strided(whole(call, self.config.grid, self.config.shift, own.timesteps.device), len(own.timesteps))
+        return strided(whole(call, self.config.grid, self.config, own.timesteps.device), len(own.timesteps))
 
     def denoise(self, call: DenoiseCall, next: Any) -> Tensor:
         adapter, strength = call.given("lora"), self.config.strength

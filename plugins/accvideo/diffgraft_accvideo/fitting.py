@@ -83,7 +83,7 @@ class AccVideoFitter(LoraFitter):
                 f"-o points=[{N}], or fit another number of steps"
             )
         place = torch.tensor([index.index(t) for t in wanted])
-        self.held, self.points, self.sigmas = held, held.tensors["points"], held.tensors["sigmas"][place]
+        self.held, self.kept, self.sigmas = held, held.tensors["points"], held.tensors["sigmas"][place]
         self.place = place
         self.of_text: dict[str, list[int]] = {}
         for row, text in enumerate(held.facts["texts"]):
@@ -101,7 +101,7 @@ class AccVideoFitter(LoraFitter):
         row = [self.of_text[text][int(u * len(self.of_text[text]))] for text, u in zip(texts, draws[0].tolist(), strict=True)]
         i = (draws[1] * (len(self.place) - 1)).long()
         device = next(model.parameters()).device
-        x, there = (self.points[row, self.place[k]].to(device) for k in (i, i + 1))
+        x, there = (self.kept[row, self.place[k]].to(device) for k in (i, i + 1))
         T = self.probe.scheduler.config.num_train_timesteps
         t = (self.sigmas[i] * T).float().to(device)
         arguments = {

@@ -46,6 +46,11 @@ class AccVideoConfig(PluginConfig):
         None, gt=0, le=100, description="of the levels, s sigma / (1 + (s - 1) sigma) (published: 5 for Wan, 7 for Hunyuan Video); none: the "
         "scheduler's own",
     )  # fmt: skip
+    levels: Literal["line", "official"] = Field(
+        "line",
+        description="of FlowMatchEuler's K steps: line: 1 to 1/K, shifted once, as UniPC has them; official: what the scheduler makes of the "
+        "number K alone, which the official Euler script strides",
+    )
     points: tuple[int, ...] = Field(
         (5, 10), min_length=1, description="N of the students whose key points `calibrate` keeps of each trajectory"
     )

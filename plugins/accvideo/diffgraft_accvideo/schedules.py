@@ -9,6 +9,7 @@ from diffgraft import ConfigError, Family, Schedule, ScheduleCall, Unsupported
 from diffgraft.methods.predictions import is_flow
 from diffusers import FlowMatchEulerDiscreteScheduler
 
+from diffgraft_accvideo.knobs import AccVideoConfig
 from diffgraft_accvideo.method import key_points, linear
 
 SPREAD = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "invert_sigmas", "stochastic_sampling")
@@ -36,15 +37,16 @@ def is_euler(scheduler: Any) -> bool:
     return isinstance(scheduler, FlowMatchEulerDiscreteScheduler)
 
 
-def whole(call: ScheduleCall, K: int, shift: float | None, device: Any) -> Schedule:
+def whole(call: ScheduleCall, K: int, knobs: AccVideoConfig, device: Any) -> Schedule:
     """The scheduler's own K steps from the line 1..1/K, which FlowMatchEuler does not take when it is told the number alone."""
+    shift = knobs.shift
     scheduler = call.scheduler
     euler = is_euler(scheduler)
     twin = type(scheduler).from_config(scheduler.config, **({} if shift is None else {"shift" if euler else "flow_shift": shift}))
     if euler and shift is None and not scheduler.config.get("use_dynamic_shifting"):
         twin.set_shift(scheduler.shift)  # as `set_shift` may have left it
     given = {name: call.get(name) for name in ("mu",) if call.get(name) is not None}
-    if euler:
+    if euler and knobs.levels == "line":
         twin.set_timesteps(sigmas=linear(K).tolist(), device=device, **given)
     else:
         twin.set_timesteps(K, device=device, **given)
