@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from diffgraft import Paper, PluginConfig
-from diffgraft.methods.artefacts import Artefact
-from pydantic import Field, model_validator
+from diffgraft.methods.artefacts import Artefact, checksum
+from pydantic import Field, field_serializer, model_validator
 from typing_extensions import Self
 
 PAPER = Paper(
@@ -57,6 +57,10 @@ class AccVideoConfig(PluginConfig):
     trajectories: str | Path | Artefact | None = Field(
         None, description="what `diffgraft calibrate accvideo` collected, for `diffgraft fit`; a run does not read it"
     )
+
+    @field_serializer("trajectories", when_used="json-unless-none")
+    def _told(self, value: Any) -> str:  # what tells one fit's data from another's
+        return checksum(value.facts, value.tensors) if isinstance(value, Artefact) else str(value)
 
     @model_validator(mode="after")
     def _on_the_grid(self) -> Self:
