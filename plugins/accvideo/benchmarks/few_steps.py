@@ -3,8 +3,8 @@
     python plugins/accvideo/benchmarks/few_steps.py                                     # without a LoRA: what it has to beat, 2 minutes
     python plugins/accvideo/benchmarks/few_steps.py --lora 4=FILE --lora 5=FILE --out few
 
-Case i is the i-th held-out caption (the checkpoint's own order) from seed i. The teacher has the checkpoint's own guidance, as have the runs
-called ``guided``, which cost two forwards a step; all others have none.
+Case i is the i-th held-out caption (the checkpoint's own order) from seed i. The teacher has the checkpoint's own guidance, as have the
+runs called ``guided``, which cost two forwards a step; all others have none.
 
     judge      shares of clips whose object, background, size and motion are as the caption says (first ``--judged`` cases), Wilson's 95 %
     end        RMS distance of the final latents to the teacher's from the same noise
@@ -133,8 +133,8 @@ def main(
             row[key] = (found.share, found.low, found.high)
         shown[f"{name}\n{n} steps\n{forwards} forwards"] = clips
         rows.append(row)
-        console.print(f"{name}, {n} steps, {forwards} forwards | " + ", ".join(
-            f"{key} {value[0]:.3f} ({value[1]:.3f} to {value[2]:.3f})" for key, value in row.items() if isinstance(value, tuple)))  # fmt: skip
+        told = ("{} {:.3f} ({:.3f} to {:.3f})".format(key, *value) for key, value in row.items() if isinstance(value, tuple))
+        console.print(f"{name}, {n} steps, {forwards} forwards | " + ", ".join(told))
         facts = {"cases": cases, "judged": judged, "loras": loras, "python": platform.python_version(), "torch": torch.__version__,
                  "diffusers": diffusers.__version__, "rows": rows}  # fmt: skip
         out.with_suffix(".json").write_text(json.dumps(facts, indent=1))

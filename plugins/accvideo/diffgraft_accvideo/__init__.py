@@ -27,7 +27,7 @@ class AccVideo(Plugin):
     name = "accvideo"
     paper = PAPER
     families = ("wan", "ltx")
-    not_on: ClassVar[dict[str, str]] = {"*VideoToVideo*": "it begins in mid-schedule with a video, and a student knows whole runs alone"}
+    not_on: ClassVar[dict[str, str]] = {"*VideoToVideo*": "it begins in mid-schedule with a video, and a student knows whole runs only"}
     Config = AccVideoConfig
     neutral: ClassVar[dict[str, Any]] = {"steps": 0}
     active: ClassVar[dict[str, Any]] = {"steps": None, "guidance": "keep"}
@@ -49,8 +49,8 @@ class AccVideo(Plugin):
         adapter = target.given["lora"]
         if adapter is not None and (without := target.denoisers.keys() - adapter.loras.keys()):
             raise Unsupported(
-                f"accvideo: lora is for {', '.join(adapter.loras)} alone, and a student takes the place of {min(without)} too: name one for "
-                f"each, lora={{{', '.join(f'{name!r}: FILE' for name in target.denoisers)}}}"
+                f"accvideo: lora is for {', '.join(adapter.loras)} alone, and a student replaces {min(without)} too: name one "
+                f"for each, lora={{{', '.join(f'{name!r}: FILE' for name in target.denoisers)}}}"
             )
 
     def run(self, call: RunCall, next: Any) -> Any:
@@ -60,8 +60,10 @@ class AccVideo(Plugin):
             return next(call)
         ensure_flow(call.family, call.pipe.scheduler)  # again: the scheduler may be another one now
         if own := [name for name in ("timesteps", "sigmas") if call.get(name) is not None]:
-            raise ConfigError(f"plugin 'accvideo': the call says {' and '.join(own)} itself, and a student knows its own levels alone; leave "
-                              "them out, or set steps = 0")  # fmt: skip
+            raise ConfigError(
+                f"plugin 'accvideo': the call says {' and '.join(own)} itself, and a student knows its own levels alone; leave them out, or "
+                "set steps = 0"
+            )
         call = self._unguided(self._with_steps(call))
         if call.given("lora") is None:
             call.note("no lora is given: the base model makes the student's few steps, which it was not made for")
@@ -103,8 +105,8 @@ class AccVideo(Plugin):
         for name in names:
             if name in call.said and (call[name] or 0) > 1:
                 raise ConfigError(
-                    f"plugin 'accvideo': {name} = {call[name]}: the student has its teacher's guidance in it, and more of it oversaturates at "
-                    "twice the cost; leave it out (1 is none), or say guidance = 'keep'"
+                    f"plugin 'accvideo': {name} = {call[name]}: the student has its teacher's guidance in it, and more of it oversaturates "
+                    "at twice the cost; leave it out (1 is none), or say guidance = 'keep'"
                 )
         was = call.get(guidance.scale, takes[guidance.scale].default)
         if isinstance(was, (int, float)) and was > 1:

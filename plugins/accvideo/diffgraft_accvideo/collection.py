@@ -54,7 +54,7 @@ class Seen:
 
 
 class Collect(Calibrator):
-    """Records of one run: "points" [rows, P, ...], "sigmas" [P], "index" [P], "guidance" [0 or 1] and the "text" of its prompts in UTF-8."""
+    """Records of one run: "points" [rows, P, ...], "sigmas" [P], "index" [P], "guidance" [0 or 1], and the "text" of its prompts."""
 
     name = "accvideo_collection"
     paper = PAPER
@@ -76,7 +76,7 @@ class Collect(Calibrator):
     def schedule(self, call: ScheduleCall, next: Any) -> Schedule:
         own: Schedule = next(call)
         K, seen = len(own.timesteps), call.shared
-        if K < max(self.config.points):
+        if max(self.config.points) > K:
             raise ConfigError(
                 f"plugin 'accvideo': points = {max(self.config.points)} of a trajectory of {K} steps: at most as many; ask for more steps"
             )

@@ -25,8 +25,8 @@ def ensure_flow(family: Family, scheduler: Any) -> None:
     name, config = type(scheduler).__name__, scheduler.config
     if not is_flow(family, scheduler) or not (is_euler(scheduler) or config.get("use_flow_sigmas")):
         raise Unsupported(
-            f"accvideo: {name} does not step along the shifted line of a flow model: use FlowMatchEulerDiscreteScheduler, or UniPC or DPM++ "
-            "with use_flow_sigmas"
+            f"accvideo: {name} does not step along the shifted line of a flow model: use FlowMatchEulerDiscreteScheduler, or UniPC or "
+            "DPM++ with use_flow_sigmas"
         )
     if wrong := [key for key in SPREAD if config.get(key)]:
         raise Unsupported(f"accvideo: {name} with {wrong[0]} has other levels than a student was made for: set {wrong[0]} = False")

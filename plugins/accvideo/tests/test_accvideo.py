@@ -175,7 +175,7 @@ def test_the_official_scripts_euler_levels_are_an_option():
     official.set_timesteps(50)
     found = run(tiny(scheduler=euler(5.0)), {"steps": 10, "levels": "official"})[2]
     assert torch.equal(found, official.sigmas[torch.arange(0, 51, 5)])
-    assert float(found[1]) == pytest.approx(0.9779, abs=1e-4) or float(found[1]) == pytest.approx(0.9757, abs=1e-4)
+    assert float(found[1]) == pytest.approx(0.9779, abs=5e-5), "not 0.9783, the second of ten on the line, nor 0.9757, of the number 10"
 
 
 def test_the_schedulers_config_stays_as_it_was():
@@ -293,15 +293,14 @@ def test_what_cannot_teach_is_refused(tmp_path):
 def test_a_fit_brings_the_student_nearer_to_its_teachers_end(tmp_path, trajectories):
     made = tiny()
     out = tmp_path / "l.safetensors"
-    found = fitted(made, out, trajectories, steps=2, plan=FitPlan(steps=120, batch=8), **{})
+    found = fitted(made, out, trajectories, steps=2, plan=FitPlan(steps=120, batch=8))
     losses = found.facts["fit"]["losses"]
     assert losses[-1] < losses[0]
     far = []
     for knobs in ({"strength": 0.0}, {}):
-        ends = [
-            run(made, {"steps": 2, "grid": 10, "lora": out, **knobs}, seed=i, prompt=prompt, negative_prompt=None, num_videos_per_prompt=2)[0]
-            for i, prompt in enumerate(PROMPTS)
-        ]
+        call = {"negative_prompt": None, "num_videos_per_prompt": 2}
+        student = {"steps": 2, "grid": 10, "lora": out, **knobs}
+        ends = [run(made, student, seed=i, prompt=prompt, **call)[0] for i, prompt in enumerate(PROMPTS)]
         far.append(float((torch.cat(ends) - trajectories.tensors["points"][:, -1]).square().mean()))
     assert far[1] < 0.9 * far[0]
 
@@ -441,7 +440,7 @@ def test_several_prompts_and_videos_and_half_precision(lora):
 
 def test_each_of_two_denoisers_has_a_lora_of_its_own(lora):
     made = tiny("WanPipeline@2.2")
-    with pytest.raises(Unsupported, match=r"takes the place of transformer_2 too"):
+    with pytest.raises(Unsupported, match=r"a student replaces transformer_2 too"):
         run(made, {"steps": 5, "lora": lora})
     call = {"guidance_scale_2": None}
     latents, report, _ = run(made, {"steps": 5, "lora": {"transformer": lora, "transformer_2": lora}}, **call)
