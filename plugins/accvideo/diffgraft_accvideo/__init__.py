@@ -61,8 +61,8 @@ class AccVideo(Plugin):
         ensure_flow(call.family, call.pipe.scheduler)  # again: the scheduler may be another one now
         if own := [name for name in ("timesteps", "sigmas") if call.get(name) is not None]:
             raise ConfigError(
-                f"plugin 'accvideo': the call says {' and '.join(own)} itself, and a student knows its own levels alone; leave them out, or "
-                "set steps = 0"
+                f"plugin 'accvideo': the call says {' and '.join(own)} itself, and a student knows its own levels only; leave them out, "
+                "or set steps = 0"
             )
         call = self._unguided(self._with_steps(call))
         if call.given("lora") is None:
