@@ -32,7 +32,7 @@ class AccVideoConfig(PluginConfig):
         description="N: steps of a run, those that the LoRA was made for (published: 10 for Wan, 5 for Hunyuan Video); none: as many as "
         "the call says; 0 is off, bit for bit",
     )
-    lora: Any = Field(
+    lora: str | Path | dict[str, Any] | None = Field(
         None, description="a LoRA file that `diffgraft fit accvideo` or somebody else made, or one for each denoiser by its attribute"
     )
     strength: float = Field(1.0, ge=0, le=2, description="of the LoRA; 0 is the base model on the same schedule")
