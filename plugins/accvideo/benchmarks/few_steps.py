@@ -36,6 +36,7 @@ from diffgraft_checkpoints.emoji import motion, motion_judge
 from diffgraft_checkpoints.train.wan_measure import held_out_labels
 from PIL import Image, ImageDraw
 from rich.console import Console
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 BATCH = 16
@@ -93,6 +94,7 @@ def main(
     steps: Annotated[str, typer.Option(help="N of the runs")] = "4,5,10",
     cases: Annotated[int, typer.Option(min=8, max=512)] = 64,
     judged: Annotated[int, typer.Option(min=1, help="cases that are decoded and judged")] = 32,
+    teacher: Annotated[Path | None, typer.Option(help="file of the teacher's latents: written, or read where it is there")] = None,
     out: Annotated[Path, typer.Option()] = Path("few-steps"),
 ) -> None:
     console = Console(markup=False, highlight=False, width=200)
@@ -101,8 +103,8 @@ def main(
     model, labels = Model(), held_out_labels()
     texts = [motion.caption(each) for each in labels[:cases]]
     several = [motion.caption(each) for each in labels[:CAPTIONS] for _ in range(SEEDS)]
-    teacher = {"knobs": None, "num_inference_steps": 50}
-    arms: list[tuple[str, int, dict[str, Any]]] = [("teacher", 50, teacher)]
+    fifty: dict[str, Any] = {"knobs": None, "num_inference_steps": 50}
+    arms: list[tuple[str, int, dict[str, Any]]] = [("teacher", 50, fifty)]
     for n in map(int, steps.split(",")):
         preset = {"steps": n}
         arms += [
@@ -113,17 +115,24 @@ def main(
         ]
         if n in loras:
             arms.append(("AccVideo", n, {"knobs": {**preset, "lora": loras[n]}}))
-    other, _ = model.make(texts, [10_000 + i for i in range(cases)], **teacher)
-    end: Tensor | None = None
+    noises = {"end": (texts, 0), "other": (texts, 10_000), "many": (several, 1000)}
+    if teacher is not None and teacher.exists():
+        kept = load_file(teacher)
+    else:
+        kept = {name: model.make(said, [first + i for i in range(len(said))], **fifty)[0] for name, (said, first) in noises.items()}
+        if teacher is not None:
+            save_file(kept, teacher)
     rows: list[dict[str, Any]] = []
     shown: dict[str, list[np.ndarray]] = {}
     for name, n, arm in arms:
-        made, forwards = model.make(texts, list(range(cases)), **arm)
-        end = made if end is None else end
+        if name == "teacher":
+            made, many, forwards = kept["end"], kept["many"], 100
+        else:
+            made, forwards = model.make(texts, list(range(cases)), **arm)
+            many, _ = model.make(several, [1000 + i for i in range(len(several))], **arm)
         row: dict[str, Any] = {"run": name, "steps": n, "forwards": forwards}
-        row["end"] = tell(Mean.of((made - end).square().flatten(1).mean(1).sqrt().tolist()))
-        row["frechet"] = interval_of_frechet(fields(made), fields(other))
-        many, _ = model.make(several, [1000 + i for i in range(len(several))], **arm)
+        row["end"] = tell(Mean.of((made - kept["end"]).square().flatten(1).mean(1).sqrt().tolist()))
+        row["frechet"] = interval_of_frechet(fields(made), fields(kept["other"]))
         row["diversity"] = tell(Mean.of(spread(many)))
         clips = model.clips(made[:judged])
         verdicts = model.judge.score(clips, texts[:judged])
