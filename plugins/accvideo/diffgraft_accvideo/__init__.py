@@ -117,7 +117,8 @@ class AccVideo(Plugin):
         own: Schedule = next(call)
         if self.config.steps == 0:
             return own
-        return strided(whole(call, self.config.grid, self.config, own.timesteps.device), len(own.timesteps))
+        made = whole(call.scheduler, self.config.grid, self.config, own.timesteps.device, call.get("mu"))
+        return strided(made, len(own.timesteps))
 
     def denoise(self, call: DenoiseCall, next: Any) -> Tensor:
         adapter, strength = call.given("lora"), self.config.strength

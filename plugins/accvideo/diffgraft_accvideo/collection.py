@@ -80,7 +80,7 @@ class Collect(Calibrator):
             raise ConfigError(
                 f"plugin 'accvideo': points = {max(self.config.points)} of a trajectory of {K} steps: at most as many; ask for more steps"
             )
-        made = whole(call, K, self.config, own.timesteps.device)
+        made = whole(call.scheduler, K, self.config, own.timesteps.device, call.get("mu"))
         assert made.sigmas is not None
         seen.keep, seen.points, seen.sigmas = union(K, self.config.points), [], made.sigmas.double().cpu()
         return made

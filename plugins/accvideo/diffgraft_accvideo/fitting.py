@@ -6,15 +6,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
-from diffgraft import ArtefactMismatch, ConfigError, PluginConfig, Unsupported, denoisers_of, find_family
+from diffgraft import ArtefactMismatch, ConfigError, PluginConfig, denoisers_of, find_family
 from diffgraft.methods.artefacts import Artefact
 from diffgraft.methods.fitter import Batch, LoraFitter
-from diffgraft.methods.search import Probe
 from pydantic import Field
 from torch import Tensor, nn
 
 from diffgraft_accvideo.collection import HOLDS, ensure_teaches
 from diffgraft_accvideo.method import jump, key_points, trajectory_loss
+from diffgraft_accvideo.schedules import strided, whole
 
 FITS = frozenset({"scheduler"})
 """What of the collecting run a fit must share beside the model; the size is held against the denoiser's call."""
@@ -82,17 +82,18 @@ class AccVideoFitter(LoraFitter):
                 f"accvideo: the trajectories hold the points {index} of {K}, and {N} steps need {lacks[0]} too: collect with "
                 f"-o points=[{N}], or fit another number of steps"
             )
-        place = torch.tensor([index.index(t) for t in wanted])
-        self.held, self.kept, self.sigmas = held, held.tensors["points"], held.tensors["sigmas"][place]
-        self.place = place
+        self.place = torch.tensor([index.index(t) for t in wanted])
+        self.held, self.kept, self.sigmas = held, held.tensors["points"], held.tensors["sigmas"][self.place]
+        if not scheduler.config.get("use_dynamic_shifting"):
+            ours = strided(whole(scheduler, K, self.plugin.config), N).sigmas
+            if not torch.allclose(self.sigmas.float(), ours.float().cpu(), rtol=0, atol=1e-5):
+                raise ArtefactMismatch(
+                    "accvideo: a run with shift and levels as they are here would be at other levels than the trajectories: say the "
+                    "-o shift= and -o levels= that they were collected with"
+                )
         self.of_text: dict[str, list[int]] = {}
         for row, text in enumerate(held.facts["texts"]):
             self.of_text.setdefault(text, []).append(row)
-
-    def build(self, probe: Probe) -> nn.Module:
-        if not all(isinstance(model, nn.Module) for model in probe.target.denoisers.values()) or len(probe.target.denoisers) != 1:
-            raise Unsupported("accvideo: one denoiser learns a LoRA, and this pipeline has several")
-        return super().build(probe)
 
     def loss(self, session: Any, batch: Batch) -> Tensor:
         family = self.probe.target.family
@@ -104,12 +105,14 @@ class AccVideoFitter(LoraFitter):
         x, there = (self.kept[row, self.place[k]].to(device) for k in (i, i + 1))
         T = self.probe.scheduler.config.num_train_timesteps
         t = (self.sigmas[i] * T).float().to(device)
-        arguments = {
-            **self.conditioning(batch),
-            family.sample: x.to(model.dtype),
-            family.timestep: t * family.timestep_scale,
-        }
-        v = session.model(**{**arguments, "return_dict": False})[0]
+        call = dict(self.conditioning(batch, whole=True))
+        if (size := tuple(call[family.sample].shape[1:])) != (here := tuple(x.shape[1:])):
+            raise ArtefactMismatch(
+                f"accvideo: the trajectories have latents of {here}, and this call {size}: give the --height, --width and -a num_frames= that "
+                "they were collected with"
+            )
+        call |= {family.sample: x.to(model.dtype), family.timestep: t * family.timestep_scale, "return_dict": False}
+        v = session.model(**call)[0]
         return trajectory_loss(jump(x, v, self.sigmas[i], self.sigmas[i + 1]), there)
 
     def facts(self) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from diffgraft import ConfigError, Family, Schedule, ScheduleCall, Unsupported
+from diffgraft import ConfigError, Family, Schedule, Unsupported
 from diffgraft.methods.predictions import is_flow
 from diffusers import FlowMatchEulerDiscreteScheduler
 
@@ -37,15 +37,17 @@ def is_euler(scheduler: Any) -> bool:
     return isinstance(scheduler, FlowMatchEulerDiscreteScheduler)
 
 
-def whole(call: ScheduleCall, K: int, knobs: AccVideoConfig, device: Any) -> Schedule:
-    """The scheduler's own K steps from the line 1..1/K, which FlowMatchEuler does not take when it is told the number alone."""
-    shift = knobs.shift
-    scheduler = call.scheduler
-    euler = is_euler(scheduler)
+def whole(scheduler: Any, K: int, knobs: AccVideoConfig, device: Any = None, mu: float | None = None) -> Schedule:
+    """The scheduler's own K steps from the line 1..1/K, which FlowMatchEuler does not take when it is told the number alone.
+
+    Args:
+        mu: what the pipeline says of the size, where the shift is dynamic.
+    """
+    shift, euler = knobs.shift, is_euler(scheduler)
     twin = type(scheduler).from_config(scheduler.config, **({} if shift is None else {"shift" if euler else "flow_shift": shift}))
     if euler and shift is None and not scheduler.config.get("use_dynamic_shifting"):
         twin.set_shift(scheduler.shift)  # as `set_shift` may have left it
-    given = {name: call.get(name) for name in ("mu",) if call.get(name) is not None}
+    given = {} if mu is None else {"mu": mu}
     if euler and knobs.levels == "line":
         twin.set_timesteps(sigmas=linear(K).tolist(), device=device, **given)
     else:
