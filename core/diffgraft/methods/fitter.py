@@ -148,6 +148,10 @@ class Fitter(Plugin):
         heard = self._listening.conditioning(arguments)
         return (heard.whole if whole else heard.of_branch)[branch]
 
+    def calls(self, batch: Batch) -> Mapping[str, Mapping[str, Any]]:
+        """All arguments of the denoiser's calls for the batch's prompts, by branch: the noisy sample and timestep, to be exchanged, too."""
+        return self._listening.conditioning(self.arguments(batch)).whole
+
     def arguments(self, batch: Batch) -> dict[str, Any]:
         """The arguments of a call that makes the batch's prompts: the same each time, and nothing is drawn from ``batch.generator``."""
         seeds = torch.randint(
