@@ -108,8 +108,8 @@ class AccVideoFitter(LoraFitter):
         call = dict(self.conditioning(batch, whole=True))
         if (size := tuple(call[family.sample].shape[1:])) != (here := tuple(x.shape[1:])):
             raise ArtefactMismatch(
-                f"accvideo: the trajectories have latents of {here}, and this call {size}: give the --height, --width and -a num_frames= that "
-                "they were collected with"
+                f"accvideo: the trajectories have latents of {here}, and this call {size}: give the --height, --width and -a num_frames= "
+                "that they were collected with"
             )
         call |= {family.sample: x.to(model.dtype), family.timestep: t * family.timestep_scale, "return_dict": False}
         v = session.model(**call)[0]

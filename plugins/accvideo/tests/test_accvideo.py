@@ -338,6 +338,8 @@ def test_trajectories_of_something_else_are_refused_before_anything_is_learned(t
     refused(Unsupported, "makes Euler's steps", tiny(scheduler=unipc()))
     refused(ArtefactMismatch, r"of 10 steps, and grid = 50", grid=50)
     refused(ArtefactMismatch, r"3 steps need 3 too", trajectories=without(trajectories, 3), steps=3)
+    refused(ArtefactMismatch, "would be at other levels", shift=5.0)
+    refused(ArtefactMismatch, "would be at other levels", levels="official")
     refused(ConfigError, "steps = 0", steps=0)
     refused(ConfigError, "none of 'a blue moon'", prompts=["a blue moon"])
     other = tiny()
@@ -346,6 +348,27 @@ def test_trajectories_of_something_else_are_refused_before_anything_is_learned(t
         for parameter in other.pipe.transformer.parameters():
             parameter.mul_(1.5)
     refused(ArtefactMismatch, "with other weights", other)
+
+
+def test_trajectories_of_another_size_are_refused(tmp_path, trajectories):
+    made = tiny()
+    made.kwargs["width"] *= 2
+    with pytest.raises(ArtefactMismatch, match=r"latents of \(8, 2, 4, 4\), and this call \(8, 2, 4, 8\)"):
+        fitted(made, tmp_path / "l.safetensors", trajectories)
+    assert not (tmp_path / "l.safetensors").exists()
+
+
+def test_packed_latents_and_a_dynamic_shift_are_learned_from_too(tmp_path):
+    """LTX: the pipeline says the shift by the size, and the denoiser is told frames, height and width."""
+    made = make("LTXPipeline")
+    made.pipe.set_progress_bar_config(disable=True)
+    made.kwargs["max_sequence_length"] = 32
+    held = collected(made, tmp_path / "t.safetensors")
+    fitted(made, tmp_path / "l.safetensors", held)
+    latents, report, sigmas = run(made, {"steps": 5, "grid": 10, "lora": tmp_path / "l.safetensors"})
+    assert latents.shape[1:] == held.tensors["points"].shape[2:]
+    torch.testing.assert_close(sigmas.double(), held.tensors["sigmas"])
+    assert sum(report.forwards.values()) == 5
 
 
 def without(artefact: Artefact, point: int) -> Artefact:
