@@ -12,7 +12,8 @@ runs called ``guided``, which cost two forwards a step; all others have none.
                the first row is the teacher's own from these noises: what is left where nothing is wrong
     diversity  RMS distance of latents between four noises of one caption, eight captions
 
-Means and ``frechet`` have a 95 % interval of a bootstrap over cases (captions). Writes OUT.json and OUT.png.
+Means and ``frechet`` have a 95 % interval of a bootstrap over cases (captions). Writes OUT.json and OUT.png;
+rows that are in OUT.json already are not measured again.
 """
 
 from __future__ import annotations
@@ -43,6 +44,8 @@ BATCH = 16
 JUDGED = ("object", "background", "size", "motion")
 SEEDS, CAPTIONS = 4, 8
 """Of the diversity."""
+COLUMNS = 6
+"""Clips of each run in the picture."""
 
 
 class Model:
@@ -124,29 +127,36 @@ def main(
             save_file(kept, teacher)
     rows: list[dict[str, Any]] = []
     shown: dict[str, list[np.ndarray]] = {}
+    page = out.with_suffix(".json")
+    before = json.loads(page.read_text()) if page.exists() else {}
+    done = before.get("rows", []) if (before.get("cases"), before.get("judged")) == (cases, judged) else []
     for name, n, arm in arms:
+        what = {"run": name, "steps": n, "lora": (arm["knobs"] or {}).get("lora")}
+        row = next((each for each in done if each.items() >= what.items()), None)
+        few = COLUMNS if row else cases
         if name == "teacher":
-            made, many, forwards = kept["end"], kept["many"], 100
+            made, forwards = kept["end"][:few], 100
         else:
-            made, forwards = model.make(texts, list(range(cases)), **arm)
-            many, _ = model.make(several, [1000 + i for i in range(len(several))], **arm)
-        row: dict[str, Any] = {"run": name, "steps": n, "forwards": forwards}
-        row["end"] = tell(Mean.of((made - kept["end"]).square().flatten(1).mean(1).sqrt().tolist()))
-        row["frechet"] = interval_of_frechet(fields(made), fields(kept["other"]))
-        row["diversity"] = tell(Mean.of(spread(many)))
-        clips = model.clips(made[:judged])
-        verdicts = model.judge.score(clips, texts[:judged])
-        verdicts["all"] = [all(each) for each in zip(*(verdicts[key] for key in JUDGED), strict=True)]
-        for key in (*JUDGED, "all"):
-            found = share([bool(v) for v in verdicts[key]])
-            row[key] = (found.share, found.low, found.high)
+            made, forwards = model.make(texts[:few], list(range(few)), **arm)
+        clips = model.clips(made[: COLUMNS if row else judged])
+        if row is None:
+            many = kept["many"] if name == "teacher" else model.make(several, [1000 + i for i in range(len(several))], **arm)[0]
+            row = {**what, "forwards": forwards}
+            row["end"] = tell(Mean.of((made - kept["end"]).square().flatten(1).mean(1).sqrt().tolist()))
+            row["frechet"] = interval_of_frechet(fields(made), fields(kept["other"]))
+            row["diversity"] = tell(Mean.of(spread(many)))
+            verdicts = model.judge.score(clips, texts[:judged])
+            verdicts["all"] = [all(each) for each in zip(*(verdicts[key] for key in JUDGED), strict=True)]
+            for key in (*JUDGED, "all"):
+                found = share([bool(v) for v in verdicts[key]])
+                row[key] = (found.share, found.low, found.high)
         shown[f"{name}\n{n} steps\n{forwards} forwards"] = clips
         rows.append(row)
-        told = ("{} {:.3f} ({:.3f} to {:.3f})".format(key, *value) for key, value in row.items() if isinstance(value, tuple))
+        told = ("{} {:.3f} ({:.3f} to {:.3f})".format(key, *value) for key, value in row.items() if isinstance(value, (tuple, list)))
         console.print(f"{name}, {n} steps, {forwards} forwards | " + ", ".join(told))
-        facts = {"cases": cases, "judged": judged, "loras": loras, "python": platform.python_version(), "torch": torch.__version__,
+        facts = {"cases": cases, "judged": judged, "python": platform.python_version(), "torch": torch.__version__,
                  "diffusers": diffusers.__version__, "rows": rows}  # fmt: skip
-        out.with_suffix(".json").write_text(json.dumps(facts, indent=1))
+        page.write_text(json.dumps({**facts, "rows": rows + [each for each in done if each not in rows]}, indent=1))
     sheet(shown, out.with_suffix(".png"))
 
 
@@ -154,14 +164,14 @@ def tell(found: Mean) -> tuple[float, float, float]:
     return found.mean, found.low, found.high
 
 
-def sheet(shown: dict[str, list[np.ndarray]], path: Path, columns: int = 6) -> None:
+def sheet(shown: dict[str, list[np.ndarray]], path: Path) -> None:
     """The first clips of each run: first, middle and last frame."""
     side, left = 56, 110
-    page = Image.new("RGB", (left + columns * (3 * side + 4), len(shown) * (side + 2)), "white")
+    page = Image.new("RGB", (left + COLUMNS * (3 * side + 4), len(shown) * (side + 2)), "white")
     pen = ImageDraw.Draw(page)
     for y, (key, clips) in enumerate(shown.items()):
         pen.multiline_text((4, y * (side + 2) + 4), key, fill="black", font_size=11)
-        for x, clip in enumerate(clips[:columns]):
+        for x, clip in enumerate(clips[:COLUMNS]):
             for k, i in enumerate((0, len(clip) // 2, -1)):
                 frame = Image.fromarray(clip[i]).resize((side - 1, side - 1), Image.Resampling.LANCZOS)
                 page.paste(frame, (left + x * (3 * side + 4) + k * side, y * (side + 2)))
