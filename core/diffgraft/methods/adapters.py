@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from accelerate.hooks import CpuOffload
@@ -257,6 +258,8 @@ def read_lora(pipe: Any, model: Any, source: Any, where: str) -> Lora:
     """A LoRA, every tensor of which has its place in ``model``."""
     shown = os.fspath(source) if isinstance(source, (str, os.PathLike)) else "(in memory)"
     given = dict(source) if isinstance(source, Mapping) else shown
+    if shown.startswith((".", "/", "~")) and not Path(shown).expanduser().exists():  # nothing that the Hub could have
+        raise ConfigError(f"{where} = {shown}: there is no such file")
     try:
         read = type(pipe).lora_state_dict(given, return_lora_metadata=True, return_alphas=True, unet_config=model.config)
     except OSError as error:
@@ -264,8 +267,9 @@ def read_lora(pipe: Any, model: Any, source: Any, where: str) -> Lora:
     except Exception as error:  # whatever a wrong file does in diffusers' converters
         raise ArtefactMismatch(f"{where} = {shown} cannot be read as a LoRA: {said(error)}") from error
     state, *alphas, metadata = read  # some classes know no alphas beside the tensors
-    state = convert_unet_state_dict_to_peft(state)  # older names
+    state = with_all_biases(convert_unet_state_dict_to_peft(state))  # of older names too
     wrong = [why for name, value in state.items() if (why := misfit(model, name, value)) is not None]
+    wrong += [f"{name} is a bias without weights" for name in state if name.endswith(".bias") and f"{name[:-4]}weight" not in state]
     if wrong or not state:
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         why = "; ".join(wrong[:3]) + more if wrong else "it is empty"
@@ -273,7 +277,16 @@ def read_lora(pipe: Any, model: Any, source: Any, where: str) -> Lora:
     return Lora(state, {"metadata": metadata} | ({"network_alphas": alphas[0]} if alphas else {}))
 
 
-PLACE = re.compile(r"(?:unet|transformer)\.(?P<path>.+?)\.lora_(?P<half>[AB])\.weight")
+def with_all_biases(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Zeros for the biases that a LoRA with some lacks: peft gives every layer one, and diffusers leaves those that no file fills empty."""
+    lacks: dict[str, Tensor] = {}
+    if any(name.endswith(".lora_B.bias") for name in state):
+        wide = {name.removesuffix("weight") + "bias": value for name, value in state.items() if name.endswith(".lora_B.weight")}
+        lacks = {name: value.new_zeros(value.shape[0]) for name, value in wide.items() if name not in state}
+    return {**state, **lacks}
+
+
+PLACE = re.compile(r"(?:unet|transformer)\.(?P<path>.+?)\.lora_(?P<half>[AB])\.(?P<part>weight|(?<=B\.)bias)")
 """A tensor of a LoRA, as diffusers names it once a file is read."""
 
 
