@@ -13,10 +13,11 @@ from typing import Any, ClassVar
 from diffgraft import ConfigError, DenoiseCall, Effects, Family, ModulesCall, Need, Plugin, RunCall, Schedule, ScheduleCall, StepCall
 from diffgraft import StepOutput, Target, Unsupported
 from diffgraft.methods.adapters import adapter_layers, weighted
+from diffgraft.methods.inputs import parameters
 from diffgraft.methods.solvers import schedule_errors
 from torch import Tensor
 
-from diffgraft_rcm.fitter import DCMFitter
+from diffgraft_rcm.fitter import STEPS, DCMFitter
 from diffgraft_rcm.knobs import PAPER, RCMConfig
 from diffgraft_rcm.method import times_of
 from diffgraft_rcm.scheduler import RCMScheduler
@@ -24,9 +25,6 @@ from diffgraft_rcm.weights import LAYOUT, as_diffusers, filled, misfits
 
 __all__ = ["RCM", "RCMScheduler"]
 __version__ = "0.1.0"
-
-STEPS = 4
-"""Of a call that does not say how many."""
 
 
 @dataclass
@@ -43,7 +41,7 @@ class RCM(Plugin):
     Config = RCMConfig
     State = Begun
     neutral: ClassVar[dict[str, Any]] = {"times": None}
-    active: ClassVar[dict[str, Any]] = {"times": "even"}
+    active: ClassVar[dict[str, Any]] = {"times": "even", "guided": True}  # any number of steps, any call
     scheduler = RCMScheduler
     effects = Effects(replaces=frozenset({"scheduler"}), edits=frozenset({"latents"}), stochastic=True)
     needs = (Need("weights", "weights", holds=LAYOUT), Need("adapter", "lora"))
@@ -54,7 +52,13 @@ class RCM(Plugin):
         """RF times of a run of so many steps."""
         return times_of("quality" if self.config.times is None else self.config.times, steps, self.config.sigma_max)
 
+    def usual_steps(self) -> int:
+        """Of a call that does not say how many."""
+        return len(self.config.times) if isinstance(self.config.times, tuple) else STEPS
+
     def check(self, target: Target) -> None:
+        if self.config.times is not None and target.pipe.config.get("expand_timesteps"):
+            raise Unsupported(f"rcm: {type(target.pipe).__name__} gives each token a time of its own (expand_timesteps); rCM has one a step")
         weights = target.given.get("weights")
         if weights is None:
             return
@@ -89,16 +93,17 @@ class RCM(Plugin):
         call.shared.first = None  # an outer plugin may run the pipeline several times
         if self.config.times is None:
             return next(call)
-        changes: dict[str, Any] = {} if "num_inference_steps" in call.said else {"num_inference_steps": STEPS}
-        guidance = call.family.guidance
-        for name in filter(None, (guidance.scale, guidance.second_scale)) if not self.config.guided else ():
+        taken, guidance = parameters(call.pipe), call.family.guidance
+        changes: dict[str, Any] = {} if "num_inference_steps" in call.said else {"num_inference_steps": self.usual_steps()}
+        scales = [each for each in (guidance.scale, guidance.second_scale) if each in taken and guidance.layout != "none"]
+        for name in scales if not self.config.guided else ():
             scale = call.get(name)
             if name not in call.said:
                 changes[name] = 1.0 if name == guidance.scale else None
             elif isinstance(scale, int | float) and scale > 1:
                 raise ConfigError(
                     f"rcm: {name} = {scale:g}: a distilled model has its guidance learned in, and is asked once a step; leave {name} out, "
-                    f"or set it to 1 (or guided=True, for a model that wants it)"
+                    "or set it to 1 (or guided=True, for a model that wants it)"
                 )
         for name in ("sigmas", "timesteps"):
             if call.get(name) is not None and name in call.said:

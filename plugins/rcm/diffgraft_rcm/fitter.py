@@ -20,16 +20,20 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from diffgraft_rcm.method import chain, clean, consistency_loss, start
+from diffgraft_rcm.method import clean, consistency_loss, guided, refined, start
+
+
+STEPS = 4
+"""Whose times are learned; a run of fewer takes the first of them."""
 
 
 class FitConfig(PluginConfig):
     """Knobs of the fit (``diffgraft fit rcm --set NAME=VALUE``)."""
 
-    rank: int = Field(64, ge=1, le=1024, description="rank of the LoRA, and its alpha")
-    rate: float = Field(5e-4, gt=0, le=1, description="learning rate of AdamW")
-    hop: float = Field(0.16, gt=0, le=1, description="largest distance in t between neighbours of which consistency is asked")
-    teacher_steps: int = Field(1, ge=1, le=64, description="Euler steps of the teacher from one neighbour to the next")
+    rank: int = Field(32, ge=1, le=1024, description="rank of the LoRA, and its alpha")
+    rate: float = Field(3e-4, gt=0, le=1, description="learning rate of AdamW")
+    hop: float = Field(1.0, gt=0, le=1, description="largest distance in t between neighbours of which consistency is asked; 1: the table's")
+    teacher_step: float = Field(0.16, gt=0, le=1, description="largest step in t of the teacher (Euler's method)")
     huber: float = Field(0.03, gt=0, description="c of the pseudo-Huber loss, in units of the latents")
     bf16: bool = Field(False, description="compute in bfloat16 (autocast): half the time on processors that have it")
 
@@ -48,7 +52,8 @@ class DCMFitter(LoraFitter):
     def build(self, probe: Any) -> nn.Module:
         self.rank, self.rate = self.config.rank, self.config.rate  # type: ignore[misc]
         self.listening = Listening(probe.target.pipe)
-        self.path = chain(self.plugin.times(4), self.config.hop)
+        times = (*self.plugin.times(STEPS), 0.0)
+        self.path = [t for stretch in refined(times, self.config.hop) for t in stretch[:-1]] + [0.0]
         return super().build(probe)
 
     def optimizer(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
@@ -73,17 +78,15 @@ class DCMFitter(LoraFitter):
     @torch.no_grad()
     def walk(self, session: Any, asked: Mapping[str, Mapping[str, Any]], x: Tensor) -> list[Tensor]:
         """The teacher's points of the path [batch, ...] each, from the noise to the end."""
-        points, parts = [x], self.config.teacher_steps
+        points = [x]
         order = [branch for branch in self.probe.target.family.guidance.order if branch in asked]
         with without_adapters(self.trained):
-            for begin, end in pairwise(self.path):
-                for part in range(parts):
-                    t = torch.full((len(x),), begin + (end - begin) * part / parts, device=x.device)
-                    said = dict(zip(order, self.ask(session, x, t, [asked[each] for each in order]).chunk(len(order)), strict=True))
-                    v = said["cond"]
-                    if "uncond" in said:
-                        v = said["uncond"] + (self.guidance or 1.0) * (v - said["uncond"])
-                    x = x + (end - begin) / parts * v
+            for stretch in refined(self.path, self.config.teacher_step):
+                for t, after in pairwise(stretch):
+                    times = torch.full((len(x),), t, device=x.device)
+                    v = self.ask(session, x, times, [asked[each] for each in order])
+                    said = dict(zip(order, v.chunk(len(order)), strict=True))
+                    x = x + (after - t) * guided(said["cond"], said.get("uncond"), self.guidance)
                 points.append(x)
         return points
 

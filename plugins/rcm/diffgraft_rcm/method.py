@@ -72,14 +72,18 @@ def renoised(x0: Tensor, noise: Tensor, t: float | Tensor) -> Tensor:
     return (1 - t) * x0 + t * noise
 
 
-def chain(times: Sequence[float], hop: float) -> list[float]:
-    """The times between which consistency is asked: those of the table and 0, and between two of them as many more, evenly, as keep
-    neighbours within ``hop`` of each other."""
-    found = [times[0]]
-    for t, s in pairwise((*times, 0.0)):
-        parts = max(1, math.ceil((t - s) / hop - 1e-9))
-        found += [t + (s - t) * part / parts for part in range(1, parts + 1)]
+def refined(times: Sequence[float], most: float) -> list[list[float]]:
+    """Each stretch of a falling list, from one time to the next, in even parts of at most ``most``; [[t, ..., s], [s, ..., r], ...]."""
+    found = []
+    for t, s in pairwise(times):
+        parts = max(1, math.ceil((t - s) / most - 1e-9))
+        found.append([t + (s - t) * part / parts for part in range(parts)] + [s])
     return found
+
+
+def guided(cond: Tensor, uncond: Tensor | None, scale: float | None) -> Tensor:
+    """The teacher's velocity under guidance."""
+    return cond if uncond is None or scale is None else uncond + scale * (cond - uncond)
 
 
 def pseudo_huber(difference: Tensor, c: float) -> Tensor:
