@@ -131,8 +131,8 @@ def main(
         row["diversity"] = of(spread(many))
         rows.append(row)
         shown[f"{name}\n{row['steps']} steps\n{forwards} forwards"] = clips
-        console.print(f"{name}, {row['steps']} steps, {forwards} forwards | " + ", ".join(
-            f"{key} {value[0]:.3f} ({value[1]:.3f} to {value[2]:.3f})" for key, value in row.items() if isinstance(value, tuple)))  # fmt: skip
+        told = [f"{key} {value[0]:.3f} ({value[1]:.3f} to {value[2]:.3f})" for key, value in row.items() if isinstance(value, tuple)]
+        console.print(f"{name}, {row['steps']} steps, {forwards} forwards | {', '.join(told)}")
     facts = {"cases": cases, "lora": lora, "table": table, "python": platform.python_version(), "torch": torch.__version__,
              "diffusers": diffusers.__version__, "rows": rows}  # fmt: skip
     out.with_suffix(".json").write_text(json.dumps(facts, indent=1))

@@ -1,8 +1,8 @@
 """rCM: flow models that were distilled to jump to the clean sample, in one to four steps (arXiv 2510.08431).
 
-(Zheng, Wang, Chen, Chen, Balaji, Liu, Zhu.) Each step asks the model once, without guidance, jumps to the x0 that it names, and noises that
-again to the next of a few fixed times. What makes a model jump is brought along: the published weights, or a LoRA that
-`diffgraft fit rcm` has learned.
+(Zheng, Wang, Ma, Chen, Zhang, Balaji, Chen, Liu, Zhu, Zhang.) Each step asks the model once, without guidance, jumps to the x0 that it
+names, and noises that again to the next of a few fixed times. What makes a model jump is brought along: the published weights, or a LoRA
+that `diffgraft fit rcm` has learned.
 """
 
 from __future__ import annotations
@@ -10,8 +10,22 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from diffgraft import ConfigError, DenoiseCall, Effects, Family, ModulesCall, Need, Plugin, RunCall, Schedule, ScheduleCall, StepCall
-from diffgraft import StepOutput, Target, Unsupported
+from diffgraft import (
+    ConfigError,
+    DenoiseCall,
+    Effects,
+    Family,
+    ModulesCall,
+    Need,
+    Plugin,
+    RunCall,
+    Schedule,
+    ScheduleCall,
+    StepCall,
+    StepOutput,
+    Target,
+    Unsupported,
+)
 from diffgraft.methods.adapters import adapter_layers, weighted
 from diffgraft.methods.inputs import parameters
 from diffgraft.methods.solvers import schedule_errors
@@ -58,7 +72,8 @@ class RCM(Plugin):
 
     def check(self, target: Target) -> None:
         if self.config.times is not None and target.pipe.config.get("expand_timesteps"):
-            raise Unsupported(f"rcm: {type(target.pipe).__name__} gives each token a time of its own (expand_timesteps); rCM has one a step")
+            name = type(target.pipe).__name__
+            raise Unsupported(f"rcm: {name} gives each token a time of its own (expand_timesteps); rCM has one a step")
         weights = target.given.get("weights")
         if weights is None:
             return
@@ -95,7 +110,7 @@ class RCM(Plugin):
             return next(call)
         taken, guidance = parameters(call.pipe), call.family.guidance
         changes: dict[str, Any] = {} if "num_inference_steps" in call.said else {"num_inference_steps": self.usual_steps()}
-        scales = [each for each in (guidance.scale, guidance.second_scale) if each in taken and guidance.layout != "none"]
+        scales = [each for each in (guidance.scale, guidance.second_scale or "") if each in taken and guidance.layout != "none"]
         for name in scales if not self.config.guided else ():
             scale = call.get(name)
             if name not in call.said:

@@ -22,7 +22,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from diffgraft_rcm.method import clean, consistency_loss, guided, refined, start
 
-
 STEPS = 4
 """Whose times are learned; a run of fewer takes the first of them."""
 
@@ -32,7 +31,7 @@ class FitConfig(PluginConfig):
 
     rank: int = Field(32, ge=1, le=1024, description="rank of the LoRA, and its alpha")
     rate: float = Field(3e-4, gt=0, le=1, description="learning rate of AdamW")
-    hop: float = Field(1.0, gt=0, le=1, description="largest distance in t between neighbours of which consistency is asked; 1: the table's")
+    hop: float = Field(1.0, gt=0, le=1, description="largest distance in t between neighbours that must agree; 1: those of the table")
     teacher_step: float = Field(0.16, gt=0, le=1, description="largest step in t of the teacher (Euler's method)")
     huber: float = Field(0.03, gt=0, description="c of the pseudo-Huber loss, in units of the latents")
     bf16: bool = Field(False, description="compute in bfloat16 (autocast): half the time on processors that have it")

@@ -41,9 +41,7 @@ class RCMScheduler(SchedulerMixin, ConfigMixin):
     init_noise_sigma = 1.0
 
     @register_to_config
-    def __init__(
-        self, num_train_timesteps: int = 1000, times: str | Sequence[float] = "quality", sigma_max: float = SIGMA_MAX
-    ) -> None:
+    def __init__(self, num_train_timesteps: int = 1000, times: str | Sequence[float] = "quality", sigma_max: float = SIGMA_MAX) -> None:
         steps = 4 if isinstance(times, str) else len(times)
         self.set_timesteps(steps)
 

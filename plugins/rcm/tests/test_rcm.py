@@ -301,15 +301,15 @@ def test_the_layout_is_that_of_wan_1_3b() -> None:
 def test_weights_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     state = published_file(tmp_path / "rcm.pt")
     pipe, _ = tiny()
-    with pytest.raises(Unsupported, match="of another Wan .*patch_embedding.weight is"):
+    with pytest.raises(Unsupported, match=r"of another Wan .*patch_embedding.weight is"):
         load_pipeline(pipe, plugins=[RCM(weights=Weights(LAYOUT.synthetic(SIZES | {"d": 48})))])
-    with pytest.raises(Unsupported, match="blocks.2.*is missing"):
+    with pytest.raises(Unsupported, match=r"blocks.2.*is missing"):
         load_pipeline(pipe, plugins=[RCM(weights=Weights(LAYOUT.synthetic(SIZES | {"i": 2})))])
     del state["head.modulation"]
-    with pytest.raises(ArtefactMismatch, match="head.modulation"):
+    with pytest.raises(ArtefactMismatch, match=r"head.modulation"):
         load_pipeline(pipe, plugins=[RCM(weights=Weights(state))])
     for name in ("WanPipeline@2.2", "StableDiffusion3Pipeline"):
-        with pytest.raises(Unsupported, match="one transformer of Wan 2.1"):
+        with pytest.raises(Unsupported, match=r"one transformer of Wan 2.1"):
             load_pipeline(tiny(name)[0], plugins=[RCM(weights=tmp_path / "rcm.pt")])
 
 
