@@ -55,7 +55,7 @@ class RCM(Plugin):
     Config = RCMConfig
     State = Begun
     neutral: ClassVar[dict[str, Any]] = {"times": None}
-    active: ClassVar[dict[str, Any]] = {"times": "even", "guided": True}  # any number of steps, any call
+    active: ClassVar[dict[str, Any]] = {"times": "spread", "guided": True}  # any number of steps, any call
     scheduler = RCMScheduler
     effects = Effects(replaces=frozenset({"scheduler"}), edits=frozenset({"latents"}), stochastic=True)
     needs = (Need("weights", "weights", holds=LAYOUT), Need("adapter", "lora"))
@@ -75,7 +75,7 @@ class RCM(Plugin):
             name = type(target.pipe).__name__
             raise Unsupported(f"rcm: {name} gives each token a time of its own (expand_timesteps); rCM has one a step")
         weights = target.given.get("weights")
-        if weights is None:
+        if weights is None or self.config.times is None:
             return
         name, model = type(target.pipe).__name__, next(iter(target.denoisers.values()))
         if target.family.name != "wan" or len(target.denoisers) > 1:
@@ -88,7 +88,7 @@ class RCM(Plugin):
 
     def modules(self, call: ModulesCall, next: Any) -> None:
         weights = call.given("weights")
-        if weights is not None:
+        if weights is not None and self.config.times is not None:
             model = call.denoisers["transformer"]
             new = filled(model, as_diffusers(weights.tensors))
             for part, module in new.named_children():
@@ -107,6 +107,7 @@ class RCM(Plugin):
     def run(self, call: RunCall, next: Any) -> Any:
         call.shared.first = None  # an outer plugin may run the pipeline several times
         if self.config.times is None:
+            call.note("inactive: times is none, so steps, guidance and weights are the pipeline's own")
             return next(call)
         taken, guidance = parameters(call.pipe), call.family.guidance
         changes: dict[str, Any] = {} if "num_inference_steps" in call.said else {"num_inference_steps": self.usual_steps()}
@@ -130,8 +131,9 @@ class RCM(Plugin):
             return next(call)  # type: ignore[no-any-return]
 
     def denoise(self, call: DenoiseCall, next: Any) -> Tensor:
-        from_noise = not call.step.begin and "strength" not in call.run.arguments
-        if self.config.times is not None and call.step.index == 0 and from_noise:
+        if self.config.times is None:
+            return next(call)  # type: ignore[no-any-return]
+        if call.step.index == 0 and not call.step.begin and "strength" not in call.run.arguments:
             begun: Begun = call.shared
             if begun.first is None:  # the other branch's call gets the same
                 begun.first = call.pipe.scheduler.first(call.latents)

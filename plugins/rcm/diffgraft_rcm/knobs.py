@@ -27,10 +27,10 @@ PAPER = Paper(
 class RCMConfig(PluginConfig):
     """Knobs of rCM."""
 
-    times: Literal["quality", "first", "even"] | tuple[float, ...] | None = Field(
+    times: Literal["quality", "first", "spread"] | tuple[float, ...] | None = Field(
         "quality",
         description="RF times t of the steps: a published table for up to 4 ('quality': .98765 .93378 .85290 .60898; 'first': .98765 "
-        ".78271 .60898 .40622), 'even' in TrigFlow for any number, or falling numbers of your own; none: the pipeline's own scheduler",
+        ".78271 .60898 .40622), 'spread' for any number, or falling numbers of your own; none: off, bit for bit",
     )
     sigma_max: float = Field(SIGMA_MAX, gt=0, le=1e6, description="tan(tau_0): noise to signal at the first time; published: 80 (I2V: 200)")
     guided: bool = Field(False, description="allow guidance above 1: distilled models have theirs learned in, and need none")

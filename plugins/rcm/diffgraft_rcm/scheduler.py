@@ -33,7 +33,7 @@ class RCMScheduler(SchedulerMixin, ConfigMixin):
 
     Args:
         num_train_timesteps: what the denoiser is told is t times this.
-        times: "quality" or "first" (published, up to 4 steps), "even" (any number), or RF times that fall.
+        times: "quality" or "first" (published, up to 4 steps), "spread" (any number), or RF times that fall.
         sigma_max: noise to signal at the first time, of the tables.
     """
 

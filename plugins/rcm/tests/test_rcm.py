@@ -18,7 +18,7 @@ from diffgraft.methods.published import Weights
 from diffgraft_pipelines.tiny import make
 from diffgraft_rcm import RCM, RCMScheduler
 from diffgraft_rcm.fitter import DCMFitter
-from diffgraft_rcm.method import clean, consistency_loss, even, guided, pseudo_huber, published, refined, renoised, rf_time, start
+from diffgraft_rcm.method import clean, consistency_loss, guided, pseudo_huber, published, refined, renoised, rf_time, spread, start
 from diffgraft_rcm.weights import LAYOUT, as_diffusers
 from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers
@@ -74,8 +74,8 @@ def test_the_published_tables() -> None:
     for steps in (1, 2, 3):
         scheduler.set_timesteps(steps)
         assert scheduler.sigmas.tolist() == pytest.approx([*QUALITY[:steps], 0], abs=1e-5)
-    assert even(3)[0] == published("first")[0]
-    assert len(even(50)) == 50
+    assert spread(4) == pytest.approx((0.98765, 0.92593, 0.82305, 0.61728), abs=1e-5)
+    assert len(spread(50)) == 50
 
 
 @pytest.mark.parametrize("table", ["quality", "first"])
@@ -103,7 +103,7 @@ def test_it_is_the_walk_in_trigflow(table: str, steps: int) -> None:
     assert torch.allclose(y, x, atol=1e-12)
 
 
-@pytest.mark.parametrize("times", ["quality", "first", "even", (1.0, 0.9, 0.3, 0.01)])
+@pytest.mark.parametrize("times", ["quality", "first", "spread", (1.0, 0.9, 0.3, 0.01)])
 @pytest.mark.parametrize("steps", [1, 2, 3, 4])
 def test_a_perfect_model_gives_x0_for_any_number_of_steps(times: Any, steps: int) -> None:
     scheduler = RCMScheduler(times=times)
@@ -183,7 +183,7 @@ def test_a_call_that_says_nothing_has_four_steps_without_guidance() -> None:
     pipe.plugins.configure("rcm", times=(0.9, 0.5))
     run(pipe, call)
     assert sum(pipe.plugins.report().forwards.values()) == 2
-    pipe.plugins.configure("rcm", times="even", guided=True)
+    pipe.plugins.configure("rcm", times="spread", guided=True)
     run(pipe, call, num_inference_steps=10, guidance_scale=3.0)
     assert sum(pipe.plugins.report().forwards.values()) == 20
 
@@ -212,7 +212,7 @@ def test_the_noise_is_the_calls_and_each_samples_own() -> None:
 
 BAD_CALLS = [
     ({"guidance_scale": 5.0}, "guidance_scale = 5: .*leave guidance_scale out.*guided=True"),
-    ({"num_inference_steps": 5}, "5 steps, but times = 'quality' has 4: .*'even'"),
+    ({"num_inference_steps": 5}, "5 steps, but times = 'quality' has 4: .*'spread'"),
     ({"num_inference_steps": 50}, "50 steps"),
     ({"sigmas": [1.0, 0.5]}, "sigmas were given"),
 ]
@@ -284,6 +284,24 @@ def test_a_published_file_takes_the_place_of_the_weights_and_goes_without_trace(
     pipe.transformer.load_state_dict(theirs)
     load_pipeline(pipe, plugins=[RCM()])
     assert torch.equal(run(pipe, call), out)
+
+
+def test_without_times_it_is_off_whatever_it_was_given(learned: Path) -> None:
+    pipe, call = tiny()
+    call["guidance_scale"] = 3.0
+    before = run(pipe, call, num_inference_steps=3)
+    load_pipeline(pipe, plugins=[RCM(times=None, lora=learned)])
+    assert torch.equal(run(pipe, call, num_inference_steps=3), before)
+    pipe.plugins.clear()
+    load_pipeline(pipe, plugins=[RCM(times=None, weights=Weights(LAYOUT.synthetic(SIZES)))])
+    assert torch.equal(run(pipe, call, num_inference_steps=3), before)
+    assert "inactive" in str(pipe.plugins.report())
+    pipe.plugins.configure("rcm", times="quality")
+    del call["guidance_scale"]
+    on = run(pipe, call, num_inference_steps=3)
+    pipe.plugins.configure("rcm", times=None)
+    assert not torch.equal(run(pipe, call, num_inference_steps=3, guidance_scale=3.0), on)
+    assert torch.equal(run(pipe, call, num_inference_steps=3, guidance_scale=3.0), before)
 
 
 def test_the_layout_is_that_of_wan_1_3b() -> None:
