@@ -80,6 +80,9 @@ class PhasedDmdConfig(PluginConfig):
     sampler: Literal["euler", "renoise"] = Field(
         "euler", description="a step: of the flow's ODE; or to the estimate of x_0 and back to the next level with fresh noise"
     )
+    guidance: Literal["off", "own"] = Field(
+        "off", description="off: a run has none, and a scale above 1 in the call is refused; own: as the pipeline and the call have it"
+    )
     strength: float = Field(1.0, gt=0, le=2, description="of the experts")
 
     @field_validator("boundaries", mode="before")
@@ -140,7 +143,7 @@ class PhasedDmd(Plugin):
     Config = PhasedDmdConfig
     State = Phased
     neutral: ClassVar[dict[str, Any]] = dict.fromkeys(PHASES)
-    active: ClassVar[dict[str, Any]] = {"steps": None, "boundaries": (0.9, 0.7, 0.4)}
+    active: ClassVar[dict[str, Any]] = {"steps": None, "guidance": "own", "boundaries": (0.9, 0.7, 0.4)}
     effects = Effects(replaces=frozenset({"scheduler"}), edits=frozenset({"schedule", "weights"}), stochastic=True)
     needs = tuple(Need("adapter", name) for name in PHASES)
     fitting = PhasedFitter
@@ -212,14 +215,14 @@ class PhasedDmd(Plugin):
         call.shared.__init__()
         changes: dict[str, Any] = {}
         guidance, takes = call.family.guidance, parameters(call.pipe)
-        for name in (guidance.scale, guidance.second_scale):
+        for name in (guidance.scale, guidance.second_scale) if self.config.guidance == "off" else ():
             value = None if name is None else call.get(name, takes[name].default if name in takes else None)
             if value is None or not value > 1:
                 continue
             if name in call.said:
                 raise ConfigError(
                     f"plugin 'phased_dmd': {name} = {value}: the experts were distilled from a guided teacher and run without guidance; "
-                    f"leave {name} out, or say 1"
+                    f"leave {name} out, or set guidance='own'"
                 )
             changes[name] = 1.0
         number, asked = self.config.number, call.get("num_inference_steps")

@@ -300,6 +300,9 @@ def test_emoji_flux_is_drawn_in_four_forwards_whatever_its_own_guidance(tmp_path
     with pytest.raises(ConfigError, match="without guidance"):
         pipe("a star", true_cfg_scale=2.0)
     pipe("a star", true_cfg_scale=1.0)
+    pipe.plugins.configure("phased_dmd", guidance="own")
+    pipe("a star")
+    assert sum(pipe.plugins.report().forwards.values()) == 8
 
 
 def zeros(folder: Any) -> Any:
