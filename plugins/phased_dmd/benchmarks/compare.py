@@ -57,7 +57,7 @@ def main() -> None:
     chosen = parser.parse_args()
     labels = measuring.held_out_labels()
     prompts = [scenes.caption(each) for each in labels[: chosen.prompts]]
-    several = [scenes.caption(each) for each in labels[-chosen.diverse :] for _ in range(SEEDS)]
+    several = [scenes.caption(each) for each in labels[: chosen.diverse] for _ in range(SEEDS)]
     judge = load_bundled()
     true = judge.features(measuring.renders(labels[: chosen.prompts], 1))
     plain = unload(load_pipeline("emoji-flux"))
