@@ -92,12 +92,12 @@ class PhasedDmdConfig(PluginConfig):
 
     @model_validator(mode="after")
     def _together(self) -> Self:
-        given = [getattr(self, name) is not None for name in PHASES]
-        if sorted(given, reverse=True) != given:
-            raise ValueError(f"{PHASES[given.index(False)]} is missing: phases are numbered from the noisiest without a gap")
-        if any(given) and sum(given) != len(self.boundaries) + 1:
+        given = [name for name in PHASES if getattr(self, name) is not None]
+        if missing := [name for name in PHASES[: len(given)] if name not in given]:
+            raise ValueError(f"{', '.join(given)}, but {missing[0]} is missing: phases are numbered from the noisiest without a gap")
+        if given and len(given) != len(self.boundaries) + 1:
             raise ValueError(
-                f"boundaries = {self.boundaries} make {len(self.boundaries) + 1} phases, and {sum(given)} experts are given: "
+                f"boundaries = {self.boundaries} make {len(self.boundaries) + 1} phases, and the experts given are {', '.join(given)}: "
                 "give one boundary fewer than experts"
             )
         for name in ("boundaries", "sigmas"):
