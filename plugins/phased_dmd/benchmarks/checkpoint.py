@@ -38,7 +38,7 @@ image = pipe(
 ```
 
 `pytorch_lora_weights.safetensors` is the LoRA of one phase, for all four steps, and what `load_pipeline("emoji-flux-4step")` loads.
-`phase_1.safetensors` (the first two steps, down to noise level 0.75) and `phase_2.safetensors` (the others) go with the plugin `phased_dmd`.
+`phase_1.safetensors` (the first two steps, down to noise level 0.75) and `phase_2.safetensors` (the others) are for `phased_dmd`.
 
 """
 RECIPE = """## Recipe
@@ -47,7 +47,8 @@ The prompts are the {prompts} combinations that emoji-flux's own training saw (`
 
 {commands}
 
-Hardware: 2 shared CPU cores (x86_64), no GPU. Versions: {versions}. Parameters: LoRA {parameters:.2f} M each, rank 32, attention and feed-forward.
+Hardware: 2 shared CPU cores (x86_64), no GPU. Versions: {versions}.
+Parameters: LoRA {parameters:.2f} M each, rank 32, attention and feed-forward.
 The teacher is emoji-flux with guidance 2. No pictures were used.
 
 """

@@ -29,8 +29,7 @@ from diffgraft import (
     Target,
     Unsupported,
 )
-from diffgraft.methods.adapters import adapter_layers, weighted
-from diffgraft.methods.inputs import parameters
+from diffgraft.methods.distilled import ensure_own_levels, in_steps, together, unguided
 from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 from typing_extensions import Self
@@ -80,8 +79,8 @@ class PhasedDmdConfig(PluginConfig):
     sampler: Literal["euler", "renoise"] = Field(
         "euler", description="a step: of the flow's ODE; or to the estimate of x_0 and back to the next level with fresh noise"
     )
-    guidance: Literal["off", "own"] = Field(
-        "off", description="off: a run has none, and a scale above 1 in the call is refused; own: as the pipeline and the call have it"
+    guidance: Literal["off", "keep"] = Field(
+        "off", description="off: a run has none, and a scale above 1 in the call is refused; keep: as the pipeline and the call have it"
     )
     strength: float = Field(1.0, gt=0, le=2, description="of the experts")
 
@@ -143,7 +142,7 @@ class PhasedDmd(Plugin):
     Config = PhasedDmdConfig
     State = Phased
     neutral: ClassVar[dict[str, Any]] = dict.fromkeys(PHASES)
-    active: ClassVar[dict[str, Any]] = {"steps": None, "guidance": "own", "boundaries": (0.9, 0.7, 0.4)}
+    active: ClassVar[dict[str, Any]] = {"steps": None, "guidance": "keep", "boundaries": (0.9, 0.7, 0.4)}
     effects = Effects(replaces=frozenset({"scheduler"}), edits=frozenset({"schedule", "weights"}), stochastic=True)
     needs = tuple(Need("adapter", name) for name in PHASES)
     fitting = PhasedFitter
@@ -158,6 +157,11 @@ class PhasedDmd(Plugin):
     def on(self) -> bool:
         """Whether there is an expert."""
         return self.config.phase_1 is not None
+
+    @property
+    def own_table(self) -> bool:
+        """Whether the levels are the plugin's, not the pipeline's."""
+        return self.config.sigmas is not None or self.config.shift is not None
 
     # before anything is touched ----------------------------------------------------------------------------------------------------
 
@@ -212,34 +216,14 @@ class PhasedDmd(Plugin):
         if not self.on:
             call.note("inactive: no expert is given; name phase_1=, with the LoRA of a few-step model")
             return next(call)
-        call.shared.__init__()
-        changes: dict[str, Any] = {}
-        guidance, takes = call.family.guidance, parameters(call.pipe)
-        for name in (guidance.scale, guidance.second_scale) if self.config.guidance == "off" else ():
-            value = None if name is None else call.get(name, takes[name].default if name in takes else None)
-            if value is None or not value > 1:
-                continue
-            if name in call.said:
-                raise ConfigError(
-                    f"plugin 'phased_dmd': {name} = {value}: the experts were distilled from a guided teacher and run without guidance; "
-                    f"leave {name} out, or set guidance='own'"
-                )
-            changes[name] = 1.0
-        number, asked = self.config.number, call.get("num_inference_steps")
-        if number is not None and asked != number:
-            if "num_inference_steps" in call.said:
-                raise ConfigError(
-                    f"plugin 'phased_dmd': the call makes {asked} steps, and the experts are for {number}: leave num_inference_steps out, "
-                    f"say {number}, or set steps=None"
-                )
-            changes["num_inference_steps"] = number
-        for name in ("sigmas", "timesteps"):
-            if call.get(name) is not None and (self.config.sigmas is not None or self.config.shift is not None):
-                raise ConfigError(
-                    f"plugin 'phased_dmd': the call gives {name} = {call.get(name)}, and the plugin's table would take its place: leave "
-                    "one of them out"
-                )
-        return next(call.replace(**changes) if changes else call)
+        call.shared.__init__()  # an outer plugin may run the pipeline several times
+        if self.config.guidance == "off":
+            call = unguided(call, "guidance='keep'")
+        if self.config.number is not None:
+            call = in_steps(call, self.config.number, "steps=None")
+        if self.own_table:
+            ensure_own_levels(call, "neither shift nor sigmas")
+        return next(call)
 
     def schedule(self, call: ScheduleCall, next: Any) -> Schedule:
         made: Schedule = next(call)
@@ -247,7 +231,7 @@ class PhasedDmd(Plugin):
             return made
         assert made.sigmas is not None  # Euler's
         levels = self.table_of(len(made.timesteps), made.sigmas.tolist())  # once a run
-        if self.config.sigmas is not None or self.config.shift is not None:
+        if self.own_table:
             sigmas = torch.tensor(levels, dtype=torch.float64)
             made = Schedule((sigmas[:-1] * TIMES).to(made.timesteps), sigmas.to(made.sigmas))
             call.acted()
@@ -262,7 +246,7 @@ class PhasedDmd(Plugin):
             return next(call)  # type: ignore[no-any-return]
         name = PHASES[call.shared.phases[call.step.begin + call.step.index]]
         call.count(name)
-        with weighted(call.model, {**dict.fromkeys(shown(call.model), 1.0), call.given(name).name: self.config.strength}):
+        with together(call.model, {call.given(name).name: self.config.strength}):
             return next(call)  # type: ignore[no-any-return]
 
     def step(self, call: StepCall, next: Any) -> StepOutput:
@@ -273,9 +257,3 @@ class PhasedDmd(Plugin):
         t, after = call.shared.levels[at], call.shared.levels[at + 1]
         x, v = call.sample.float(), call.model_output.float()
         return StepOutput(renoised(x, v, t, after, call.noise()).to(out.sample), x - t * v)
-
-
-def shown(model: Any) -> list[str]:
-    """The user's own LoRA that act on a denoiser now."""
-    layer = next((layer for layer in adapter_layers(model) if not layer.disable_adapters), None)
-    return [] if layer is None else list(layer.active_adapters)

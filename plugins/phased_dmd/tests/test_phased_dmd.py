@@ -297,10 +297,10 @@ def test_emoji_flux_is_drawn_in_four_forwards_whatever_its_own_guidance(tmp_path
     pipe.set_progress_bar_config(disable=True)
     pipe("a star", generator=torch.Generator().manual_seed(0))
     assert sum(pipe.plugins.report().forwards.values()) == 4
-    with pytest.raises(ConfigError, match="without guidance"):
+    with pytest.raises(ConfigError, match="guidance='keep'"):
         pipe("a star", true_cfg_scale=2.0)
     pipe("a star", true_cfg_scale=1.0)
-    pipe.plugins.configure("phased_dmd", guidance="own")
+    pipe.plugins.configure("phased_dmd", guidance="keep")
     pipe("a star")
     assert sum(pipe.plugins.report().forwards.values()) == 8
 
@@ -464,9 +464,9 @@ def test_bad_calls_are_refused_before_the_denoiser(tmp_path):
     made.pipe.transformer.register_forward_hook(lambda *_: calls.append(1))
     pipe = load_pipeline(made.pipe, plugins={"phased_dmd": {"phase_1": file, "shift": 3.0}})
     for words, kwargs in {
-        "the experts are for 4": {"num_inference_steps": 8},
-        "without guidance": {"true_cfg_scale": 2.0, "negative_prompt": ""},
-        "the plugin's table": {"sigmas": [1.0, 0.7, 0.5, 0.2]},
+        "knows 4": {"num_inference_steps": 8},
+        "true_cfg_scale = 2": {"true_cfg_scale": 2.0, "negative_prompt": ""},
+        "neither shift nor sigmas": {"sigmas": [1.0, 0.7, 0.5, 0.2]},
     }.items():
         with pytest.raises(ConfigError, match=words):
             latents(pipe, made, **kwargs)
