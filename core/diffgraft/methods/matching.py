@@ -88,7 +88,7 @@ class MatchingConfig(PluginConfig):
 class MatchingFitter(LoraFitter):
     """Base of fits by distribution matching; the student's LoRA is what is written.
 
-    An author writes :meth:`sample`, and :meth:`noised` or :meth:`real` where the method compares in another way.
+    An author writes :meth:`sample`, and :meth:`noised`, :meth:`fake_losses` or :meth:`real` where the method compares in another way.
     """
 
     Config = MatchingConfig
@@ -117,6 +117,10 @@ class MatchingFitter(LoraFitter):
         levels, t = self.levels_at(u, x)
         noise = torch.randn(x.shape, generator=batch.generator).to(x)
         return Noised(levels.a * x + levels.s * noise, levels, t, prediction_target(x, noise, levels, self.kind))
+
+    def fake_losses(self, prediction: Tensor, point: Noised) -> Tensor:
+        """Of the fake's predictions at a point, [batch]."""
+        return (prediction - point.target).square().flatten(1).mean(1)
 
     def real(self, session: Session, point: Noised, calls: Mapping[str, Any], batch: Batch) -> Tensor:
         """The clean sample that the teacher's score implies."""
@@ -196,7 +200,7 @@ class MatchingFitter(LoraFitter):
             x = self.sample(session, batch, calls)
         point = self.noised(x.detach(), batch)
         prediction = self.predict(session, point.x, point.t, calls["cond"], FAKE)
-        losses = (prediction - point.target).square().flatten(1).mean(1)
+        losses = self.fake_losses(prediction, point)
         if learns:
             fake, real = self.clean(point, prediction.detach()), self.real(session, point, calls, batch)
             losses = losses + along(x, self.gradient(x.detach(), fake, real))
