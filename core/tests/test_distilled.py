@@ -1,12 +1,11 @@
-"""What plugins of distilled models share: guidance off unless the caller wants it, their own number of steps, LoRA beside the user's."""
+"""What plugins of distilled models share: guidance off unless the caller wants it, their own number of steps and levels."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 from diffgraft import ConfigError, load_pipeline
-from diffgraft.methods.distilled import ensure_own_levels, in_steps, switched_on, together, unguided
-from peft import LoraConfig
+from diffgraft.methods.distilled import ensure_own_levels, in_steps, unguided
 from probes import Probe, generate, tiny
 
 
@@ -47,29 +46,3 @@ def test_what_a_distilled_model_does_not_know_is_refused(more, text):
     with pytest.raises(ConfigError, match=f"plugin 'few': .*{text}"):
         generate(pipe, {**few, **more})
     assert torch.isfinite(generate(pipe, {**few, "guidance_scale": 1.0, "num_inference_steps": 2})).all()
-
-
-def test_an_adapter_acts_beside_those_that_are_on():
-    pipe, _ = tiny("StableDiffusionPipeline")
-    unet = pipe.unet
-    assert switched_on(unet) == []
-    torch.manual_seed(0)
-    for name in ("mine", "other", "asleep"):
-        unet.add_adapter(LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=False), name)
-    unet.set_adapters(["mine"], [1.0])
-    x, text = torch.randn(1, 4, 16, 16), torch.randn(1, 7, unet.config.cross_attention_dim)
-
-    def out():
-        with torch.no_grad():
-            return unet(x, 500, text).sample
-
-    alone = out()
-    with together(unet, {"other": 0.5}):
-        assert switched_on(unet) == ["mine", "other"]
-        both = out()
-    assert torch.equal(out(), alone)
-    unet.set_adapters(["mine", "other"], [1.0, 0.5])
-    torch.testing.assert_close(both, out())
-    assert not torch.equal(both, alone)
-    unet.disable_adapters()
-    assert switched_on(unet) == []

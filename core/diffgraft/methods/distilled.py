@@ -1,16 +1,13 @@
-"""For plugins that run distilled models: a fixed number of steps, without guidance, and the LoRA that makes the model what it is."""
+"""For plugins that run distilled models: a fixed number of steps, without guidance, on their own levels.
+
+The LoRA that makes a model what it is lies ``beside`` those of the user (`diffgraft.methods.adapters`).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from torch import nn
-
-from diffgraft.installed.anatomy import root_of
 from diffgraft.installed.errors import ConfigError
-from diffgraft.methods.adapters import adapter_layers, weighted
 from diffgraft.methods.inputs import parameters
 
 if TYPE_CHECKING:
@@ -71,19 +68,3 @@ def ensure_own_levels(call: RunCall, otherwise: str) -> None:
             f"leave them out, or say {otherwise}"
         )
 
-
-@contextmanager
-def together(model: nn.Module, weights: Mapping[str, float]) -> Iterator[None]:
-    """Run ``model`` with these adapters, each at its own scale times a weight, beside those of the user that are on.
-
-    Raises:
-        Unsupported: a LoRA is fused into the weights.
-    """
-    with weighted(model, {**dict.fromkeys(switched_on(model), 1.0), **weights}):
-        yield
-
-
-def switched_on(model: nn.Module) -> list[str]:
-    """The adapters that are active on a denoiser."""
-    layers: list[Any] = [layer for layer in adapter_layers(root_of(model)) if not layer.disable_adapters]
-    return sorted({name for layer in layers for name in layer.active_adapters})

@@ -9,10 +9,9 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 from diffgraft import ConfigError, DenoiseCall, Effects, Need, Plugin, RunCall, Schedule, ScheduleCall, Target, Unsupported
-from diffgraft.installed.anatomy import root_of
-from diffgraft.methods.adapters import adapter_layers, weighted
-from diffgraft.methods.inputs import parameters
-from torch import Tensor, nn
+from diffgraft.methods.adapters import beside
+from diffgraft.methods.distilled import ensure_own_levels, in_steps, unguided
+from torch import Tensor
 
 from diffgraft_accvideo.collection import Collect
 from diffgraft_accvideo.fitting import AccVideoFitter
@@ -59,12 +58,10 @@ class AccVideo(Plugin):
             call.note("inactive: steps is 0, so the run is the pipeline's own")
             return next(call)
         ensure_flow(call.family, call.pipe.scheduler)  # again: the scheduler may be another one now
-        if own := [name for name in ("timesteps", "sigmas") if call.get(name) is not None]:
-            raise ConfigError(
-                f"plugin 'accvideo': the call says {' and '.join(own)} itself, and a student knows its own levels only; leave them out, "
-                "or set steps = 0"
-            )
-        call = self._unguided(self._with_steps(call))
+        ensure_own_levels(call, "steps=0")
+        call = self._with_steps(call)
+        if knobs.guidance != "keep":
+            call = unguided(call, "guidance='keep'")
         if call.given("lora") is None:
             call.note("no lora is given: the base model makes the student's few steps, which it was not made for")
         elif not is_euler(call.pipe.scheduler):
@@ -84,34 +81,7 @@ class AccVideo(Plugin):
             if isinstance(said, int) and said > self.config.grid:
                 raise ConfigError(f"plugin 'accvideo': num_inference_steps = {said} of a grid of {self.config.grid}: at most as many")
             return call
-        if "num_inference_steps" in call.said and said != N:
-            raise ConfigError(
-                f"plugin 'accvideo': the call says num_inference_steps = {said}, and the student makes steps = {N}: other numbers of steps "
-                "degrade; leave one of them out, or say steps = None to have the call's"
-            )
-        return call.replace(num_inference_steps=N)  # type: ignore[no-any-return]
-
-    def _unguided(self, call: RunCall) -> RunCall:
-        """The call without guidance.
-
-        Raises:
-            ConfigError: it says a scale above 1 by itself.
-        """
-        guidance = call.family.guidance
-        if self.config.guidance == "keep" or guidance.layout == "none":
-            return call
-        takes, second = parameters(call.pipe), guidance.second_scale
-        names = [name for name in (guidance.scale, second) if name is not None and name in takes]
-        for name in names:
-            if name in call.said and (call[name] or 0) > 1:
-                raise ConfigError(
-                    f"plugin 'accvideo': {name} = {call[name]}: the student has its teacher's guidance in it, and more of it oversaturates "
-                    "at twice the cost; leave it out (1 is none), or say guidance = 'keep'"
-                )
-        was = call.get(guidance.scale, takes[guidance.scale].default)
-        if isinstance(was, (int, float)) and was > 1:
-            call.note(f"guidance is off ({guidance.scale} = {was:g} is the pipeline's own)")
-        return call.replace(**{guidance.scale: 1.0}, **{name: None for name in names if name == second})  # type: ignore[no-any-return]
+        return in_steps(call, N, "steps=None to have the call's")
 
     def schedule(self, call: ScheduleCall, next: Any) -> Schedule:
         own: Schedule = next(call)
@@ -124,11 +94,5 @@ class AccVideo(Plugin):
         adapter, strength = call.given("lora"), self.config.strength
         if adapter is None or strength == 0 or self.config.steps == 0:
             return next(call)  # type: ignore[no-any-return]
-        with weighted(call.model, {**dict.fromkeys(own_adapters(call.model), 1.0), adapter.name: strength}):
+        with beside(call.model, {adapter.name: strength}):
             return next(call)  # type: ignore[no-any-return]
-
-
-def own_adapters(model: nn.Module) -> list[str]:
-    """The user's LoRA that are active on a denoiser."""
-    layers = [layer for layer in adapter_layers(root_of(model)) if not layer.disable_adapters]
-    return sorted({name for layer in layers for name in layer.active_adapters})

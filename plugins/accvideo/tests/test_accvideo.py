@@ -469,7 +469,7 @@ def test_each_of_two_denoisers_has_a_lora_of_its_own(lora):
     latents, report, _ = run(made, {"steps": 5, "lora": {"transformer": lora, "transformer_2": lora}}, **call)
     assert sum(report.forwards.values()) == 5
     assert not torch.equal(latents, run(made, {"steps": 5}, **call)[0])
-    with pytest.raises(ConfigError, match=r"guidance_scale_2 = 3.0"):
+    with pytest.raises(ConfigError, match=r"guidance_scale_2 = 3"):
         run(made, {"steps": 5})
 
 
@@ -480,7 +480,7 @@ def test_bad_calls_are_refused_before_the_denoiser(lora):
     made, asked = tiny(), []
     made.pipe.transformer.register_forward_pre_hook(lambda *_: asked.append(1))
     for match, knobs, call in (
-        (r"guidance_scale = 3.0.*guidance = 'keep'", {"steps": 5}, {"guidance_scale": 3.0}),
+        (r"guidance_scale = 3.*guidance='keep'", {"steps": 5}, {"guidance_scale": 3.0}),
         (r"num_inference_steps = 8, and the student makes steps = 5.*steps = None", {"steps": 5}, {"num_inference_steps": 8}),
         (r"num_inference_steps = 60 of a grid of 50", {"steps": None}, {"num_inference_steps": 60}),
     ):

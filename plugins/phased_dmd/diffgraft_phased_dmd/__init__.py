@@ -29,7 +29,8 @@ from diffgraft import (
     Target,
     Unsupported,
 )
-from diffgraft.methods.distilled import ensure_own_levels, in_steps, together, unguided
+from diffgraft.methods.adapters import beside
+from diffgraft.methods.distilled import ensure_own_levels, in_steps, unguided
 from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 from typing_extensions import Self
@@ -246,7 +247,7 @@ class PhasedDmd(Plugin):
             return next(call)  # type: ignore[no-any-return]
         name = PHASES[call.shared.phases[call.step.begin + call.step.index]]
         call.count(name)
-        with together(call.model, {call.given(name).name: self.config.strength}):
+        with beside(call.model, {call.given(name).name: self.config.strength}):
             return next(call)  # type: ignore[no-any-return]
 
     def step(self, call: StepCall, next: Any) -> StepOutput:

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from diffgraft import (
-    ConfigError,
     DenoiseCall,
     Effects,
     Family,
@@ -26,8 +25,8 @@ from diffgraft import (
     Target,
     Unsupported,
 )
-from diffgraft.methods.adapters import adapter_layers, weighted
-from diffgraft.methods.inputs import parameters
+from diffgraft.methods.adapters import adapter_layers, beside
+from diffgraft.methods.distilled import ensure_own_levels, unguided
 from diffgraft.methods.solvers import schedule_errors
 from torch import Tensor
 
@@ -109,22 +108,10 @@ class RCM(Plugin):
         if self.config.times is None:
             call.note("inactive: times is none, so steps, guidance and weights are the pipeline's own")
             return next(call)
-        taken, guidance = parameters(call.pipe), call.family.guidance
-        changes: dict[str, Any] = {} if "num_inference_steps" in call.said else {"num_inference_steps": self.usual_steps()}
-        scales = [each for each in (guidance.scale, guidance.second_scale or "") if each in taken and guidance.layout != "none"]
-        for name in scales if not self.config.guided else ():
-            scale = call.get(name)
-            if name not in call.said:
-                changes[name] = 1.0 if name == guidance.scale else None
-            elif isinstance(scale, int | float) and scale > 1:
-                raise ConfigError(
-                    f"rcm: {name} = {scale:g}: a distilled model has its guidance learned in, and is asked once a step; leave {name} out, "
-                    "or set it to 1 (or guided=True, for a model that wants it)"
-                )
-        for name in ("sigmas", "timesteps"):
-            if call.get(name) is not None and name in call.said:
-                raise ConfigError(f"rcm: {name} were given, but the times of a distilled model are its own: leave them out, or set times")
-        return next(call.replace(**changes))
+        ensure_own_levels(call, "times=None")
+        if not self.config.guided:
+            call = unguided(call, "guided=True, for a model that wants it")
+        return next(call if "num_inference_steps" in call.said else call.replace(num_inference_steps=self.usual_steps()))
 
     def schedule(self, call: ScheduleCall, next: Any) -> Schedule:
         with schedule_errors(self.name):
@@ -141,17 +128,10 @@ class RCM(Plugin):
         lora = call.given("lora")
         if lora is None:
             return next(call)  # type: ignore[no-any-return]
-        own = switched_on(call.model)
-        with weighted(call.model, {**dict.fromkeys(own, 1.0), lora.name: self.config.strength}):
+        with beside(call.model, {lora.name: self.config.strength}):
             return next(call)  # type: ignore[no-any-return]
 
     def step(self, call: StepCall, next: Any) -> StepOutput:
         if self.config.times is None:
             return next(call)  # type: ignore[no-any-return]
         return next(call.replace(generator=call.generator))  # type: ignore[no-any-return]
-
-
-def switched_on(model: Any) -> list[str]:
-    """The user's own adapters that are on."""
-    layers = adapter_layers(model)
-    return [] if not layers or layers[0].disable_adapters else list(layers[0].active_adapters)

@@ -214,7 +214,7 @@ BAD_CALLS = [
     ({"guidance_scale": 5.0}, "guidance_scale = 5: .*leave guidance_scale out.*guided=True"),
     ({"num_inference_steps": 5}, "5 steps, but times = 'quality' has 4: .*'spread'"),
     ({"num_inference_steps": 50}, "50 steps"),
-    ({"sigmas": [1.0, 0.5]}, "sigmas were given"),
+    ({"sigmas": [1.0, 0.5]}, "says sigmas itself"),
 ]
 
 
