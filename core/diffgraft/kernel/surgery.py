@@ -34,8 +34,7 @@ class Surgery:
 
     def operate(self, entry: Entry, pipe: Any, family: Family) -> None:
         """Let a plugin exchange its modules, all or none; nothing where it has no such hook or has done it."""
-        given = [one for value in entry.given.values() for one in (value if isinstance(value, list) else [value])]
-        things = [(thing, pipe) for thing in given if isinstance(thing, Attached)]
+        things = [(one, pipe) for x in entry.given.values() for one in (x if isinstance(x, list) else [x]) if isinstance(one, Attached)]
         if entry in self._swaps or not (things or "modules" in entry.plugin.points()):
             return
         self._swaps[entry], self._attached[entry] = (), things

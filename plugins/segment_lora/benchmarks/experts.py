@@ -7,7 +7,7 @@
    largest and the least distance are a pair for "layout", those with the most and the least probable objects one for "detail". (The judge's
    own word on places is no use here: the model puts 97 % of the objects where they were asked for.)
 2. Three LoRA of one rank learn: "layout" within the noisy segment, "detail" within the other, and "global" over all levels from both sets
-   of pairs, with as many steps as the two together.
+   of pairs, with as many steps as one of them (`--global-steps`).
 3. Held-out captions (no training picture shows these two objects together) are drawn from the same noise by every arm.
 
 Intervals: 95 % bootstrap over captions, of the difference to the base. OUT/ holds the pairs, the LoRA and results.csv.
@@ -139,6 +139,7 @@ def main(
     train: Annotated[int, typer.Option(help="training captions")] = 256,
     candidates: int = 6,
     fit_steps: Annotated[int, typer.Option(help="of the optimizer, each expert")] = 120,
+    global_steps: Annotated[int, typer.Option(help="of the optimizer, the one for all levels; 0: as many as an expert")] = 0,
     rate: float = 3e-4,
     beta: float = 1000.0,
     test: Annotated[int, typer.Option(help="held-out captions")] = 128,
@@ -153,7 +154,7 @@ def main(
     early, late = (1.0, boundary), (boundary, 0.0)
     layout = learn(pipe, out, "layout", early, fit_steps, settings, knobs)
     detail = learn(pipe, out, "detail", late, fit_steps, settings, knobs)
-    whole = learn(pipe, out, "global", (1.0, 0.0), 2 * fit_steps, settings, knobs)
+    whole = learn(pipe, out, "global", (1.0, 0.0), global_steps or fit_steps, settings, knobs)
     arms: dict[str, dict[str, Any] | None] = {
         "base": None,
         "layout early": {"lora": str(layout), "segments": (early,)},
