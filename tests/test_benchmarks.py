@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffgraft.installed import registry
-from diffgraft_bench import findings
+from diffgraft_bench import findings, stacks
 from diffgraft_bench.__main__ import last_words, on_gpu
 from diffgraft_bench.bout import How, fight
 from diffgraft_bench.cases import PEERS, Bout, Method, all_bouts, peer, plain, plugin
@@ -118,6 +118,48 @@ def test_the_ways_of_a_gpu():
     assert len({json.dumps(each.circumstances) for each in on_gpu(speed, ["xformers", "flash"])}) == 5
 
 
+def stack_row(label, kind, speedup, near, batch=8, samples=48, **more):
+    plain_seconds = [10.0, 12.0, 11.0]
+    common = {"error": None, "arm": "quality", "pipeline": "emoji-sd", "setting": "s", "env": "", "session": "1", "command": "c"}
+    figures = {"psnr_reference_mean": near, "judged": 48, "right": 48, "plain_right": 48, "speedup": speedup, "denoiser_share": 0.5}
+    seconds = [p / speedup for p in plain_seconds]
+    who = {"label": label, "kind": kind, "timed_batch": batch, "samples": samples, "seconds": seconds, "plain_denoiser_share": 0.9}
+    return {**common, **figures, **who, "plain_seconds": plain_seconds, **more}
+
+
+def test_the_fastest_stack_at_each_level():
+    rows = [
+        stack_row("mine", findings.OURS, 6.0, 36.0),
+        stack_row("quick", findings.OURS, 9.0, 28.0, right=40),
+        stack_row("UniPC", "scheduler", 4.0, 35.5),
+        stack_row("DPM++", "scheduler", 5.0, 31.0),
+        stack_row("broken", "peer", 99.0, 50.0, error="no"),
+        stack_row("mine", findings.OURS, 3.0, 10.0, batch=1, samples=2),  # nearness is that of the row with most pictures
+    ]
+    found = {each.level: each for each in stacks.levels(rows, "emoji-sd", 8)}
+    assert [found[level].ours["label"] for level in ("25 dB", "30 dB", "35 dB")] == ["quick", "mine", "mine"]
+    assert [found[level].peer["label"] for level in ("25 dB", "30 dB", "35 dB")] == ["DPM++", "DPM++", "UniPC"]
+    assert found["40 dB"].ours is found["40 dB"].peer is None
+    assert (found["35 dB"].ratio, found["35 dB"].low, found["35 dB"].high) == pytest.approx((1.5, 1.5, 1.5))
+    assert found["judge: 100% of plain"].ours["label"] == "mine"
+    assert stacks.levels(rows, "emoji-sd", 1)[2].ours["speedup"] == 3.0
+    assert "| emoji-sd, 8 | 35 dB | mine, s | 6.00x | UniPC, s | 4.00x | **1.50 (1.50 to 1.50)** |" in stacks.table(rows)
+    assert "outside the denoiser 10% of a plain call, 50% of quick (s)" in stacks.shares(rows)
+
+
+def test_a_tuned_stack_is_a_method(tmp_path, monkeypatch):
+    monkeypatch.setattr(stacks, "TUNED", tmp_path)
+    front = [{"steps": 8, "plugins": {"dpm_solver_v3": {"corrector": "pseudo"}}}, {"steps": 20, "plugins": {}}]
+    (tmp_path / "emoji-sd.json").write_text(json.dumps({"front": front}))
+    assert [(each.label, each.steps, each.knobs) for each in stacks.tuned("emoji-sd")] == [
+        ("dpm_solver_v3", 8, {"dpm_solver_v3": {"artefact": "calibrate", "corrector": "pseudo"}})
+    ]
+    assert stacks.tuned("emoji-wan") == ()
+    methods = [method.label for bout in stacks.stack_bouts() for method in bout.methods]
+    assert not stacks.BEHIND & set(methods)
+    assert "emoji-sd-lcm" in methods
+
+
 # a real bout -----------------------------------------------------------------------------------------------------------------------------
 
 METHODS = (*plain(2), plugin("deepcache", deepcache={"interval": 2}), Method("bad", "scheduler", "NoSuchScheduler"))
@@ -148,6 +190,7 @@ def test_rows_are_measured(folder):
     assert set(fast) == {"", "batch 2, _native_math"}
     assert 0 < fast[""]["peak_bytes"] < fast["batch 2, _native_math"]["peak_bytes"]
     assert few["frechet"] > 0
+    assert 0.3 < few["denoiser_share"] < 1
     assert "NoSuchScheduler" in rows["bad"]["error"]
     assert few["command"] == "the command"
     assert (folder / "pictures" / f"{few['key']}.png").stat().st_size > 1000

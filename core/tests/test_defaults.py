@@ -189,6 +189,7 @@ BUNDLED = {  # steps, guidance, latents
     "emoji-sd-small": (50, 1.5, (1, 4, 16, 16)),
     "emoji-sd-lcm": (4, 1.0, (1, 4, 16, 16)),
     "emoji-flux": (50, 2.0, (1, 64, 16)),
+    "emoji-flux-4step": (4, 1.0, (1, 64, 16)),
     "emoji-wan": (50, 2.0, (1, 22, 3, 8, 8)),
 }
 

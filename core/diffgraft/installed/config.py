@@ -5,9 +5,9 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from types import NoneType, UnionType
-from typing import Any, Union, get_args, get_origin
+from typing import Any, Literal, Union, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator
 
 from diffgraft.installed.errors import ConfigError, choices
 from diffgraft.installed.foreign import brief
@@ -20,6 +20,31 @@ class PluginConfig(BaseModel):
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, arbitrary_types_allowed=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def ensure_numbers(cls, value: Any, info: ValidationInfo) -> Any:
+        """Where numbers alone are meant, pydantic would take ``True`` for 1 and ``"3"`` for 3."""
+        kinds = kinds_in(cls.model_fields[str(info.field_name)].annotation)
+        if kinds <= {int, float, NoneType, Ellipsis} and (wrong := [each for each in within(value) if isinstance(each, (bool, str))]):
+            raise ValueError(f"{wrong[0]!r} is no number")
+        return value
+
+
+def kinds_in(annotation: Any) -> set[Any]:
+    """The types that a knob is made of: those inside its tuples and alternatives."""
+    if get_origin(annotation) is Literal:
+        return {type(value) for value in get_args(annotation)}
+    return set().union(*map(kinds_in, get_args(annotation))) or {annotation}
+
+
+def within(value: Any) -> Iterator[Any]:
+    """A value, or what is in it."""
+    if isinstance(value, (list, tuple)):
+        for each in value:
+            yield from within(each)
+    else:
+        yield value
 
 
 def build_config(plugin: str, model: type[PluginConfig], values: Mapping[str, Any]) -> PluginConfig:

@@ -23,6 +23,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from safetensors.torch import save
 
+from . import stacks
 from .bout import How, fight
 from .cases import SEARCHED, Bout, all_bouts
 from .find import find as find_steps
@@ -35,7 +36,7 @@ from .rows import Store, key_of
 app = typer.Typer(add_completion=False, pretty_exceptions_show_locals=False)
 console = Console()
 Out = Annotated[Path, typer.Option(help="Everything goes there; a second run makes what is missing.")]
-OUT = Path("out/benchmarks")
+OUT, OUT_STACKS = Path("out/benchmarks"), Path("out/stacks")
 
 
 @app.command()
@@ -137,6 +138,39 @@ def find(device: Annotated[str, typer.Option()] = "cpu") -> None:
     """Search the time steps that the cases name and that are not there: some minutes each."""
     for pipeline in SEARCHED:
         find_steps(pipeline, device, console.print)
+
+
+@app.command()
+def tune_stacks(out: Out = OUT_STACKS) -> None:
+    """Search for the stacks that the table measures, where they are missing: ten minutes a pipeline."""
+    for pipeline in stacks.SEARCHES:
+        stacks.search(pipeline, out, console.print)
+
+
+@app.command("stacks")
+def measure_stacks(
+    out: Out = OUT_STACKS,
+    only: Annotated[str, typer.Option(help="Bouts whose pipeline or environment has this in its name.")] = "",
+    rounds: Annotated[int, typer.Option(min=1)] = 5,
+    samples: Annotated[int, typer.Option(min=2, help="Pictures for the figures of quality.")] = 48,
+    peers: Annotated[bool, typer.Option("--peers/--no-peers", help="Install and measure other packages.")] = True,
+) -> None:
+    """Measure the tuned stacks beside everything else, with eight pictures in a call (and their quality), then with one."""
+    command = shlex.join(["python", "-m", "diffgraft_bench", *sys.argv[1:]])
+    eight = How(str(out), rounds, 1, samples, 8, 500, timed_batch=8, command=command)
+    envs, store = out / "envs", Store(out)
+    told = install(envs, lambda name: console.print(f"installing {name}")) if peers else {}
+    for bout in stacks.stack_bouts():
+        if only in f"{bout.pipeline} {bout.env}" and (peers or not bout.env):
+            for how in (eight, replace(eight, samples=8, timed_batch=1)):
+                console.print(f"{bout.pipeline} {bout.env}, {how.timed_batch} in a call: {len(bout.methods)} methods")
+                one_bout(bout, how, store, envs, told)
+
+
+@app.command()
+def stacks_readme(out: Out = OUT_STACKS) -> None:
+    """Write the table into examples/stacks/README.md from what is there."""
+    console.print(str(stacks.write_stacks(Store(out))))
 
 
 @app.command()

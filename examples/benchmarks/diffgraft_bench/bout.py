@@ -117,6 +117,8 @@ def measure(bout: Bout, missing: Sequence[Method], keys: Mapping[int, str], mode
         return
     prepare(plain, model, how)
     run_rounds([plain, *fighters], model, how)
+    for fighter in (plain, *fighters):
+        fighter.row["denoiser_share"] = denoiser_share(fighter, model, how)
     with all_threads(how):
         quality = Quality.of(model, how, bout.distilled) if isinstance(model, BundledModel) else None
         for fighter in fighters:
@@ -260,7 +262,36 @@ def timing(fighter: Fighter, plain: Fighter) -> Row:
         "speedup_high": max(ratios),
         "mac_limit": plain.row["macs"] / fighter.row["macs"],
         "plain_peak_bytes": plain.row["peak_bytes"],
+        "plain_denoiser_share": plain.row["denoiser_share"],
     }
+
+
+def denoiser_share(fighter: Fighter, model: Model, how: How) -> float | None:
+    """Which part of a call's time is inside its denoisers, plugins at work there included; None where it calls none of this pipeline's."""
+    spent, began, total = 0.0, 0.0, 0.0
+    device = torch.device(model.pipe.device)
+
+    def enter(*_: Any) -> None:
+        nonlocal began
+        synchronize(device)
+        began = time.perf_counter()
+
+    def leave(*_: Any) -> None:
+        nonlocal spent
+        synchronize(device)
+        spent += time.perf_counter() - began
+
+    handles = [handle for each in denoisers(fighter.pipe).values()
+               for handle in (each.register_forward_pre_hook(enter), each.register_forward_hook(leave))]  # fmt: skip
+    try:
+        started = time.perf_counter()
+        model.run(fighter.call, fighter.method.steps, range(how.timed_batch))
+        synchronize(device)
+        total = time.perf_counter() - started
+    finally:
+        for handle in handles:
+            handle.remove()
+    return spent / total if spent else None
 
 
 # pictures ------------------------------------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
-Kind = Literal["plain", "diffgraft", "scheduler", "cache", "peer"]
+Kind = Literal["plain", "diffgraft", "scheduler", "cache", "peer", "bundled"]
 
 
 @dataclass(frozen=True)
@@ -18,8 +18,9 @@ class Method:
     """One way to run a pipeline.
 
     label   what the report calls it: methods of one label and different settings are one line of a plot
-    kind    who provides it: the plain pipeline with so many steps, our plugins, diffusers' schedulers, diffusers' caches, a peer package
-    name    the scheduler's or cache configuration's class, or the peer; empty for the others
+    kind    who provides it: the plain pipeline with so many steps, our plugins, diffusers' schedulers, diffusers' caches, a peer package,
+            another bundled model as diffusers runs it
+    name    the scheduler's or cache configuration's class, or the peer, or the bundled model; empty for the others
     knobs   the setting: plugins with their knobs, or arguments of the scheduler, the cache, the peer
     steps   None: the pipeline's
     on      a scheduler of diffusers that our plugins run over: a label of SCHEDULERS; empty: the pipeline's own
@@ -100,6 +101,9 @@ def peer(name: str, ours: str = "", **knobs: Any) -> Method:
     """Another package."""
     return Method(name, "peer", name, knobs, ours=ours)
 
+
+FEW_STEPS = {"emoji-sd": tuple(Method("emoji-sd-lcm", "bundled", "emoji-sd-lcm", steps=k) for k in (4, 2))}
+"""Distilled models of the same subjects, by pipeline."""
 
 # environments --------------------------------------------------------------------------------------------------------------------------
 

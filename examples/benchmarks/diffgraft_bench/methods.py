@@ -10,7 +10,7 @@ from typing import Any
 import diffusers
 from diffgraft import load_pipeline
 from diffgraft.installed.anatomy import denoisers_of
-from diffgraft.installed.registry import find_family
+from diffgraft.installed.registry import find_bundled, find_family
 
 from .cases import SCHEDULERS, Method
 from .models import Model
@@ -64,6 +64,14 @@ def fill(name: str, knobs: Mapping[str, Any], model: Model, method: Method) -> d
     elif "{steps}" in found.get("artefact", ""):
         found["artefact"] = str(model.root / found["artefact"].format(pipeline=model.name, on=method.on, steps=method.steps))
     return found
+
+
+def put_bundled(method: Method, pipe: Any, model: Model) -> Callable[..., Any]:
+    """Another bundled model at its own guidance scale, called with this one's prompts and seeds."""
+    other = load_pipeline(method.name, plugins={name: dict(knobs) for name, knobs in method.knobs.items()}).to(pipe.device)
+    other.set_progress_bar_config(disable=True)
+    own = find_bundled(method.name).guidance_scale
+    return lambda **arguments: other(**{**arguments, **({} if own is None else {"guidance_scale": own})})
 
 
 def put_scheduler(method: Method, pipe: Any, model: Model) -> Any:
@@ -156,6 +164,7 @@ PUT: dict[str, Callable[[Method, Any, Model], Any]] = {
     "scheduler": put_scheduler,
     "cache": put_cache,
     "peer": put_peer,
+    "bundled": put_bundled,
 }
 PEER: dict[str, Callable[[Any, dict[str, Any]], Any]] = {
     "DeepCache": deepcache,

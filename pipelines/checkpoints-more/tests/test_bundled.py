@@ -54,7 +54,38 @@ def test_it_is_a_plain_small_folder_with_its_notices(name: str) -> None:
 
 
 def test_all_of_them_are_offered() -> None:
-    assert {record.name for record in vars(bundled).values() if isinstance(record, Bundled)} == set(CALLS)
+    assert {record.name for record in vars(bundled).values() if isinstance(record, Bundled)} == {*CALLS, "emoji-flux-4step"}
+
+
+def test_emoji_flux_4step_is_a_small_folder_and_draws_in_four_steps_what_is_asked() -> None:
+    folder = Path(str(bundled.emoji_flux_4step.lora))
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) < 8e6
+    experts = {"pytorch_lora_weights.safetensors", "phase_1.safetensors", "phase_2.safetensors"}
+    notices = {"README.md", "evaluation.json", "LICENSE-APACHE-2.0.txt", "LICENSE-OFL-1.1.txt", "NOTICE-noto-emoji.txt"}
+    assert experts | notices <= {path.name for path in files}
+    pipe = opened("emoji-flux-4step")
+    seen: list[float] = []
+    prompts = [f"a big apple {phrase} on a blue background" for phrase in scenes.PLACE_PHRASES.values()]
+
+    def count(pipe: Any, step: int, t: Any, values: Any) -> Any:
+        seen.append(float(t))
+        return values
+
+    images = pipe(prompts, generator=torch.Generator().manual_seed(0), callback_on_step_end=count).images
+    assert seen == pytest.approx([1000, 900, 750, 500], abs=0.1)
+    scores = load_bundled().score(images, prompts)
+    for name in ("background", "size", "place"):
+        assert scores[name] == [True] * len(prompts), name
+    assert sum(map(bool, scores["object"])) >= len(prompts) - 1
+
+
+def test_emoji_flux_4step_without_its_lora_is_emoji_flux() -> None:
+    call = {"prompt": "a star", "num_inference_steps": 2, "output_type": "latent", "true_cfg_scale": 2.0}
+    plain, distilled = opened("emoji-flux"), opened("emoji-flux-4step")
+    distilled.disable_lora()
+    ours, theirs = (pipe(**call, generator=torch.Generator().manual_seed(0)).images for pipe in (distilled, plain))
+    assert torch.equal(ours, theirs)
 
 
 def test_emoji_dit_draws_what_its_labels_name() -> None:

@@ -637,7 +637,7 @@ def test_other_pipelines_are_refused_with_the_reason():
         plugin.reward(pipe)
     pipe, plugin = classifier(SD)
     pipe.scheduler = EDMEulerScheduler()
-    with pytest.raises(Unsupported, match="EDM.s epsilon"):
+    with pytest.raises(Unsupported, match=r"EDM.s epsilon"):
         plugin.score(pipe, pictures(1), PROMPTS[:1])
 
 

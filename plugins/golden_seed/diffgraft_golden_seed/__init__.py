@@ -14,7 +14,7 @@ import torch
 from diffgraft import ConfigError, Conflict, DenoiseCall, Effects, Need, Paper, Plugin, PluginConfig, RunCall, Target, Unsupported
 from diffgraft.methods.conditioning import number_of_pictures
 from diffgraft.methods.findings import Finding
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 from torch import Tensor
 from typing_extensions import Self
 
@@ -41,13 +41,6 @@ class GoldenSeedConfig(PluginConfig):
         description="own: which picture of a call gets which seed: picture i the i-th of the K ('rank'), or drawn from the K by the call's "
         "generator ('lot'): none twice in a call, each call for itself",
     )
-
-    @field_validator("seed", mode="before")
-    @classmethod
-    def _a_number(cls, seed: Any) -> Any:
-        if isinstance(seed, bool):
-            raise ValueError("a seed is a whole number")
-        return seed
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:

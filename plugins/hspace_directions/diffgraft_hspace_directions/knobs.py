@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from diffgraft import Paper, PluginConfig
 from diffgraft.methods.artefacts import Artefact
-from pydantic import AfterValidator, Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, model_validator
 from torch import Tensor
 from typing_extensions import Self
 
@@ -73,13 +73,6 @@ class HSpaceDirectionsConfig(PluginConfig):
     artefact: str | Path | Artefact | None = Field(
         None, description="the calibration file: a path, owner/name/file.safetensors on the Hub, or an Artefact"
     )
-
-    @field_validator("strength", mode="before")
-    @classmethod
-    def _a_number(cls, strength: Any) -> Any:
-        if isinstance(strength, bool):
-            raise ValueError("a strength is a number")
-        return strength
 
     @model_validator(mode="after")
     def _together(self) -> Self:

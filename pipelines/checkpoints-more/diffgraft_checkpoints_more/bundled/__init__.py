@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from diffgraft import Bundled
@@ -50,3 +51,12 @@ emoji_edit = Bundled(
 
 emoji_pixel = Bundled(name="emoji-pixel", path=str(HERE / "emoji-pixel"), steps=100)
 """Neither prompts nor classes; so there is nothing that a judge could hold a picture against."""
+
+emoji_flux_4step = replace(
+    first.emoji_flux,
+    name="emoji-flux-4step",
+    lora=str(HERE / "emoji-flux-4step"),
+    steps=4,
+    call={**first.emoji_flux.call, "true_cfg_scale": 1.0},
+)
+"""emoji-flux with a LoRA that was distilled from it: four steps without guidance."""
