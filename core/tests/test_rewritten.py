@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 from typing import ClassVar
 
 import pytest
 import torch
 from diffgraft import load_pipeline
+from diffgraft.installed import registry
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers.schedulers.scheduling_ddim import DDIMSchedulerOutput
 from probes import Effects, Probe, generate, tiny
 
 WANTED = [0, 700.0, 321.0, 20.0, 20.0, 20.0]
@@ -16,15 +19,17 @@ WANTED = [0, 700.0, 321.0, 20.0, 20.0, 20.0]
 
 def rewriting(base):
     class Rewriting(base):
+        @functools.wraps(base.set_timesteps)
         def set_timesteps(self, *args, **kwargs):
             super().set_timesteps(*args, **kwargs)
             self.timesteps, self.made = self.timesteps.float(), 0
 
-        def step(self, model_output, timestep, sample, *args, **kwargs):
+        def step(self, model_output, timestep, sample, return_dict=True, **kwargs):
             self.made += 1
             if self.made < len(self.timesteps):
                 self.timesteps[self.made :] = WANTED[self.made]
-            return (sample if self.made > 4 else sample - 0.01 * model_output[:, : sample.shape[1]],)
+            after = sample if self.made > 4 else sample - 0.01 * model_output
+            return DDIMSchedulerOutput(after, after) if return_dict else (after,)
 
     return Rewriting
 
@@ -38,8 +43,7 @@ class Rewrites(Probe):
     samples: ClassVar[list[torch.Tensor]] = []
 
     def make_scheduler(self, old, family):
-        base = FlowMatchEulerDiscreteScheduler if family.prediction == "flow" else DDIMScheduler
-        return rewriting(base).from_config(old.config)
+        return rewriting(type(old)).from_config(old.config)
 
     def denoise(self, call, next):
         self.told.append(float(call.timestep.flatten()[0]) / call.family.timestep_scale)
@@ -61,6 +65,8 @@ class Rewrites(Probe):
 )  # fmt: skip
 def test_rewritten_timesteps_are_followed(name):
     pipe, kwargs = tiny(name)
+    flow = registry.find_family(type(pipe)).prediction == "flow"
+    pipe.scheduler = (FlowMatchEulerDiscreteScheduler if flow else DDIMScheduler).from_config(pipe.scheduler.config)
     for seen in (Rewrites.told, Rewrites.facts, Rewrites.samples):
         seen.clear()
     load_pipeline(pipe, plugins=[Rewrites])

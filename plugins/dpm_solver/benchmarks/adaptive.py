@@ -1,6 +1,6 @@
 """Adaptive steps against fixed ones at the same number of denoiser calls: error of the latents against a long solve.
 
-    python plugins/dpm_solver/benchmarks/adaptive.py                                  # emoji-sd, 8 pictures: about a minute
+    python plugins/dpm_solver/benchmarks/adaptive.py                                  # emoji-sd, 4 pictures: about 90 s of a quiet core
     python plugins/dpm_solver/benchmarks/adaptive.py --pipeline emoji-flux --pictures 16 --out flux
     python plugins/dpm_solver/benchmarks/adaptive.py --pipeline emoji-dit
 
@@ -85,9 +85,9 @@ def generate(pipe: Any, name: str, n: int, calls: int, plugins: list[Any]) -> tu
 
 def main(
     pipeline: Annotated[str, typer.Option()] = "emoji-sd",
-    pictures: Annotated[int, typer.Option(min=2)] = 8,
-    reference: Annotated[int, typer.Option(help="calls, a multiple of 6")] = 240,
-    tolerances: Annotated[str, typer.Option(help="rtol of the adaptive runs; atol is as many times the default")] = "0.2,0.05,0.02",
+    pictures: Annotated[int, typer.Option(min=2)] = 4,
+    reference: Annotated[int, typer.Option(help="calls, a multiple of 6")] = 90,
+    tolerances: Annotated[str, typer.Option(help="rtol of the adaptive runs; atol is as many times the default")] = "0.2,0.05",
     form: Annotated[str, typer.Option()] = "data",
     out: Annotated[Path, typer.Option()] = Path("adaptive"),
 ) -> None:
