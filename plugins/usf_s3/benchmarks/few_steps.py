@@ -185,13 +185,14 @@ def main(
                 "arm": name, "steps": n, "mse": float(error.mean()), "mse_95": bootstrap(error, lambda x: x.mean(1)),
                 "ratio": float(error.mean() / base.mean()),
                 "ratio_95": bootstrap(np.stack([error, base], 1), lambda x: x[..., 0].mean(1) / x[..., 1].mean(1)),
-                "right": right.right, "of": right.total,
+                "median": float(np.median(error)), "nearer": int((error < base).sum()), "right": right.right, "of": right.total,
             })  # fmt: skip
-    table = Table("solver", "calls", "MSE", "95 %", "to unipc", "95 %", "judge: all right")
+    table = Table("solver", "calls", "MSE", "95 %", "median", "to unipc", "95 %", "nearer than unipc", "judge: all right")
     for row in rows:
         low, high = row["mse_95"]
-        table.add_row(row["arm"], str(row["steps"]), f"{row['mse']:.5f}", f"{low:.5f} to {high:.5f}", f"{row['ratio']:.2f}",
-                      "{:.2f} to {:.2f}".format(*row["ratio_95"]), f"{row['right']}/{row['of']}")  # fmt: skip
+        table.add_row(row["arm"], str(row["steps"]), f"{row['mse']:.5f}", f"{low:.5f} to {high:.5f}", f"{row['median']:.5f}",
+                      f"{row['ratio']:.2f}", "{:.2f} to {:.2f}".format(*row["ratio_95"]), f"{row['nearer']}/{row['of']}",
+                      f"{row['right']}/{row['of']}")  # fmt: skip
     console.print(table)
     spent = time.process_time() - began
     console.print(
