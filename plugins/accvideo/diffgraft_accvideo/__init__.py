@@ -9,7 +9,6 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 from diffgraft import ConfigError, DenoiseCall, Effects, Need, Plugin, RunCall, Schedule, ScheduleCall, Target, Unsupported
-from diffgraft.installed.anatomy import root_of
 from diffgraft.methods.adapters import adapter_layers, weighted
 from diffgraft.methods.inputs import parameters
 from torch import Tensor, nn
@@ -130,5 +129,5 @@ class AccVideo(Plugin):
 
 def own_adapters(model: nn.Module) -> list[str]:
     """The user's LoRA that are active on a denoiser."""
-    layers = [layer for layer in adapter_layers(root_of(model)) if not layer.disable_adapters]
+    layers = [layer for layer in adapter_layers(model) if not layer.disable_adapters]
     return sorted({name for layer in layers for name in layer.active_adapters})
