@@ -1,6 +1,7 @@
 """Few steps on emoji-wan: a fitted LoRA on its levels, against the same levels without it, plain runs, and the teacher's 50 steps.
 
-    python plugins/accvideo/benchmarks/few_steps.py                                     # without a LoRA: what it has to beat, 2 minutes
+    python plugins/accvideo/benchmarks/few_steps.py                                     # what a LoRA has to beat: 4 minutes of a free core
+    python plugins/accvideo/benchmarks/few_steps.py --steps 4 --cases 8 --judged 8      # the same in half a minute
     python plugins/accvideo/benchmarks/few_steps.py --lora 4=FILE --lora 5=FILE --out few
 
 Case i is the i-th held-out caption (the checkpoint's own order) from seed i. The teacher has the checkpoint's own guidance, as have the
@@ -20,6 +21,7 @@ from __future__ import annotations
 
 import json
 import platform
+import random
 from itertools import combinations
 from pathlib import Path
 from typing import Annotated, Any
@@ -99,7 +101,13 @@ def main(
     judged: Annotated[int, typer.Option(min=1, help="cases that are decoded and judged")] = 32,
     teacher: Annotated[Path | None, typer.Option(help="file of the teacher's latents: written, or read where it is there")] = None,
     out: Annotated[Path, typer.Option()] = Path("few-steps"),
+    captions: Annotated[Path | None, typer.Option(help="write the captions to collect trajectories of, and end")] = None,
 ) -> None:
+    if captions is not None:
+        training = list(motion.split()[0])
+        random.Random(0).shuffle(training)
+        captions.write_text("".join(f"{motion.caption(each)}\n" for each in training[:113]))
+        return
     console = Console(markup=False, highlight=False, width=200)
     torch.set_num_threads(1)
     loras = {int(n): path for n, _, path in (each.partition("=") for each in lora or [])}
