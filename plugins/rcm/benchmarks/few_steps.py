@@ -94,6 +94,7 @@ def main(
     lora: Annotated[str | None, typer.Option(help="a file of `diffgraft fit rcm`")] = None,
     steps: Annotated[str, typer.Option()] = "1,2,4",
     cases: Annotated[int, typer.Option(min=8, max=512)] = 32,
+    controls: Annotated[bool, typer.Option(help="also the runs without a LoRA")] = True,
     table: Annotated[str, typer.Option(help="times of the jumps")] = "quality",
     out: Annotated[Path, typer.Option()] = Path("few-steps"),
 ) -> None:
@@ -105,12 +106,15 @@ def main(
     own: dict[str, Any] = {"times": None}
     arms: list[tuple[str, dict[str, Any], dict[str, Any]]] = [("teacher", own, {"num_inference_steps": 50})]
     for n in map(int, steps.split(",")):
-        arms += [
-            ("plain, guided", own, {"num_inference_steps": n}),
-            ("plain", own, {"num_inference_steps": n, "guidance_scale": 1.0}),
-            ("jumps, no LoRA", {"times": table}, {"num_inference_steps": n}),
-        ]
-        arms += [("jumps", {"times": table, "lora": lora}, {"num_inference_steps": n})] if lora else []
+        call = {"num_inference_steps": n}
+        if controls:
+            arms += [
+                ("plain, guided", own, call),
+                ("plain", own, {**call, "guidance_scale": 1.0}),
+                ("jumps, no LoRA", {"times": table}, call),
+                ("jumps, guided", {"times": table, "guided": True}, {**call, "guidance_scale": 2.0}),
+            ]
+        arms += [("jumps", {"times": table, "lora": lora}, call)] if lora else []
     other, _ = model.make(texts, [10_000 + i for i in range(cases)], own, num_inference_steps=50)
     rows: list[dict[str, Any]] = []
     shown: dict[str, list[np.ndarray]] = {}
