@@ -44,7 +44,7 @@ class PhasedConfig(MatchingConfig):
 class PhasedFitter(MatchingFitter):
     """Its student draws x_s, s = t_k, from what the earlier experts make of noise; teacher and fake are compared at t in (s, 1)."""
 
-    Config = PhasedConfig
+    Config = PhasedConfig  # type: ignore[assignment]  # the base has no annotation of its own
     config: PhasedConfig
     plugin: Any
 
