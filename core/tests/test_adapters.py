@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import torch
 from diffgraft import ArtefactMismatch, ConfigError, DiffgraftError, Need, PluginConfig, Unsupported, load_pipeline, unload
-from diffgraft.methods.adapters import adapter_layers, weighted, without_adapters
+from diffgraft.methods import adapters
+from diffgraft.methods.adapters import adapter_layers, beside, weighted, without_adapters
 from diffgraft.testing.tiny import has_peft
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
@@ -264,6 +265,101 @@ def test_weighted_shows_others_and_leaves_no_trace():
     with pytest.raises(ConfigError, match="no adapter 'defalt'"), weighted(model, {"defalt": 1.0}):
         pass
     assert looks(pipe) == before
+
+
+def test_beside_keeps_what_the_user_has_active():
+    pipe, kwargs, model, plain = with_lora()
+    model.add_adapter(LoraConfig(r=2, init_lora_weights=False, target_modules=["to_q", "to_out.0"]), "second")
+    outputs = {}
+    for names in (["default"], ["second"], ["default", "second"]):
+        model.set_adapter(names)
+        outputs[tuple(names)] = generate(pipe, kwargs)
+    for own, shown, wanted in (
+        (["default"], {"second": 1.0}, ("default", "second")),
+        (["default"], {}, ("default",)),
+        (["second"], {"second": 1.0}, ("second",)),
+        ([], {"second": 1.0}, ("second",)),
+    ):
+        model.set_adapter(own)
+        before = looks(pipe)
+        with beside(model, shown):
+            assert torch.equal(generate(pipe, kwargs), outputs[wanted])
+        assert looks(pipe) == before
+    model.set_adapter(["default"])
+    model.disable_adapters()
+    with beside(model, {"second": 1.0}):
+        assert torch.equal(generate(pipe, kwargs), outputs["second",]), "what the user has switched off stays off"
+    assert torch.equal(generate(pipe, kwargs), plain)
+
+
+@pytest.fixture
+def walks(monkeypatch):
+    """How often a denoiser was searched for layers with a LoRA."""
+    seen = []
+    monkeypatch.setattr(adapters, "adapter_layers", lambda model: seen.append(model) or adapter_layers(model))
+    return seen
+
+
+def test_layers_are_looked_for_once_a_run_and_again_when_a_lora_comes_or_goes(file, walks):
+    """A LoRA of the user's that a step callback loads, deletes, loads again under its old name, or unloads: as without the cache."""
+
+    def load(pipe):
+        torch.manual_seed(3)
+        pipe.unet.add_adapter(LoraConfig(r=2, init_lora_weights=False, target_modules=["to_q", "to_out.0"]), "late")
+
+    def again(pipe):
+        pipe.delete_adapters("late")
+        load(pipe)
+
+    changes = {1: load, 2: again, 3: lambda pipe: pipe.delete_adapters("late")}
+
+    def run():
+        pipe, kwargs = tiny("StableDiffusionPipeline")
+        load_pipeline(pipe, plugins=[Brings(lora=str(file))])
+
+        def change(pipe, step, timestep, tensors):
+            changes.get(step, lambda pipe: None)(pipe)
+            return tensors
+
+        plain = generate(pipe, kwargs | {"num_inference_steps": 5})
+        after_plain = len(walks)
+        changed = generate(pipe, kwargs | {"num_inference_steps": 5, "callback_on_step_end": change})
+        return plain, changed, after_plain, len(walks) - after_plain
+
+    walks.clear()
+    plain, changed, attaching_and_one, several = run()
+    assert attaching_and_one <= 4, "five steps, and as often as that while it was put on"
+    assert several == 4, "at first, and after each of three changes"
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(adapters, "known_layers", adapter_layers)
+        assert all(torch.equal(a, b) for a, b in zip((plain, changed), run()[:2], strict=True))
+
+
+class Several(Brings):
+    """Shows the first of its LoRA, then the second, then both."""
+
+    name = "several"
+
+    def denoise(self, call, next):
+        first, second = (adapter.name for adapter in call.given("lora"))
+        with weighted(call.model, [{first: 1.0}, {second: 1.0}, {first: 0.5, second: 0.5}][min(call.step.index, 2)]):
+            return next(call)
+
+
+def test_a_knob_may_hold_several(file, tmp_path):
+    pipe, kwargs = tiny("StableDiffusionPipeline")
+    plain, before = generate(pipe, kwargs), looks(pipe)
+    save_file({name: -value for name, value in load_file(file).items()}, tmp_path / "other.safetensors")
+    load_pipeline(pipe, plugins=[Several(lora=[str(file), str(tmp_path / "other.safetensors")])])
+    assert {"diffgraft:several:lora:1", "diffgraft:several:lora:2"} == set(pipe.unet.peft_config)
+    shown = generate(pipe, kwargs)
+    assert not torch.equal(shown, plain)
+    assert torch.equal(generate(copy.deepcopy(pipe), kwargs), shown)
+    unload(pipe)
+    assert looks(pipe) == before
+    with pytest.raises(DiffgraftError, match=r"lora number 2 = .*none\.safetensors"):
+        load_pipeline(pipe, plugins=[Several(lora=[str(file), str(tmp_path / "none.safetensors")])])
+    assert looks(unload(pipe)) == before
 
 
 class WhereItIs(Brings):

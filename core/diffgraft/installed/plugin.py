@@ -118,7 +118,7 @@ class Need:
            "artefact": what `calibrate` made, a file (path or Hub id) or an ``Artefact``; "inversion": what `invert` made, likewise;
            "pipeline": a second pipeline of the same latent space (bundled name, folder, Hub id or a live one), or a list of them;
            "reward": how good a picture is, any callable or registered name; "search": what `search` found, a file or a ``Finding``;
-           "fit": what `fit` learned, likewise; "adapter": a LoRA file (path or Hub id), on the denoiser while the plugin is on;
+           "fit": what `fit` learned, likewise; "adapter": a LoRA file (path or Hub id), or a list of them, there while the plugin is on;
            "weights": what somebody else published, a file (path or Hub id), several, or a state dict -> ``methods.published.Weights``;
            "encoder": a transformers text encoder with its tokenizer (folder, Hub id or the two) -> ``methods.encoders.Encoder``
     knob   the knob that names it; where the knob is None the plugin does without

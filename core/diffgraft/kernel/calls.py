@@ -410,8 +410,9 @@ class StepOutput:
 
 
 class ModulesCall(Call):
-    """Surgery at attach time: ``denoisers`` by attribute name; ``swap`` exchanges a submodule until the plugin is removed."""
+    """Surgery at attach time: ``denoisers`` by attribute name; ``swap`` exchanges a submodule,
+    or a weight, until the plugin is removed."""
 
     __slots__ = ("denoisers", "swap")
     denoisers: Mapping[str, nn.Module]
-    swap: Callable[[nn.Module, str, nn.Module], None]
+    swap: Callable[[nn.Module, str, nn.Module | nn.Parameter], None]

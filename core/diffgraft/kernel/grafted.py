@@ -14,7 +14,7 @@ from torch import nn
 
 from diffgraft.kernel.defaults import plain_class
 from diffgraft.kernel.slots import class_for_one, plain_state, reduced_as, uncover, underneath, wraps_method
-from diffgraft.kernel.surgery import Surgery
+from diffgraft.kernel.surgery import Surgery, follow
 
 STACK = "_diffgraft_stack"
 
@@ -42,8 +42,7 @@ def class_with(stack: GraftedStack) -> type:
         memo[id(pipe)] = new
         for exchanged, original in stack.surgery.exchanged():  # the copy's plugins exchange its own modules themselves
             memo[id(exchanged)] = twin = copy.deepcopy(original, memo)
-            if (where := next(exchanged.parameters(), None)) is not None:
-                twin.to(where.device)
+            follow(twin, exchanged)
         state = plain_state(pipe.__dict__)
         new.__dict__.update(copy.deepcopy(state, memo))
         uncover(_parts(state.values()), memo)

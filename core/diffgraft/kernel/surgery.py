@@ -34,7 +34,8 @@ class Surgery:
 
     def operate(self, entry: Entry, pipe: Any, family: Family) -> None:
         """Let a plugin exchange its modules, all or none; nothing where it has no such hook or has done it."""
-        things = [(thing, pipe) for thing in entry.given.values() if isinstance(thing, Attached)]
+        given = [one for value in entry.given.values() for one in (value if isinstance(value, list) else [value])]
+        things = [(thing, pipe) for thing in given if isinstance(thing, Attached)]
         if entry in self._swaps or not (things or "modules" in entry.plugin.points()):
             return
         self._swaps[entry], self._attached[entry] = (), things
@@ -51,8 +52,8 @@ class Surgery:
             self.undo(entry)
             raise
 
-    def _swap(self, entry: Entry, parent: nn.Module, name: str, new: nn.Module) -> None:
-        home: Any = parent._modules
+    def _swap(self, entry: Entry, parent: nn.Module, name: str, new: nn.Module | nn.Parameter) -> None:
+        home: Any = parent._parameters if isinstance(new, nn.Parameter) else parent._modules
         if name not in home:
             raise DiffgraftError(f"{entry.name}: {type(parent).__name__} has no submodule {name!r}; it has {', '.join(home)}")
         for other, slots in self._swaps.items():
@@ -66,8 +67,8 @@ class Surgery:
         self._swaps[entry] = (*self._swaps[entry], slot)  # first: what is not known here is never put back
         slot.open()
 
-    def exchanged(self) -> Sequence[tuple[nn.Module, nn.Module]]:
-        """(module that a plugin put in, the one that was there), in the order in which they were put in."""
+    def exchanged(self) -> Sequence[tuple[nn.Module | nn.Parameter, nn.Module | nn.Parameter]]:
+        """(module or weight that a plugin put in, the one that was there), in the order in which they were put in."""
         return [(slot.value, slot.inner) for slots in self._swaps.values() for slot in slots]
 
     def operated(self) -> bool:
@@ -88,11 +89,8 @@ class Surgery:
                     "unload that first"
                 )
         for slot in reversed(slots):
-            where = next(slot.value.parameters(), None)
-            original = slot.inner
             slot.close()
-            if where is not None and isinstance(original, nn.Module):
-                original.to(where.device)  # the pipeline may have moved in the meantime
+            follow(slot.inner, slot.value)  # the pipeline may have moved in the meantime
         for thing, pipe in reversed(self._attached.get(entry, ())):
             thing.take_off(pipe)
         self._attached.pop(entry, None)
@@ -105,6 +103,15 @@ def _meet(slot: Slot, home: Any, name: str, parent: nn.Module) -> bool:
     return (slot.home is home and slot.key == name) or (_holds(slot.value, parent) and not _holds(slot.inner, parent))
 
 
-def _holds(module: nn.Module | None, part: nn.Module) -> bool:
-    """Whether ``part`` is somewhere in a module; a place for one may hold None."""
-    return module is not None and any(part is each for each in module.modules())
+def _holds(module: nn.Module | nn.Parameter | None, part: nn.Module) -> bool:
+    """Whether ``part`` is somewhere in a module; a place for one may hold None, and a weight holds nothing."""
+    return isinstance(module, nn.Module) and any(part is each for each in module.modules())
+
+
+def follow(original: nn.Module | nn.Parameter | None, exchanged: nn.Module | nn.Parameter) -> None:
+    """Move what was taken out to the device of what was in its place."""
+    where = next(exchanged.parameters(), None) if isinstance(exchanged, nn.Module) else exchanged
+    if where is not None and isinstance(original, nn.Module):
+        original.to(where.device)
+    elif where is not None and original is not None:
+        original.data = original.data.to(where.device)

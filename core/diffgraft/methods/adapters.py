@@ -3,17 +3,19 @@
     with weighted(call.model, {call.given("lora").name: 0.5}):     # in a plugin's `denoise`
         return next(call)
 
-What a plugin brings is there while the plugin is on, and acts only where the plugin shows it; the user's own stay active.
+What a plugin brings is there while the plugin is on, and acts only where the plugin shows it: ``weighted`` shows it alone, ``beside``
+with what the user has active.
 """
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from accelerate.hooks import CpuOffload
@@ -24,6 +26,7 @@ from diffgraft.installed.anatomy import Target, root_of
 from diffgraft.installed.errors import ArtefactMismatch, ConfigError, Unsupported, choices
 from diffgraft.installed.foreign import said
 from diffgraft.installed.plugin import Need, Plugin
+from diffgraft.kernel.onion import active_run
 from diffgraft.kernel.slots import Slot, forget, keep, opened, set_requires_grad, surely
 from diffgraft.kernel.surgery import Attached
 from diffgraft.methods.extras import imported
@@ -34,13 +37,46 @@ def adapter_layers(model: nn.Module) -> list[Any]:
     return [layer for layer in model.modules() if hasattr(layer, "_disable_adapters") and hasattr(layer, "merged_adapters")]
 
 
+NOTHING: Mapping[str, Any] = {}
+"""What peft knows of a denoiser without LoRA."""
+
+
+@dataclass(frozen=True, eq=False)
+class Found:
+    """The layers of a denoiser that carry a LoRA, and what peft knew of it when they were looked for (held, so that nothing has its id)."""
+
+    layers: list[Any]
+    home: Mapping[str, Any]
+    configs: Mapping[str, Any]
+
+    def still(self, home: Mapping[str, Any]) -> bool:
+        """Whether the denoiser has the same LoRA: loading and deleting one changes what peft knows, and unloading all makes it forget."""
+        same = home is self.home and len(home) == len(self.configs)
+        return same and all(home.get(name) is known for name, known in self.configs.items())
+
+
+def known_layers(model: nn.Module) -> list[Any]:
+    """:func:`adapter_layers`, looked for once a run: a denoiser has thousands of modules, and plugins ask at every call.
+
+    Between runs other plugins may exchange modules; in a run only a LoRA that comes or goes makes others of them.
+    """
+    run = active_run()
+    if run is None:
+        return adapter_layers(model)
+    home: Mapping[str, Any] = getattr(model, "peft_config", NOTHING)
+    found: Found | None = run.forms.get((Found, model))
+    if found is None or not found.still(home):
+        found = run.forms[Found, model] = Found(adapter_layers(model), home, dict(home))
+    return found.layers
+
+
 def unfused_layers(model: nn.Module) -> list[Any]:
     """The same, none where there is no LoRA.
 
     Raises:
         Unsupported: one is fused into the weights, so that what is beside it cannot be told from it.
     """
-    layers = adapter_layers(model)
+    layers = known_layers(model)
     if any(layer.merged_adapters for layer in layers):
         raise Unsupported(f"the LoRA of this {type(model).__name__} is fused into its weights; pipe.unfuse_lora() first, and leave it so")
     return layers
@@ -70,14 +106,29 @@ def without_adapters(model: nn.Module) -> Iterator[None]:
         yield
 
 
-@contextmanager
-def weighted(model: nn.Module, weights: Mapping[str, float]) -> Iterator[None]:
+def weighted(model: nn.Module, weights: Mapping[str, float]) -> AbstractContextManager[None]:
     """Run ``model`` with these adapters alone, each at its own scale times a weight; afterwards (also after an exception) all is as it was.
 
     Raises:
         ConfigError: it has no adapter of that name.
         Unsupported: a LoRA is fused into the weights.
     """
+    return show_adapters(model, weights, lambda layer: [])
+
+
+def beside(model: nn.Module, weights: Mapping[str, float]) -> AbstractContextManager[None]:
+    """The same with those that are active now (the user's own) as they are; what the user has switched off stays off.
+
+    Raises:
+        ConfigError: it has no adapter of that name.
+        Unsupported: a LoRA is fused into the weights.
+    """
+    return show_adapters(model, weights, lambda layer: [] if layer.disable_adapters else layer.active_adapters)
+
+
+@contextmanager
+def show_adapters(model: nn.Module, weights: Mapping[str, float], kept: Callable[[Any], list[str]]) -> Iterator[None]:
+    """Show these adapters after those of each layer that are ``kept``; only what differs is written."""
     model = root_of(model)
     layers = unfused_layers(model)
     known = getattr(model, "peft_config", {})
@@ -85,9 +136,13 @@ def weighted(model: nn.Module, weights: Mapping[str, float]) -> Iterator[None]:
         raise ConfigError(f"no adapter {unknown!r} on this {type(model).__name__}{choices(unknown, known, 'On it')}")
     slots = []
     for layer in layers:
-        scaling = {name: scale * weights.get(name, 1.0) for name, scale in layer.scaling.items()}
-        slots += [switch(layer, "_active_adapter", list(weights)), switch(layer, "scaling", scaling)]
-        slots += [switch(layer, "_disable_adapters", False)] if layer.disable_adapters else []
+        active = [*(name for name in kept(layer) if name not in weights), *weights]
+        if active != layer.active_adapters:
+            slots.append(switch(layer, "_active_adapter", active))
+        if any(name in layer.scaling for name in weights):  # a copy, so that nothing is left of what diffusers' own scale rounds
+            slots.append(switch(layer, "scaling", {name: scale * weights.get(name, 1.0) for name, scale in layer.scaling.items()}))
+        if layer.disable_adapters:
+            slots.append(switch(layer, "_disable_adapters", False))
     with opened(slots):
         yield
 
@@ -165,7 +220,14 @@ def remove_adapter(model: nn.Module, name: str) -> None:
             forget(model.__dict__, key)
 
 
-def fetch_adapter(plugin: Plugin, need: Need, value: Any, target: Target) -> Adapter:
+def fetch_adapter(plugin: Plugin, need: Need, value: Any, target: Target) -> Adapter | list[Adapter]:
+    """An adapter, or a list of them."""
+    if not isinstance(value, (list, tuple)):
+        return one_adapter(plugin, need, value, target)
+    return [one_adapter(plugin, need, one, target, number) for number, one in enumerate(value, 1)]
+
+
+def one_adapter(plugin: Plugin, need: Need, value: Any, target: Target, number: int | None = None) -> Adapter:
     """A LoRA file (path or Hub id), or tensors; or a dict of them by denoiser (``{"transformer_2": ...}``), where there are two.
 
     Raises:
@@ -175,7 +237,7 @@ def fetch_adapter(plugin: Plugin, need: Need, value: Any, target: Target) -> Ada
     """
     if isinstance(value, Adapter):
         return value
-    where = f"plugin {plugin.name!r}: {need.knob}"
+    where = f"plugin {plugin.name!r}: {need.knob}" + (f" number {number}" if number else "")
     pipe = target.pipe
     if not hasattr(pipe, "load_lora_weights"):
         raise Unsupported(f"{where}: {type(pipe).__name__} loads no LoRA")
@@ -189,13 +251,15 @@ def fetch_adapter(plugin: Plugin, need: Need, value: Any, target: Target) -> Ada
         model = root_of(target.denoisers[attribute])
         unfused_layers(model)
         loras[attribute] = read_lora(pipe, model, source, where)
-    return Adapter(f"diffgraft:{plugin.name}:{need.knob}", loras)
+    return Adapter(f"diffgraft:{plugin.name}:{need.knob}" + (f":{number}" if number else ""), loras)
 
 
 def read_lora(pipe: Any, model: Any, source: Any, where: str) -> Lora:
     """A LoRA, every tensor of which has its place in ``model``."""
     shown = os.fspath(source) if isinstance(source, (str, os.PathLike)) else "(in memory)"
     given = dict(source) if isinstance(source, Mapping) else shown
+    if shown.startswith((".", "/", "~")) and not Path(shown).expanduser().exists():  # nothing that the Hub could have
+        raise ConfigError(f"{where} = {shown}: there is no such file")
     try:
         read = type(pipe).lora_state_dict(given, return_lora_metadata=True, return_alphas=True, unet_config=model.config)
     except OSError as error:
@@ -203,8 +267,9 @@ def read_lora(pipe: Any, model: Any, source: Any, where: str) -> Lora:
     except Exception as error:  # whatever a wrong file does in diffusers' converters
         raise ArtefactMismatch(f"{where} = {shown} cannot be read as a LoRA: {said(error)}") from error
     state, *alphas, metadata = read  # some classes know no alphas beside the tensors
-    state = convert_unet_state_dict_to_peft(state)  # older names
+    state = with_all_biases(convert_unet_state_dict_to_peft(state))  # of older names too
     wrong = [why for name, value in state.items() if (why := misfit(model, name, value)) is not None]
+    wrong += [f"{name} is a bias without weights" for name in state if name.endswith(".bias") and f"{name[:-4]}weight" not in state]
     if wrong or not state:
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         why = "; ".join(wrong[:3]) + more if wrong else "it is empty"
@@ -212,7 +277,16 @@ def read_lora(pipe: Any, model: Any, source: Any, where: str) -> Lora:
     return Lora(state, {"metadata": metadata} | ({"network_alphas": alphas[0]} if alphas else {}))
 
 
-PLACE = re.compile(r"(?:unet|transformer)\.(?P<path>.+?)\.lora_(?P<half>[AB])\.weight")
+def with_all_biases(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Zeros for the biases that a LoRA with some lacks: peft gives every layer one, and diffusers leaves those that no file fills empty."""
+    lacks: dict[str, Tensor] = {}
+    if any(name.endswith(".lora_B.bias") for name in state):
+        wide = {name.removesuffix("weight") + "bias": value for name, value in state.items() if name.endswith(".lora_B.weight")}
+        lacks = {name: value.new_zeros(value.shape[0]) for name, value in wide.items() if name not in state}
+    return {**state, **lacks}
+
+
+PLACE = re.compile(r"(?:unet|transformer)\.(?P<path>.+?)\.lora_(?P<half>[AB])\.(?P<part>weight|(?<=B\.)bias)")
 """A tensor of a LoRA, as diffusers names it once a file is read."""
 
 

@@ -27,11 +27,15 @@ CAPTIONS = ("text", "caption", "prompt")
 
 @dataclass(frozen=True)
 class Example:
-    """One thing to learn from: a caption, a picture (a file or a PIL picture), a class; whatever there is of them."""
+    """One thing to learn from: a caption, a picture (a file or a PIL picture), a class; whatever there is of them.
+
+    worse  of a preference pair the other picture of the same caption, which is liked less
+    """
 
     prompt: str | None = None
     picture: Any = None
     class_label: int | None = None
+    worse: Any = None
 
     def sample(self, seed: int) -> Sample:
         """The same as something that a pipeline can make."""
@@ -47,7 +51,8 @@ class Example:
 
 def read_examples(folder: str | os.PathLike[str], option: str = "--data") -> list[Example]:
     """The pictures of a folder with their captions: those that ``metadata.jsonl`` names (one JSON object a line, with ``file_name``, and
-    ``text`` or ``label``), as Hugging Face's imagefolder has it; without that file all pictures, the caption of a.png in a.txt.
+    ``text`` or ``label``), as Hugging Face's imagefolder has it, and ``worse`` for a picture that is liked less; without that file all
+    pictures, the caption of a.png in a.txt.
 
     Raises:
         ConfigError: no such folder, no picture in it, or a line that names none.
@@ -74,15 +79,24 @@ def described(home: Path, number: int, line: str, option: str) -> Example:
         row = json.loads(line)
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"{where}: {said(error)}") from None
-    if not isinstance(row, dict) or not isinstance(name := row.get("file_name"), str):
+    if not isinstance(row, dict) or not isinstance(row.get("file_name"), str):
         raise ConfigError(f"{where}: {brief(line)} says no file_name")
-    path, label = home / name, row.get("label")
-    if not path.resolve().is_relative_to(home.resolve()) or path.suffix.lower() not in PICTURES or not path.is_file():
-        raise ConfigError(f"{where}: file_name = {brief(name)} is no picture in {home}")
+    path, worse = (found_in(home, key, row.get(key), where) for key in ("file_name", "worse"))
+    label = row.get("label")
     text = next((row[key] for key in CAPTIONS if key in row), None)
     if not isinstance(text, str | None) or not isinstance(label, int | None):
         raise ConfigError(f"{where}: text = {brief(text)}, label = {brief(label)}: a text and a whole number")
-    return Example(text, path, label)
+    return Example(text, path, label, worse)
+
+
+def found_in(home: Path, key: str, name: Any, where: str) -> Path | None:
+    """The picture in ``home`` that a line names; None where it names none."""
+    if name is None:
+        return None
+    path = home / str(name)
+    if not (path.resolve().is_relative_to(home.resolve()) and path.suffix.lower() in PICTURES and path.is_file()):
+        raise ConfigError(f"{where}: {key} = {brief(name)} is no picture in {home}")
+    return path
 
 
 def readable(path: Path, option: str) -> str:
@@ -134,10 +148,13 @@ def digest_of(examples: Sequence[Example]) -> str:
     """Tells one set of examples from another: by captions, and names and sizes of files."""
     digest = hashlib.sha256()
     for each in examples:
-        picture = each.picture
-        if isinstance(picture, Image.Image):
-            picture = hashlib.sha256(picture.tobytes()).hexdigest()
-        elif picture is not None:
-            picture = f"{Path(picture).name} {Path(picture).stat().st_size}"
-        digest.update(json.dumps([each.prompt, each.class_label, picture]).encode())
+        pair = [] if each.worse is None else [told(each.worse)]
+        digest.update(json.dumps([each.prompt, each.class_label, told(each.picture), *pair]).encode())
     return digest.hexdigest()
+
+
+def told(picture: Any) -> str | None:
+    """Tells one picture from another."""
+    if isinstance(picture, Image.Image):
+        return hashlib.sha256(picture.tobytes()).hexdigest()
+    return None if picture is None else f"{Path(picture).name} {Path(picture).stat().st_size}"

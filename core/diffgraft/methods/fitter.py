@@ -136,12 +136,17 @@ class Fitter(Plugin):
         pixels = batch.pixels[:, :, None] if family.latents == "bcfhw" else batch.pixels
         return to_latents(self.probe.target.pipe, family, pixels)
 
-    def conditioning(self, batch: Batch, branch: str = "cond") -> Mapping[str, Any]:
-        """What the pipeline hands to its denoiser for the batch's prompts (or classes), by the names of the denoiser's arguments."""
+    def conditioning(self, batch: Batch, branch: str = "cond", whole: bool = False) -> Mapping[str, Any]:
+        """What the pipeline hands to its denoiser for the batch's prompts (or classes), by the names of the denoiser's arguments.
+
+        Args:
+            whole: all of its call, with a noisy sample and a timestep (to be exchanged), sizes and token positions.
+        """
         arguments, guidance = self.arguments(batch), self.probe.target.family.guidance
         if branch == "cond" and guidance.layout != "none":
             arguments[guidance.scale] = 1.0  # guidance off: no text is encoded that nobody asks for
-        return self._listening.conditioning(arguments).of_branch[branch]
+        heard = self._listening.conditioning(arguments)
+        return (heard.whole if whole else heard.of_branch)[branch]
 
     def calls(self, batch: Batch) -> Mapping[str, Mapping[str, Any]]:
         """All arguments of the denoiser's calls for the batch's prompts, by branch: the noisy sample and timestep, to be exchanged, too."""

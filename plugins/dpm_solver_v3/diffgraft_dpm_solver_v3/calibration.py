@@ -20,6 +20,7 @@ from typing import Annotated, Any
 import numpy as np
 import torch
 from diffgraft import Calibrator, Effects, Family, RunCall, Schedule, ScheduleCall, Unsupported
+from diffgraft.methods.noise_schedule import Array, clean
 from diffgraft.methods.schema import Holds, Values
 from diffusers.utils.torch_utils import randn_tensor
 from pydantic import Field
@@ -27,7 +28,7 @@ from torch import Tensor
 from typing_extensions import TypedDict
 
 from diffgraft_dpm_solver_v3.knobs import PAPER, DPMSolverV3Config, options, settings_of
-from diffgraft_dpm_solver_v3.method import Array, Moments, clean, moments, pooled, statistics
+from diffgraft_dpm_solver_v3.method import Moments, moments, pooled, statistics
 from diffgraft_dpm_solver_v3.schedulers import DPMSolverV3Output, DPMSolverV3Scheduler, at_least_float32
 
 QUESTIONS = 4

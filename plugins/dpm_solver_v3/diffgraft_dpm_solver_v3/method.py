@@ -23,89 +23,8 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
+from diffgraft.methods.noise_schedule import Array
 from torch import Tensor
-
-Array = NDArray[np.float64]
-
-
-class Level(NamedTuple):
-    """Signal level alpha, noise level sigma and half log-SNR lam of a sample."""
-
-    alpha: float
-    sigma: float
-    lam: float
-
-
-@dataclass(frozen=True)
-class NoiseSchedule:
-    """lambda as a function of the denoiser's timestep, and back.
-
-    steps      number of training timesteps T
-    log_alpha  log alpha_t at t = 0 ... T - 1 of a variance-preserving model, linear in between (as the official code has it); None: flow
-               matching, alpha = 1 - sigma, t = T sigma
-    """
-
-    steps: int
-    log_alpha: Array | None = None
-
-    FLOW_ENDS = (0.999, 0.001)
-    """sigma between which a flow model is solved: lambda is infinite at 1 and 0."""
-
-    @classmethod
-    def of_alphas(cls, alphas_cumprod: Tensor) -> NoiseSchedule:
-        """Of a discrete variance-preserving schedule [T]; a terminal SNR of 0 is raised to 2^-24, as diffusers does."""
-        abar = alphas_cumprod.double().clamp_min(2.0**-24).numpy()
-        return cls(len(abar), 0.5 * np.log(abar))
-
-    def lam(self, t: Array) -> Array:
-        """lambda at timesteps (any real number in the range)."""
-        if self.log_alpha is None:
-            sigma = np.clip(t / self.steps, self.FLOW_ENDS[1], self.FLOW_ENDS[0])
-            return np.log1p(-sigma) - np.log(sigma)
-        log_alpha = np.interp(t, np.arange(self.steps), self.log_alpha)
-        return log_alpha - 0.5 * np.log(-np.expm1(2 * log_alpha))
-
-    def t(self, lam: Array) -> Array:
-        """The timestep at which the denoiser sees lambda."""
-        if self.log_alpha is None:
-            return self.steps / (1 + np.exp(lam))
-        log_alpha = -0.5 * np.logaddexp(0.0, -2 * lam)
-        return np.interp(log_alpha, self.log_alpha[::-1], np.arange(self.steps)[::-1])
-
-    def level(self, lam: float) -> Level:
-        """alpha and sigma at lambda."""
-        if self.log_alpha is None:
-            return Level(1 / (1 + math.exp(-lam)), 1 / (1 + math.exp(lam)), lam)
-        return Level(1 / math.sqrt(1 + math.exp(-2 * lam)), 1 / math.sqrt(1 + math.exp(2 * lam)), lam)
-
-    @property
-    def ends(self) -> tuple[float, float]:
-        """(lambda_T, lambda_0): where sampling begins and ends."""
-        first, last = self.lam(np.array([self.steps - 1.0 if self.log_alpha is not None else float(self.steps), 0.0]))
-        return float(first), float(last)
-
-    def grid(self, intervals: int) -> Array:
-        """lambda_T ... lambda_0 in N equal intervals [N + 1]: where l, s, b are known and where steps may end."""
-        return np.linspace(*self.ends, intervals + 1)
-
-
-def spaced(schedule: NoiseSchedule, n: int, spacing: str) -> Array:
-    """lambda of the n + 1 ends of n steps, not yet on the grid.
-
-    Args:
-        spacing: "time" (uniform t), "quadratic" (uniform sqrt t), "logsnr" (uniform lambda) or "edm" (Karras et al., rho = 7).
-    """
-    first, last = schedule.ends
-    if spacing == "logsnr":
-        return np.linspace(first, last, n + 1)
-    if spacing == "edm":
-        return -7 * np.log(np.linspace(math.exp(-first / 7), math.exp(-last / 7), n + 1))
-    shift = 0.0 if schedule.log_alpha is None else 1.0  # t in (0, 1] is (timestep + 1) / T of a discrete model
-    ends = schedule.t(np.array([first, last])) + shift
-    power = 1.0 if spacing == "time" else 2.0
-    begin, end = (float(each) ** (1 / power) for each in ends)
-    return schedule.lam(np.linspace(begin, end, n + 1) ** power - shift)
 
 
 def snapped(lam: Array, grid: Array) -> list[int]:
@@ -122,20 +41,6 @@ def snapped(lam: Array, grid: Array) -> list[int]:
     rising = np.maximum.accumulate(index - np.arange(n)) + np.arange(n)
     room = last - (n - 1) + np.arange(n)
     return [int(i) for i in np.minimum(rising, room)]
-
-
-# predictions ----------------------------------------------------------------------------------------------------------------------
-
-
-def clean(x: Tensor, output: Tensor, at: Level, kind: str) -> Tensor:
-    """x0_theta that the denoiser's ``output`` implies for ``x``; kind: "epsilon", "v_prediction", "sample" or "flow_prediction"."""
-    if kind == "epsilon":
-        return (x - at.sigma * output) / at.alpha
-    if kind == "v_prediction":
-        return at.alpha * x - at.sigma * output
-    if kind == "flow_prediction":
-        return x - at.sigma * output
-    return output
 
 
 # one step -------------------------------------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from diffgraft.methods.noise_schedule import Array, Level, NoiseSchedule, clean, spaced
 from diffgraft.methods.solvers import falling, unrounded
 from diffusers import ConfigMixin, DDIMScheduler, FlowMatchEulerDiscreteScheduler, SchedulerMixin
 from diffusers.configuration_utils import register_to_config
@@ -19,17 +20,12 @@ from diffusers.utils import BaseOutput
 from torch import Tensor
 
 from diffgraft_dpm_solver_v3.method import (
-    Array,
-    Level,
-    NoiseSchedule,
     Transition,
     advance,
-    clean,
     derivatives,
     seen_from_end,
     seen_from_start,
     snapped,
-    spaced,
     transition,
 )
 

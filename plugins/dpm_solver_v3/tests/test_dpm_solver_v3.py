@@ -12,14 +12,12 @@ from diffgraft.installed import registry
 from diffgraft.methods.artefacts import Artefact
 from diffgraft.methods.calibration import calibrate, calibrate_call
 from diffgraft.methods.inputs import CallSettings, Sample
+from diffgraft.methods.noise_schedule import Level, NoiseSchedule, clean, spaced
 from diffgraft.testing import contract_cases
 from diffgraft_dpm_solver_v3 import DPMSolverV3, DPMSolverV3Scheduler, published_statistics
 from diffgraft_dpm_solver_v3.calibration import MeasuringScheduler
 from diffgraft_dpm_solver_v3.method import (
-    Level,
-    NoiseSchedule,
     advance,
-    clean,
     cumulative,
     derivative_weights,
     derivatives,
@@ -28,7 +26,6 @@ from diffgraft_dpm_solver_v3.method import (
     seen_from_end,
     seen_from_start,
     snapped,
-    spaced,
     statistics,
     transition,
 )

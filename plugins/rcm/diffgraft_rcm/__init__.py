@@ -1,0 +1,157 @@
+"""rCM: flow models that were distilled to jump to the clean sample, in one to four steps (arXiv 2510.08431).
+
+(Zheng, Wang, Ma, Chen, Zhang, Balaji, Chen, Liu, Zhu, Zhang.) Each step asks the model once, without guidance, jumps to the x0 that it
+names, and noises that again to the next of a few fixed times. What makes a model jump is brought along: the published weights, or a LoRA
+that `diffgraft fit rcm` has learned.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from diffgraft import (
+    ConfigError,
+    DenoiseCall,
+    Effects,
+    Family,
+    ModulesCall,
+    Need,
+    Plugin,
+    RunCall,
+    Schedule,
+    ScheduleCall,
+    StepCall,
+    StepOutput,
+    Target,
+    Unsupported,
+)
+from diffgraft.methods.adapters import adapter_layers, weighted
+from diffgraft.methods.inputs import parameters
+from diffgraft.methods.solvers import schedule_errors
+from torch import Tensor
+
+from diffgraft_rcm.fitter import STEPS, DCMFitter
+from diffgraft_rcm.knobs import PAPER, RCMConfig
+from diffgraft_rcm.method import times_of
+from diffgraft_rcm.scheduler import RCMScheduler
+from diffgraft_rcm.weights import LAYOUT, as_diffusers, filled, misfits
+
+__all__ = ["RCM", "RCMScheduler"]
+__version__ = "0.1.0"
+
+
+@dataclass
+class Begun:
+    """Of a run: its first latents, t_0 n."""
+
+    first: Tensor | None = None
+
+
+class RCM(Plugin):
+    name = "rcm"
+    paper = PAPER
+    families = ("wan", "sd3", "flux", "qwen_image", "ltx")
+    Config = RCMConfig
+    State = Begun
+    neutral: ClassVar[dict[str, Any]] = {"times": None}
+    active: ClassVar[dict[str, Any]] = {"times": "spread", "guided": True}  # any number of steps, any call
+    scheduler = RCMScheduler
+    effects = Effects(replaces=frozenset({"scheduler"}), edits=frozenset({"latents"}), stochastic=True)
+    needs = (Need("weights", "weights", holds=LAYOUT), Need("adapter", "lora"))
+    fitting = DCMFitter
+    config: RCMConfig
+
+    def times(self, steps: int) -> tuple[float, ...]:
+        """RF times of a run of so many steps."""
+        return times_of("quality" if self.config.times is None else self.config.times, steps, self.config.sigma_max)
+
+    def usual_steps(self) -> int:
+        """Of a call that does not say how many."""
+        return len(self.config.times) if isinstance(self.config.times, tuple) else STEPS
+
+    def check(self, target: Target) -> None:
+        if self.config.times is not None and target.pipe.config.get("expand_timesteps"):
+            name = type(target.pipe).__name__
+            raise Unsupported(f"rcm: {name} gives each token a time of its own (expand_timesteps); rCM has one a step")
+        weights = target.given.get("weights")
+        if weights is None or self.config.times is None:
+            return
+        name, model = type(target.pipe).__name__, next(iter(target.denoisers.values()))
+        if target.family.name != "wan" or len(target.denoisers) > 1:
+            raise Unsupported(f"rcm: the published weights are of one transformer of Wan 2.1, and {name} has another: leave weights out")
+        if adapter_layers(model):
+            raise Unsupported("rcm: a LoRA lies on the transformer that the weights would take the place of; load it after the plugin")
+        if wrong := misfits(as_diffusers(weights.tensors), model):
+            more = f"; and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+            raise Unsupported(f"rcm: weights {weights.source} are of another Wan than this {name}: {'; '.join(wrong[:3])}{more}")
+
+    def modules(self, call: ModulesCall, next: Any) -> None:
+        weights = call.given("weights")
+        if weights is not None and self.config.times is not None:
+            model = call.denoisers["transformer"]
+            new = filled(model, as_diffusers(weights.tensors))
+            for part, module in new.named_children():
+                if any(True for _ in module.parameters()):
+                    call.swap(model, part, module)
+            for part, value in new.named_parameters(recurse=False):
+                call.swap(model, part, value)
+        next(call)
+
+    def make_scheduler(self, old: Any, family: Family) -> Any | None:
+        if self.config.times is None:
+            return None
+        steps = old.config.get("num_train_timesteps", 1000)
+        return RCMScheduler(num_train_timesteps=steps, times=self.config.times, sigma_max=self.config.sigma_max)
+
+    def run(self, call: RunCall, next: Any) -> Any:
+        call.shared.first = None  # an outer plugin may run the pipeline several times
+        if self.config.times is None:
+            call.note("inactive: times is none, so steps, guidance and weights are the pipeline's own")
+            return next(call)
+        taken, guidance = parameters(call.pipe), call.family.guidance
+        changes: dict[str, Any] = {} if "num_inference_steps" in call.said else {"num_inference_steps": self.usual_steps()}
+        scales = [each for each in (guidance.scale, guidance.second_scale or "") if each in taken and guidance.layout != "none"]
+        for name in scales if not self.config.guided else ():
+            scale = call.get(name)
+            if name not in call.said:
+                changes[name] = 1.0 if name == guidance.scale else None
+            elif isinstance(scale, int | float) and scale > 1:
+                raise ConfigError(
+                    f"rcm: {name} = {scale:g}: a distilled model has its guidance learned in, and is asked once a step; leave {name} out, "
+                    "or set it to 1 (or guided=True, for a model that wants it)"
+                )
+        for name in ("sigmas", "timesteps"):
+            if call.get(name) is not None and name in call.said:
+                raise ConfigError(f"rcm: {name} were given, but the times of a distilled model are its own: leave them out, or set times")
+        return next(call.replace(**changes))
+
+    def schedule(self, call: ScheduleCall, next: Any) -> Schedule:
+        with schedule_errors(self.name):
+            return next(call)  # type: ignore[no-any-return]
+
+    def denoise(self, call: DenoiseCall, next: Any) -> Tensor:
+        if self.config.times is None:
+            return next(call)  # type: ignore[no-any-return]
+        if call.step.index == 0 and not call.step.begin and "strength" not in call.run.arguments:
+            begun: Begun = call.shared
+            if begun.first is None:  # the other branch's call gets the same
+                begun.first = call.pipe.scheduler.first(call.latents)
+            call = call.with_latents(begun.first)
+        lora = call.given("lora")
+        if lora is None:
+            return next(call)  # type: ignore[no-any-return]
+        own = switched_on(call.model)
+        with weighted(call.model, {**dict.fromkeys(own, 1.0), lora.name: self.config.strength}):
+            return next(call)  # type: ignore[no-any-return]
+
+    def step(self, call: StepCall, next: Any) -> StepOutput:
+        if self.config.times is None:
+            return next(call)  # type: ignore[no-any-return]
+        return next(call.replace(generator=call.generator))  # type: ignore[no-any-return]
+
+
+def switched_on(model: Any) -> list[str]:
+    """The user's own adapters that are on."""
+    layers = adapter_layers(model)
+    return [] if not layers or layers[0].disable_adapters else list(layers[0].active_adapters)
