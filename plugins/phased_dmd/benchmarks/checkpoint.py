@@ -3,7 +3,7 @@
     python plugins/phased_dmd/benchmarks/checkpoint.py --one one.safetensors --phases phase_1.safetensors phase_2.safetensors \\
         --commands commands.md --notes notes.md --out emoji-flux-4step
 
-About ten minutes of one core: 160 pictures of one object, 96 of two, 64 objects, 96 with several seeds, by the LoRA of one phase.
+About two minutes of one core: 160 pictures of one object, 96 of two, 64 objects, 96 with several seeds, by the LoRA of one phase.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Pictures of emoji-flux in four steps, with and without experts, against the teacher's 50: judge, diversity over seeds, Frechet distance.
 
-    python plugins/phased_dmd/benchmarks/compare.py                                    # 48 prompts, ... minutes
+    python plugins/phased_dmd/benchmarks/compare.py                                    # 48 prompts, two minutes of one core
     python plugins/phased_dmd/benchmarks/compare.py --prompts 160 one=one.safetensors two=first.safetensors,second.safetensors
 
 Each NAME=FILE[,FILE...] is a run by these experts, with a boundary at every place where a phase of equally many steps ends.

@@ -7,7 +7,6 @@ from typing import Any, Literal
 
 import torch
 from diffgraft import ConfigError, Need, Unsupported
-from diffgraft.kernel.session import Session
 from diffgraft.methods.adapters import fetch_adapter
 from diffgraft.methods.fitter import Batch
 from diffgraft.methods.matching import STUDENT, MatchingConfig, MatchingFitter, Noised
@@ -44,7 +43,7 @@ class PhasedConfig(MatchingConfig):
 class PhasedFitter(MatchingFitter):
     """Its student draws x_s, s = t_k, from what the earlier experts make of noise; teacher and fake are compared at t in (s, 1)."""
 
-    Config = PhasedConfig
+    Config = PhasedConfig  # type: ignore[assignment]  # the base has no annotation of its own
     config: PhasedConfig
     plugin: Any
 
@@ -78,7 +77,7 @@ class PhasedFitter(MatchingFitter):
     def facts(self) -> dict[str, Any]:
         return {"phase": self.phase + 1, "levels": self.knots}
 
-    def sample(self, session: Session, batch: Batch, calls: Mapping[str, Any]) -> Tensor:
+    def sample(self, session: Any, batch: Batch, calls: Mapping[str, Any]) -> Tensor:
         x = torch.randn(calls["cond"][self.probe.target.family.sample].shape, generator=batch.generator)
         x = x.to(self.probe.target.pipe._execution_device)
         with torch.no_grad():
@@ -95,7 +94,7 @@ class PhasedFitter(MatchingFitter):
             x = self.stepped(session, batch, calls, x, step, after, STUDENT)
         return x
 
-    def stepped(self, session: Session, batch: Batch, calls: Mapping[str, Any], x: Tensor, step: int, after: int, name: str) -> Tensor:
+    def stepped(self, session: Any, batch: Batch, calls: Mapping[str, Any], x: Tensor, step: int, after: int, name: str) -> Tensor:
         """The sample at knot ``after``, from ``step``'s, by a LoRA."""
         t, end = self.knots[step], self.knots[after]
         v = self.predict(session, x, torch.full((len(x),), t * TIMES, device=x.device), calls["cond"], name)
