@@ -92,6 +92,35 @@ def weighted(model: nn.Module, weights: Mapping[str, float]) -> Iterator[None]:
         yield
 
 
+class Ranked(nn.Module):
+    """The second half of a LoRA, with what comes to it times ``factor`` [rank]."""
+
+    def __init__(self, second: Any, factor: Tensor) -> None:
+        super().__init__()
+        self.second = second
+        self.factor = factor.reshape(-1, *[1] * (second.weight.ndim - 2))  # the axis of ranks is the last, of a convolution the first
+
+    def forward(self, h: Tensor) -> Tensor:
+        if self.factor.device != h.device or self.factor.dtype != h.dtype:
+            self.factor = self.factor.to(h.device, h.dtype)  # once a run
+        return self.second(h * self.factor)  # type: ignore[no-any-return]
+
+
+def ranked(model: nn.Module, name: str, factors: Mapping[str, Tensor]) -> list[Slot]:
+    """Slots that show each rank of the adapter ``name`` at a strength of its own, by the layers' paths; for :func:`showing`."""
+    slots = []
+    for path, factor in factors.items():
+        home: Any = root_of(model).get_submodule(path).lora_B._modules  # type: ignore[union-attr]
+        slot = Slot(home, name, lambda home=home: home[name])
+        slot.put(Ranked(home[name], factor))
+        slots.append(slot)
+    return slots
+
+
+showing = opened
+"""Slots that are open inside ``with``."""
+
+
 def switch(layer: Any, name: str = "_disable_adapters", value: Any = True) -> Slot:
     """A slot that shows a layer's adapters as disabled, or others (peft's own setters would also touch ``requires_grad``)."""
     slot = Slot(layer.__dict__, name, lambda: getattr(layer, name))
@@ -121,6 +150,11 @@ class Adapter(Attached):
 
     name: str
     loras: Mapping[str, Lora]
+
+    @classmethod
+    def of(cls, plugin: Plugin, need: Need, value: Any, target: Target) -> Adapter:
+        """What a knob names."""
+        return read_adapter(plugin, need, value, target)
 
     def put_on(self, pipe: Any) -> None:
         self.take_off(pipe)  # a deep copy of the pipeline has it already
@@ -166,6 +200,12 @@ def remove_adapter(model: nn.Module, name: str) -> None:
 
 
 def fetch_adapter(plugin: Plugin, need: Need, value: Any, target: Target) -> Adapter:
+    """An adapter in memory, or what :func:`read_adapter` makes of a file; ``need.holds`` may be a kind of adapter that reads more of it."""
+    kind = need.holds or Adapter
+    return value if isinstance(value, kind) else kind.of(plugin, need, value, target)
+
+
+def read_adapter(plugin: Plugin, need: Need, value: Any, target: Target) -> Adapter:
     """A LoRA file (path or Hub id), or tensors; or a dict of them by denoiser (``{"transformer_2": ...}``), where there are two.
 
     Raises:
@@ -173,8 +213,6 @@ def fetch_adapter(plugin: Plugin, need: Need, value: Any, target: Target) -> Ada
         ConfigError: there is no such file, or no such denoiser.
         ArtefactMismatch: it is of another model.
     """
-    if isinstance(value, Adapter):
-        return value
     where = f"plugin {plugin.name!r}: {need.knob}"
     pipe = target.pipe
     if not hasattr(pipe, "load_lora_weights"):
