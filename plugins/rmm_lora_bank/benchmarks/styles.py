@@ -127,7 +127,9 @@ def learned(out: Path, steps: int = STEPS, one_start: bool = False) -> dict[str,
 def main(
     out: Annotated[Path, typer.Option(help="Folder for the LoRA files.")] = Path("styles"),
     steps: Annotated[int, typer.Option(help="Training steps of a style.")] = STEPS,
-    one_start: Annotated[bool, typer.Option("--one-start", help="All six begin with the same random weights and draw the same batches.")] = False,
+    one_start: Annotated[
+        bool, typer.Option("--one-start", help="All six begin with the same random weights and draw the same batches.")
+    ] = False,
 ) -> None:
     """Learn all styles."""
     for style, path in learned(out, steps, one_start).items():

@@ -26,7 +26,8 @@ class RmmLoraBankConfig(PluginConfig):
     """Knobs of :class:`RmmLoraBank`."""
 
     bank: Any = Field(
-        None, description="a bank file, a Bank in memory, or a plain LoRA (a bank of one task); a dict by denoiser where there are two; none: off"
+        None,
+        description="a bank file, a Bank in memory, or a plain LoRA (a bank of one task); by denoiser where there are two; none: off",
     )
     task: StrictStr | StrictInt | dict[StrictStr, StrictInt | StrictFloat] | None = Field(
         None, description="i: which task, by name or number from 0, or a mix {name: weight}; none: the only one"
@@ -45,11 +46,11 @@ class RmmLoraBank(Plugin):
     paper = Paper(
         title="Towards Reversible Model Merging For Low-rank Weights",
         arxiv="2510.14163",
-        implemented="p basis updates and N x p coefficients a layer in place of N LoRA, in closed form and without data; any task back in a run",
+        implemented="p basis updates and N x p coefficients a layer in place of N LoRA, in closed form; any task back in a run",
         omitted="the paper's own positions (rows of the factors) are in the benchmark alone; language models; merging baselines are peft's",
         licence="no official code was found; written from the abstract, a summary and own algebra",
     )
-    families = ("sd", "sdxl", "sd3", "flux", "qwen_image", "wan", "ltx", "animatediff")
+    families = ("sd", "sdxl", "sd3", "flux", "qwen_image", "wan", "ltx")
     Config = RmmLoraBankConfig
     State = Shown
     neutral: ClassVar[dict[str, Any]] = {"bank": None}
@@ -74,7 +75,7 @@ class RmmLoraBank(Plugin):
         if call.model_name not in slots:
             strengths = table.strengths(table.weights(self.config.task, "plugin 'rmm_lora_bank': task"))
             slots[call.model_name] = ranked(call.model, bank.name, strengths)
-            call.note(f"task {self.config.task or table.tasks[0]!r}: {table.told()}")
+            call.note(f"{table.named(self.config.task)}; {table.told()}")
         with weighted(call.model, {**dict.fromkeys(own_adapters(call.model), 1.0), bank.name: 1.0}), showing(slots[call.model_name]):
             return next(call)  # type: ignore[no-any-return]
 

@@ -58,7 +58,9 @@ def main(
     for task, error, cut in zip(about.tasks, about.errors, about.alone, strict=True):
         console.print(f"  {task}: {error:.1%} (cut alone: {cut:.1%})", highlight=False)
     if mean(about.alone) < mean(about.errors):
-        console.print("  at this size each LoRA by itself, cut by its own SVD, is nearer: these LoRA have little in common", highlight=False)
+        console.print(
+            "  at this size each LoRA by itself, cut by its own SVD, is nearer: these LoRA have little in common", highlight=False
+        )
     if out is not None:
         bank.save(out)
         console.print(f"{out}: {out.stat().st_size:,} bytes", highlight=False)

@@ -1,7 +1,8 @@
 """A bank: the basis updates of one denoiser's layers, side by side as one LoRA, and how much of each makes each task.
 
-The file is a safetensors file: per layer ``PATH.lora_A.weight`` [R, in, ...], ``PATH.lora_B.weight`` [out, R, ...] and ``PATH.coefficients``
-[N, p]; its header says the ranks of the p basis updates (R is their sum), the tasks' names, the errors, and the model that it is for.
+The file is a safetensors file: per layer ``PATH.lora_A.weight`` [R, in, ...], ``PATH.lora_B.weight`` [out, R, ...] and
+``PATH.coefficients`` [N, p]; its header says the ranks of the p basis updates (R is their sum), the tasks' names, the errors, and the
+model that it is for.
 """
 
 from __future__ import annotations
@@ -87,8 +88,15 @@ class Table:
     def strengths(self, weights: Tensor) -> dict[str, Tensor]:
         """How much each rank of the stacked LoRA counts, by layer [R]."""
         return {
-            path: (weights @ c.double()).repeat_interleave(torch.tensor(self.about.ranks[path])).float() for path, c in self.coefficients.items()
+            path: (weights @ c.double()).repeat_interleave(torch.tensor(self.about.ranks[path])).float()
+            for path, c in self.coefficients.items()
         }
+
+    def named(self, task: Any) -> str:
+        """A task for people."""
+        if isinstance(task, Mapping):
+            return "mix of " + ", ".join(f"{weight:g} {name}" for name, weight in task.items())
+        return f"task {task if isinstance(task, str) else self.tasks[task or 0]!r}"
 
     def told(self) -> str:
         """Its sizes and errors, in a line."""
@@ -96,10 +104,10 @@ class Table:
         if not about.lora_bytes:
             return f"{len(self.tasks)} task, {self.bytes:,} bytes: a plain LoRA"
         share = self.bytes / about.lora_bytes
+        bases = max(map(len, about.ranks.values()), default=0)
         return (
-            f"{len(self.tasks)} tasks in {max(map(len, about.ranks.values()), default=0)} basis updates: {self.bytes:,} bytes, {share:.0%} of the "
-            f"{about.lora_bytes:,} of the LoRA; mean error of the weights {mean(about.errors):.1%} (each LoRA cut to its share of as many "
-            f"bytes: {mean(about.alone):.1%})"
+            f"{len(self.tasks)} tasks in {bases} basis updates: {self.bytes:,} bytes, {share:.0%} of the {about.lora_bytes:,} of the LoRA; "
+            f"mean error of the weights {mean(about.errors):.1%} (each LoRA cut to its share of as many bytes: {mean(about.alone):.1%})"
         )
 
 
@@ -118,7 +126,9 @@ class Bank(Adapter):
         found = {attribute: read_bank(source, where) for attribute, source in sources.items()}
         for attribute, (_, about, _) in found.items():
             if about is not None and about.denoiser != attribute and attribute in target.denoisers:
-                raise ArtefactMismatch(f"{where}: the bank is for the {about.denoiser}, not for the {attribute}; give {{{about.denoiser!r}: FILE}}")
+                raise ArtefactMismatch(
+                    f"{where}: the bank is for the {about.denoiser}, not for the {attribute}; give {{{about.denoiser!r}: FILE}}"
+                )
         plain = super().of(plugin, need, {attribute: lora for attribute, (lora, _, _) in found.items()}, target)
         tables = {
             attribute: table_of(plain.loras[attribute], attribute, about, coefficients, sources[attribute], where)

@@ -93,8 +93,8 @@ def build_bank(
     size = sum(map(bytes_of, [*stacked.values(), *table.values()]))
     if size > about.lora_bytes and not larger:
         raise ConfigError(
-            f"{where}: p = {p}, rank = {rank}: the bank would have {size:,} bytes, and the {N} LoRA have {about.lora_bytes:,}: basis updates of a "
-            f"rank that has grown cost more than they save; take fewer, a lower rank, or say larger=True (--larger)"
+            f"{where}: p = {p}, rank = {rank}: the bank would have {size:,} bytes, and the {N} LoRA have {about.lora_bytes:,}: basis "
+            f"updates of a rank that has grown cost more than they save; take fewer, a lower rank, or say larger=True (--larger)"
         )
     return Bank(NAME, {attribute: Lora(stacked, {"metadata": None})}, {attribute: Table(about, table, size)})
 

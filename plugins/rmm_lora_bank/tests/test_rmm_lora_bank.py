@@ -102,14 +102,16 @@ def test_the_basis_is_the_truncated_svd_of_the_stacked_updates(p: int) -> None:
     left = sum(method.residual(x, basis, c[i]) ** 2 for i, x in enumerate(xs))
     assert left == pytest.approx(float((s[p:] ** 2).sum()), abs=1e-18, rel=1e-9)
     V, values = method.eigenvectors(method.gram(xs), p)
-    assert torch.allclose(values.sqrt(), s, rtol=1e-8) and torch.allclose(V.abs(), U[:, :p].abs(), atol=1e-8)
+    assert torch.allclose(values.sqrt(), s, rtol=1e-8)
+    assert torch.allclose(V.abs(), U[:, :p].abs(), atol=1e-8)
     assert torch.allclose(c, V, atol=1e-8)  # for uncut ranks the fitted coefficients are the eigenvectors
 
 
 def test_recompression_is_the_dense_svd() -> None:
     xs = random_updates((4, 4))
     whole = method.combination(xs, torch.tensor([0.5, -2.0], dtype=torch.float64))
-    assert whole.rank == 8 and torch.allclose(dense(whole), 0.5 * dense(xs[0]) - 2 * dense(xs[1]))
+    assert whole.rank == 8
+    assert torch.allclose(dense(whole), 0.5 * dense(xs[0]) - 2 * dense(xs[1]))
     U, s, Vh = torch.linalg.svd(dense(whole))
     assert torch.allclose(dense(method.recompressed(whole, 3)), (U[:, :3] * s[:3]) @ Vh[:3], atol=1e-10)
     assert method.norm(whole) == pytest.approx(float(s.square().sum().sqrt()))
@@ -124,7 +126,8 @@ def test_cut_ranks_have_coefficients_fitted_to_them() -> None:
     D = torch.stack([dense(each).flatten() for each in basis])
     flat = torch.stack([dense(x).flatten() for x in xs])
     assert ((flat - c @ D) @ D.T).abs().max() < 1e-9
-    assert all(each.rank == 3 for each in basis) and (flat - c @ D).norm() < (flat - V @ D).norm()
+    assert all(each.rank == 3 for each in basis)
+    assert (flat - c @ D).norm() < (flat - V @ D).norm()
 
 
 def test_equal_updates_need_one_basis_update() -> None:
@@ -141,7 +144,8 @@ def test_the_control_is_the_best_cut_of_each_alone() -> None:
     cut = method.alone(xs, 4)
     values = torch.cat([torch.linalg.svdvals(dense(x)) for x in xs]).sort(descending=True).values
     left = sum((dense(x) - dense(y)).square().sum() for x, y in zip(xs, cut, strict=True))
-    assert sum(each.rank for each in cut) == 4 and torch.allclose(left, values[4:].square().sum())
+    assert sum(each.rank for each in cut) == 4
+    assert torch.allclose(left, values[4:].square().sum())
 
 
 def test_rows_is_the_best_basis_at_each_position() -> None:
@@ -155,7 +159,9 @@ def test_rows_is_the_best_basis_at_each_position() -> None:
 
 
 @pytest.mark.parametrize("pipeline", [SD, "FluxPipeline"])
-def test_a_task_of_the_whole_bank_is_its_lora_loaded_by_diffusers(pipeline: str, tmp_path: Path, files: dict[str, Path], full: Bank) -> None:
+def test_a_task_of_the_whole_bank_is_its_lora_loaded_by_diffusers(
+    pipeline: str, tmp_path: Path, files: dict[str, Path], full: Bank
+) -> None:
     made = tiny(pipeline)
     if pipeline != SD:
         kinds = {"one": {"r": 2, "lora_alpha": 8, "target_modules": ["to_q"]}, "two": {"r": 3, "target_modules": ["to_k", "to_q"]}}
@@ -177,7 +183,8 @@ def test_a_task_of_the_whole_bank_is_its_lora_loaded_by_diffusers(pipeline: str,
     assert report.forwards == made.kwargs["num_inference_steps"] * (2 if pipeline == SD else 1) or report.forwards > 0
     assert "tasks in" in str(report)
     unload(made.pipe)
-    assert torch.equal(run(made), base) and not hasattr(made.pipe.denoiser if False else made.pipe.components.get("unet") or made.pipe.transformer, "peft_config")
+    assert torch.equal(run(made), base)
+    assert not hasattr(made.pipe.denoiser if False else made.pipe.components.get("unet") or made.pipe.transformer, "peft_config")
 
 
 def test_a_mix_is_the_sum_of_the_updates(files: dict[str, Path], full: Bank) -> None:
@@ -220,7 +227,8 @@ def test_a_plain_lora_is_a_bank_of_one_task(files: dict[str, Path]) -> None:
     wanted = run(made)
     made.pipe.unload_lora_weights()
     load_pipeline(made.pipe, plugins={"rmm_lora_bank": {"bank": files["two"]}})
-    assert torch.allclose(run(made), wanted, atol=1e-6) and "a plain LoRA" in str(made.pipe.plugins.report())
+    assert torch.allclose(run(made), wanted, atol=1e-6)
+    assert "a plain LoRA" in str(made.pipe.plugins.report())
 
 
 def test_a_batch_is_its_samples(full: Bank) -> None:
@@ -239,7 +247,9 @@ def test_half_precision(full: Bank) -> None:
     made.pipe.to(torch.bfloat16)
     load_pipeline(made.pipe, plugins={"rmm_lora_bank": {"bank": full, "task": "one"}})
     out = run(made)
-    assert out.dtype == torch.bfloat16 and out.isfinite().all() and (out.float() - base).abs().max() > 1e-2
+    assert out.dtype == torch.bfloat16
+    assert out.isfinite().all()
+    assert (out.float() - base).abs().max() > 1e-2
 
 
 # what it costs and loses --------------------------------------------------------------------------------------------------------------
@@ -264,7 +274,7 @@ def test_the_error_that_is_told_is_the_error_that_there_is(p: int, rank: Any, fi
     about, lora = bank.table.about, bank.loras["unet"].tensors
     for task, name in enumerate(files):
         left = whole = 0.0
-        for path, c in bank.table.coefficients.items():
+        for path, _c in bank.table.coefficients.items():
             A, B = (lora[f"unet.{path}.lora_{half}.weight"].double().flatten(1) for half in "AB")
             strength = bank.table.strengths(torch.eye(3, dtype=torch.float64)[task])[path].double()
             truth = wanted[name].get(path)
@@ -278,7 +288,7 @@ def test_the_error_that_is_told_is_the_error_that_there_is(p: int, rank: Any, fi
 
 def test_sizes_are_those_of_the_file_with_the_ranks_that_have_grown(files: dict[str, Path], tmp_path: Path) -> None:
     pipe = tiny().pipe
-    with pytest.raises(ConfigError, match="would have .* bytes, and the 3 LoRA have"):
+    with pytest.raises(ConfigError, match=r"would have .* bytes, and the 3 LoRA have"):
         build_bank(pipe, files, 3, "full")
     for p, rank in ((1, None), (2, 2), (3, "full")):
         bank = build_bank(pipe, files, p, rank, larger=True)
@@ -302,7 +312,8 @@ def test_no_dense_reconstruction_is_stored_or_made(files: dict[str, Path], monke
     monkeypatch.setattr(Tensor, "__matmul__", lambda x, y: (largest.append(matmul(x, y).shape), matmul(x, y))[1])
     bank = build_bank(pipe, files, 2, "full", larger=True)
     total = 9  # ranks of all three
-    assert largest and all(min(shape) <= 2 * total for shape in largest)
+    assert largest
+    assert all(min(shape) <= 2 * total for shape in largest)
     for path, updates in layers.items():
         out, into = updates[0].B.shape[0], updates[0].A.shape[1]
         parts = [bank.loras["unet"].tensors.get(f"unet.{path}.lora_{half}.weight") for half in "AB"]
@@ -311,7 +322,8 @@ def test_no_dense_reconstruction_is_stored_or_made(files: dict[str, Path], monke
 
 def test_equal_loras_are_one_basis_update(files: dict[str, Path]) -> None:
     bank = build_bank(tiny().pipe, {"a": files["two"], "b": files["two"], "c": files["two"]}, 1)
-    assert max(bank.table.about.errors) < 1e-6 and all(ranks == [3] for ranks in bank.table.about.ranks.values())
+    assert max(bank.table.about.errors) < 1e-6
+    assert all(ranks == [3] for ranks in bank.table.about.ranks.values())
     assert bank.table.bytes < 0.4 * bank.table.about.lora_bytes
 
 
@@ -319,18 +331,27 @@ def test_alphas_of_sd_scripts_count(files: dict[str, Path]) -> None:
     """LoRA in memory with network alphas (kohya's names), as diffusers reads them."""
     made = tiny()
     path = "down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
-    layer = made.pipe.unet.down_blocks[0].attentions[0].transformer_blocks[0].attn1.to_q if hasattr(made.pipe.unet.down_blocks[0], "attentions") else None
+    layer = (
+        made.pipe.unet.down_blocks[0].attentions[0].transformer_blocks[0].attn1.to_q
+        if hasattr(made.pipe.unet.down_blocks[0], "attentions")
+        else None
+    )
     if layer is None:
         path = "down_blocks_1_attentions_0_transformer_blocks_0_attn1_to_q"
         layer = made.pipe.unet.down_blocks[1].attentions[0].transformer_blocks[0].attn1.to_q
     width = layer.weight.shape[0]
     torch.manual_seed(0)
     down, up = torch.randn(4, width), torch.randn(width, 4)
-    kohya = {f"lora_unet_{path}.lora_down.weight": down, f"lora_unet_{path}.lora_up.weight": up, f"lora_unet_{path}.alpha": torch.tensor(1.0)}
+    kohya = {
+        f"lora_unet_{path}.lora_down.weight": down,
+        f"lora_unet_{path}.lora_up.weight": up,
+        f"lora_unet_{path}.alpha": torch.tensor(1.0),
+    }
     bank = build_bank(made.pipe, {"kohya": kohya, "one": files["one"]}, 2, "full", larger=True)
     attribute, read = read_loras(made.pipe, {"kohya": kohya})
     update = next(iter(layers_of(made.pipe.unet, attribute, read).values()))[0]
-    assert torch.allclose(dense(update), (up @ down).double() / 4) and max(bank.table.about.errors) < 1e-5
+    assert torch.allclose(dense(update), (up @ down).double() / 4)
+    assert max(bank.table.about.errors) < 1e-5
 
 
 # what is refused ------------------------------------------------------------------------------------------------------------------------
@@ -342,7 +363,7 @@ def test_what_cannot_be_built(files: dict[str, Path], tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="a bank takes two or more"):
         build_bank(pipe, {"one": files["one"]}, 1)
     for p in (0, 3, True, 1.5):
-        with pytest.raises(ConfigError, match="p = .*: 1 to 2"):
+        with pytest.raises(ConfigError, match=r"p = .*: 1 to 2"):
             build_bank(pipe, two, p)
     for rank in (0, "all", True):
         with pytest.raises(ConfigError, match="rank = "):
@@ -354,10 +375,10 @@ def test_what_cannot_be_built(files: dict[str, Path], tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="gone"):
         build_bank(pipe, {**two, "gone": tmp_path / "gone.safetensors"}, 1)
     other = write_lora(tmp_path, "flux", 0, "FluxPipeline", r=2, target_modules=["to_q"])
-    with pytest.raises(ArtefactMismatch, match="flux.* is no LoRA of this UNet2DConditionModel"):
+    with pytest.raises(ArtefactMismatch, match=r"flux.* is no LoRA of this UNet2DConditionModel"):
         build_bank(pipe, {**two, "flux": other}, 1)
     lone = {name: value for name, value in load_file(files["one"]).items() if "to_k.lora_B" not in name}
-    with pytest.raises(ArtefactMismatch, match="lora_B.weight is missing"):
+    with pytest.raises(ArtefactMismatch, match=r"lora_B.weight is missing"):
         build_bank(pipe, {**two, "lone": lone}, 1)
     nought = {name: torch.zeros_like(value) for name, value in load_file(files["one"]).items()}
     with pytest.raises(ConfigError, match="every one is nought"):
@@ -394,7 +415,8 @@ def test_what_cannot_be_put_on(files: dict[str, Path], full: Bank, tmp_path: Pat
     refused(ArtefactMismatch, "damaged", bank=tmp_path / "damaged.safetensors", task=0)
     (tmp_path / "short.safetensors").write_bytes(content[:100])
     refused(ArtefactMismatch, "cannot be read", bank=tmp_path / "short.safetensors", task=0)
-    assert set(made.pipe.unet.__dict__) == before and not hasattr(made.pipe.unet, "peft_config")
+    assert set(made.pipe.unet.__dict__) == before
+    assert not hasattr(made.pipe.unet, "peft_config")
     made.pipe.load_lora_weights(files["one"])
     made.pipe.fuse_lora()
     refused(Unsupported, "fused", bank=tmp_path / "bank.safetensors", task=0)
@@ -432,7 +454,9 @@ def test_the_command(files: dict[str, Path], tmp_path: Path, monkeypatch: pytest
     loras = [f"{name}={file}" for name, file in files.items()]
     command.main(loras, "any", p=2, rank="2", out=tmp_path / "bank.safetensors")
     said = capsys.readouterr().out
-    assert "of the LoRA" in said and "cut alone" in said and (tmp_path / "bank.safetensors").is_file()
+    assert "of the LoRA" in said
+    assert "cut alone" in said
+    assert (tmp_path / "bank.safetensors").is_file()
     command.main(loras, "any")
     assert "full" in capsys.readouterr().out
     with pytest.raises(typer.Exit):
