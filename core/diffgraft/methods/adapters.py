@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from accelerate.hooks import CpuOffload
@@ -234,6 +235,9 @@ def read_lora(pipe: Any, model: Any, source: Any, where: str) -> Lora:
     """A LoRA, every tensor of which has its place in ``model``."""
     shown = os.fspath(source) if isinstance(source, (str, os.PathLike)) else "(in memory)"
     given = dict(source) if isinstance(source, Mapping) else shown
+    path = Path(shown).expanduser()
+    if not isinstance(source, Mapping) and (path.suffix in FILES or path.is_absolute()) and not path.exists():  # no Hub id
+        raise ConfigError(f"{where} = {shown}: there is no such file")
     try:
         read = type(pipe).lora_state_dict(given, return_lora_metadata=True, return_alphas=True, unet_config=model.config)
     except OSError as error:
@@ -250,6 +254,8 @@ def read_lora(pipe: Any, model: Any, source: Any, where: str) -> Lora:
     return Lora(state, {"metadata": metadata} | ({"network_alphas": alphas[0]} if alphas else {}))
 
 
+FILES = frozenset({".safetensors", ".bin", ".pt", ".pth", ".ckpt"})
+"""What the names of LoRA files end with."""
 PLACE = re.compile(r"(?:unet|transformer)\.(?P<path>.+?)\.lora_(?P<half>[AB])\.weight")
 """A tensor of a LoRA, as diffusers names it once a file is read."""
 

@@ -69,6 +69,11 @@ def run(made: Any, **extra: Any) -> Tensor:
     return made.pipe(**made.kwargs, **extra, generator=torch.Generator().manual_seed(0))[0].clone()
 
 
+def effect(one: Tensor, other: Tensor) -> float:
+    """The largest difference."""
+    return float((one - other).abs().max())
+
+
 def random_updates(ranks: tuple[int, ...], out: int = 20, into: int = 30) -> list[Update]:
     generator = torch.Generator().manual_seed(1)
     draw = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)  # noqa: E731
@@ -172,19 +177,19 @@ def test_a_task_of_the_whole_bank_is_its_lora_loaded_by_diffusers(
         made.pipe.load_lora_weights(file)
         wanted[name] = run(made)
         made.pipe.unload_lora_weights()
-        assert (wanted[name] - base).abs().max() > 1e-2
+        assert effect(wanted[name], base) > 1e-3
     full.save(tmp_path / "bank.safetensors")
     load_pipeline(made.pipe, plugins={"rmm_lora_bank": {"bank": str(tmp_path / "bank.safetensors"), "task": 0}})
     (tmp_path / "bank.safetensors").unlink()  # another task reads nothing
     for name in files:
         made.pipe.plugins.configure("rmm_lora_bank", task=name)
-        assert (run(made) - wanted[name]).abs().max() < 2e-4 * wanted[name].abs().max()
+        assert effect(run(made), wanted[name]) < 1e-5 + 5e-4 * effect(wanted[name], base)
     report = made.pipe.plugins.report()
-    assert report.forwards == made.kwargs["num_inference_steps"] * (2 if pipeline == SD else 1) or report.forwards > 0
+    assert sum(report.forwards.values()) == report.steps == made.kwargs["num_inference_steps"]  # no forward more than the plain pipeline's
     assert "tasks in" in str(report)
     unload(made.pipe)
     assert torch.equal(run(made), base)
-    assert not hasattr(made.pipe.denoiser if False else made.pipe.components.get("unet") or made.pipe.transformer, "peft_config")
+    assert not hasattr(made.pipe.unet if pipeline == SD else made.pipe.transformer, "peft_config")
 
 
 def test_a_mix_is_the_sum_of_the_updates(files: dict[str, Path], full: Bank) -> None:
@@ -234,7 +239,7 @@ def test_a_plain_lora_is_a_bank_of_one_task(files: dict[str, Path]) -> None:
 def test_a_batch_is_its_samples(full: Bank) -> None:
     made = tiny()
     load_pipeline(made.pipe, plugins={"rmm_lora_bank": {"bank": full, "task": "three"}})
-    call = {**made.kwargs, "prompt": ["a cat", "a dog"]}
+    call = {**made.kwargs, "prompt": ["a cat", "a dog"], "negative_prompt": None}
     seeds = [torch.Generator().manual_seed(i) for i in range(2)]
     both = made.pipe(**call, generator=seeds)[0]
     alone = made.pipe(**{**call, "prompt": "a dog"}, generator=torch.Generator().manual_seed(1))[0]
@@ -330,15 +335,8 @@ def test_equal_loras_are_one_basis_update(files: dict[str, Path]) -> None:
 def test_alphas_of_sd_scripts_count(files: dict[str, Path]) -> None:
     """LoRA in memory with network alphas (kohya's names), as diffusers reads them."""
     made = tiny()
-    path = "down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
-    layer = (
-        made.pipe.unet.down_blocks[0].attentions[0].transformer_blocks[0].attn1.to_q
-        if hasattr(made.pipe.unet.down_blocks[0], "attentions")
-        else None
-    )
-    if layer is None:
-        path = "down_blocks_1_attentions_0_transformer_blocks_0_attn1_to_q"
-        layer = made.pipe.unet.down_blocks[1].attentions[0].transformer_blocks[0].attn1.to_q
+    path = next(name for name, part in made.pipe.unet.named_modules() if name.endswith("attn1.to_q"))
+    layer, path = made.pipe.unet.get_submodule(path), path.replace(".", "_")
     width = layer.weight.shape[0]
     torch.manual_seed(0)
     down, up = torch.randn(4, width), torch.randn(width, 4)
