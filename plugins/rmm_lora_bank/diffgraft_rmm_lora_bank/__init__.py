@@ -7,12 +7,13 @@ row of coefficients: nothing is read, and no weight is written.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar
 
 from diffgraft import DenoiseCall, Effects, Need, Paper, Plugin, PluginConfig, Target
 from diffgraft.installed.anatomy import root_of
 from diffgraft.methods.adapters import adapter_layers, ranked, showing, weighted
-from pydantic import Field, StrictFloat, StrictInt, StrictStr
+from pydantic import Field, InstanceOf, StrictFloat, StrictInt, StrictStr
 from torch import Tensor, nn
 
 from diffgraft_rmm_lora_bank.bank import Bank
@@ -25,7 +26,7 @@ __version__ = "0.1.0"
 class RmmLoraBankConfig(PluginConfig):
     """Knobs of :class:`RmmLoraBank`."""
 
-    bank: Any = Field(
+    bank: str | Path | dict[str, Any] | InstanceOf[Bank] | None = Field(
         None,
         description="a bank file, a Bank in memory, or a plain LoRA (a bank of one task); by denoiser where there are two; none: off",
     )
