@@ -6,14 +6,15 @@ row of coefficients: nothing is read, and no weight is written.
 
 from __future__ import annotations
 
+import os
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, ClassVar
 
 from diffgraft import DenoiseCall, Effects, Need, Paper, Plugin, PluginConfig, Target
 from diffgraft.installed.anatomy import root_of
 from diffgraft.methods.adapters import adapter_layers, ranked, showing, weighted
-from pydantic import Field, InstanceOf, StrictFloat, StrictInt, StrictStr
+from pydantic import Field, StrictFloat, StrictInt, StrictStr, field_validator
 from torch import Tensor, nn
 
 from diffgraft_rmm_lora_bank.bank import Bank
@@ -26,13 +27,20 @@ __version__ = "0.1.0"
 class RmmLoraBankConfig(PluginConfig):
     """Knobs of :class:`RmmLoraBank`."""
 
-    bank: str | Path | dict[str, Any] | InstanceOf[Bank] | None = Field(
+    bank: Any = Field(
         None,
         description="a bank file, a Bank in memory, or a plain LoRA (a bank of one task); by denoiser where there are two; none: off",
     )
     task: StrictStr | StrictInt | dict[StrictStr, StrictInt | StrictFloat] | None = Field(
         None, description="i: which task, by name or number from 0, or a mix {name: weight}; none: the only one"
     )
+
+    @field_validator("bank")
+    @classmethod
+    def _is_one(cls, value: Any) -> Any:
+        if value is None or isinstance(value, (str, os.PathLike, Mapping, Bank)):
+            return value
+        raise ValueError(f"{type(value).__name__}: a file, a Bank, or a dict of them by denoiser")
 
 
 @dataclass
