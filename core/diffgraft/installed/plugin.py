@@ -126,7 +126,8 @@ class Need:
            one: the two meet as pixels (``methods.decoding``). By default it is of the first one's family and latent space
     fits   what of a run a file is held against beside the model; of what was found by a search also "guidance"
     holds  what an artefact, an inversion or a finding holds (``diffgraft.methods.schema.Holds``), or published weights
-           (``diffgraft.methods.layouts.Layout``): checked before anything is touched
+           (``diffgraft.methods.layouts.Layout``): checked before anything is touched; of an adapter a kind of
+           ``diffgraft.methods.adapters.Adapter``, where its file holds more than a LoRA
     crosses  how large the error is that such a file makes on a model whose weights are kept in another way than those it was made for
            (quantised, or in 8 bits), in words; None: not known, and refused
     """

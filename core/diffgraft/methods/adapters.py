@@ -147,6 +147,35 @@ def show_adapters(model: nn.Module, weights: Mapping[str, float], kept: Callable
         yield
 
 
+class Ranked(nn.Module):
+    """The second half of a LoRA, with what comes to it times ``factor`` [rank]."""
+
+    def __init__(self, second: Any, factor: Tensor) -> None:
+        super().__init__()
+        self.second = second
+        self.factor = factor.reshape(-1, *[1] * (second.weight.ndim - 2))  # the axis of ranks is the last, of a convolution the first
+
+    def forward(self, h: Tensor) -> Tensor:
+        if self.factor.device != h.device or self.factor.dtype != h.dtype:
+            self.factor = self.factor.to(h.device, h.dtype)  # once a run
+        return self.second(h * self.factor)  # type: ignore[no-any-return]
+
+
+def ranked(model: nn.Module, name: str, factors: Mapping[str, Tensor]) -> list[Slot]:
+    """Slots that show each rank of the adapter ``name`` at a strength of its own, by the layers' paths; for :func:`showing`."""
+    slots = []
+    for path, factor in factors.items():
+        home: Any = root_of(model).get_submodule(path).lora_B._modules  # type: ignore[union-attr]
+        slot = Slot(home, name, partial(home.__getitem__, name))
+        slot.put(Ranked(home[name], factor))
+        slots.append(slot)
+    return slots
+
+
+showing = opened
+"""Slots that are open inside ``with``."""
+
+
 def switch(layer: Any, name: str = "_disable_adapters", value: Any = True) -> Slot:
     """A slot that shows a layer's adapters as disabled, or others (peft's own setters would also touch ``requires_grad``)."""
     slot = Slot(layer.__dict__, name, lambda: getattr(layer, name))
@@ -176,6 +205,11 @@ class Adapter(Attached):
 
     name: str
     loras: Mapping[str, Lora]
+
+    @classmethod
+    def of(cls, plugin: Plugin, need: Need, value: Any, target: Target, number: int | None = None) -> Adapter:
+        """What a knob names; ``number`` of several."""
+        return read_adapter(plugin, need, value, target, number)
 
     def put_on(self, pipe: Any) -> None:
         self.take_off(pipe)  # a deep copy of the pipeline has it already
@@ -221,13 +255,16 @@ def remove_adapter(model: nn.Module, name: str) -> None:
 
 
 def fetch_adapter(plugin: Plugin, need: Need, value: Any, target: Target) -> Adapter | list[Adapter]:
-    """An adapter, or a list of them."""
-    if not isinstance(value, (list, tuple)):
-        return one_adapter(plugin, need, value, target)
-    return [one_adapter(plugin, need, one, target, number) for number, one in enumerate(value, 1)]
+    """An adapter, or a list of them, in memory or made of files; ``need.holds`` may be a kind of adapter that reads more of a file."""
+    kind = need.holds or Adapter
+
+    def one(each: Any, number: int | None = None) -> Adapter:
+        return each if isinstance(each, kind) else kind.of(plugin, need, each, target, number)
+
+    return [one(each, number) for number, each in enumerate(value, 1)] if isinstance(value, (list, tuple)) else one(value)
 
 
-def one_adapter(plugin: Plugin, need: Need, value: Any, target: Target, number: int | None = None) -> Adapter:
+def read_adapter(plugin: Plugin, need: Need, value: Any, target: Target, number: int | None = None) -> Adapter:
     """A LoRA file (path or Hub id), or tensors; or a dict of them by denoiser (``{"transformer_2": ...}``), where there are two.
 
     Raises:
@@ -235,8 +272,6 @@ def one_adapter(plugin: Plugin, need: Need, value: Any, target: Target, number: 
         ConfigError: there is no such file, or no such denoiser.
         ArtefactMismatch: it is of another model.
     """
-    if isinstance(value, Adapter):
-        return value
     where = f"plugin {plugin.name!r}: {need.knob}" + (f" number {number}" if number else "")
     pipe = target.pipe
     if not hasattr(pipe, "load_lora_weights"):
@@ -258,7 +293,7 @@ def read_lora(pipe: Any, model: Any, source: Any, where: str) -> Lora:
     """A LoRA, every tensor of which has its place in ``model``."""
     shown = os.fspath(source) if isinstance(source, (str, os.PathLike)) else "(in memory)"
     given = dict(source) if isinstance(source, Mapping) else shown
-    if shown.startswith((".", "/", "~")) and not Path(shown).expanduser().exists():  # nothing that the Hub could have
+    if (shown.startswith((".", "/", "~")) or Path(shown).suffix in FILES) and not Path(shown).expanduser().exists():  # no Hub id
         raise ConfigError(f"{where} = {shown}: there is no such file")
     try:
         read = type(pipe).lora_state_dict(given, return_lora_metadata=True, return_alphas=True, unet_config=model.config)
@@ -286,6 +321,8 @@ def with_all_biases(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {**state, **lacks}
 
 
+FILES = frozenset({".safetensors", ".bin", ".pt", ".pth", ".ckpt"})
+"""What the names of LoRA files end with."""
 PLACE = re.compile(r"(?:unet|transformer)\.(?P<path>.+?)\.lora_(?P<half>[AB])\.(?P<part>weight|(?<=B\.)bias)")
 """A tensor of a LoRA, as diffusers names it once a file is read."""
 

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import torch
 from diffgraft import ConfigError, Need, Unsupported
-from diffgraft.methods.adapters import fetch_adapter
+from diffgraft.methods.adapters import read_adapter
 from diffgraft.methods.fitter import Batch
 from diffgraft.methods.matching import STUDENT, MatchingConfig, MatchingFitter, Noised
 from diffgraft.methods.predictions import SignalNoise
@@ -68,7 +68,7 @@ class PhasedFitter(MatchingFitter):
         self.s = self.knots[self.last]
         self.phases, self.names = phases, []
         for number, file in enumerate(earlier):
-            adapter = fetch_adapter(self.plugin, Need("adapter", f"earlier_{number + 1}"), file, target)
+            adapter = read_adapter(self.plugin, Need("adapter", f"earlier_{number + 1}"), file, target)
             adapter.put_on(target.pipe)
             self.names.append(adapter.name)
         self.targets = ATTENTION + (FEED_FORWARD if self.config.layers == "all" else ())  # type: ignore[misc]
