@@ -47,6 +47,7 @@ SHORTER = {  # options that make a line of the command line short; they come las
     "compare": "--repeats 1 --warmup 0 --num-prompts 2",
     "calibrate dpm_solver_v3": "-o dpm_solver_v3.intervals=10",
     "fit harmonica": "--steps 1 --batch 1",
+    "fit segment_lora": "--steps 1 --batch 1",
     "evolve": "--population 2 --epochs 1 --reference-steps 6",
 }
 ELSEWHERE = {"new", "check", "tune"}

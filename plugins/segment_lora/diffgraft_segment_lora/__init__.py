@@ -74,7 +74,7 @@ class SegmentLora(Plugin):
             steps = [call.step_at(ahead) for ahead in range(max(1, step.calls - step.call))]
             first, t = not known, torch.stack([torch.as_tensor(each.t) for each in steps])
             sigmas = [each.sigma for each in steps if each.sigma is not None]
-            levels = levels_at(call.family, call.pipe.scheduler, t.cpu(), torch.stack(sigmas) if sigmas else None, torch.device("cpu"))
+            levels = levels_at(call.family, call.pipe.scheduler, t, torch.stack(sigmas) if sigmas else None, call.sample.device)
             found = normalised(*levels).tolist()  # check: allow host_sync because it is read once a run
             known.update((each.call, (sigma, source(each))) for each, sigma in zip(steps, found, strict=True))
             if first:

@@ -118,7 +118,7 @@ class PreferenceFitter(LoraFitter):
         if not self.rolling:
             return next(call)
         step = call.step
-        sigma = float(normalised(*levels_at(call.family, call.pipe.scheduler, step.t, step.sigma, torch.device("cpu"))))
+        sigma = float(normalised(*levels_at(call.family, call.pipe.scheduler, step.t, step.sigma, call.sample.device)))
         if is_in(sigma, (self.config.start, self.config.end)):
             return next(call)
         with without_adapters(self.trained):

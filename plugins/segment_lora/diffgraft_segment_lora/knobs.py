@@ -8,7 +8,7 @@ from typing import Any
 
 from diffgraft import Paper, PluginConfig
 from diffgraft.methods.adapters import Adapter
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, field_serializer, field_validator, model_validator
 from typing_extensions import Self
 
 from diffgraft_segment_lora.method import Segment, overlapping
@@ -102,6 +102,15 @@ class PreferenceConfig(PluginConfig):
         description='what ranks pictures made for pairs, without data: a name ("emoji_judge"), "module:attribute", a callable',
     )
     candidates: int = Field(4, ge=2, le=64, description="pictures that are made of each prompt then; the best and the worst are its pair")
+
+    @field_serializer("reward")
+    def _name(self, value: Any) -> str | None:
+        """What a state that was written is told by."""
+        return (
+            value
+            if value is None or isinstance(value, str)
+            else f"{value.__module__}:{getattr(value, '__qualname__', type(value).__name__)}"
+        )
 
     @model_validator(mode="after")
     def _falls(self) -> Self:

@@ -22,8 +22,7 @@ NEAR = 1e-6
 
 
 def normalised(a: Tensor, s: Tensor) -> Tensor:
-    """sigma = s / (a + s), in float64."""
-    a, s = a.double(), s.double()
+    """sigma = s / (a + s)."""
     return s / (a + s)
 
 
@@ -64,7 +63,7 @@ def preference_logit(worse: Tensor, worse_ref: Tensor, better: Tensor, better_re
 
 def preference_loss(logit: Tensor) -> Tensor:
     """-log sigmoid(logit): log 2 for an expert that is the base model (Diffusion-DPO, arXiv 2311.12908, eq. 14, within S_k)."""
-    return torch.nn.functional.softplus(-logit)
+    return -torch.nn.functional.logsigmoid(logit)
 
 
 START = math.log(2)

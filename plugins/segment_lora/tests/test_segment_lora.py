@@ -425,7 +425,7 @@ def test_wrong_files_are_refused_and_nothing_is_touched(files, tmp_path):
 def test_the_loss_is_the_formula():
     better, better_ref, worse, worse_ref = torch.rand(4, 5, dtype=torch.float64)
     logit = m.preference_logit(worse, worse_ref, better, better_ref, 30.0)
-    wanted = -np.log(1 / (1 + np.exp(30 * ((better - better_ref) - (worse - worse_ref)).numpy())))
+    wanted = np.log1p(np.exp(30 * ((better - better_ref) - (worse - worse_ref)).numpy()))
     np.testing.assert_allclose(m.preference_loss(logit).numpy(), wanted, rtol=1e-12)
     same = m.preference_loss(m.preference_logit(worse, worse, better, better, 30.0))
     assert torch.equal(same, torch.full_like(same, m.START))
