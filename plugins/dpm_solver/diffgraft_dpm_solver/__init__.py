@@ -7,7 +7,7 @@ step of order p asks the denoiser p times. Adaptive, two orders are compared and
 from __future__ import annotations
 
 import inspect
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -20,6 +20,7 @@ from diffgraft import (
     Paper,
     Plugin,
     PluginConfig,
+    RunCall,
     Schedule,
     ScheduleCall,
     StepCall,
@@ -71,9 +72,11 @@ class DPMSolverConfig(PluginConfig):
 
 @dataclass
 class Last:
-    """The last prediction of a guidance branch."""
+    """The last prediction of a guidance branch; of a run its ``counts`` (see ``DPMSolverScheduler``) and how many calls it had."""
 
     prediction: Tensor | None = None
+    counts: dict[str, Tensor] = field(default_factory=dict)
+    budget: int = 0
 
 
 class DPMSolver(Plugin):
@@ -171,21 +174,27 @@ class DPMSolver(Plugin):
         out: StepOutput = next(call)
         if self.adapts:
             call.acted()
-            if call.step.is_last:
-                self._tell(call)
+            copies = 2 if call.family.guidance.doubled and call.run.guidance_active() else 1
+            call.shared.budget = call.step.calls
+            call.shared.counts = {name: value[: len(value) // copies] for name, value in call.scheduler.counts.items()}
         return out
 
-    def _tell(self, call: StepCall) -> None:
-        """What the samples did, read from the device once, at the end."""
-        copies = 2 if call.family.guidance.doubled and call.run.guidance_active() else 1
-        counts = {name: value[: len(value) // copies].cpu() for name, value in call.scheduler.counts.items()}
+    def run(self, call: RunCall, next: Any) -> Any:
+        result = next(call)
+        if self.adapts and call.shared.counts:
+            self._tell(call, call.shared.counts, call.shared.budget)
+        return result
+
+    @staticmethod
+    def _tell(call: RunCall, counts: dict[str, Tensor], budget: int) -> None:
+        """What the samples of the last pass did, read from the device once a run."""
         call.record(counts)
         for name in ("accepted", "rejected"):
             call.count(name, int(counts[name].sum()))
         if forced := int((counts["forced"] > 0).sum()):
             call.note(
-                f"{forced} of {len(counts['forced'])} samples came to the end of their {call.step.calls} calls before the tolerances "
-                "allowed it, and went the rest in even steps: give more num_inference_steps, or a larger rtol or atol"
+                f"{forced} of {len(counts['forced'])} samples came to the end of their {budget} calls before the tolerances allowed it "
+                "and went the rest in even steps: give more num_inference_steps, or a larger rtol or atol"
             )
 
 
