@@ -410,8 +410,7 @@ class StepOutput:
 
 
 class ModulesCall(Call):
-    """Surgery at attach time: ``denoisers`` by attribute name; ``swap`` exchanges a submodule,
-    or a weight, until the plugin is removed."""
+    """Surgery at attach time: ``denoisers`` by attribute name; ``swap`` exchanges a submodule or weight until the plugin is off."""
 
     __slots__ = ("denoisers", "swap")
     denoisers: Mapping[str, nn.Module]

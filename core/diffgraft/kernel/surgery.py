@@ -83,10 +83,7 @@ class Surgery:
         slots = self._swaps.get(entry, ())
         for slot in slots:
             if not slot.is_open and slot.home.get(slot.key) is not slot.inner and slot.inner is not None:
-                raise Conflict(
-                    f"{entry.name} cannot be taken off: something (LoRA?) was put over the module {slot.key!r} that it had exchanged; "
-                    "unload that first"
-                )
+                raise Conflict(f"{entry.name} cannot be taken off: something (LoRA?) was put over its {slot.key!r}; unload that first")
         for slot in reversed(slots):
             slot.close()
             follow(slot.inner, slot.value)  # the pipeline may have moved in the meantime
@@ -109,8 +106,6 @@ def _holds(module: nn.Module | nn.Parameter | None, part: nn.Module) -> bool:
 
 def follow(original: nn.Module | nn.Parameter | None, exchanged: nn.Module | nn.Parameter) -> None:
     """Move what was taken out to the device of what was in its place."""
-    where = next(exchanged.parameters(), None) if isinstance(exchanged, nn.Module) else exchanged
-    if where is not None and isinstance(original, nn.Module):
-        original.to(where.device)
-    elif where is not None and original is not None:
-        original.data = original.data.to(where.device)
+    where = exchanged if isinstance(exchanged, nn.Parameter) else next(exchanged.parameters(), None)
+    if where is not None and original is not None:
+        (original if isinstance(original, nn.Module) else nn.ParameterList([original])).to(where.device)
