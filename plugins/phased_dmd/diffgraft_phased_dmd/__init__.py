@@ -7,7 +7,7 @@ distilled from a guided teacher. ``diffgraft fit phased_dmd`` learns them, phase
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any, ClassVar, Literal
 
@@ -144,15 +144,15 @@ class PhasedDmd(Plugin):
     State = Phased
     neutral: ClassVar[dict[str, Any]] = dict.fromkeys(PHASES)
     active: ClassVar[dict[str, Any]] = {"steps": None, "guidance": "keep", "boundaries": (0.9, 0.7, 0.4)}
-    effects = Effects(replaces=frozenset({"scheduler"}), edits=frozenset({"schedule", "weights"}), stochastic=True)
+    effects = Effects(replaces=frozenset({"scheduler"}), edits=frozenset({"schedule", "weights"}))
     needs = tuple(Need("adapter", name) for name in PHASES)
     fitting = PhasedFitter
     config: PhasedDmdConfig
 
     def __init__(self, **knobs: Any) -> None:
         super().__init__(**knobs)
-        if self.config.sampler == "euler":
-            self.effects = Effects(replaces=frozenset({"scheduler"}), edits=frozenset({"schedule", "weights"}))
+        if self.config.sampler == "renoise":
+            self.effects = replace(type(self).effects, stochastic=True)
 
     @property
     def on(self) -> bool:
