@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from diffgraft import DenoiseCall, Effects, Need, Paper, Plugin, PluginConfig, Target
-from diffgraft.installed.anatomy import root_of
 from diffgraft.methods.adapters import adapter_layers, ranked, showing, weighted
 from pydantic import Field, StrictFloat, StrictInt, StrictStr, field_validator
 from torch import Tensor, nn
@@ -91,5 +90,5 @@ class RmmLoraBank(Plugin):
 
 def own_adapters(model: nn.Module) -> list[str]:
     """The user's LoRA that are active on a denoiser; they go on beside the task."""
-    layers = [layer for layer in adapter_layers(root_of(model)) if not layer.disable_adapters]
+    layers = [layer for layer in adapter_layers(model) if not layer.disable_adapters]
     return sorted({name for layer in layers for name in layer.active_adapters})
