@@ -16,8 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffgraft import ArtefactMismatch, ConfigError, Need, Plugin, Target
-from diffgraft.installed.errors import choices
+from diffgraft import ArtefactMismatch, ConfigError, Need, Plugin, Target, nearest
 from diffgraft.methods.adapters import Adapter, Lora
 from diffgraft.methods.artefacts import Fingerprint
 from diffgraft.methods.files import write_atomic
@@ -82,7 +81,7 @@ class Table:
             elif one in names:
                 out[names.index(one)] += weight
             else:
-                raise ConfigError(f"{where} = {one!r}: no such task{choices(str(one), names, 'In the bank')}")
+                raise ConfigError(f"{where} = {one!r}: no such task{nearest(str(one), names)} In the bank: {', '.join(names)}")
         return out
 
     def strengths(self, weights: Tensor) -> dict[str, Tensor]:

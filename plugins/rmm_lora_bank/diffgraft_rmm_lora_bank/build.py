@@ -10,9 +10,7 @@ from typing import Any
 
 import torch
 from accelerate import init_empty_weights
-from diffgraft import ArtefactMismatch, ConfigError, Unsupported, denoisers_of, find_family
-from diffgraft.installed.anatomy import root_of
-from diffgraft.installed.errors import choices
+from diffgraft import ArtefactMismatch, ConfigError, Unsupported, denoisers_of, find_family, nearest
 from diffgraft.methods.adapters import Lora, read_lora, unfused_layers
 from diffgraft.methods.artefacts import Fingerprint
 from diffgraft.methods.extras import imported
@@ -60,9 +58,9 @@ def build_bank(
     if not (rank in (None, "full") or (isinstance(rank, int) and not isinstance(rank, bool) and rank >= 1)):
         raise ConfigError(f"{where}: rank = {rank!r}: a whole number of at least 1, 'full', or None for that of the LoRA")
     if dtype is not None and dtype not in DTYPES:
-        raise ConfigError(f"{where}: dtype = {dtype!r}{choices(str(dtype), DTYPES, 'There are')}")
+        raise ConfigError(f"{where}: dtype = {dtype!r}{nearest(str(dtype), DTYPES)} There are {', '.join(DTYPES)}")
     attribute, read = read_loras(pipe, loras, denoiser)
-    model = root_of(getattr(pipe, attribute))
+    model = plain(getattr(pipe, attribute))
     layers = layers_of(model, attribute, read)
     tensors = [value for lora in read.values() for value in lora.tensors.values()]
     kept = DTYPES[dtype] if dtype else reduce(torch.promote_types, (value.dtype for value in tensors))
@@ -107,8 +105,8 @@ def read_loras(pipe: Any, loras: Mapping[str, Any], denoiser: str | None = None)
     there = denoisers_of(pipe, find_family(type(pipe)))
     attribute = denoiser or next(iter(there))
     if attribute not in there:
-        raise ConfigError(f"rmm_lora_bank: no denoiser {attribute!r}{choices(attribute, there, 'There are')}")
-    model = root_of(there[attribute])
+        raise ConfigError(f"rmm_lora_bank: no denoiser {attribute!r}{nearest(attribute, there)} There are {', '.join(there)}")
+    model = plain(there[attribute])
     unfused_layers(model)
     read = {}
     for task, source in loras.items():
@@ -139,6 +137,11 @@ def layers_of(model: nn.Module, attribute: str, loras: Mapping[str, Lora]) -> Fa
             B, A = (lora.tensors[f"{prefix_of(attribute)}.{path}.lora_{half}.weight"].cpu().double().flatten(1) for half in "BA")
             found.setdefault(path, {})[task] = Update(B * layer.scaling[name], A)
     return {path: [there.get(task) or nothing_like(next(iter(there.values()))) for task in loras] for path, there in sorted(found.items())}
+
+
+def plain(model: Any) -> Any:
+    """The model itself where it is compiled."""
+    return getattr(model, "_orig_mod", model)
 
 
 def nothing_like(update: Update) -> Update:
