@@ -11,8 +11,8 @@ from typing import Any, ClassVar
 
 from diffgraft import DenoiseCall, Effects, Family, ModulesCall, Need, Paper, Plugin, PluginConfig, RunCall, Target, Unsupported
 from diffgraft.installed.anatomy import root_of
-from diffgraft.methods.adapters import adapter_layers
-from diffgraft.methods.distilled import ensure_own_levels, in_steps, together, unguided
+from diffgraft.methods.adapters import adapter_layers, beside
+from diffgraft.methods.distilled import ensure_own_levels, in_steps, unguided
 from diffgraft.methods.inputs import parameters
 from diffgraft.methods.predictions import known_kind
 from diffgraft.methods.published import Weights
@@ -124,5 +124,5 @@ class DisBack(Plugin):
         lora = call.given("lora")
         if lora is None or not self.config.one_step:
             return next(call)  # type: ignore[no-any-return]
-        with together(call.model, {lora.name: 1.0}):
+        with beside(call.model, {lora.name: 1.0}):
             return next(call)  # type: ignore[no-any-return]
