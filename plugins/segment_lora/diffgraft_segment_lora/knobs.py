@@ -105,12 +105,9 @@ class PreferenceConfig(PluginConfig):
 
     @field_serializer("reward")
     def _name(self, value: Any) -> str | None:
-        """What a state that was written is told by."""
-        return (
-            value
-            if value is None or isinstance(value, str)
-            else f"{value.__module__}:{getattr(value, '__qualname__', type(value).__name__)}"
-        )
+        """What a fit that goes on is told by."""
+        name = getattr(value, "__qualname__", type(value).__name__)
+        return value if value is None or isinstance(value, str) else f"{value.__module__}:{name}"
 
     @model_validator(mode="after")
     def _falls(self) -> Self:

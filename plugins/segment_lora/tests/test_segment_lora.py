@@ -529,7 +529,7 @@ def test_pairs_by_a_reward_are_made_by_the_model_as_it_is_in_use(seen, tmp_path)
         return [float(np.asarray(image, dtype=float).mean()) for image in images]
 
     made = make(SD)
-    examples = [Example(f"picture {i}") for i in range(3)]
+    examples = [Example(f"picture {i}") for i in range(4)]
     knobs = {"start": 0.9, "end": 0.6, "rate": 1e-2, "reward": reward, "candidates": 3}
     fit(made.pipe, SegmentLora(), examples, SETTINGS, tmp_path / "k.safetensors", FitPlan(steps=2, batch=2), knobs=knobs)
     assert [number for number, _ in asked] == [6, 6]
@@ -539,7 +539,7 @@ def test_pairs_by_a_reward_are_made_by_the_model_as_it_is_in_use(seen, tmp_path)
 
     for batch in (first, second):
         better, worse = (reward(decode(made.pipe, fitter.probe.target.family, x, {}), [""] * 2) for x in batch.made)
-        assert all(b >= w for b, w in zip(better, worse, strict=True))
+        assert all(b >= w for b, w in zip(better, worse, strict=True)), (better, worse)
 
 
 def test_pairs_of_a_folder(tmp_path):
