@@ -42,16 +42,23 @@ def whole(scheduler: Any, K: int, knobs: AccVideoConfig, device: Any = None, mu:
 
     Args:
         mu: what the pipeline says of the size, where the shift is dynamic.
+
+    Raises:
+        Unsupported: it makes no K steps (one that another plugin brings may know fewer).
     """
     shift, euler = knobs.shift, is_euler(scheduler)
     twin = type(scheduler).from_config(scheduler.config, **({} if shift is None else {"shift" if euler else "flow_shift": shift}))
     if euler and shift is None and not scheduler.config.get("use_dynamic_shifting"):
         twin.set_shift(scheduler.shift)  # as `set_shift` may have left it
     given = {} if mu is None else {"mu": mu}
-    if euler and knobs.levels == "line":
-        twin.set_timesteps(sigmas=linear(K).tolist(), device=device, **given)
-    else:
-        twin.set_timesteps(K, device=device, **given)
+    try:
+        if euler and knobs.levels == "line":
+            twin.set_timesteps(sigmas=linear(K).tolist(), device=device, **given)
+        else:
+            twin.set_timesteps(K, device=device, **given)
+    except ValueError as error:
+        name = type(scheduler).__name__
+        raise Unsupported(f"accvideo: {name} does not make the grid of {K} steps that a student's levels are of: {error}") from error
     return Schedule(twin.timesteps, twin.sigmas)
 
 
