@@ -56,7 +56,7 @@ class RCM(Plugin):
     neutral: ClassVar[dict[str, Any]] = {"times": None}
     active: ClassVar[dict[str, Any]] = {"times": "spread", "guided": True}  # any number of steps, any call
     scheduler = RCMScheduler
-    effects = Effects(replaces=frozenset({"scheduler"}), edits=frozenset({"latents"}), stochastic=True)
+    effects = Effects(replaces=frozenset({"scheduler"}), edits=frozenset({"latents"}), needs=frozenset({"calibrated_run"}), stochastic=True)
     needs = (Need("weights", "weights", holds=LAYOUT), Need("adapter", "lora"))
     fitting = DCMFitter
     config: RCMConfig
