@@ -35,11 +35,14 @@ class Levels:
 class SegmentLora(Plugin):
     name = "segment_lora"
     paper = PAPER
-    families = ("*",)
+    families = (
+        "sd", "sdxl", "sd_edit", "sdxl_edit", "sd3", "flux", "flux_fill", "flux_kontext", "qwen_image", "qwen_image_edit", "wan", "ltx",
+        "ltx_image", "cogvideox", "animatediff", "latent_consistency",
+    )  # fmt: skip
     Config = SegmentLoraConfig
     State = Levels
     neutral: ClassVar[dict[str, Any]] = {"lora": None}
-    active: ClassVar[dict[str, Any]] = {"segments": ((1.0, 0.5),)}
+    active: ClassVar[dict[str, Any]] = {"segments": ((1.0, 0.1),)}
     effects = Effects(edits=frozenset({"weights"}))
     needs = (Need("adapter", "lora"),)
     fitting = PreferenceFitter
