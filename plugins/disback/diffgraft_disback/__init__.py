@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from diffgraft import DenoiseCall, Effects, Family, ModulesCall, Need, Paper, Plugin, PluginConfig, RunCall, Target, Unsupported
-from diffgraft.installed.anatomy import root_of
 from diffgraft.methods.adapters import adapter_layers, beside
 from diffgraft.methods.distilled import ensure_own_levels, in_steps, unguided
 from diffgraft.methods.inputs import parameters
@@ -72,7 +71,11 @@ class DisBack(Plugin):
     neutral: ClassVar[dict[str, Any]] = {"one_step": False}
     active: ClassVar[dict[str, Any]] = {"one_step": True, "strict": False}  # any number of steps, any call
     scheduler = OneStepScheduler
-    effects = Effects(replaces=frozenset({"scheduler"}), edits=frozenset({"weights", "schedule"}))
+    effects = Effects(
+        replaces=frozenset({"scheduler"}),
+        edits=frozenset({"weights", "schedule", "prediction"}),  # the prediction, because guidance is off
+        needs=frozenset({"calibrated_run"}),
+    )
     needs = (Need("adapter", "lora"), Need("weights", "weights", holds=LAYOUT))
     fitting = DisBackFitter
     config: DisBackConfig
@@ -81,7 +84,7 @@ class DisBack(Plugin):
         weights = target.given.get("weights")
         if weights is None or not self.config.one_step:
             return
-        model, name = root_of(target.denoisers["unet"]), type(target.pipe).__name__
+        model, name = target.denoisers["unet"], type(target.pipe).__name__
         if adapter_layers(model):
             raise Unsupported("disback: a LoRA lies on the U-Net that the weights would take the place of; load it after the plugin")
         if wrong := misfits(weights.tensors, model):
@@ -93,7 +96,7 @@ class DisBack(Plugin):
     def modules(self, call: ModulesCall, next: Any) -> None:
         weights = call.given("weights")
         if weights is not None and self.config.one_step:
-            model = root_of(call.denoisers["unet"])
+            model = call.denoisers["unet"]
             for part, module in filled(model, weights.tensors).named_children():
                 if any(True for _ in module.parameters()):
                     call.swap(model, part, module)

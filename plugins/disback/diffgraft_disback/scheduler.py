@@ -23,6 +23,9 @@ class OneStepScheduler(DDIMScheduler):  # type: ignore[misc]
 
     Args:
         timestep: t, of 0 to num_train_timesteps - 1. Everything else is as in ``DDIMScheduler``.
+
+    Raises:
+        Unsupported: there are fewer training timesteps (a plugin that begins later makes a shorter scheduler).
     """
 
     @register_to_config
@@ -37,6 +40,11 @@ class OneStepScheduler(DDIMScheduler):  # type: ignore[misc]
         rescale_betas_zero_snr: bool = False,
         timestep: int = 399,
     ) -> None:
+        if timestep >= num_train_timesteps:
+            raise Unsupported(
+                f"disback: its one step begins at timestep = {timestep}, and the run is cut to the first {num_train_timesteps} training "
+                "timesteps: say a timestep below, or take off what begins later"
+            )
         kept = {"trained_betas": trained_betas, "prediction_type": prediction_type, "rescale_betas_zero_snr": rescale_betas_zero_snr}
         DDIMScheduler.__init__.__wrapped__(self, num_train_timesteps, beta_start, beta_end, beta_schedule, **kept)
         abar = self.alphas_cumprod.double()[timestep]
