@@ -27,10 +27,10 @@ SHOWN = 10
 """Clips of the picture."""
 
 
-def wrong(scores: dict[str, list[bool | None]], texts: list[str]) -> list[dict[str, Any]]:
-    """The cases that the judge did not find right, and what of them."""
-    missed = [[name for name in JUDGED if not scores[name][i]] for i in range(len(texts))]
-    return [{"prompt": text, "seed": i, "wrong": names} for i, (text, names) in enumerate(zip(texts, missed, strict=True)) if names]
+def wrong(scores: dict[str, list[bool | None]], count: int) -> dict[str, str]:
+    """Case -> what the judge did not find right of it."""
+    missed = [[name for name in JUDGED if not scores[name][i]] for i in range(count)]
+    return {str(i): ", ".join(names) for i, names in enumerate(missed) if names}
 
 
 def main(
@@ -75,7 +75,7 @@ def main(
                 "rms_to_teacher": tell(Mean.of((latents - made["teacher"]).square().flatten(1).mean(1).sqrt().tolist())),
                 "diversity": tell(Mean.of(spread(again[name]))),
                 "frechet_to_teacher": interval_of_frechet(fields(latents[:64]), fields(other)),
-                "wrong": wrong(scores, texts),
+                "wrong": wrong(scores, cases),
             }
             if name == "as it loads":
                 (fresh / "grids").mkdir()
