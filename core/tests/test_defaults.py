@@ -191,6 +191,7 @@ BUNDLED = {  # steps, guidance, latents
     "emoji-flux": (50, 2.0, (1, 64, 16)),
     "emoji-flux-4step": (4, 1.0, (1, 64, 16)),
     "emoji-wan": (50, 2.0, (1, 22, 3, 8, 8)),
+    "emoji-wan-4step": (4, 1.0, (1, 22, 3, 8, 8)),
 }
 
 

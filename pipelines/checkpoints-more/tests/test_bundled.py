@@ -13,7 +13,7 @@ import torch
 from diffgraft import Bundled, Unsupported, load_pipeline
 from diffgraft.installed import registry
 from diffgraft.kernel.defaults import own_defaults
-from diffgraft_checkpoints.emoji import edit_judge, edits, scenes
+from diffgraft_checkpoints.emoji import edit_judge, edits, motion, motion_judge, scenes
 from diffgraft_checkpoints.emoji.judge import load_bundled
 from diffgraft_checkpoints.train import edit, pixel, text
 from diffgraft_checkpoints_more import bundled
@@ -54,7 +54,8 @@ def test_it_is_a_plain_small_folder_with_its_notices(name: str) -> None:
 
 
 def test_all_of_them_are_offered() -> None:
-    assert {record.name for record in vars(bundled).values() if isinstance(record, Bundled)} == {*CALLS, "emoji-flux-4step"}
+    with_lora = {"emoji-flux-4step", "emoji-wan-4step"}
+    assert {record.name for record in vars(bundled).values() if isinstance(record, Bundled)} == {*CALLS, *with_lora}
 
 
 def test_emoji_flux_4step_is_a_small_folder_and_draws_in_four_steps_what_is_asked() -> None:
@@ -85,6 +86,50 @@ def test_emoji_flux_4step_without_its_lora_is_emoji_flux() -> None:
     plain, distilled = opened("emoji-flux"), opened("emoji-flux-4step")
     distilled.disable_lora()
     ours, theirs = (pipe(**call, generator=torch.Generator().manual_seed(0)).images for pipe in (distilled, plain))
+    assert torch.equal(ours, theirs)
+
+
+def test_emoji_wan_4step_is_a_small_folder_and_draws_in_four_steps_what_is_asked() -> None:
+    folder = Path(str(bundled.emoji_wan_4step.lora))
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) < 4e6
+    notices = {"README.md", "evaluation.json", "LICENSE-APACHE-2.0.txt", "LICENSE-OFL-1.1.txt", "NOTICE-noto-emoji.txt"}
+    assert {"pytorch_lora_weights.safetensors", *notices} <= {path.name for path in files}
+    pipe = opened("emoji-wan-4step")
+    seen: list[float] = []
+
+    def count(pipe: Any, step: int, t: Any, values: Any) -> Any:
+        seen.append(float(t))
+        return values
+
+    prompts = [f"a big star {phrase} on a blue background" for phrase in motion.MOTION_PHRASES.values()]
+    clips = pipe(prompts, generator=torch.Generator().manual_seed(0), callback_on_step_end=count).frames
+    assert seen == pytest.approx([1000, 857.7, 602.2, 8.9], abs=0.1), "the levels of the model card"
+    scores = motion_judge.load_bundled().score(list(clips), prompts)
+    for name in ("background", "size", "motion"):
+        assert scores[name] == [True] * len(prompts), name
+
+
+def test_emoji_wan_4step_with_accvideo_runs_on_the_levels_that_it_learned() -> None:
+    pytest.importorskip("diffgraft_accvideo")
+    pipe = load_pipeline("emoji-wan-4step", plugins={"accvideo": {"steps": 4}})
+    pipe.set_progress_bar_config(disable=True)
+    seen: list[float] = []
+
+    def count(pipe: Any, step: int, t: Any, values: Any) -> Any:
+        seen.append(float(t))
+        return values
+
+    pipe("a star", callback_on_step_end=count, output_type="latent")
+    assert seen == pytest.approx([1000 * 3 * s / (1 + 2 * s) for s in (1, 0.76, 0.5, 0.26)], abs=0.1)
+    assert sum(pipe.plugins.report().forwards.values()) == 4
+
+
+def test_emoji_wan_4step_without_its_lora_is_emoji_wan() -> None:
+    call = {"prompt": "a star", "num_inference_steps": 2, "output_type": "latent", "guidance_scale": 2.0}
+    plain, distilled = opened("emoji-wan"), opened("emoji-wan-4step")
+    distilled.disable_lora()
+    ours, theirs = (pipe(**call, generator=torch.Generator().manual_seed(0)).frames for pipe in (distilled, plain))
     assert torch.equal(ours, theirs)
 
 

@@ -60,3 +60,6 @@ emoji_flux_4step = replace(
     call={**first.emoji_flux.call, "true_cfg_scale": 1.0},
 )
 """emoji-flux with a LoRA that was distilled from it: four steps without guidance."""
+
+emoji_wan_4step = replace(first.emoji_wan, name="emoji-wan-4step", lora=str(HERE / "emoji-wan-4step"), steps=4, guidance_scale=1.0)
+"""emoji-wan with a LoRA that learned its key points: four steps without guidance. `accvideo` with steps=4 runs the levels it learned."""
