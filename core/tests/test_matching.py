@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from diffgraft import ConfigError, Need, PluginConfig
@@ -86,7 +88,8 @@ def test_the_target_of_a_prediction_gives_the_clean_sample(kind):
 @pytest.mark.parametrize("name", ["StableDiffusionPipeline", "FluxPipeline", "WanPipeline"])
 def test_student_and_fake_learn_each_from_its_own(name, tmp_path):
     seen.clear()
-    found = learn(name, tmp_path / "one.safetensors", Watched())
+    more = {"teacher_guidance": 1.0} if name == "FluxPipeline" else {}  # its guidance is an input of the model
+    found = learn(name, tmp_path / "one.safetensors", Watched(), **more)
     fakes = {name for name in found.tensors if ".fake." in name}
     students = {name for name in found.tensors if ".fit." in name}
     assert fakes
@@ -120,6 +123,25 @@ def test_what_is_written_is_the_students_and_goes_on(tmp_path):
     assert not hasattr(pipe.unet, "peft_config")
 
 
-def test_bad_knobs_are_told(tmp_path):
-    with pytest.raises(ConfigError, match="teacher_guidance"):
-        learn("StableDiffusionPipeline", tmp_path / "x.safetensors", OneStep(), teacher_guidance=0.5)
+@pytest.mark.parametrize(
+    ("knobs", "words"),
+    [
+        ({"teacher_guidance": 0.5}, "teacher_guidance"),
+        ({"t_low": 0.9, "t_high": 0.1}, "t_low = 0.9 is not below t_high = 0.1"),
+        ({"t_high": 1.0}, "t_high"),
+    ],
+)
+def test_bad_knobs_are_told(knobs, words, tmp_path):
+    with pytest.raises(ConfigError, match=words):
+        learn("StableDiffusionPipeline", tmp_path / "x.safetensors", OneStep(), **knobs)
+
+
+@pytest.mark.parametrize("name", ["StableDiffusionPipeline", "FluxPipeline"])
+def test_a_teacher_without_guidance_is_none_with_it(name, tmp_path):
+    """A call without guidance has no branch to guide with: the teacher would silently be another."""
+    pipe, _ = tiny(name)
+    settings, out = replace(SETTINGS, guidance_scale=1.0, extra={}), tmp_path / "x.safetensors"
+    with pytest.raises(ConfigError, match=r"teacher_guidance = 2, and the call has no guidance.*--set teacher_guidance=1"):
+        fit(pipe, OneStep(), EXAMPLES, settings, out, FitPlan(1, 2), knobs={"rank": 2})
+    assert not list(tmp_path.iterdir())
+    fit(pipe, OneStep(), EXAMPLES, settings, out, FitPlan(1, 2), knobs={"rank": 2, "teacher_guidance": 1.0})

@@ -15,14 +15,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
+from typing_extensions import Self
 
 from diffgraft.installed.config import PluginConfig
-from diffgraft.installed.errors import Unsupported
+from diffgraft.installed.errors import ConfigError, Unsupported
 from diffgraft.kernel.session import Session
 from diffgraft.methods.adapters import weighted
+from diffgraft.methods.examples import Example
 from diffgraft.methods.fitter import Batch, LoraFitter
+from diffgraft.methods.inputs import call_arguments
 from diffgraft.methods.predictions import SignalNoise, clean_estimate, known_kind
 from diffgraft.methods.search import Probe
 
@@ -82,7 +85,13 @@ class MatchingConfig(PluginConfig):
     student_every: int = Field(3, ge=1, description="steps of the fake for each of the student")
     teacher_guidance: float = Field(2.0, ge=1, description="guidance scale of the teacher")
     t_low: float = Field(0.02, ge=0, lt=1, description="least noise at which the two are compared, a share of the training times")
-    t_high: float = Field(0.98, gt=0, le=1, description="most noise, likewise")
+    t_high: float = Field(0.98, gt=0, lt=1, description="most noise, likewise")
+
+    @model_validator(mode="after")
+    def _in_order(self) -> Self:
+        if self.t_low >= self.t_high:
+            raise ValueError(f"t_low = {self.t_low} is not below t_high = {self.t_high}")
+        return self
 
 
 class MatchingFitter(LoraFitter):
@@ -155,7 +164,7 @@ class MatchingFitter(LoraFitter):
     def guided(self, session: Session, point: Noised, calls: Mapping[str, Any], name: str | None = None) -> Tensor:
         """The teacher's prediction at a point, with guidance."""
         cond = self.predict(session, point.x, point.t, calls["cond"], name)
-        if self.config.teacher_guidance == 1 or "uncond" not in calls:
+        if self.config.teacher_guidance == 1:
             return cond
         uncond = self.predict(session, point.x, point.t, calls["uncond"], name, "uncond")
         return uncond + self.config.teacher_guidance * (cond - uncond)
@@ -173,6 +182,7 @@ class MatchingFitter(LoraFitter):
         self.kind = known_kind(probe.target.family, probe.scheduler)
         if self.kind != "flow" and not hasattr(probe.scheduler, "alphas_cumprod"):
             raise Unsupported(f"{self.plugin.name}: {type(probe.scheduler).__name__} has no alphas_cumprod, so noise levels are not known")
+        self.ensure_guided(probe)
         self.rank = self.config.rank  # type: ignore[misc]
         model = super().build(probe)
         model.add_adapter(LoraConfig(r=self.rank, lora_alpha=self.rank, target_modules=list(self.targets)), FAKE)  # type: ignore[operator]
@@ -180,6 +190,18 @@ class MatchingFitter(LoraFitter):
             value.requires_grad_(is_of(name, STUDENT) or is_of(name, FAKE))
         cast_training_params(model)
         return model
+
+    def ensure_guided(self, probe: Probe) -> None:
+        """Raises ConfigError where the teacher is to be guided, and the call is not: it would silently be another teacher."""
+        pipe, guidance = probe.target.pipe, probe.target.family.guidance
+        if self.config.teacher_guidance == 1:
+            return
+        if "uncond" not in self._listening.conditioning(call_arguments(pipe, [Example("").sample(0)], self.settings)).whole:
+            way = "" if guidance.layout == "none" else f"fit for a call with {guidance.scale} above 1, or "
+            raise ConfigError(
+                f"fit of {self.plugin.name}: teacher_guidance = {self.config.teacher_guidance:g}, and the call has no guidance, so nothing "
+                f"to guide the teacher with: {way}say --set teacher_guidance=1"
+            )
 
     def values(self) -> dict[str, Tensor]:
         return {name: value for name, value in self.trained.named_parameters() if is_of(name, STUDENT) or is_of(name, FAKE)}
