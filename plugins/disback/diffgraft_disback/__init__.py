@@ -12,7 +12,6 @@ from typing import Any, ClassVar
 from diffgraft import DenoiseCall, Effects, Family, ModulesCall, Need, Paper, Plugin, PluginConfig, RunCall, Target, Unsupported
 from diffgraft.methods.adapters import adapter_layers, beside
 from diffgraft.methods.distilled import ensure_own_levels, in_steps, unguided
-from diffgraft.methods.inputs import parameters
 from diffgraft.methods.predictions import known_kind
 from diffgraft.methods.published import Weights
 from pydantic import Field, model_validator
@@ -28,7 +27,7 @@ __version__ = "0.1.0"
 
 PUBLISHED = 399
 """Training timestep of the published student."""
-OTHERWISE = "strict=False to have it done in one step without guidance all the same"
+OTHERWISE = "strict=False to have it done in one step all the same"
 
 
 class DisBackConfig(PluginConfig):
@@ -43,7 +42,7 @@ class DisBackConfig(PluginConfig):
         None, ge=0, description="t: training timestep of the one step; none: 399 with `weights`, as published, else the model's last"
     )
     strict: bool = Field(
-        True, description="refuse calls that ask for more steps or guidance; false: they get one step without it all the same"
+        True, description="refuse calls that ask for more steps or guidance; false: they get one step all the same, guided as they say"
     )
 
     @model_validator(mode="after")
@@ -72,9 +71,7 @@ class DisBack(Plugin):
     active: ClassVar[dict[str, Any]] = {"one_step": True, "strict": False}  # any number of steps, any call
     scheduler = OneStepScheduler
     effects = Effects(
-        replaces=frozenset({"scheduler"}),
-        edits=frozenset({"weights", "schedule", "prediction"}),  # the prediction, because guidance is off
-        needs=frozenset({"calibrated_run"}),
+        replaces=frozenset({"scheduler"}), edits=frozenset({"weights", "schedule"}), needs=frozenset({"calibrated_run"})
     )
     needs = (Need("adapter", "lora"), Need("weights", "weights", holds=LAYOUT))
     fitting = DisBackFitter
@@ -117,11 +114,9 @@ class DisBack(Plugin):
         if self.config.strict:
             ensure_own_levels(call, "timestep= for this plugin")
             return next(unguided(in_steps(call, 1, OTHERWISE), OTHERWISE))
-        scale = call.family.guidance.scale
-        call.note("whatever the call says: one step, without guidance (strict=False)")
+        call.note("one step, whatever the call says (strict=False)")
         own = {name: None for name in ("timesteps", "sigmas") if call.get(name) is not None}
-        guidance = {scale: 1.0} if scale in parameters(call.pipe) else {}
-        return next(call.replace(num_inference_steps=1, **guidance, **own))
+        return next(call.replace(num_inference_steps=1, **own))
 
     def denoise(self, call: DenoiseCall, next: Any) -> Tensor:
         lora = call.given("lora")
