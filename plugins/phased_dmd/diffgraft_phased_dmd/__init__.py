@@ -202,9 +202,7 @@ class PhasedDmd(Plugin):
 
         if not self.on or (type(old) is FlowMatchEulerDiscreteScheduler and not old.config.get("stochastic_sampling")):
             return None
-        known = inspect.signature(
-            FlowMatchEulerDiscreteScheduler.__init__
-        ).parameters  # a foreign knob (use_flow_sigmas) means another table
+        known = inspect.signature(FlowMatchEulerDiscreteScheduler.__init__).parameters  # pipelines read others' (use_flow_sigmas)
         kept = {name: value for name, value in old.config.items() if name in known} | {"stochastic_sampling": False}
         if "shift" not in kept and old.config.get("flow_shift") is not None:
             kept["shift"] = old.config["flow_shift"]
@@ -287,6 +285,7 @@ class PhasedDmd(Plugin):
         out: StepOutput = next(call)
         if not self.on or self.config.sampler == "euler":
             return out
+        call.shared.read(call.scheduler, self.config.boundaries)
         at = call.step.begin + call.step.index
         t, after = call.shared.levels[at], call.shared.levels[at + 1]
         x, v = call.sample.float(), call.model_output.float()
