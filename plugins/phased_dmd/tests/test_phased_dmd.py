@@ -3,11 +3,23 @@
 from __future__ import annotations
 
 import importlib
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
-from diffgraft import ArtefactMismatch, ConfigError, Conflict, DiffgraftError, Need, Unsupported, load_pipeline
+from diffgraft import (
+    ArtefactMismatch,
+    ConfigError,
+    Conflict,
+    DiffgraftError,
+    Effects,
+    Need,
+    Paper,
+    Plugin,
+    Schedule,
+    Unsupported,
+    load_pipeline,
+)
 from diffgraft.installed import registry
 from diffgraft.methods.examples import Example
 from diffgraft.methods.fitting import FitPlan, fit
@@ -297,6 +309,31 @@ def test_the_expert_changes_at_the_boundary(tmp_path):
         return kwargs
 
     assert torch.equal(ours, latents(plain.pipe, plain, num_inference_steps=4, callback_on_step_end=switch))
+
+
+class Lower(Plugin):
+    """Edits the schedule after the plugins inside it."""
+
+    name = "lower"
+    paper = Paper("a probe", "0000.00000", "lower levels")
+    families = ("flux",)
+    neutral: ClassVar[dict[str, Any]] = {}
+    effects = Effects(edits=frozenset({"schedule"}))
+
+    def schedule(self, call, next):
+        sigmas = next(call).sigmas.square()
+        return Schedule(sigmas[:-1] * 1000, sigmas)
+
+
+def test_the_expert_is_that_of_the_level_that_is_run(tmp_path):
+    """Steps begin at 1, .81, .5625, .25 where an outer plugin squares 1, .9, .75, .5."""
+    knobs = {"phase_1": lora("FluxPipeline", tmp_path, 1), "phase_2": lora("FluxPipeline", tmp_path, 2), "boundaries": 0.85, "shift": 3.0}
+    for outer, wanted in (([], [2, 2]), ([Lower()], [1, 3])):
+        made = with_euler(tiny())
+        pipe = load_pipeline(made.pipe, plugins=[*outer, PhasedDmd(**knobs)])
+        latents(pipe, made)
+        counted = pipe.plugins.report().plugins["phased_dmd"]
+        assert [counted.total(name) for name in PHASES[:2]] == wanted
 
 
 def test_renoising_is_the_loop_by_hand(tmp_path):
