@@ -6,6 +6,7 @@ distilled from a guided teacher. ``diffgraft fit phased_dmd`` learns them, phase
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -27,7 +28,6 @@ from diffgraft import (
     StepCall,
     StepOutput,
     Target,
-    Unsupported,
 )
 from diffgraft.methods.adapters import beside
 from diffgraft.methods.distilled import ensure_own_levels, in_steps, unguided
@@ -36,6 +36,7 @@ from torch import Tensor
 from typing_extensions import Self
 
 from diffgraft_phased_dmd.fitting import PhasedFitter
+from diffgraft_phased_dmd.levels import levels_by
 from diffgraft_phased_dmd.method import SHIFTS, evenly, phase_of, renoised, shifted
 
 __all__ = ["PhasedDmd", "PhasedDmdConfig"]
@@ -85,10 +86,20 @@ class PhasedDmdConfig(PluginConfig):
     )
     strength: float = Field(1.0, gt=0, le=2, description="of the experts")
 
+    @field_validator(*PHASES)
+    @classmethod
+    def _a_lora(cls, value: Any) -> Any:
+        if isinstance(value, (list, tuple, set, frozenset, int, float)) or value == "":
+            raise ValueError(
+                f"{value!r} is no LoRA: give one file, owner/name/file on the Hub, or a dict of them by denoiser; other phases have knobs "
+                f"of their own ({', '.join(PHASES)})"
+            )
+        return value
+
     @field_validator("boundaries", mode="before")
     @classmethod
     def _one(cls, value: Any) -> Any:
-        return (value,) if isinstance(value, float) else value
+        return (value,) if isinstance(value, (int, float)) and not isinstance(value, bool) else value
 
     @model_validator(mode="after")
     def _together(self) -> Self:
@@ -128,6 +139,12 @@ class Phased:
     phases: tuple[int, ...] = ()
     levels: tuple[float, ...] = ()
 
+    def read(self, scheduler: Any, boundaries: Sequence[float]) -> None:
+        """Of the scheduler's schedule, once all plugins have had it; not again before the next one."""
+        if not self.levels:
+            self.levels = tuple(scheduler.sigmas.tolist())
+            self.phases = tuple(phase_of(level, boundaries) for level in self.levels[:-1])
+
 
 class PhasedDmd(Plugin):
     name = "phased_dmd"
@@ -144,7 +161,11 @@ class PhasedDmd(Plugin):
     State = Phased
     neutral: ClassVar[dict[str, Any]] = dict.fromkeys(PHASES)
     active: ClassVar[dict[str, Any]] = {"steps": None, "guidance": "keep", "boundaries": (0.9, 0.7, 0.4)}
-    effects = Effects(replaces=frozenset({"scheduler"}), edits=frozenset({"schedule", "weights"}))
+    effects = Effects(
+        replaces=frozenset({"scheduler"}),
+        edits=frozenset({"schedule", "weights"}),
+        needs=frozenset({"calibrated_run"}),  # an expert is for its table
+    )
     needs = tuple(Need("adapter", name) for name in PHASES)
     fitting = PhasedFitter
     config: PhasedDmdConfig
@@ -179,37 +200,40 @@ class PhasedDmd(Plugin):
         """Euler's: the experts were learned for its steps."""
         from diffusers import FlowMatchEulerDiscreteScheduler
 
-        if not self.on or type(old) is FlowMatchEulerDiscreteScheduler:
+        if not self.on or (type(old) is FlowMatchEulerDiscreteScheduler and not old.config.get("stochastic_sampling")):
             return None
-        shift = old.config.get("shift", old.config.get("flow_shift"))
-        return FlowMatchEulerDiscreteScheduler.from_config(old.config, **({} if shift is None else {"shift": shift}))
+        known = inspect.signature(FlowMatchEulerDiscreteScheduler.__init__).parameters  # pipelines read others' (use_flow_sigmas)
+        kept = {name: value for name, value in old.config.items() if name in known} | {"stochastic_sampling": False}
+        if "shift" not in kept and old.config.get("flow_shift") is not None:
+            kept["shift"] = old.config["flow_shift"]
+        return FlowMatchEulerDiscreteScheduler(**kept)
 
-    def table_of(self, steps: int, own: Sequence[float] | Tensor | None) -> list[float]:
-        """Levels where the steps begin, and 0.
+    def table_of(self, own: Sequence[float]) -> list[float]:
+        """Levels where the steps begin, and 0: of a run and of a fit.
 
         Args:
-            own: of the pipeline's schedule [steps + 1].
+            own: of the pipeline's schedule [steps + 1], as `levels_of` reads it.
         """
-        config = self.config
+        config, steps = self.config, len(own) - 1
         if config.sigmas is not None:
             return [*config.sigmas, 0.0]
         if config.shift is not None:
             shift = SHIFTS[config.shift] if isinstance(config.shift, str) else config.shift
             return [*shifted(evenly(steps), shift), 0.0]
-        if own is None:
-            raise Unsupported("phased_dmd: this scheduler says no noise levels: give shift, or sigmas")
-        return [float(level) for level in own]
+        return list(own)
 
-    def ensure_phases(self, levels: Sequence[float], number: int) -> None:
-        """Raises ConfigError where a phase has no step."""
+    def idle_phase(self, levels: Sequence[float]) -> str | None:
+        """What to say where a phase has no step."""
         boundaries = self.config.boundaries
         found = {phase_of(level, boundaries) for level in levels[:-1]}
-        if missing := [k + 1 for k in range(number) if k not in found]:
-            shown = ", ".join(f"{level:.4g}" for level in levels[:-1])
-            raise ConfigError(
-                f"plugin 'phased_dmd': boundaries = {boundaries}: no step for phase {missing[0]}; the steps begin at {shown}: "
-                "put a boundary at one of them, where the next expert is to begin"
-            )
+        missing = [k + 1 for k in range(len(boundaries) + 1) if k not in found]
+        shown = ", ".join(f"{level:.4g}" for level in levels[:-1])
+        return f"boundaries = {boundaries}: no step for phase {missing[0]}; the steps begin at {shown}" if missing else None
+
+    def ensure_phases(self, levels: Sequence[float]) -> None:
+        """Raises ConfigError where a phase has no step."""
+        if (idle := self.idle_phase(levels)) is not None:
+            raise ConfigError(f"plugin 'phased_dmd': {idle}: put a boundary at one of them, where the next expert is to begin")
 
     # in the run --------------------------------------------------------------------------------------------------------------------
 
@@ -231,20 +255,27 @@ class PhasedDmd(Plugin):
         if not self.on:
             return made
         assert made.sigmas is not None  # Euler's
-        levels = self.table_of(len(made.timesteps), made.sigmas.tolist())  # once a run
-        if self.own_table:
+        own, replaced = made.sigmas.tolist(), call.run.replaced  # once a run
+        said = any(call.run.arguments.get(name) is not None for name in ("timesteps", "sigmas"))
+        foreign = replaced is not None and type(replaced.own) is not type(call.scheduler)
+        if foreign and not self.own_table and not said:
+            own = levels_by(replaced.own, call, len(made.timesteps))
+        levels = self.table_of(own)
+        if self.own_table or levels != made.sigmas.tolist():
             sigmas = torch.tensor(levels, dtype=torch.float64)
             made = Schedule((sigmas[:-1] * TIMES).to(made.timesteps), sigmas.to(made.sigmas))
             call.acted()
         if self.config.steps is not None:
-            self.ensure_phases(levels, len(self.config.boundaries) + 1)
-        call.shared.levels = tuple(levels)
-        call.shared.phases = tuple(phase_of(level, self.config.boundaries) for level in levels[:-1])
+            self.ensure_phases(levels)
+        elif (idle := self.idle_phase(levels)) is not None:
+            call.note(f"{idle}: its expert does nothing in this run")
+        call.shared.__init__()  # of a schedule that outer plugins edit yet
         return made
 
     def denoise(self, call: DenoiseCall, next: Any) -> Tensor:
         if not self.on:
             return next(call)  # type: ignore[no-any-return]
+        call.shared.read(call.pipe.scheduler, self.config.boundaries)
         name = PHASES[call.shared.phases[call.step.begin + call.step.index]]
         call.count(name)
         with beside(call.model, {call.given(name).name: self.config.strength}):
@@ -254,6 +285,7 @@ class PhasedDmd(Plugin):
         out: StepOutput = next(call)
         if not self.on or self.config.sampler == "euler":
             return out
+        call.shared.read(call.scheduler, self.config.boundaries)
         at = call.step.begin + call.step.index
         t, after = call.shared.levels[at], call.shared.levels[at + 1]
         x, v = call.sample.float(), call.model_output.float()

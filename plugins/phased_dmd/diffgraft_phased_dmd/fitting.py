@@ -15,6 +15,7 @@ from diffgraft.methods.search import Probe
 from pydantic import Field, field_validator
 from torch import Tensor, nn
 
+from diffgraft_phased_dmd.levels import levels_of
 from diffgraft_phased_dmd.method import between, euler, phase_estimate, phase_of, renoised, velocity_target, weight
 
 TIMES = 1000
@@ -59,9 +60,15 @@ class PhasedFitter(MatchingFitter):
                 f"fit of phased_dmd: earlier has {len(earlier)} experts, and boundaries = {knobs.boundaries} make "
                 f"{len(knobs.boundaries) + 1} phases: none is left to learn"
             )
-        self.knots = self.plugin.table_of(probe.steps, probe.sigmas)
+        own = levels_of(probe.scheduler, probe.timesteps, probe.sigmas)
+        if knobs.sigmas is None and knobs.steps is not None and len(own) - 1 != knobs.steps:
+            raise ConfigError(
+                f"fit of phased_dmd: the call has {len(own) - 1} steps, and phased_dmd's steps = {knobs.steps} is what a run of the expert "
+                f"has: say --inference-steps {knobs.steps}, or -o phased_dmd.steps={len(own) - 1}"
+            )
+        self.knots = self.plugin.table_of(own)
         phases = [phase_of(level, knobs.boundaries) for level in self.knots[:-1]]
-        self.plugin.ensure_phases(self.knots, len(knobs.boundaries) + 1)
+        self.plugin.ensure_phases(self.knots)
         self.phase = len(earlier)
         self.first = phases.index(self.phase)
         self.last = self.first + phases.count(self.phase)

@@ -3,11 +3,23 @@
 from __future__ import annotations
 
 import importlib
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
-from diffgraft import ArtefactMismatch, ConfigError, DiffgraftError, Need, Unsupported, load_pipeline
+from diffgraft import (
+    ArtefactMismatch,
+    ConfigError,
+    Conflict,
+    DiffgraftError,
+    Effects,
+    Need,
+    Paper,
+    Plugin,
+    Schedule,
+    Unsupported,
+    load_pipeline,
+)
 from diffgraft.installed import registry
 from diffgraft.methods.examples import Example
 from diffgraft.methods.fitting import FitPlan, fit
@@ -15,7 +27,7 @@ from diffgraft.methods.inputs import CallSettings
 from diffgraft.methods.matching import MatchingFitter, matching_gradient
 from diffgraft_phased_dmd import PHASES, PhasedDmd, method
 from diffgraft_phased_dmd.fitting import PhasedFitter
-from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers import FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler, UniPCMultistepScheduler
 from torch import Tensor
 
 pytest.importorskip("peft")
@@ -199,6 +211,52 @@ def test_an_own_table_is_what_the_steps_begin_at(tmp_path):
     assert torch.allclose(ours, latents(plain.pipe, plain, num_inference_steps=3, sigmas=list(sigmas)), atol=1e-6)
 
 
+def timesteps(pipe: Any, made: Any, **kwargs: Any) -> list[float]:
+    found: list[float] = []
+    latents(pipe, made, callback_on_step_end=lambda p, i, t, k: (found.append(float(t)), k)[1], **kwargs)
+    return found
+
+
+def with_unipc(made: Any) -> Any:
+    made.pipe.scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
+    return made
+
+
+@pytest.mark.parametrize("name", ["FluxPipeline", "WanPipeline", "WanPipeline@2.2"])
+def test_the_pipelines_own_table_is_that_of_its_own_scheduler(name, tmp_path):
+    """UniPC, as Wan is published with: a run, a fit and the plain pipeline step through the same levels."""
+    made = with_unipc(tiny(name))
+    plain = timesteps(made.pipe, made, num_inference_steps=4, **{SCALE[FAMILIES[name]]: 1.0})
+    assert plain == [999, 900, 750, 500]
+    knobs = {"phase_1": lora(name, tmp_path, 1), "boundaries": ()}
+    pipe = load_pipeline(made.pipe, plugins={"phased_dmd": knobs})
+    assert timesteps(pipe, made) == pytest.approx(plain, abs=1e-3)
+    pipe.plugins.clear()
+    assert timesteps(made.pipe, made, num_inference_steps=4, **{SCALE[FAMILIES[name]]: 1.0}) == plain
+    if "@" not in name:
+        found = fit(
+            with_unipc(tiny(name)).pipe, PhasedDmd(), EXAMPLES, settings(name), tmp_path / "x.safetensors", FitPlan(1, 2), knobs={"rank": 2}
+        )
+        assert [1000 * level for level in found.facts["levels"]] == pytest.approx([*plain, 0])
+
+
+def test_a_level_of_two_stages_is_one_step(tmp_path):
+    made = tiny("WanPipeline")
+    made.pipe.scheduler = FlowMatchHeunDiscreteScheduler(shift=3.0)
+    plain = timesteps(made.pipe, made, num_inference_steps=4, guidance_scale=1.0)
+    assert len(plain) == 7
+    pipe = load_pipeline(made.pipe, plugins={"phased_dmd": {"phase_1": lora("WanPipeline", tmp_path, 1)}})
+    assert timesteps(pipe, made) == pytest.approx(sorted(set(plain), reverse=True), abs=1e-3)
+
+
+def test_euler_draws_no_noise(tmp_path):
+    file, ours = lora("FluxPipeline", tmp_path, 1), []
+    for stochastic in (False, True):
+        made = with_euler(tiny(), stochastic_sampling=stochastic)
+        ours.append(latents(load_pipeline(made.pipe, plugins={"phased_dmd": {"phase_1": file}}), made))
+    assert torch.equal(*ours)
+
+
 # runs -----------------------------------------------------------------------------------------------------------------------------------
 
 
@@ -251,6 +309,31 @@ def test_the_expert_changes_at_the_boundary(tmp_path):
         return kwargs
 
     assert torch.equal(ours, latents(plain.pipe, plain, num_inference_steps=4, callback_on_step_end=switch))
+
+
+class Lower(Plugin):
+    """Edits the schedule after the plugins inside it."""
+
+    name = "lower"
+    paper = Paper("a probe", "0000.00000", "lower levels")
+    families = ("flux",)
+    neutral: ClassVar[dict[str, Any]] = {}
+    effects = Effects(edits=frozenset({"schedule"}))
+
+    def schedule(self, call, next):
+        sigmas = next(call).sigmas.square()
+        return Schedule(sigmas[:-1] * 1000, sigmas)
+
+
+def test_the_expert_is_that_of_the_level_that_is_run(tmp_path):
+    """Steps begin at 1, .81, .5625, .25 where an outer plugin squares 1, .9, .75, .5."""
+    knobs = {"phase_1": lora("FluxPipeline", tmp_path, 1), "phase_2": lora("FluxPipeline", tmp_path, 2), "boundaries": 0.85, "shift": 3.0}
+    for outer, wanted in (([], [2, 2]), ([Lower()], [1, 3])):
+        made = with_euler(tiny())
+        pipe = load_pipeline(made.pipe, plugins=[*outer, PhasedDmd(**knobs)])
+        latents(pipe, made)
+        counted = pipe.plugins.report().plugins["phased_dmd"]
+        assert [counted.total(name) for name in PHASES[:2]] == wanted
 
 
 def test_renoising_is_the_loop_by_hand(tmp_path):
@@ -431,6 +514,15 @@ def test_gradient_towards_the_teacher_in_a_phase():
     assert bool((matching_gradient(x_s, *estimates) > 0).all())
 
 
+def test_a_fit_is_in_as_many_steps_as_a_run(tmp_path):
+    out = tmp_path / "x.safetensors"
+    for plugin in (PhasedDmd(steps=8), PhasedDmd(steps=8, shift=3.0)):
+        with pytest.raises(ConfigError, match="--inference-steps 8"):
+            learn("FluxPipeline", out, plugin, steps=1)
+    assert learn("FluxPipeline", out, PhasedDmd(sigmas=(1.0, 0.5)), steps=1).facts["levels"] == [1, 0.5, 0]
+    assert len(learn("FluxPipeline", out, PhasedDmd(steps=None), steps=1).facts["levels"]) == 5
+
+
 # refusals -------------------------------------------------------------------------------------------------------------------------------
 
 
@@ -451,6 +543,9 @@ def test_gradient_towards_the_teacher_in_a_phase():
         ({"shift": "wan"}, "shift"),
         ({"steps": 0}, "steps"),
         ({"strength": 3.0}, "strength"),
+        ({"phase_1": ["a.safetensors"]}, r"phase_1.*\['a.safetensors'\] is no LoRA: give one file"),
+        ({"phase_2": 3}, "phase_2.*3 is no LoRA: give one file"),
+        ({"boundaries": True}, "boundaries"),
     ],
 )
 def test_bad_knobs_are_told(knobs, words):
@@ -476,6 +571,27 @@ def test_bad_calls_are_refused_before_the_denoiser(tmp_path):
     with pytest.raises(ConfigError, match="no step for phase 2"):
         latents(pipe, made)
     assert not calls
+
+
+def test_one_boundary_may_be_a_whole_number():
+    assert PhasedDmd(boundaries=1).config.boundaries == (1.0,)
+    assert PhasedDmd(boundaries=0.9).config.boundaries == (0.9,)
+
+
+def test_a_phase_without_a_step_is_noted_where_any_number_goes(tmp_path):
+    file, made = lora("FluxPipeline", tmp_path, 1), with_euler(tiny())
+    knobs = {"phase_1": file, "phase_2": file, "boundaries": (0.01,), "shift": 5.0, "steps": None}
+    pipe = load_pipeline(made.pipe, plugins={"phased_dmd": knobs})
+    latents(pipe, made, num_inference_steps=4)
+    assert "no step for phase 2" in " ".join(pipe.plugins.report().plugins["phased_dmd"].notes)
+
+
+def test_stages_of_other_sizes_are_a_conflict(tmp_path):
+    pytest.importorskip("diffgraft_bottleneck_sampling")
+    knobs = {"phase_1": lora("FluxPipeline", tmp_path, 1)}
+    for plugins in ({"phased_dmd": knobs, "bottleneck_sampling": {}}, {"bottleneck_sampling": {}, "phased_dmd": knobs}):
+        with pytest.raises(Conflict, match="calibrated"):
+            load_pipeline(with_euler(tiny()).pipe, plugins=plugins)
 
 
 def test_other_loras_are_refused(tmp_path):
