@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 from itertools import pairwise
 from typing import Any
@@ -35,7 +34,9 @@ def levels_of(scheduler: Any, timesteps: Tensor, sigmas: Tensor | None) -> list[
 
 def levels_by(scheduler: Any, call: ScheduleCall, steps: int) -> list[float]:
     """:func:`levels_of` what a scheduler would make of the pipeline's call; it stays as it is."""
-    mine, takes = copy.copy(scheduler), inspect.signature(scheduler.set_timesteps).parameters
+    mine, takes = type(scheduler).from_config(scheduler.config), inspect.signature(scheduler.set_timesteps).parameters
+    if hasattr(scheduler, "set_shift") and not scheduler.config.get("use_dynamic_shifting"):
+        mine.set_shift(scheduler.shift)  # as `set_shift` may have left it
     given = {name: call.get(name) for name in ("device", "mu") if name in takes and call.get(name) is not None}
     if type(scheduler).__name__.startswith("FlowMatch") and "sigmas" in takes and call.get("sigmas") is not None:
         given["sigmas"] = call.get("sigmas")
