@@ -26,8 +26,8 @@ class PluginConfig(BaseModel):
     def ensure_numbers(cls, value: Any, info: ValidationInfo) -> Any:
         """Where numbers alone are meant, pydantic would take ``True`` for 1 and ``"3"`` for 3."""
         kinds = kinds_in(cls.model_fields[str(info.field_name)].annotation)
-        if kinds <= {int, float, NoneType, Ellipsis} and (wrong := [each for each in within(value) if isinstance(each, (bool, str))]):
-            raise ValueError(f"{wrong[0]!r} is no number")
+        if kinds <= {int, float, NoneType, Ellipsis} and (wrong := [each for each in within(value) if is_disguised(each)]):
+            raise ValueError(f"{brief(wrong[0])} is no number")
         return value
 
 
@@ -36,6 +36,16 @@ def kinds_in(annotation: Any) -> set[Any]:
     if get_origin(annotation) is Literal:
         return {type(value) for value in get_args(annotation)}
     return set().union(*map(kinds_in, get_args(annotation))) or {annotation}
+
+
+def is_disguised(value: Any) -> bool:
+    """Whether pydantic would make a number of it: a truth value, a text with a number in it."""
+    if isinstance(value, str):
+        try:
+            float(value)
+        except ValueError:
+            return False
+    return isinstance(value, (bool, str))
 
 
 def within(value: Any) -> Iterator[Any]:
