@@ -164,6 +164,11 @@ def schedule_errors(plugin: str) -> Iterator[None]:
         raise ConfigError(f"plugin {plugin!r}: {error}") from error
 
 
+def at_least_float32(dtype: torch.dtype) -> torch.dtype:
+    """In which states are kept, and what follows from them is computed."""
+    return torch.promote_types(dtype, torch.float32)
+
+
 def unrounded(sample: Tensor, kept: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """(the state that ``sample`` stands for, where somebody has edited it).
 

@@ -7,38 +7,27 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
+from diffgraft.methods.own_scheduler import OwnOutput, OwnScheduler
 from diffgraft.methods.solvers import falling, unrounded
-from diffusers import ConfigMixin, DDIMScheduler, FlowMatchEulerDiscreteScheduler, SchedulerMixin
+from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 from diffusers.configuration_utils import register_to_config
-from diffusers.utils import BaseOutput
 from torch import Tensor
 
 from diffgraft_bdia.method import Levels, amplification, bdia, clean_and_noise, move
 
 
-@dataclass
-class BDIAOutput(BaseOutput):
-    """``prev_sample`` the next state; ``pred_original_sample`` x0 as the denoiser sees it."""
-
-    prev_sample: Tensor
-    pred_original_sample: Tensor | None = None
-
-
-class _BDIA:
+class _BDIA(OwnScheduler):
     """The walk along the schedule: forward from noise to picture, or inverse, which is the same formula with 1 / gamma.
 
     A run needs the state before the present one. It is kept in ``precision``, as is the present one: an fp16 pipeline's latents are only
     rounded copies. Where somebody has edited the latents in between, a new walk begins: the state before belongs to another one.
     """
 
-    order = 1
     init_noise_sigma = 1.0
-    config: Any
     timesteps: Tensor
     sigmas: Tensor
 
@@ -77,15 +66,6 @@ class _BDIA:
     def _dtype(self) -> torch.dtype:
         return getattr(torch, self.config.precision)  # type: ignore[no-any-return]
 
-    @property
-    def begin_index(self) -> int | None:
-        """Where in the schedule the run begins (image to image)."""
-        return self._begin_index
-
-    def set_begin_index(self, begin_index: int = 0) -> None:
-        """Called by image-to-image pipelines after ``set_timesteps``."""
-        self._begin_index = begin_index
-
     def start_from(self, noise: Tensor, neighbour: Tensor) -> None:
         """Both first states [batch or 1, ...] are known (they came out of an inversion): the first step gives the second, whatever the
         denoiser says."""
@@ -103,7 +83,7 @@ class _BDIA:
         """The samples are at the denoiser's scale."""
         return sample
 
-    def step(self, model_output: Tensor, timestep: Any, sample: Tensor, return_dict: bool = True) -> BDIAOutput | tuple[Tensor, Tensor]:
+    def step(self, model_output: Tensor, timestep: Any, sample: Tensor, return_dict: bool = True) -> OwnOutput | tuple[Tensor, Tensor]:
         """One move along the schedule.
 
         Args:
@@ -126,17 +106,15 @@ class _BDIA:
             z, out = (each.expand_as(z) for each in self._start)
         self._before, self._exact, self._index = z, out, i + 1
         returned = out.to(sample.dtype, copy=True)  # others may edit it in place
-        return BDIAOutput(returned, x0.to(sample.dtype)) if return_dict else (returned, x0.to(sample.dtype))
+        return OwnOutput(returned, x0.to(sample.dtype)) if return_dict else (returned, x0.to(sample.dtype))
 
-    def __len__(self) -> int:
-        return self.config.num_train_timesteps  # type: ignore[no-any-return]
 
 
 MOST_ERROR = 1e-2
 """Rounding error of a latent, relative to 1, above which an inversion is refused."""
 
 
-class BDIAScheduler(_BDIA, SchedulerMixin, ConfigMixin):
+class BDIAScheduler(_BDIA):
     """BDIA-DDIM (eq. 17) for variance-preserving models that predict epsilon, v or the sample.
 
     Args:
@@ -238,7 +216,7 @@ class BDIAScheduler(_BDIA, SchedulerMixin, ConfigMixin):
         return a * original_samples + s * noise
 
 
-class FlowBDIAScheduler(_BDIA, SchedulerMixin, ConfigMixin):
+class FlowBDIAScheduler(_BDIA):
     """BDIA with flow-matching Euler as its one-step move; the last four as in :class:`BDIAScheduler`."""
 
     _kind = "flow"

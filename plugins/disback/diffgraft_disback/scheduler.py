@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from diffgraft import ConfigError, Unsupported
 from diffgraft.methods.predictions import SignalNoise, clean_estimate
+from diffgraft.methods.solvers import at_least_float32
 from diffusers import DDIMScheduler
 from diffusers.configuration_utils import register_to_config
 from diffusers.schedulers.scheduling_ddim import DDIMSchedulerOutput
@@ -63,7 +64,7 @@ class OneStepScheduler(DDIMScheduler):  # type: ignore[misc]
 
     def step(self, model_output: Tensor, timestep: Any, sample: Tensor, return_dict: bool = True, **unused: Any) -> Any:
         """Both the previous sample and the clean one are x_0, computed in float32 (float64 of double samples)."""
-        wide = torch.promote_types(sample.dtype, torch.float32)
+        wide = at_least_float32(sample.dtype)
         levels = SignalNoise(*(each.to(sample.device, wide) for each in self._levels))
         x0 = clean_estimate(sample.to(wide), model_output.to(wide), levels, self.config.prediction_type).to(sample.dtype)
         return DDIMSchedulerOutput(prev_sample=x0, pred_original_sample=x0) if return_dict else (x0, x0)

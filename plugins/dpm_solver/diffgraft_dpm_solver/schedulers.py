@@ -14,10 +14,9 @@ from typing import Any
 import numpy as np
 import torch
 from diffgraft.methods.noise_schedule import Array, DeviceSchedule, NoiseSchedule, clean, spaced
-from diffgraft.methods.solvers import falling, unrounded
-from diffusers import ConfigMixin, DDIMScheduler, FlowMatchEulerDiscreteScheduler, SchedulerMixin
+from diffgraft.methods.own_scheduler import ODEScheduler, OwnOutput
+from diffgraft.methods.solvers import at_least_float32, falling, unrounded
 from diffusers.configuration_utils import register_to_config
-from diffusers.utils import BaseOutput
 from torch import Tensor
 
 from diffgraft_dpm_solver.adaptive import Seen, Walk
@@ -34,14 +33,6 @@ FARTHEST = 27.0
 CLEAN = Point(1.0, 0.0, math.inf)
 
 
-@dataclass
-class DPMSolverOutput(BaseOutput):
-    """``prev_sample`` the next state; ``pred_original_sample`` x0 as the denoiser sees it."""
-
-    prev_sample: Tensor
-    pred_original_sample: Tensor | None = None
-
-
 @dataclass(frozen=True)
 class Part:
     """What one denoiser call does: the state at the next point from the sample that its step began with."""
@@ -53,7 +44,7 @@ class Part:
     weights: Weights
 
 
-class DPMSolverScheduler(SchedulerMixin, ConfigMixin):
+class DPMSolverScheduler(ODEScheduler):
     """DPM-Solver of orders 1 to 3, singlestep; ``num_inference_steps`` are denoiser calls, as in ``DPMSolverSinglestepScheduler``.
 
     A step of order p is p calls at falling times. Where the schedule is cut in the middle of a step (image to image), what is left of it
@@ -74,9 +65,6 @@ class DPMSolverScheduler(SchedulerMixin, ConfigMixin):
             time (:meth:`times`), and somebody must tell the denoiser.
         exploding: states outside are x0 + sigma eps, as Euler's schedulers have them.
     """
-
-    order = 1
-    config: Any
 
     @register_to_config
     def __init__(
@@ -114,23 +102,13 @@ class DPMSolverScheduler(SchedulerMixin, ConfigMixin):
                 raise ValueError(f"{key} = {value!r}: one of {', '.join(map(repr, allowed))}")
         if solver_order not in R or (mode == "adaptive" and solver_order == 1):
             raise ValueError(f"solver_order = {solver_order}: 1, 2 or 3, and 2 or 3 where mode = 'adaptive', which compares two orders")
-        self._euler: FlowMatchEulerDiscreteScheduler | None = None
-        if prediction_type == "flow_prediction":
-            if exploding:
-                raise ValueError("exploding: latents of flow models are (1 - sigma) x0 + sigma eps")
-            self._euler = FlowMatchEulerDiscreteScheduler(
-                num_train_timesteps, shift, use_dynamic_shifting, base_shift, max_shift, base_image_seq_len, max_image_seq_len,
-                shift_terminal=shift_terminal, time_shift_type=time_shift_type,
-            )  # fmt: skip
-            self.schedule = NoiseSchedule(num_train_timesteps)
-        else:
-            ddim = DDIMScheduler(
-                num_train_timesteps, beta_start, beta_end, beta_schedule, trained_betas, rescale_betas_zero_snr=rescale_betas_zero_snr
-            )
-            self.alphas_cumprod = ddim.alphas_cumprod
-            self.schedule = NoiseSchedule.of_alphas(ddim.alphas_cumprod)
+        if prediction_type == "flow_prediction" and exploding:
+            raise ValueError("exploding: latents of flow models are (1 - sigma) x0 + sigma eps")
+        self._take_levels()
+        flow = self._euler is not None
+        self.schedule = NoiseSchedule(num_train_timesteps) if flow else NoiseSchedule.of_alphas(self.alphas_cumprod)
         self._there: tuple[torch.device, DeviceSchedule] | None = None
-        self.set_timesteps(12 + denoise_to_zero, mu=base_shift if self._euler is not None and use_dynamic_shifting else None)
+        self.set_timesteps(12 + denoise_to_zero, mu=base_shift if flow and use_dynamic_shifting else None)
 
     # schedule ---------------------------------------------------------------------------------------------------------------------
 
@@ -213,10 +191,7 @@ class DPMSolverScheduler(SchedulerMixin, ConfigMixin):
                 training's, or arguments that the model's kind does not take.
         """
         T, flow, zero = self.config.num_train_timesteps, self._euler is not None, self.config.denoise_to_zero
-        if not flow and mu is not None:
-            raise ValueError("mu is for flow models")
-        if timesteps is not None and sigmas is not None:
-            raise ValueError("give one of timesteps and sigmas")
+        self._ensure_kind(sigmas, mu, timesteps)
         if timesteps is not None:
             return self._take_up(self._lam_of(falling(timesteps, "timesteps", 0, T if flow else T - 1).numpy()), zero, device)
         if sigmas is not None and not flow:
@@ -281,27 +256,13 @@ class DPMSolverScheduler(SchedulerMixin, ConfigMixin):
         self._m: Tensor | None = None
         self._kept: Tensor | None = None
 
-    @property
-    def begin_index(self) -> int | None:
-        """Where in the schedule the run begins (image to image)."""
-        return self._begin_index
-
-    def set_begin_index(self, begin_index: int = 0) -> None:
-        """Called by image-to-image pipelines after ``set_timesteps``."""
-        self._begin_index = begin_index
-
     def _index_of(self, view: Tensor) -> int:
         return int(view.storage_offset() - self._timesteps.storage_offset()) // max(self._timesteps.stride(0), 1)
 
     def _here(self, timestep: Any) -> int:
-        """Which call this is; of the first one of a run: ``begin_index``, or the place of ``timestep`` in the schedule that it is a view
-        of."""
+        """Which call this is."""
         if self._index is None:
-            place = self._begin_index
-            own = self._timesteps
-            if place is None and isinstance(timestep, Tensor) and timestep.untyped_storage().data_ptr() == own.untyped_storage().data_ptr():
-                place = self._index_of(timestep)
-            self._index = self._first = place or 0
+            self._index = self._first = self._place(timestep)
         return min(self._index, len(self._lam) - 1)
 
     def _point(self, lam: float) -> Point:
@@ -361,8 +322,8 @@ class DPMSolverScheduler(SchedulerMixin, ConfigMixin):
             self._index = k + 1
             if k == len(self._lam) - 1:
                 self._release()
-            return DPMSolverOutput(sample, None) if return_dict else (sample, None)
-        dtype = torch.promote_types(sample.dtype, torch.float32)
+            return OwnOutput(sample, None) if return_dict else (sample, None)
+        dtype = at_least_float32(sample.dtype)
         held, _ = unrounded(sample, self._kept, dtype)
         scale = self._alpha(k, held) if self.config.exploding else 1.0
         x = held * scale
@@ -375,7 +336,7 @@ class DPMSolverScheduler(SchedulerMixin, ConfigMixin):
         if self._walk is not None:
             self._rewrite(k + 1)
         self._kept = out / self._alpha(k + 1, out) if self.config.exploding else out
-        result = DPMSolverOutput(self._kept.to(sample.dtype, copy=True), x0.to(sample.dtype))  # others may edit it in place
+        result = OwnOutput(self._kept.to(sample.dtype, copy=True), x0.to(sample.dtype))  # others may edit it in place
         if self._walk is not None:
             self.counts = self._walk.counts()
         if k == len(self._lam) - 1:
@@ -451,10 +412,3 @@ class DPMSolverScheduler(SchedulerMixin, ConfigMixin):
             alpha, sigma = torch.ones_like(alpha), sigma / alpha
         a, s = (each.reshape(-1, *[1] * (x.ndim - 1)).to(x.dtype) for each in (alpha, sigma))
         return a * x + s * noise
-
-    def scale_noise(self, sample: Tensor, timestep: Tensor, noise: Tensor) -> Tensor:
-        """The same under the name that flow-matching pipelines call."""
-        return self.add_noise(sample, noise, timestep)
-
-    def __len__(self) -> int:
-        return self.config.num_train_timesteps  # type: ignore[no-any-return]

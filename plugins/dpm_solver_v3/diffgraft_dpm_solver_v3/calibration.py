@@ -21,7 +21,9 @@ import numpy as np
 import torch
 from diffgraft import Calibrator, Effects, Family, RunCall, Schedule, ScheduleCall, Unsupported
 from diffgraft.methods.noise_schedule import Array, clean
+from diffgraft.methods.own_scheduler import OwnOutput
 from diffgraft.methods.schema import Holds, Values
+from diffgraft.methods.solvers import at_least_float32
 from diffusers.utils.torch_utils import randn_tensor
 from pydantic import Field
 from torch import Tensor
@@ -29,7 +31,7 @@ from typing_extensions import TypedDict
 
 from diffgraft_dpm_solver_v3.knobs import PAPER, DPMSolverV3Config, options, settings_of
 from diffgraft_dpm_solver_v3.method import Moments, moments, pooled, statistics
-from diffgraft_dpm_solver_v3.schedulers import DPMSolverV3Output, DPMSolverV3Scheduler, at_least_float32
+from diffgraft_dpm_solver_v3.schedulers import DPMSolverV3Scheduler
 
 QUESTIONS = 4
 
@@ -123,7 +125,7 @@ class MeasuringScheduler(DPMSolverV3Scheduler):
                 )
             self._take(clean(self._at, model_output.to(self._at.dtype), self._level, self.config.prediction_type))
             done = self._asking + 1 == self._draws * self._asked.size
-            out = DPMSolverV3Output(self._x0.to(self._dtype) if done else self._ask())
+            out = OwnOutput(self._x0.to(self._dtype) if done else self._ask())
         return out if return_dict else (out.prev_sample, out.pred_original_sample)
 
     def _ask(self) -> Tensor:

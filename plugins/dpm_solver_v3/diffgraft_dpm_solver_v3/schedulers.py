@@ -13,10 +13,9 @@ from typing import Any
 import numpy as np
 import torch
 from diffgraft.methods.noise_schedule import Array, Level, NoiseSchedule, clean, spaced
-from diffgraft.methods.solvers import falling, unrounded
-from diffusers import ConfigMixin, DDIMScheduler, FlowMatchEulerDiscreteScheduler, SchedulerMixin
+from diffgraft.methods.own_scheduler import ODEScheduler, OwnOutput
+from diffgraft.methods.solvers import at_least_float32, falling, unrounded
 from diffusers.configuration_utils import register_to_config
-from diffusers.utils import BaseOutput
 from torch import Tensor
 
 from diffgraft_dpm_solver_v3.method import (
@@ -42,14 +41,6 @@ AUTO_CORRECTOR = 10
 
 
 @dataclass
-class DPMSolverV3Output(BaseOutput):
-    """``prev_sample`` the next state; ``pred_original_sample`` x0 as the denoiser sees it."""
-
-    prev_sample: Tensor
-    pred_original_sample: Tensor | None = None
-
-
-@dataclass
 class Plan:
     """A run's way: per step end its level and 1 - l, per step its transition."""
 
@@ -59,7 +50,7 @@ class Plan:
     times: list[float]
 
 
-class DPMSolverV3Scheduler(SchedulerMixin, ConfigMixin):
+class DPMSolverV3Scheduler(ODEScheduler):
     """DPM-Solver-v3, multistep, order 1 to 3, with corrector.
 
     Statistics are given by :meth:`set_statistics`; without, l = 1 and s = b = 0, which is DPM-Solver++ (Appendix A.2).
@@ -78,9 +69,7 @@ class DPMSolverV3Scheduler(SchedulerMixin, ConfigMixin):
         final: the end: "sigma_min" (paper: the least noise that the model was trained on) or "zero" (own: x0 of the last polynomial).
     """
 
-    order = 1
     init_noise_sigma = 1.0
-    config: Any
 
     @register_to_config
     def __init__(
@@ -116,19 +105,9 @@ class DPMSolverV3Scheduler(SchedulerMixin, ConfigMixin):
         for key, allowed in CHOICES.items():
             if (value := self.config[key]) not in allowed:
                 raise ValueError(f"{key} = {value!r}: one of {', '.join(map(repr, allowed))}")
-        self._euler: FlowMatchEulerDiscreteScheduler | None = None
-        if prediction_type == "flow_prediction":
-            self._euler = FlowMatchEulerDiscreteScheduler(
-                num_train_timesteps, shift, use_dynamic_shifting, base_shift, max_shift, base_image_seq_len, max_image_seq_len,
-                shift_terminal=shift_terminal, time_shift_type=time_shift_type,
-            )  # fmt: skip
-            self.schedule = NoiseSchedule(num_train_timesteps)
-        else:
-            ddim = DDIMScheduler(
-                num_train_timesteps, beta_start, beta_end, beta_schedule, trained_betas, rescale_betas_zero_snr=rescale_betas_zero_snr
-            )
-            self.alphas_cumprod = ddim.alphas_cumprod
-            self.schedule = NoiseSchedule.of_alphas(ddim.alphas_cumprod)
+        self._take_levels()
+        flow = self._euler is not None
+        self.schedule = NoiseSchedule(num_train_timesteps) if flow else NoiseSchedule.of_alphas(self.alphas_cumprod)
         self.grid: Array = self.schedule.grid(intervals)
         flat = torch.ones(2, 1, dtype=torch.float64)
         self._statistics = flat, flat * 0, flat * 0
@@ -222,10 +201,7 @@ class DPMSolverV3Scheduler(SchedulerMixin, ConfigMixin):
         """
         T = self.config.num_train_timesteps
         flow = self._euler is not None
-        if not flow and mu is not None:
-            raise ValueError("mu is for flow models")
-        if timesteps is not None and sigmas is not None:
-            raise ValueError("give one of timesteps and sigmas")
+        self._ensure_kind(sigmas, mu, timesteps)
         if timesteps is not None:
             own = falling(timesteps, "timesteps", 0, T if flow else T - 1).numpy()
             lam = self.schedule.lam(np.append(own, 0.0))
@@ -263,24 +239,6 @@ class DPMSolverV3Scheduler(SchedulerMixin, ConfigMixin):
         self._y: Tensor | None = None
         self._last_order = 0
         self._exact: Tensor | None = None
-
-    @property
-    def begin_index(self) -> int | None:
-        """Where in the schedule the run begins (image to image)."""
-        return self._begin_index
-
-    def set_begin_index(self, begin_index: int = 0) -> None:
-        """Called by image-to-image pipelines after ``set_timesteps``."""
-        self._begin_index = begin_index
-
-    def _place(self, timestep: Any) -> int:
-        """Where the first step of a run is: ``begin_index``, or the place of ``timestep`` in the schedule that it is a view of."""
-        own = self._timesteps
-        if self._begin_index is not None or not isinstance(timestep, Tensor):
-            return self._begin_index or 0
-        if timestep.untyped_storage().data_ptr() != own.untyped_storage().data_ptr():
-            return 0
-        return int(timestep.storage_offset() - own.storage_offset()) // own.stride(0)
 
     def _planned(self, device: torch.device, dtype: torch.dtype, begin: int) -> Plan:
         """The run's transitions. Statistics in float64 are small and stay on the CPU until the transitions are known."""
@@ -341,7 +299,7 @@ class DPMSolverV3Scheduler(SchedulerMixin, ConfigMixin):
             out = plan.levels[k + 1].alpha * after
         self._y, self._last_order, self._index = y, order, k + 1
         self._exact = out
-        result = DPMSolverV3Output(out.to(sample.dtype, copy=True), x0.to(sample.dtype))  # others may edit it in place
+        result = OwnOutput(out.to(sample.dtype, copy=True), x0.to(sample.dtype))  # others may edit it in place
         if k == steps - 1:
             self._release()
         return result if return_dict else (result.prev_sample, result.pred_original_sample)
@@ -372,17 +330,6 @@ class DPMSolverV3Scheduler(SchedulerMixin, ConfigMixin):
         alpha, sigma = (x.reshape(shape).to(original_samples.device, original_samples.dtype) for x in levels.unbind(1))
         return alpha * original_samples + sigma * noise
 
-    def scale_noise(self, sample: Tensor, timestep: Tensor, noise: Tensor) -> Tensor:
-        """The same under the name that flow-matching pipelines call."""
-        return self.add_noise(sample, noise, timestep)
-
-    def __len__(self) -> int:
-        return self.config.num_train_timesteps  # type: ignore[no-any-return]
 
 
 FACTORIAL: Sequence[int] = (1, 1, 2, 6)
-
-
-def at_least_float32(dtype: torch.dtype) -> torch.dtype:
-    """In which states are kept."""
-    return torch.promote_types(dtype, torch.float32)

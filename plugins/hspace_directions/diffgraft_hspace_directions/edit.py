@@ -10,6 +10,7 @@ import torch
 from diffgraft import ConfigError, DenoiseCall, Unsupported
 from diffgraft.methods.gradients import alone, jvp_of, predict_alone, vjp_of
 from diffgraft.methods.predictions import SignalNoise, known_kind, levels_after, levels_of, noise_estimate
+from diffgraft.methods.solvers import at_least_float32
 from diffusers import DDIMScheduler
 from torch import Tensor
 
@@ -101,7 +102,7 @@ class MidJacobian:
 
     def __init__(self, call: DenoiseCall, shared: Shared) -> None:
         self.call, self.shared = call, shared
-        self.dtype = torch.promote_types(call.sample.dtype, torch.float32)
+        self.dtype = at_least_float32(call.sample.dtype)
         x, levels = call.latents, levels_of(call)
         kind = known_kind(call.family, call.pipe.scheduler)
         one = torch.ones((), dtype=self.dtype, device=x.device)

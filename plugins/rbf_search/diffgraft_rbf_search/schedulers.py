@@ -6,33 +6,22 @@ Kim, Yoon, Hwang, Sung, "Inference-Time Scaling for Flow Models via Stochastic G
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, get_args
 
 import torch
-from diffusers import ConfigMixin, FlowMatchEulerDiscreteScheduler, SchedulerMixin
+from diffgraft.methods.own_scheduler import OwnOutput, OwnScheduler
+from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.configuration_utils import register_to_config
-from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from diffgraft_rbf_search.method import VP, Level, Linear, Shape, diffusion, move, spaced
 
 
-@dataclass
-class FlowSDEOutput(BaseOutput):
-    """``prev_sample`` the next state; ``pred_original_sample`` Tweedie's x0."""
-
-    prev_sample: Tensor
-    pred_original_sample: Tensor | None = None
-
-
-class _FlowSDE:
+class _FlowSDE(OwnScheduler):
     """Euler-Maruyama on an interpolant. Samples are always the flow model's own, x_t = (1 - t) x0 + t eps, and ``sigmas`` their times t."""
 
-    order = 1
     init_noise_sigma = 1.0
-    config: Any
     path: Linear | VP
 
     def _begin(self, path: Linear | VP, *euler: Any) -> None:
@@ -89,15 +78,6 @@ class _FlowSDE:
             self._levels = self.sigmas, [self.path.at(self.path.time(t)) for t in self.sigmas.tolist()]
         return self._levels[1]
 
-    @property
-    def begin_index(self) -> int | None:
-        """Where in the schedule the run begins (image to image)."""
-        return self._begin_index
-
-    def set_begin_index(self, begin_index: int = 0) -> None:
-        """Called by pipelines after ``set_timesteps``."""
-        self._begin_index = begin_index
-
     def children(self, x: Tensor, v: Tensor, steps: Sequence[tuple[Level, Level]], noise: Tensor | None) -> Tensor:
         """One SDE step of each row, from its level to its next one.
 
@@ -114,7 +94,7 @@ class _FlowSDE:
 
     def step(
         self, model_output: Tensor, timestep: Any, sample: Tensor, generator: Any = None, return_dict: bool = True
-    ) -> FlowSDEOutput | tuple[Tensor, Tensor]:
+    ) -> OwnOutput | tuple[Tensor, Tensor]:
         """One step.
 
         Args:
@@ -130,7 +110,7 @@ class _FlowSDE:
         out = self.children(x, v, [(here, there)] * len(x), noise).to(sample.dtype)
         x0 = (x - here.t * v).to(sample.dtype)
         self._index = i + 1
-        return FlowSDEOutput(out, x0) if return_dict else (out, x0)
+        return OwnOutput(out, x0) if return_dict else (out, x0)
 
     def scale_noise(self, sample: Tensor, timestep: Tensor, noise: Tensor) -> Tensor:
         """x_t of pictures [batch, ...] at ``timestep`` [batch] (image to image)."""
@@ -138,11 +118,9 @@ class _FlowSDE:
         t = t.reshape(-1, *[1] * (sample.ndim - 1)).to(sample.dtype)
         return (1 - t) * sample + t * noise
 
-    def __len__(self) -> int:
-        return self.config.num_train_timesteps  # type: ignore[no-any-return]
 
 
-class FlowSDEScheduler(_FlowSDE, SchedulerMixin, ConfigMixin):
+class FlowSDEScheduler(_FlowSDE):
     """SDE sampling on the linear interpolant.
 
     Args:
@@ -176,7 +154,7 @@ class FlowSDEScheduler(_FlowSDE, SchedulerMixin, ConfigMixin):
         )  # fmt: skip
 
 
-class VPFlowScheduler(_FlowSDE, SchedulerMixin, ConfigMixin):
+class VPFlowScheduler(_FlowSDE):
     """SDE sampling of a flow model on the variance-preserving interpolant; ``beta_min`` and ``beta_max`` are its, the others as in
     :class:`FlowSDEScheduler`.
 

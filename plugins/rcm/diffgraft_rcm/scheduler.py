@@ -3,29 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
+from diffgraft.methods.own_scheduler import OwnOutput, OwnScheduler
 from diffgraft.methods.solvers import unrounded
-from diffusers import ConfigMixin, SchedulerMixin
 from diffusers.configuration_utils import register_to_config
-from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from diffgraft_rcm.method import SIGMA_MAX, clean, renoised, start, times_of
 
 
-@dataclass
-class RCMOutput(BaseOutput):
-    """``prev_sample`` the next state; ``pred_original_sample`` the x0 that the model named."""
-
-    prev_sample: Tensor
-    pred_original_sample: Tensor | None = None
-
-
-class RCMScheduler(SchedulerMixin, ConfigMixin):
+class RCMScheduler(OwnScheduler):
     """Jumps to the clean sample and noises it again, to the next time; for flow models that were distilled for it.
 
     A run begins with :meth:`first` of unit noise: pipelines hand their unit noise to the denoiser as it is, which is 1.25 % too much (the
@@ -37,7 +27,6 @@ class RCMScheduler(SchedulerMixin, ConfigMixin):
         sigma_max: noise to signal at the first time, of the tables.
     """
 
-    order = 1
     init_noise_sigma = 1.0
 
     @register_to_config
@@ -67,15 +56,6 @@ class RCMScheduler(SchedulerMixin, ConfigMixin):
         self._begin_index: int | None = None
         self._kept: Tensor | None = None
 
-    @property
-    def begin_index(self) -> int | None:
-        """Where in the schedule the run begins (video to video)."""
-        return self._begin_index
-
-    def set_begin_index(self, begin_index: int = 0) -> None:
-        """Called by pipelines after ``set_timesteps``."""
-        self._begin_index = begin_index
-
     def first(self, noise: Tensor) -> Tensor:
         """The first latents of unit noise [batch, ...]."""
         return start(noise, self._times[0])
@@ -86,7 +66,7 @@ class RCMScheduler(SchedulerMixin, ConfigMixin):
 
     def step(
         self, model_output: Tensor, timestep: Any, sample: Tensor, generator: Any = None, return_dict: bool = True
-    ) -> RCMOutput | tuple[Tensor, Tensor]:
+    ) -> OwnOutput | tuple[Tensor, Tensor]:
         """One jump, and fresh noise unless it was the last. States are kept in float64.
 
         Args:
@@ -103,7 +83,7 @@ class RCMScheduler(SchedulerMixin, ConfigMixin):
         self._kept, self._index = out, i + 1
         returned = out.to(sample.dtype, copy=True)  # others may edit it in place
         estimate = x0.to(sample.dtype)
-        return RCMOutput(returned, estimate) if return_dict else (returned, estimate)
+        return OwnOutput(returned, estimate) if return_dict else (returned, estimate)
 
     def scale_noise(self, sample: Tensor, timestep: Tensor, noise: Tensor) -> Tensor:
         """x_t of clean latents [batch, ...] at ``timestep`` [batch] (image to image)."""
@@ -114,6 +94,3 @@ class RCMScheduler(SchedulerMixin, ConfigMixin):
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """The same under the name that video to video asks for."""
         return self.scale_noise(original_samples, timesteps, noise)
-
-    def __len__(self) -> int:
-        return self.config.num_train_timesteps  # type: ignore[no-any-return]

@@ -6,6 +6,7 @@ import torch
 from diffgraft import DenoiseCall
 from diffgraft.methods.gradients import alone, jvp_alone, predict_alone, vjp_alone
 from diffgraft.methods.predictions import SignalNoise, clean_estimate, levels_of, noise_estimate, prediction_kind
+from diffgraft.methods.solvers import at_least_float32
 from torch import Tensor
 
 
@@ -78,8 +79,3 @@ class ScoreField:
     def _of_sample(output: Tensor, x: Tensor) -> Tensor:
         """The part of the output that is for the sample, without a learned variance behind it."""
         return output[:, : x.shape[1]]
-
-
-def at_least_float32(dtype: torch.dtype) -> torch.dtype:
-    """The dtype to compute in."""
-    return torch.promote_types(dtype, torch.float32)

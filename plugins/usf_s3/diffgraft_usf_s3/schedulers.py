@@ -12,24 +12,15 @@ from typing import Any, get_args
 
 import numpy as np
 import torch
-from diffgraft.methods.solvers import falling, unrounded
-from diffusers import ConfigMixin, DDIMScheduler, FlowMatchEulerDiscreteScheduler, SchedulerMixin
+from diffgraft.methods.own_scheduler import ODEScheduler, OwnOutput
+from diffgraft.methods.solvers import at_least_float32, falling, unrounded
 from diffusers.configuration_utils import register_to_config
-from diffusers.utils import BaseOutput
 from torch import Tensor
 
 from diffgraft_usf_s3.decisions import Decision, Solver, SolverSchedule, known_solver, spread
 from diffgraft_usf_s3.method import CLEAN, Level, NoiseSchedule, Update, update
 
 PREDICTIONS = ("epsilon", "v_prediction", "sample", "flow_prediction")
-
-
-@dataclass
-class SolverScheduleOutput(BaseOutput):
-    """``prev_sample`` the next state; ``pred_original_sample`` x0 as the denoiser sees it."""
-
-    prev_sample: Tensor
-    pred_original_sample: Tensor | None = None
 
 
 @dataclass
@@ -44,7 +35,7 @@ class Plan:
     analytical: bool
 
 
-class SolverScheduleScheduler(SchedulerMixin, ConfigMixin):
+class SolverScheduleScheduler(ODEScheduler):
     """Solves the diffusion ODE by a solver that may change from step to step.
 
     Args:
@@ -55,9 +46,7 @@ class SolverScheduleScheduler(SchedulerMixin, ConfigMixin):
         solver_schedule: what ``SolverSchedule.plain()`` gives; for runs of as many steps as it has.
     """
 
-    order = 1
     init_noise_sigma = 1.0
-    config: Any
 
     @register_to_config
     def __init__(
@@ -83,19 +72,11 @@ class SolverScheduleScheduler(SchedulerMixin, ConfigMixin):
     ) -> None:
         if solver not in get_args(Solver) or prediction_type not in PREDICTIONS or not 1 <= solver_order <= 3:
             raise ValueError(f"solver = {solver!r}, solver_order = {solver_order}, prediction_type = {prediction_type!r}: one is not known")
-        self._euler: FlowMatchEulerDiscreteScheduler | None = None
-        if prediction_type == "flow_prediction":
-            self._euler = FlowMatchEulerDiscreteScheduler(
-                num_train_timesteps, shift, use_dynamic_shifting, base_shift, max_shift, base_image_seq_len, max_image_seq_len,
-                shift_terminal=shift_terminal, time_shift_type=time_shift_type,
-            )  # fmt: skip
+        self._take_levels()
+        if self._euler is not None:
             self.noise = NoiseSchedule(num_train_timesteps)
         else:
-            ddim = DDIMScheduler(
-                num_train_timesteps, beta_start, beta_end, beta_schedule, trained_betas, rescale_betas_zero_snr=rescale_betas_zero_snr
-            )
-            self.alphas_cumprod = ddim.alphas_cumprod
-            abar = ddim.alphas_cumprod.double().clamp_min(2.0**-24).numpy()  # a terminal SNR of 0 is raised, as diffusers does
+            abar = self.alphas_cumprod.double().clamp_min(2.0**-24).numpy()  # a terminal SNR of 0 is raised, as diffusers does
             self.noise = NoiseSchedule(len(abar), 0.5 * np.log(abar))
         self.given = None if solver_schedule is None else self.checked(SolverSchedule.parse(solver_schedule))
         n = 50 if self.given is None else len(self.given.timesteps)
@@ -178,10 +159,7 @@ class SolverScheduleScheduler(SchedulerMixin, ConfigMixin):
             ValueError: another number of steps than the solver schedule has, own ones that do not fall or lie outside of the training's,
                 or arguments that the model's kind does not take.
         """
-        if not self.noise.flow and mu is not None:
-            raise ValueError("mu is for flow models")
-        if timesteps is not None and sigmas is not None:
-            raise ValueError("give one of timesteps and sigmas")
+        self._ensure_kind(sigmas, mu, timesteps)
         own = timesteps if timesteps is not None else sigmas
         n = len(own) if own is not None else num_inference_steps or 50
         first, last = self.ends
@@ -239,24 +217,6 @@ class SolverScheduleScheduler(SchedulerMixin, ConfigMixin):
         self._states: list[Tensor] = []
         self._values: dict[str, list[Tensor]] = {"x0": [], "eps": []}
         self._exact: Tensor | None = None
-
-    @property
-    def begin_index(self) -> int | None:
-        """Where in the schedule the run begins (image to image)."""
-        return self._begin_index
-
-    def set_begin_index(self, begin_index: int = 0) -> None:
-        """Called by image-to-image pipelines after ``set_timesteps``."""
-        self._begin_index = begin_index
-
-    def _place(self, timestep: Any) -> int:
-        """Where the first step of a run is: ``begin_index``, or the place of ``timestep`` in the schedule that it is a view of."""
-        own = self._timesteps
-        if self._begin_index is not None or not isinstance(timestep, Tensor):
-            return self._begin_index or 0
-        if timestep.untyped_storage().data_ptr() != own.untyped_storage().data_ptr():
-            return 0
-        return int(timestep.storage_offset() - own.storage_offset()) // own.stride(0)
 
     def _planned(self, begin: int) -> Plan:
         """The run's updates from step ``begin`` on; a step that would need what came before it is of a lower order."""
@@ -325,7 +285,7 @@ class SolverScheduleScheduler(SchedulerMixin, ConfigMixin):
         self._remember(self._states, x)
         out = self._made(plan.updates[k], plan.updates[k].start)
         self._exact, self._index = out, k + 1
-        result = SolverScheduleOutput(out.to(sample.dtype, copy=True), x0.to(sample.dtype))  # others may edit it in place
+        result = OwnOutput(out.to(sample.dtype, copy=True), x0.to(sample.dtype))  # others may edit it in place
         if k == len(plan.updates) - 1:
             self._release()
         return result if return_dict else (result.prev_sample, result.pred_original_sample)
@@ -352,17 +312,6 @@ class SolverScheduleScheduler(SchedulerMixin, ConfigMixin):
         alpha, sigma = (x.reshape(shape).to(original_samples.device, original_samples.dtype) for x in levels.unbind(1))
         return alpha * original_samples + sigma * noise
 
-    def scale_noise(self, sample: Tensor, timestep: Tensor, noise: Tensor) -> Tensor:
-        """The same under the name that flow-matching pipelines call."""
-        return self.add_noise(sample, noise, timestep)
-
-    def __len__(self) -> int:
-        return self.config.num_train_timesteps  # type: ignore[no-any-return]
-
-
-def at_least_float32(dtype: torch.dtype) -> torch.dtype:
-    """In which states are kept."""
-    return torch.promote_types(dtype, torch.float32)
 
 
 def estimates(x: Tensor, output: Tensor, at: Level, kind: str, both: bool) -> tuple[Tensor, Tensor | None]:
