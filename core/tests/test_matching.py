@@ -10,8 +10,8 @@ from diffgraft import ConfigError, Need, PluginConfig
 from diffgraft.methods.examples import Example
 from diffgraft.methods.fitting import FitPlan, fit
 from diffgraft.methods.inputs import CallSettings
-from diffgraft.methods.matching import MatchingFitter, along, matching_gradient, prediction_target
-from diffgraft.methods.predictions import SignalNoise, clean_estimate
+from diffgraft.methods.matching import MatchingFitter, along, matching_gradient
+from diffgraft.methods.predictions import SignalNoise, clean_estimate, prediction_target
 from probes import Probe, tiny
 from pydantic import Field
 

@@ -70,7 +70,7 @@ class Fitter(Plugin):
     wants     what it learns from: "pictures", "prompts" (of a pipeline that takes no prompt, classes), both, or nothing
     trains    "modules" of its own; or "denoiser": see :class:`LoraFitter`. The weights of the pipeline never move
     Config    knobs of the fit itself (``diffgraft fit --set``); the plugin with its own is ``self.plugin``
-    rate      largest learning rate, of which ``factor`` is taken
+    rate      largest learning rate, of which ``factor`` is taken; a knob of that name sets it, and one called ``rank`` that of a LoRA
     ema       decay a step of the average of the weights that is kept in their place, or 0
     clip      largest norm of a step's gradient, or None
 
@@ -85,13 +85,15 @@ class Fitter(Plugin):
     sessions = True
     wants: ClassVar[frozenset[str]] = frozenset({"pictures"})
     trains: ClassVar[str] = "modules"
-    rate: ClassVar[float] = 1e-4
+    rate: float = 1e-4
     ema: ClassVar[float] = 0.0
     clip: ClassVar[float | None] = 1.0
 
     def __init__(self, plugin: Plugin, **knobs: Any) -> None:
         self.plugin = plugin
         self.config = build_config(f"fit of {plugin.name}", self.Config, knobs)
+        for name in {"rate", "rank"} & type(self.config).model_fields.keys():
+            setattr(self, name, getattr(self.config, name))
 
     # what an author writes -----------------------------------------------------------------------------------------------------------
 
@@ -140,7 +142,7 @@ class Fitter(Plugin):
         """What the pipeline hands to its denoiser for the batch's prompts (or classes), by the names of the denoiser's arguments.
 
         Args:
-            whole: all of its call, with a noisy sample and a timestep (to be exchanged), sizes and token positions.
+            whole: all of its call, as :meth:`calls` has it of every branch.
         """
         arguments, guidance = self.arguments(batch), self.probe.target.family.guidance
         if branch == "cond" and guidance.layout != "none":
@@ -149,7 +151,8 @@ class Fitter(Plugin):
         return (heard.whole if whole else heard.of_branch)[branch]
 
     def calls(self, batch: Batch) -> Mapping[str, Mapping[str, Any]]:
-        """All arguments of the denoiser's calls for the batch's prompts, by branch: the noisy sample and timestep, to be exchanged, too."""
+        """All arguments of the denoiser's calls for the batch's prompts, by branch: with a noisy sample and a timestep, to be exchanged,
+        sizes and token positions."""
         return self._listening.conditioning(self.arguments(batch)).whole
 
     def arguments(self, batch: Batch) -> dict[str, Any]:
@@ -202,7 +205,7 @@ class LoraFitter(Fitter):
     """
 
     trains = "denoiser"
-    rank: ClassVar[int] = 8
+    rank: int = 8
     targets: ClassVar[tuple[str, ...]] = ("to_q", "to_k", "to_v", "to_out.0")
 
     def build(self, probe: Probe) -> nn.Module:

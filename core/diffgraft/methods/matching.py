@@ -9,7 +9,7 @@ Student and fake are LoRA on one copy of the denoiser, the teacher is the copy w
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -26,7 +26,7 @@ from diffgraft.methods.adapters import weighted
 from diffgraft.methods.examples import Example
 from diffgraft.methods.fitter import Batch, LoraFitter
 from diffgraft.methods.inputs import call_arguments
-from diffgraft.methods.predictions import SignalNoise, clean_estimate, known_kind
+from diffgraft.methods.predictions import SignalNoise, clean_estimate, known_kind, prediction_target
 from diffgraft.methods.search import Probe
 
 STUDENT, FAKE = "fit", "fake"
@@ -48,18 +48,6 @@ def matching_gradient(x: Tensor, fake: Tensor, real: Tensor) -> Tensor:
 def along(x: Tensor, gradient: Tensor) -> Tensor:
     """Losses [batch] whose gradient with respect to ``x`` [batch, ...] is ``gradient``, over the number of a sample's elements."""
     return 0.5 * (x - (x - gradient).detach()).square().flatten(1).mean(1)
-
-
-def prediction_target(x0: Tensor, noise: Tensor, levels: SignalNoise, kind: str) -> Tensor:
-    """What a denoiser of this ``kind`` (``predictions.KINDS``) should predict for ``a x0 + s noise``."""
-    a, s = levels
-    targets: dict[str, Callable[[], Tensor]] = {
-        "epsilon": lambda: noise,
-        "v_prediction": lambda: a * noise - s * x0,
-        "sample": lambda: x0,
-        "flow": lambda: noise - x0,
-    }
-    return targets[kind]()
 
 
 @dataclass(frozen=True, eq=False)
@@ -183,7 +171,6 @@ class MatchingFitter(LoraFitter):
         if self.kind != "flow" and not hasattr(probe.scheduler, "alphas_cumprod"):
             raise Unsupported(f"{self.plugin.name}: {type(probe.scheduler).__name__} has no alphas_cumprod, so noise levels are not known")
         self.ensure_guided(probe)
-        self.rank = self.config.rank  # type: ignore[misc]
         model = super().build(probe)
         model.add_adapter(LoraConfig(r=self.rank, lora_alpha=self.rank, target_modules=list(self.targets)), FAKE)  # type: ignore[operator]
         for name, value in model.named_parameters():  # adding one had the other wait

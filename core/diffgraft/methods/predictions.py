@@ -11,6 +11,7 @@ epsilon and v are predicted for the variance-preserving sample of the same noise
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -60,6 +61,18 @@ def noise_estimate(x: Tensor, output: Tensor, levels: SignalNoise, kind: str) ->
         r = (a * a + s * s).sqrt()
         return (s * x / r + a * output) / r
     return (x - a * clean_estimate(x, output, levels, kind)) / s
+
+
+def prediction_target(x0: Tensor, noise: Tensor, levels: SignalNoise, kind: str) -> Tensor:
+    """What a denoiser of this ``kind`` (one of :data:`KINDS`) should predict for ``a x0 + s noise``."""
+    a, s = levels
+    targets: dict[str, Callable[[], Tensor]] = {
+        "epsilon": lambda: noise,
+        "v_prediction": lambda: a * noise - s * x0,
+        "sample": lambda: x0,
+        "flow": lambda: noise - x0,
+    }
+    return targets[kind]()
 
 
 def prediction_kind(family: Family, scheduler: Any) -> str:

@@ -37,10 +37,6 @@ class AccVideoFitter(LoraFitter):
     plugin: Any
     config: FitConfig
 
-    def __init__(self, plugin: Any, **knobs: Any) -> None:
-        super().__init__(plugin, **knobs)
-        self.rank, self.rate = self.config.rank, self.config.rate  # type: ignore[misc]
-
     def ensure_enough(self, pipe: Any, examples: Sequence[Any], rows: Iterable[Sequence[int]]) -> None:
         """Read the trajectories, and refuse those of another model, scheduler or grid, and prompts without one."""
         family = find_family(type(pipe))

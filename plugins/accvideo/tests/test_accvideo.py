@@ -481,7 +481,7 @@ def test_bad_calls_are_refused_before_the_denoiser(lora):
     made.pipe.transformer.register_forward_pre_hook(lambda *_: asked.append(1))
     for match, knobs, call in (
         (r"guidance_scale = 3.*guidance='keep'", {"steps": 5}, {"guidance_scale": 3.0}),
-        (r"num_inference_steps = 8, and the student makes steps = 5.*steps = None", {"steps": 5}, {"num_inference_steps": 8}),
+        (r"num_inference_steps = 8, and what was distilled knows 5.*steps=None", {"steps": 5}, {"num_inference_steps": 8}),
         (r"num_inference_steps = 60 of a grid of 50", {"steps": None}, {"num_inference_steps": 60}),
     ):
         with pytest.raises(ConfigError, match=match):

@@ -15,7 +15,6 @@ from typing import Any, ClassVar
 import torch
 from diffgraft import DenoiseCall, LoraFitter, PluginConfig
 from diffgraft.methods.adapters import without_adapters
-from diffgraft.methods.conditioning import Listening
 from pydantic import Field
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -49,8 +48,6 @@ class DCMFitter(LoraFitter):
     guidance: float | None = None
 
     def build(self, probe: Any) -> nn.Module:
-        self.rank, self.rate = self.config.rank, self.config.rate  # type: ignore[misc]
-        self.listening = Listening(probe.target.pipe)
         times = (*self.plugin.times(STEPS), 0.0)
         self.path = [t for stretch in refined(times, self.config.hop) for t in stretch[:-1]] + [0.0]
         return super().build(probe)
@@ -63,7 +60,7 @@ class DCMFitter(LoraFitter):
         return next(call)  # type: ignore[no-any-return]
 
     def loss(self, session: Any, batch: Any) -> Tensor:
-        asked = self.listening.conditioning(self.arguments(batch)).whole
+        asked = self.calls(batch)
         latents: Tensor = asked["cond"][self.probe.target.family.sample]
         noise = torch.randn(latents.shape, generator=batch.generator).to(latents.device)
         with self.computing(latents.device):

@@ -22,7 +22,7 @@ from diffgraft.methods.adapters import without_adapters
 from diffgraft.methods.decoding import decode, ensure_decodes, to_latents
 from diffgraft.methods.examples import Example, pixels_of
 from diffgraft.methods.fitter import Batch
-from diffgraft.methods.predictions import SignalNoise, is_flow, known_kind, levels_at
+from diffgraft.methods.predictions import SignalNoise, is_flow, known_kind, levels_at, prediction_target
 from diffgraft.methods.rewards import find_reward
 from diffgraft.methods.search import Probe
 from diffgraft.methods.variants import own_size
@@ -60,7 +60,6 @@ class PreferenceFitter(LoraFitter):
                     f"segment_lora: no training time of this model has sigma in {start:g} to {end:g}; they are from {max(levels):.4f} to "
                     f"{min(levels):.4f}"
                 )
-        self.rank, self.rate = self.config.rank, self.config.rate  # type: ignore[misc]
         self.reward = None if self.config.reward is None else find_reward("segment_lora: reward", self.config.reward)
         return super().build(probe)
 
@@ -128,12 +127,12 @@ class PreferenceFitter(LoraFitter):
 
     def loss(self, session: Any, batch: Batch) -> Tensor:
         better, worse = batch.made
-        calls = self.asked(batch)
+        calls = self.conditioning(batch, whole=True)
         t, levels = self.drawn(batch, better)
         noise = torch.randn(better.shape, generator=batch.generator).to(better)
         errors = []
         for x0 in (worse, better):
-            x, target = levels.a * x0 + levels.s * noise, self.target(x0, noise, levels)
+            x, target = levels.a * x0 + levels.s * noise, prediction_target(x0, noise, levels, self.kind)
             with torch.no_grad(), without_adapters(self.trained):
                 reference = squared_error(self.predicted(session, x, t, calls), target)
             errors += [squared_error(self.predicted(session, x, t, calls), target), reference]
@@ -152,24 +151,6 @@ class PreferenceFitter(LoraFitter):
             levels = SignalNoise(abar.sqrt(), (1 - abar).sqrt())
         a, s = (level.view(shape).to(device, like.dtype) for level in levels)
         return t.to(device), SignalNoise(a, s)
-
-    def target(self, x0: Tensor, noise: Tensor, levels: SignalNoise) -> Tensor:
-        """What the denoiser was trained to predict for a x_0 + s noise."""
-        a, s = levels
-        answers: Mapping[str, Callable[[], Tensor]] = {
-            "epsilon": lambda: noise,
-            "v_prediction": lambda: a * noise - s * x0,
-            "sample": lambda: x0,
-            "flow": lambda: noise - x0,
-        }
-        return answers[self.kind]()
-
-    def asked(self, batch: Batch) -> Mapping[str, Any]:
-        """All arguments of a call of the denoiser for the batch's prompts without guidance, its token positions too."""
-        arguments, guidance = self.arguments(batch), self.probe.target.family.guidance
-        if guidance.layout != "none":
-            arguments[guidance.scale] = 1.0
-        return self._listening.conditioning(arguments).whole["cond"]
 
     def predicted(self, session: Any, x: Tensor, t: Tensor, calls: Mapping[str, Any]) -> Tensor:
         """The denoiser's prediction for x [batch, ...] at times t [batch]."""
