@@ -43,9 +43,9 @@ HOLDS = Holds(facts=Facts, also=not_a_schedule)
 class S3Search(PluginConfig):
     """Knobs of the search (``--set name=value``)."""
 
-    mutation: float = Field(0.3, gt=0, le=1, description="probability that a mutation changes a field of a step (official: 0.3)")
-    time_sigma: float = Field(0.08, gt=0, le=1, description="a timestep is multiplied by 1 + N(0, time_sigma^2) (official: 0.08)")
-    relax_sigma: float = Field(0.1, gt=0, le=1, description="the relaxation's coefficient c moves by N(0, relax_sigma^2) (official: 0.03)")
+    mutation: float = Field(0.3, gt=0, le=1, description="probability that a mutation changes a field of a step (official, EDM: 0.3)")
+    time_sigma: float = Field(0.08, gt=0, le=1, description="a timestep is multiplied by 1 + N(0, time_sigma^2) (official, EDM: 0.08)")
+    relax_sigma: float = Field(0.1, gt=0, le=1, description="the relaxation's coefficient c moves by N(0, relax_sigma^2) (official, EDM: 0.03)")
     gentle: float = Field(
         3.0,
         ge=0,
@@ -69,6 +69,8 @@ class S3Searcher(Searcher):
 
     def prepare(self, probe: Probe) -> None:
         scheduler = scheduler_like(probe.scheduler, probe.target.family)
+        if self.config.analytical and scheduler.noise.flow:
+            raise ConfigError("search of usf_s3: analytical = True is not for flow models: leave it out")
         self.noise, n = scheduler.noise, getattr(probe.scheduler, "num_inference_steps", None) or probe.steps  # Heun's timesteps are more
         first, last = scheduler.ends
         even, own = spread(first, last, n), sorted({float(t) for t in probe.timesteps}, reverse=True)
