@@ -77,7 +77,9 @@ class USFS3(Plugin):
         chosen = self.chosen(artefact)
         scheduler = scheduler_like(target.pipe.scheduler, target.family)
         if artefact is not None and (why := other_noise(artefact, scheduler)):
-            raise ArtefactMismatch(f"usf_s3: the artefact was found with other settings of the scheduler: {why}; {make_again('usf_s3', 'search')}")
+            raise ArtefactMismatch(
+                f"usf_s3: the artefact was found with other settings of the scheduler: {why}; {make_again('usf_s3', 'search')}"
+            )
         if chosen is not None:
             try:
                 scheduler.checked(chosen)

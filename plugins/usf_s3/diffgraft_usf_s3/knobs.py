@@ -50,7 +50,7 @@ class USFConfig(PluginConfig):
     def _one_source(self) -> Self:
         if self.artefact is not None and self.schedule is not None:
             raise ValueError("artefact, schedule exclude each other: give one")
-        if self.artefact is None and self.schedule is None or self.solver == "off":
+        if (self.artefact is None and self.schedule is None) or self.solver == "off":
             return self
         source = "artefact" if self.schedule is None else "schedule"
         for name in ("solver", "order"):

@@ -324,7 +324,6 @@ class SolverScheduleScheduler(ODEScheduler):
         return alpha * original_samples + sigma * noise
 
 
-
 def estimates(x: Tensor, output: Tensor, at: Level, kind: str, both: bool) -> tuple[Tensor, Tensor | None]:
     """x0 and (if ``both``) eps that the denoiser's ``output`` implies for ``x``; kind: one of :data:`PREDICTIONS`."""
     alpha, sigma = at

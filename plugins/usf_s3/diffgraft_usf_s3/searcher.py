@@ -45,7 +45,9 @@ class S3Search(PluginConfig):
 
     mutation: float = Field(0.3, gt=0, le=1, description="probability that a mutation changes a field of a step (official, EDM: 0.3)")
     time_sigma: float = Field(0.08, gt=0, le=1, description="a timestep is multiplied by 1 + N(0, time_sigma^2) (official, EDM: 0.08)")
-    relax_sigma: float = Field(0.1, gt=0, le=1, description="the relaxation's coefficient c moves by N(0, relax_sigma^2) (official, EDM: 0.03)")
+    relax_sigma: float = Field(
+        0.1, gt=0, le=1, description="the relaxation's coefficient c moves by N(0, relax_sigma^2) (official, EDM: 0.03)"
+    )
     gentle: float = Field(
         3.0,
         ge=0,
