@@ -14,7 +14,7 @@ from pydantic import Field
 from typing_extensions import NotRequired, TypedDict
 
 from diffgraft_usf_s3.decisions import HIGHEST, SolverSchedule, known_solver, spread
-from diffgraft_usf_s3.knobs import scheduler_like
+from diffgraft_usf_s3.knobs import USFConfig, scheduler_like
 from diffgraft_usf_s3.method import NoiseSchedule, relaxation
 
 KNOWN = (("unipc", 2), ("dpm++", 2), ("unipc", 3), ("dpm++ heun", 2), ("dpm++", 3), ("ddim", 1), ("dpm", 2), ("unipc bh1", 2))
@@ -93,6 +93,9 @@ class S3Searcher(Searcher):
     def check(self, knobs: Mapping[str, Any]) -> None:
         if knobs.get("schedule") is not None or knobs.get("artefact") is not None:
             raise ConfigError("search of usf_s3: schedule and artefact take the place of what is searched: leave them out")
+        for name in ("solver", "order"):
+            if name in knobs and knobs[name] != USFConfig.model_fields[name].default:
+                raise ConfigError(f"search of usf_s3: {name} = {knobs[name]!r} is not heeded, every candidate is a schedule: leave it out")
 
     def first(self, rng: random.Random, number: int, size: int) -> Genome | None:
         """Known solvers: the default one on even timesteps, on the other tables, then other solvers; mutations in the last third."""

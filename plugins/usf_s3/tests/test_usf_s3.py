@@ -833,6 +833,9 @@ def test_a_search_finds_what_runs_and_fits_nothing_else(tmp_path):
         load_pipeline(other.pipe, plugins=[USFS3(artefact=found)])
     with pytest.raises(ConfigError, match="leave them out"):
         search(tiny().pipe, USFS3(schedule=SCHEDULE), samples, settings, tmp_path / "b.json", TrajectoryFitness(4), plan=plan)
+    for knobs in ({"solver": "off"}, {"solver": "dpm++"}, {"order": 3}):
+        with pytest.raises(ConfigError, match="is not heeded, every candidate is a schedule"):
+            search(tiny().pipe, USFS3(**knobs), samples, settings, tmp_path / "b.json", TrajectoryFitness(4), plan=plan)
 
 
 def test_a_file_whose_schedule_is_none_is_refused(tmp_path):
