@@ -282,6 +282,28 @@ def test_levels_are_read_once_a_run_and_again_when_the_schedule_is_rewritten(fil
     assert read == [6, 3]
 
 
+def test_a_new_schedule_in_the_place_of_a_freed_one_is_read(files):
+    """The levels are known by where they lie, so what they were read from is held: nothing else comes to lie there."""
+    made = grafted(make(SD), *files[SD], segments=((1.0, 0.6), (0.6, 0.0)))
+    made.pipe.scheduler = EulerDiscreteScheduler.from_config(made.pipe.scheduler.config)
+    places = []
+
+    def rewrite(pipe, step, timestep, tensors):
+        if step == 1:
+            values = [*pipe.scheduler.sigmas.tolist()[:2], *[0.1] * 4, 0.0]
+            places.append(pipe.scheduler.sigmas.data_ptr())
+            pipe.scheduler.sigmas = None
+            held = [torch.tensor(values) for _ in range(50)]
+            again = [each for each in held if each.data_ptr() in places]
+            pipe.scheduler.sigmas = again[0] if again else held[0]
+            places.append(pipe.scheduler.sigmas.data_ptr())
+        return tensors
+
+    latents(made, num_inference_steps=6, callback_on_step_end=rewrite)
+    assert places[0] != places[1]
+    assert counts(made) == {"LoRA 1": 2, "LoRA 2": 4, "none": 0}
+
+
 def test_segments_that_no_step_is_in_are_told(files):
     made = grafted(make(SD), *files[SD], segments=((1.0, 0.5), (0.0005, 0.0)))
     latents(made, num_inference_steps=4)
@@ -431,10 +453,10 @@ def test_the_loss_is_the_formula():
     assert torch.equal(same, torch.full_like(same, m.START))
 
 
-def test_the_best_and_the_worst_of_equals_are_two():
-    best, worst = best_and_worst(torch.tensor([[1.0, 3.0, 2.0], [5.0, 5.0, 5.0]]))
-    assert best.tolist() == [1, 0]
-    assert worst.tolist() == [0, 2]
+def test_equals_are_no_pair():
+    best, worst, told = best_and_worst(torch.tensor([[1.0, 3.0, 2.0], [5.0, 5.0, 5.0], [2.0, 2.0, 1.0]]))
+    assert (best[[0, 2]].tolist(), worst[[0, 2]].tolist()) == ([1, 0], [0, 2])
+    assert told.tolist() == [True, False, True]
 
 
 def pairs(number=4):
@@ -499,7 +521,7 @@ def test_the_loss_of_a_fit_is_the_one_that_diffusers_and_peft_give(seen, tmp_pat
     fit(made.pipe, SegmentLora(), pairs(2), SETTINGS, tmp_path / "k.safetensors", FitPlan(steps=2, batch=2), knobs=knobs)
     fitter, batch, losses, _ = seen[-1]
     t, _ = fitter.last
-    better, worse = batch.made
+    better, worse, _ = batch.made
     generator = torch.Generator().manual_seed(batch.generator.initial_seed())
     assert torch.equal(fitter.times[torch.randint(len(fitter.times), (2,), generator=generator)], t)
     noise = torch.randn(better.shape, generator=generator)
@@ -538,8 +560,37 @@ def test_pairs_by_a_reward_are_made_by_the_model_as_it_is_in_use(seen, tmp_path)
     from diffgraft.methods.decoding import decode
 
     for batch in (first, second):
-        better, worse = (reward(decode(made.pipe, fitter.probe.target.family, x, {}), [""] * 2) for x in batch.made)
+        better, worse = (reward(decode(made.pipe, fitter.probe.target.family, x, {}), [""] * 2) for x in batch.made[:2])
         assert all(b >= w for b, w in zip(better, worse, strict=True)), (better, worse)
+
+
+def test_pictures_that_a_reward_finds_equal_teach_nothing(seen, tmp_path):
+    """A reward that counts gives many of them; a LoRA that learned from them would learn noise."""
+    examples = [Example(f"picture {i}") for i in range(2)]
+    knobs = {"rate": 1e-2, "reward": lambda images, prompts: [1.0] * len(images), "candidates": 2}
+    found = fit(make(SD).pipe, SegmentLora(), examples, SETTINGS, tmp_path / "k.safetensors", FitPlan(steps=3, batch=2), knobs=knobs)
+    assert all(torch.equal(losses, torch.full((2,), math.log(2))) for _, _, losses, _ in seen)
+    assert all(not value.any() for key, value in found.tensors.items() if ".lora_B." in key)
+
+
+def test_a_fit_beside_a_users_lora_is_refused_and_one_fused_is_learned_for(files, seen, tmp_path):
+    made = make(SD)
+    made.pipe.load_lora_weights(files[SD][0], adapter_name="mine")
+
+    def learn():
+        fit(made.pipe, SegmentLora(), pairs(2), SETTINGS, tmp_path / "k.safetensors", FitPlan(steps=1, batch=2))
+
+    for change in (lambda: None, made.pipe.disable_lora):
+        change()
+        with pytest.raises(Unsupported, match=r"has a LoRA already.*fuse_lora"):
+            learn()
+    made.pipe.enable_lora()
+    with_it = latents(made)
+    made.pipe.fuse_lora()
+    made.pipe.unload_lora_weights()
+    learn()
+    assert torch.equal(seen[0][2], torch.full((2,), math.log(2)))
+    torch.testing.assert_close(latents(made), with_it, rtol=1e-4, atol=1e-4)
 
 
 def test_pairs_of_a_folder(tmp_path):
