@@ -27,9 +27,9 @@ __version__ = "0.1.0"
 
 @dataclass
 class Levels:
-    """Of a run (``call.shared``): sigma of each of its calls, with what it was read from (held, so that no other tensor gets its place)."""
+    """Of a run (``call.shared``): sigma of each of its calls, with the tensors that it was read from."""
 
-    known: dict[int, tuple[float, tuple[Any, ...], Step]] = field(default_factory=dict)
+    known: dict[int, tuple[float, tuple[Any, ...]]] = field(default_factory=dict)
 
 
 class SegmentLora(Plugin):
@@ -79,7 +79,7 @@ class SegmentLora(Plugin):
             sigmas = [each.sigma for each in steps if each.sigma is not None]
             levels = levels_at(call.family, call.pipe.scheduler, t, torch.stack(sigmas) if sigmas else None, call.sample.device)
             found = normalised(*levels).tolist()  # check: allow host_sync because it is read once a run
-            known.update((each.call, (sigma, source(each), each)) for each, sigma in zip(steps, found, strict=True))
+            known.update((each.call, (sigma, source(each))) for each, sigma in zip(steps, found, strict=True))
             if first:
                 self.tell(call, found)
         return float(known[step.call][0])

@@ -78,7 +78,7 @@ class PreferenceFitter(LoraFitter):
     # pairs -----------------------------------------------------------------------------------------------------------------------------
 
     def rollout(self, pipe: Any, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-        """Clean latents of the better and of the worse pictures, [batch, ...] each, and [batch] whether one of the two is better: 1 or 0."""
+        """Clean latents of the better and of the worse pictures, [batch, ...] each, and [batch] whether they are a pair: 1 or 0."""
         if self.reward is not None:
             return self.made_pairs(pipe, batch)
         better, worse = self.given_pairs(batch)

@@ -282,28 +282,6 @@ def test_levels_are_read_once_a_run_and_again_when_the_schedule_is_rewritten(fil
     assert read == [6, 3]
 
 
-def test_a_new_schedule_in_the_place_of_a_freed_one_is_read(files):
-    """The levels are known by where they lie, so what they were read from is held: nothing else comes to lie there."""
-    made = grafted(make(SD), *files[SD], segments=((1.0, 0.6), (0.6, 0.0)))
-    made.pipe.scheduler = EulerDiscreteScheduler.from_config(made.pipe.scheduler.config)
-    places = []
-
-    def rewrite(pipe, step, timestep, tensors):
-        if step == 1:
-            values = [*pipe.scheduler.sigmas.tolist()[:2], *[0.1] * 4, 0.0]
-            places.append(pipe.scheduler.sigmas.data_ptr())
-            pipe.scheduler.sigmas = None
-            held = [torch.tensor(values) for _ in range(50)]
-            again = [each for each in held if each.data_ptr() in places]
-            pipe.scheduler.sigmas = again[0] if again else held[0]
-            places.append(pipe.scheduler.sigmas.data_ptr())
-        return tensors
-
-    latents(made, num_inference_steps=6, callback_on_step_end=rewrite)
-    assert places[0] != places[1]
-    assert counts(made) == {"LoRA 1": 2, "LoRA 2": 4, "none": 0}
-
-
 def test_segments_that_no_step_is_in_are_told(files):
     made = grafted(make(SD), *files[SD], segments=((1.0, 0.5), (0.0005, 0.0)))
     latents(made, num_inference_steps=4)
