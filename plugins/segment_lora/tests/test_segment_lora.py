@@ -21,10 +21,13 @@ from diffgraft_segment_lora.fitter import PreferenceFitter, best_and_worst
 from diffusers import (
     DDIMScheduler,
     DPMSolverMultistepScheduler,
+    DPMSolverSinglestepScheduler,
     EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
     HeunDiscreteScheduler,
+    PNDMScheduler,
     StableDiffusionImg2ImgPipeline,
+    UniPCMultistepScheduler,
 )
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -189,6 +192,47 @@ def test_it_is_what_set_adapters_before_every_step_gives(name, scheduler, files)
     assert len(set(seen)) == 3, "both experts, and a gap"
     assert torch.equal(*outputs)
     assert counts(made) == {"LoRA 1": seen.count(("x0",)), "LoRA 2": seen.count(("x1",)), "none": seen.count(())}
+
+
+@pytest.mark.parametrize(
+    "scheduler", [DDIMScheduler, PNDMScheduler, UniPCMultistepScheduler, DPMSolverSinglestepScheduler, HeunDiscreteScheduler]
+)
+def test_it_is_what_weights_with_the_lora_in_them_give(scheduler, files):
+    """Without peft: W + w B A put into the denoiser before each call, by abar of the time it is asked for; two prompts, two pictures."""
+    segments, weights, outputs, seen = ((1.0, 0.7), (0.55, 0.0)), (1.0, -0.7), [], []
+    tensors = [load_file(path) for path in files[SD]]
+    for mine in (False, True):
+        made = make(SD)
+        made.pipe.scheduler = scheduler.from_config(made.pipe.scheduler.config)
+        model, whole = made.pipe.unet, made.pipe.unet.forward
+        abar = made.pipe.scheduler.alphas_cumprod.double()
+        base = {key: value.clone() for key, value in model.state_dict().items()}
+
+        def forward(x, t, *args, _model=model, _whole=whole, _abar=abar, _base=base, **kwargs):
+            ratio = ((1 - _abar) / _abar).sqrt()
+            t = float(t)
+            low, high = (float(ratio[k].log()) for k in (int(t), min(int(t) + 1, 999)))
+            ratio = math.exp(low + (t - int(t)) * (high - low))  # a time between two, as Heun or Karras's levels ask for
+            on = [k for k, (start, end) in enumerate(segments) if end <= ratio / (1 + ratio) < start]
+            now = dict(_base)
+            for k in on:
+                for key, down in tensors[k].items():
+                    if ".lora_A." in key:
+                        place = key.removeprefix("unet.").replace(".lora_A.", ".")
+                        now[place] = now[place] + weights[k] * tensors[k][key.replace(".lora_A.", ".lora_B.")] @ down
+            _model.load_state_dict(now)
+            seen.append(tuple(on))
+            return _whole(x, t, *args, **kwargs)
+
+        if mine:
+            grafted(made, *files[SD], segments=segments, weights=weights)
+        else:
+            model.forward = forward
+        several = {"prompt": ["a cat", "two dogs"], "negative_prompt": ["bad"] * 2, "num_images_per_prompt": 2}
+        outputs.append(latents(made, num_inference_steps=7, **several))
+    assert set(seen) == {(0,), (1,), ()}
+    assert counts(made) == {"LoRA 1": seen.count((0,)), "LoRA 2": seen.count((1,)), "none": seen.count(())}
+    torch.testing.assert_close(*outputs, rtol=1e-4, atol=1e-4)
 
 
 def test_overlapping_segments_act_together_where_that_is_said(files):
