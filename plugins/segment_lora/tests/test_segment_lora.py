@@ -466,6 +466,29 @@ def test_wrong_files_are_refused_and_nothing_is_touched(files, tmp_path):
 # the fit ----------------------------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda state, b: state.update({b: torch.ones(len(state[b]), 3)}), "is of rank 2, its lora_B of rank 3"),
+        (lambda state, b: state.pop(b), "has no lora_B beside it"),
+        (lambda state, b: state.pop(b.replace(".lora_B.", ".lora_A.")), "has no lora_A beside it"),
+        (lambda state, b: state[b].fill_(float("nan")), "holds numbers that are not finite"),
+    ],
+)
+def test_a_lora_whose_halves_do_not_belong_together_is_refused(change, says, files):
+    state = load_file(files[SD][0])
+    change(state, next(key for key in state if ".lora_B." in key))
+    made = make(SD)
+    with pytest.raises(ArtefactMismatch, match=says):
+        grafted(made, state)
+    assert not adapter_layers(made.pipe.unet)
+
+
+def test_a_dict_that_names_no_denoiser_is_refused():
+    with pytest.raises(ConfigError, match=r"names no denoiser.*unet"):
+        grafted(make(SD), {})
+
+
 def test_the_loss_is_the_formula():
     better, better_ref, worse, worse_ref = torch.rand(4, 5, dtype=torch.float64)
     logit = m.preference_logit(worse, worse_ref, better, better_ref, 30.0)
