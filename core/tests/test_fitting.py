@@ -276,6 +276,12 @@ def test_a_lora_is_learned_on_a_copy(tmp_path):
     assert torch.equal(generate(pipe, kwargs), plain)
     pipe.load_lora_weights(str(out), adapter_name="x")
     assert not torch.equal(generate(pipe, kwargs), plain)
+    for change in (pipe.enable_lora, pipe.disable_lora):  # beside one that is there peft would learn without it, or nothing at all
+        change()
+        before = everything_of(pipe)
+        with pytest.raises(Unsupported, match=r"has a LoRA already.*fuse_lora"):
+            fit(pipe, LoraUser(), [Example("a"), Example("b")], SETTINGS, out, FitPlan(2, batch=2))
+        same(before, everything_of(pipe))
 
 
 def test_an_example_without_learning():

@@ -283,6 +283,8 @@ def read_adapter(plugin: Plugin, need: Need, value: Any, target: Target, number:
         raise Unsupported(f"{where}: {type(pipe).__name__} loads no LoRA")
     imported("peft", f"{where}: a LoRA")
     of_each = isinstance(value, Mapping) and not any(isinstance(each, Tensor) for each in value.values())
+    if of_each and not value:
+        raise ConfigError(f"{where} = {{}} names no denoiser{choices('', target.denoisers, 'There are')}")
     sources = value if of_each else {next(iter(target.denoisers)): value}
     loras = {}
     for attribute, source in sources.items():
@@ -314,12 +316,27 @@ def read_lora(pipe: Any, model: Any, source: Any, where: str) -> Lora:
     state, *alphas, metadata = read  # some classes know no alphas beside the tensors
     state = with_all_biases(convert_unet_state_dict_to_peft(state))  # of older names too
     wrong = [why for name, value in state.items() if (why := misfit(model, name, value)) is not None]
+    wrong = wrong or unpaired(state)
     wrong += [f"{name} is a bias without weights" for name in state if name.endswith(".bias") and f"{name[:-4]}weight" not in state]
     if wrong or not state:
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         why = "; ".join(wrong[:3]) + more if wrong else "it is empty"
         raise ArtefactMismatch(f"{where} = {shown} is no LoRA of this {type(model).__name__}: {why}")
     return Lora(state, {"metadata": metadata} | ({"network_alphas": alphas[0]} if alphas else {}))
+
+
+def unpaired(state: Mapping[str, Tensor]) -> list[str]:
+    """What is wrong between the tensors of a LoRA: a half without the other, halves of different ranks, numbers that are not finite."""
+    wrong = [f"{name} holds numbers that are not finite" for name, value in state.items() if not value.float().isfinite().all()]
+    for name, value in state.items():
+        half, other = ("A", "B") if name.endswith(".lora_A.weight") else ("B", "A")
+        if name.endswith(f".lora_{half}.weight"):
+            partner = state.get(name.removesuffix(f"{half}.weight") + f"{other}.weight")
+            if partner is None:
+                wrong.append(f"{name} has no lora_{other} beside it")
+            elif half == "A" and value.shape[0] != (rank := partner.shape[1] if partner.ndim > 1 else 0):
+                wrong.append(f"{name} is of rank {value.shape[0]}, its lora_B of rank {rank}")
+    return wrong
 
 
 def with_all_biases(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

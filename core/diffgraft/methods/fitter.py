@@ -29,12 +29,14 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from diffgraft.installed.anatomy import root_of
+from diffgraft.installed.anatomy import denoisers_of, root_of
 from diffgraft.installed.config import build_config
 from diffgraft.installed.errors import ConfigError, Unsupported
 from diffgraft.installed.plugin import Paper, Plugin
+from diffgraft.installed.registry import find_family
 from diffgraft.kernel.calls import DenoiseCall
 from diffgraft.kernel.session import Session
+from diffgraft.methods.adapters import adapter_layers
 from diffgraft.methods.artefacts import Artefact
 from diffgraft.methods.conditioning import Listening
 from diffgraft.methods.decoding import to_latents
@@ -225,6 +227,12 @@ class LoraFitter(Fitter):
         imported("peft", "a fit that learns a LoRA")
         if not hasattr(pipe, "save_lora_weights"):
             raise Unsupported(f"what is learned is a LoRA, and {type(pipe).__name__} loads none")
+        model = root_of(next(iter(denoisers_of(pipe, find_family(type(pipe))).values())))
+        if adapter_layers(model):  # peft would switch it off for the one that is learned, or, where it is off, that one with it
+            raise Unsupported(
+                f"this {type(model).__name__} has a LoRA already, beside which a fit learns none; to learn for both pipe.fuse_lora() and "
+                "then pipe.unload_lora_weights(), to learn without it pipe.unload_lora_weights() alone"
+            )
 
     def values(self) -> dict[str, Tensor]:
         return {name: value for name, value in self.trained.named_parameters() if ".fit." in name}

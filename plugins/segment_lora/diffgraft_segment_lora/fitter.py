@@ -77,9 +77,12 @@ class PreferenceFitter(LoraFitter):
 
     # pairs -----------------------------------------------------------------------------------------------------------------------------
 
-    def rollout(self, pipe: Any, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Clean latents of the better and of the worse pictures, [batch, ...] each."""
-        return self.given_pairs(batch) if self.reward is None else self.made_pairs(pipe, batch)
+    def rollout(self, pipe: Any, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """Clean latents of the better and of the worse pictures, [batch, ...] each, and [batch] whether they are a pair: 1 or 0."""
+        if self.reward is not None:
+            return self.made_pairs(pipe, batch)
+        better, worse = self.given_pairs(batch)
+        return better, worse, torch.ones(len(better), device=better.device)
 
     @torch.no_grad()
     def given_pairs(self, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -96,7 +99,7 @@ class PreferenceFitter(LoraFitter):
             found.append(to_latents(pipe, family, pixels[:, :, None] if family.latents == "bcfhw" else pixels))
         return found[0], found[1]
 
-    def made_pairs(self, pipe: Any, batch: Batch) -> tuple[Tensor, Tensor]:
+    def made_pairs(self, pipe: Any, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         several = replace(batch, examples=tuple(each for each in batch.examples for _ in range(self.config.candidates)))
         arguments = {**self.arguments(several), "output_type": "latent", "return_dict": False}
         self.rolling = True  # type: ignore[misc]
@@ -106,11 +109,11 @@ class PreferenceFitter(LoraFitter):
             self.rolling = False  # type: ignore[misc]
         pictures = decode(pipe, self.probe.target.family, latents, arguments)
         assert self.reward is not None
-        scores = torch.tensor(self.reward(pictures, [each.prompt or "" for each in several.examples]))
-        best, worst = best_and_worst(scores.view(-1, self.config.candidates))
+        scores = torch.tensor(self.reward(pictures, [each.prompt or "" for each in several.examples]), dtype=torch.float64)
+        best, worst, told = best_and_worst(scores.view(-1, self.config.candidates))
         rows = latents.unflatten(0, (-1, self.config.candidates))
         places = torch.arange(len(rows))
-        return rows[places, best], rows[places, worst]
+        return rows[places, best], rows[places, worst], told.to(rows.device, torch.float32)
 
     def denoise(self, call: DenoiseCall, next: Callable[[DenoiseCall], Tensor]) -> Tensor:
         """While pictures are made: the expert acts in its segment alone."""
@@ -126,7 +129,7 @@ class PreferenceFitter(LoraFitter):
     # the loss --------------------------------------------------------------------------------------------------------------------------
 
     def loss(self, session: Any, batch: Batch) -> Tensor:
-        better, worse = batch.made
+        better, worse, told = batch.made
         calls = self.conditioning(batch, whole=True)
         t, levels = self.drawn(batch, better)
         noise = torch.randn(better.shape, generator=batch.generator).to(better)
@@ -136,7 +139,7 @@ class PreferenceFitter(LoraFitter):
             with torch.no_grad(), without_adapters(self.trained):
                 reference = squared_error(self.predicted(session, x, t, calls), target)
             errors += [squared_error(self.predicted(session, x, t, calls), target), reference]
-        return preference_loss(preference_logit(*errors, beta=self.config.beta))
+        return preference_loss(preference_logit(*errors, beta=self.config.beta) * told)  # of equals log 2, which moves nothing
 
     def drawn(self, batch: Batch, like: Tensor) -> tuple[Tensor, SignalNoise]:
         """Times [batch] of the denoiser, uniform in S_k, and their levels as they broadcast to ``like``."""
@@ -166,8 +169,7 @@ class PreferenceFitter(LoraFitter):
         return found.narrow(family.channel_axis, 0, x.shape[family.channel_axis])  # type: ignore[no-any-return]
 
 
-def best_and_worst(scores: Tensor) -> tuple[Tensor, Tensor]:
-    """Of each row of scores [batch, candidates] the number of the largest and of the least; of equal ones the first and the last."""
-    best = scores.argmax(1)
-    worst = scores.shape[1] - 1 - scores.flip(1).argmin(1)
-    return best, worst
+def best_and_worst(scores: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Of each row of scores [batch, candidates] the number of the largest and of the least, and whether they differ: equals are no pair."""
+    best, worst = scores.argmax(1), scores.argmin(1)
+    return best, worst, scores.amax(1) > scores.amin(1)

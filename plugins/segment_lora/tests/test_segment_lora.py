@@ -21,10 +21,13 @@ from diffgraft_segment_lora.fitter import PreferenceFitter, best_and_worst
 from diffusers import (
     DDIMScheduler,
     DPMSolverMultistepScheduler,
+    DPMSolverSinglestepScheduler,
     EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
     HeunDiscreteScheduler,
+    PNDMScheduler,
     StableDiffusionImg2ImgPipeline,
+    UniPCMultistepScheduler,
 )
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -189,6 +192,47 @@ def test_it_is_what_set_adapters_before_every_step_gives(name, scheduler, files)
     assert len(set(seen)) == 3, "both experts, and a gap"
     assert torch.equal(*outputs)
     assert counts(made) == {"LoRA 1": seen.count(("x0",)), "LoRA 2": seen.count(("x1",)), "none": seen.count(())}
+
+
+@pytest.mark.parametrize(
+    "scheduler", [DDIMScheduler, PNDMScheduler, UniPCMultistepScheduler, DPMSolverSinglestepScheduler, HeunDiscreteScheduler]
+)
+def test_it_is_what_weights_with_the_lora_in_them_give(scheduler, files):
+    """Without peft: W + w B A put into the denoiser before each call, by abar of the time it is asked for; two prompts, two pictures."""
+    segments, weights, outputs, seen = ((1.0, 0.7), (0.55, 0.0)), (1.0, -0.7), [], []
+    tensors = [load_file(path) for path in files[SD]]
+    for mine in (False, True):
+        made = make(SD)
+        made.pipe.scheduler = scheduler.from_config(made.pipe.scheduler.config)
+        model, whole = made.pipe.unet, made.pipe.unet.forward
+        abar = made.pipe.scheduler.alphas_cumprod.double()
+        base = {key: value.clone() for key, value in model.state_dict().items()}
+
+        def forward(x, t, *args, _model=model, _whole=whole, _abar=abar, _base=base, **kwargs):
+            ratio = ((1 - _abar) / _abar).sqrt()
+            t = float(t)
+            low, high = (float(ratio[k].log()) for k in (int(t), min(int(t) + 1, 999)))
+            ratio = math.exp(low + (t - int(t)) * (high - low))  # a time between two, as Heun or Karras's levels ask for
+            on = [k for k, (start, end) in enumerate(segments) if end <= ratio / (1 + ratio) < start]
+            now = dict(_base)
+            for k in on:
+                for key, down in tensors[k].items():
+                    if ".lora_A." in key:
+                        place = key.removeprefix("unet.").replace(".lora_A.", ".")
+                        now[place] = now[place] + weights[k] * tensors[k][key.replace(".lora_A.", ".lora_B.")] @ down
+            _model.load_state_dict(now)
+            seen.append(tuple(on))
+            return _whole(x, t, *args, **kwargs)
+
+        if mine:
+            grafted(made, *files[SD], segments=segments, weights=weights)
+        else:
+            model.forward = forward
+        several = {"prompt": ["a cat", "two dogs"], "negative_prompt": ["bad"] * 2, "num_images_per_prompt": 2}
+        outputs.append(latents(made, num_inference_steps=7, **several))
+    assert set(seen) == {(0,), (1,), ()}
+    assert counts(made) == {"LoRA 1": seen.count((0,)), "LoRA 2": seen.count((1,)), "none": seen.count(())}
+    torch.testing.assert_close(*outputs, rtol=1e-4, atol=1e-4)
 
 
 def test_overlapping_segments_act_together_where_that_is_said(files):
@@ -422,6 +466,29 @@ def test_wrong_files_are_refused_and_nothing_is_touched(files, tmp_path):
 # the fit ----------------------------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda state, b: state.update({b: torch.ones(len(state[b]), 3)}), "is of rank 2, its lora_B of rank 3"),
+        (lambda state, b: state.pop(b), "has no lora_B beside it"),
+        (lambda state, b: state.pop(b.replace(".lora_B.", ".lora_A.")), "has no lora_A beside it"),
+        (lambda state, b: state[b].fill_(float("nan")), "holds numbers that are not finite"),
+    ],
+)
+def test_a_lora_whose_halves_do_not_belong_together_is_refused(change, says, files):
+    state = load_file(files[SD][0])
+    change(state, next(key for key in state if ".lora_B." in key))
+    made = make(SD)
+    with pytest.raises(ArtefactMismatch, match=says):
+        grafted(made, state)
+    assert not adapter_layers(made.pipe.unet)
+
+
+def test_a_dict_that_names_no_denoiser_is_refused():
+    with pytest.raises(ConfigError, match=r"names no denoiser.*unet"):
+        grafted(make(SD), {})
+
+
 def test_the_loss_is_the_formula():
     better, better_ref, worse, worse_ref = torch.rand(4, 5, dtype=torch.float64)
     logit = m.preference_logit(worse, worse_ref, better, better_ref, 30.0)
@@ -431,10 +498,10 @@ def test_the_loss_is_the_formula():
     assert torch.equal(same, torch.full_like(same, m.START))
 
 
-def test_the_best_and_the_worst_of_equals_are_two():
-    best, worst = best_and_worst(torch.tensor([[1.0, 3.0, 2.0], [5.0, 5.0, 5.0]]))
-    assert best.tolist() == [1, 0]
-    assert worst.tolist() == [0, 2]
+def test_equals_are_no_pair():
+    best, worst, told = best_and_worst(torch.tensor([[1.0, 3.0, 2.0], [5.0, 5.0, 5.0], [2.0, 2.0, 1.0]]))
+    assert (best[[0, 2]].tolist(), worst[[0, 2]].tolist()) == ([1, 0], [0, 2])
+    assert told.tolist() == [True, False, True]
 
 
 def pairs(number=4):
@@ -499,7 +566,7 @@ def test_the_loss_of_a_fit_is_the_one_that_diffusers_and_peft_give(seen, tmp_pat
     fit(made.pipe, SegmentLora(), pairs(2), SETTINGS, tmp_path / "k.safetensors", FitPlan(steps=2, batch=2), knobs=knobs)
     fitter, batch, losses, _ = seen[-1]
     t, _ = fitter.last
-    better, worse = batch.made
+    better, worse, _ = batch.made
     generator = torch.Generator().manual_seed(batch.generator.initial_seed())
     assert torch.equal(fitter.times[torch.randint(len(fitter.times), (2,), generator=generator)], t)
     noise = torch.randn(better.shape, generator=generator)
@@ -538,8 +605,37 @@ def test_pairs_by_a_reward_are_made_by_the_model_as_it_is_in_use(seen, tmp_path)
     from diffgraft.methods.decoding import decode
 
     for batch in (first, second):
-        better, worse = (reward(decode(made.pipe, fitter.probe.target.family, x, {}), [""] * 2) for x in batch.made)
+        better, worse = (reward(decode(made.pipe, fitter.probe.target.family, x, {}), [""] * 2) for x in batch.made[:2])
         assert all(b >= w for b, w in zip(better, worse, strict=True)), (better, worse)
+
+
+def test_pictures_that_a_reward_finds_equal_teach_nothing(seen, tmp_path):
+    """A reward that counts gives many of them; a LoRA that learned from them would learn noise."""
+    examples = [Example(f"picture {i}") for i in range(2)]
+    knobs = {"rate": 1e-2, "reward": lambda images, prompts: [1.0] * len(images), "candidates": 2}
+    found = fit(make(SD).pipe, SegmentLora(), examples, SETTINGS, tmp_path / "k.safetensors", FitPlan(steps=3, batch=2), knobs=knobs)
+    assert all(torch.equal(losses, torch.full((2,), math.log(2))) for _, _, losses, _ in seen)
+    assert all(not value.any() for key, value in found.tensors.items() if ".lora_B." in key)
+
+
+def test_a_fit_beside_a_users_lora_is_refused_and_one_fused_is_learned_for(files, seen, tmp_path):
+    made = make(SD)
+    made.pipe.load_lora_weights(files[SD][0], adapter_name="mine")
+
+    def learn():
+        fit(made.pipe, SegmentLora(), pairs(2), SETTINGS, tmp_path / "k.safetensors", FitPlan(steps=1, batch=2))
+
+    for change in (lambda: None, made.pipe.disable_lora):
+        change()
+        with pytest.raises(Unsupported, match=r"has a LoRA already.*fuse_lora"):
+            learn()
+    made.pipe.enable_lora()
+    with_it = latents(made)
+    made.pipe.fuse_lora()
+    made.pipe.unload_lora_weights()
+    learn()
+    assert torch.equal(seen[0][2], torch.full((2,), math.log(2)))
+    torch.testing.assert_close(latents(made), with_it, rtol=1e-4, atol=1e-4)
 
 
 def test_pairs_of_a_folder(tmp_path):
