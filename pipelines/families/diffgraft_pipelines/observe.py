@@ -12,7 +12,7 @@ from __future__ import annotations
 import importlib
 import inspect
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from functools import partial, wraps
 from typing import Annotated, Any
 
@@ -168,7 +168,7 @@ class Observer:
     """The runs of one pipeline, made when they are asked for, and what they show."""
 
     def __init__(self, make: Callable[[], Tiny]) -> None:
-        self.make, self.remarks = make, {}
+        self.remarks: dict[str, str] = {}
         self.tiny = make()
         self.pipe: Any = self.tiny.pipe
         self.call = inspect.signature(self.pipe.__call__).parameters
@@ -263,8 +263,7 @@ class Observer:
         if out.ndim != stepped.ndim:
             self.remarks["branch_prediction"] = f"{tuple(out.shape)} comes to the scheduler as {tuple(stepped.shape)}"
             return "unpacked_tail"
-        axis = channels % out.ndim
-        if out.shape[axis] == 2 * stepped.shape[axis]:
+        if out.shape[channels] == 2 * stepped.shape[channels]:
             return "drop_sigma"
         if out.ndim == 3 and out.shape[1] > stepped.shape[1]:
             return "first_tokens"
@@ -461,7 +460,7 @@ def same(first: Any, second: Any) -> bool:
         return first.keys() == second.keys() and all(same(value, second[key]) for key, value in first.items())
     if isinstance(first, (tuple, list)) and isinstance(second, (tuple, list)):
         return len(first) == len(second) and all(map(same, first, second))
-    return type(first) is type(second) and not isinstance(first, Tensor) and bool(first == second)
+    return bool(type(first) is type(second) and not isinstance(first, Tensor) and first == second)
 
 
 def first_axes(value: Any) -> list[int | None]:
@@ -510,17 +509,28 @@ def observe(make: Callable[[], Tiny], name: str = "observed") -> Observed:
     o = Observer(make)
     sample, longer = o.find_sample()
     timestep, factor = o.find_timestep(sample)
-    kind = "unet" if hasattr(o.model(), "down_blocks") else "dit"
-    family = Family(name, (type(o.pipe).__name__,), o.denoisers, kind, (), Guidance("none"), sample, timestep, factor)  # type: ignore[arg-type]
-    family = replace(family, latents=o.find_latents(), copied_scheduler=o.plain.copies)
+    seen: dict[str, Any] = {
+        "name": name,
+        "pipelines": (type(o.pipe).__name__,),
+        "denoisers": o.denoisers,
+        "kind": "unet" if hasattr(o.model(), "down_blocks") else "dit",
+        "blocks": o.find_blocks(),
+        "guidance": o.find_guidance(sample),
+        "sample": sample,
+        "timestep": timestep,
+        "timestep_scale": factor,
+        "conditioning": tuple(each for each in o.find_conditioning(sample) if each != timestep),
+        "prediction": prediction_of(o),
+        "copied_scheduler": o.plain.copies,
+        "latents": o.find_latents(),
+        "common": o.find_common(sample),
+    }
+    channels = Family(**seen).channel_axis % o.stepped["sample"].ndim
     if longer is not None:
-        family = replace(family, appended="channels" if longer == family.channel_axis % o.stepped["sample"].ndim else "tokens")
-    guidance = o.find_guidance(sample)
-    family = replace(family, guidance=guidance, branch_prediction=o.find_branch_prediction(family.channel_axis))
-    family = replace(family, conditioning=tuple(each for each in o.find_conditioning(sample) if each != timestep))
-    family = replace(family, common=o.find_common(sample), blocks=o.find_blocks(), prediction=prediction_of(o))
+        seen["appended"] = "channels" if longer == channels else "tokens"
+    seen["branch_prediction"] = o.find_branch_prediction(channels)
     o.remarks["least, extra, packages, one_each, unit_start"] = "cannot be seen in these runs"
-    return Observed(family, o.remarks)
+    return Observed(Family(**seen), o.remarks)
 
 
 def prediction_of(o: Observer) -> str:

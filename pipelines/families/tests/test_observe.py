@@ -12,6 +12,7 @@ from diffgraft import Family, Guidance, Tiny
 from diffgraft_pipelines.families import FAMILIES
 from diffgraft_pipelines.observe import observe, written
 from diffgraft_pipelines.tiny import make
+from diffgraft_pipelines.tiny._shrink import axes, small
 from diffgraft_pipelines.tiny.pixel import make as make_pixel
 
 pytestmark = [
@@ -98,5 +99,15 @@ def test_the_record_is_code() -> None:
 def test_on_the_command_line() -> None:
     command = [sys.executable, "-m", "diffgraft_pipelines.observe", "DDIMPipeline", "--tiny", "diffgraft_pipelines.tiny.pixel:make"]
     told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    assert '# look at timestep_scale: the time did not move' in told
+    assert "# look at conditioning: there is nothing to condition on" in told
     assert 'family = Family(\n    name="ddim",\n    pipelines=("DDIMPipeline",),' in told
+
+
+@pytest.mark.parametrize("name", ["FluxTransformer2DModel", "WanTransformer3DModel", "SanaTransformer2DModel", "CogView4Transformer2DModel"])
+def test_a_models_own_configuration_is_shrunk(name: str) -> None:
+    model = small(name, num_layers=1)
+    assert sum(value.numel() for value in model.parameters()) < 2e6
+    assert model.config["num_layers"] == 1
+    assert sum(axes(3, 16)) == 16
+    with pytest.raises(TypeError, match="depths"):
+        small(name, depths=1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from diffgraft_pipelines.families import (
     animatediff,
+    chroma,
     cogvideox,
     consistency,
     dit,
@@ -36,6 +37,7 @@ FAMILIES = (
     flux.family,
     flux.kontext,
     flux.fill,
+    chroma.family,
     qwen_image.family,
     qwen_image.edit,
     wan.family,
