@@ -14,7 +14,7 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from functools import partial, wraps
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 import typer
@@ -396,8 +396,25 @@ class Observer:
                 self.remarks["blocks"] = f"{path} runs in turn with other lists"
             takes, returns = self.flow(path, numbers, twice)
             layers = lists_in(self.model(), path) if unet else ()
-            groups.append(BlockGroup(path, kind_of(path, ran), takes, returns, layers))
+            groups.append(BlockGroup(path, kind_of(path, ran), takes, returns, layers, "none" if unet else self.joined(numbers[0])))
         return tuple(groups)
+
+    def joined(self, number: int) -> Literal["none", "front", "behind"]:
+        """Where in a block's stream the text is, by the outputs of the block before it or by the first block's inputs."""
+        x = self.first.blocks[number][1].get("hidden_states")
+        first = self.first.blocks[0][1].get("hidden_states")
+        if not isinstance(x, Tensor) or x.ndim != 3 or not isinstance(first, Tensor) or x.shape[1] == first.shape[1]:
+            return "none"
+        _, _, before = self.first.blocks[number - 1]
+        texts = [value for value in (before if isinstance(before, tuple) else (before,)) if isinstance(value, Tensor)]
+        texts = [value for value in texts if value.shape[1] == x.shape[1] - first.shape[1]]
+        for text in texts:
+            for place, part in (("front", x[:, : text.shape[1]]), ("behind", x[:, -text.shape[1] :])):
+                if torch.equal(part, text):
+                    return place  # type: ignore[return-value]
+        path = self.first.blocks[number][0]
+        self.remarks["blocks"] = f"{path} gets {x.shape[1]} tokens, the first block {first.shape[1]}: which are the sample's"
+        return "none"
 
     def flow(self, path: str, numbers: list[int], twice: Any) -> tuple[tuple[str, ...], tuple[str, ...]]:
         """What the blocks of a list take (the most that one takes) and return."""

@@ -16,7 +16,7 @@ family = Family(
             ("hidden_states", "encoder_hidden_states", "temb", "attention_mask"),
             ("encoder_hidden_states", "hidden_states"),
         ),
-        BlockGroup("single_transformer_blocks", "single", ("hidden_states", "temb", "attention_mask")),
+        BlockGroup("single_transformer_blocks", "single", ("hidden_states", "temb", "attention_mask"), joined="front"),
     ),
     guidance=Guidance("sequential", ("cond", "uncond"), active="do_classifier_free_guidance"),
     timestep_scale=1 / 1000,
