@@ -16,8 +16,8 @@ class BlockInfo:
     """A hookable block.
 
     ``path`` on the denoiser ("up_blocks.2.resnets.1"), ``kind`` ("up", "up.resnet", "double"...), ``index`` of the (top-level) block within
-    its group, ``layer`` index inside the block or -1, ``order`` running number over the denoisers, ``takes``, ``returns``, ``joined`` as the
-    family says, ``model`` the denoiser's attribute name, and the ``module``.
+    its group, ``layer`` index inside the block or -1, ``order`` running number over the denoisers, ``takes``, ``returns``, ``joined`` as
+    the family says, ``model`` the denoiser's attribute name, and the ``module``.
     """
 
     path: str
