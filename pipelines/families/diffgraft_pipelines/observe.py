@@ -13,6 +13,7 @@ import importlib
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
+from functools import cached_property
 from typing import Annotated, Any, Literal
 
 import torch
@@ -189,12 +190,21 @@ class Observer:
         steps = sorted({each.step for each in self.plain.forwards if each.component in self.denoisers})
         return self.plain.of(self.denoisers, steps[len(steps) // 2])[0]
 
+    @cached_property
+    def twice(self) -> Seen | None:
+        """A run under two conditions, with a start picture for both or, where the pipeline wants that, for each."""
+        if not (changes := doubled(self.tiny.kwargs)):
+            self.remarks["common"] = "two conditions at once could not be tried"
+            return None
+        pictures = {key: [value] * 2 for key, value in self.tiny.kwargs.items() if hasattr(value, "rotate")}
+        found = self.tried("common", "two conditions", **changes)
+        if found is None and pictures and (found := self.tried("common", "two conditions", **changes, **pictures)):
+            self.remarks.pop("common")
+        return found
+
     def find_common(self, sample: str) -> tuple[str, ...]:
         """Inputs that do not grow with the batch though their first axis could pass for it."""
-        changes = doubled(self.tiny.kwargs)
-        many = self.tried("common", "two conditions", **changes) if changes else None
-        if many is None:
-            self.remarks.setdefault("common", "two conditions at once could not be tried")
+        if (many := self.twice) is None:
             return ()
         both = many.of(self.denoisers)[0].inputs
         return tuple(name for name, value in self.first.inputs.items()
@@ -272,9 +282,7 @@ class Observer:
 
     def find_blocks(self) -> tuple[BlockGroup, ...]:
         """The lists that run, in running order, with what flows through their blocks."""
-        changes = doubled(self.tiny.kwargs)
-        many = self.tried("blocks", "two conditions", **changes) if changes else None
-        twice = many.of(self.denoisers)[0].blocks if many else None
+        twice = self.twice.of(self.denoisers)[0].blocks if self.twice else None
         if twice is None:
             self.remarks["blocks"] = "what all rows of a batch share may be among what blocks take"
         ran: dict[str, list[int]] = {}

@@ -64,7 +64,7 @@ def test_what_was_not_seen_is_said() -> None:
     remarks = observe(lambda: make("LTXImageToVideoPipeline", 0)).remarks
     assert "no input of the denoiser holds what is stepped" in remarks["sample"]
     assert "comes to the scheduler as" in remarks["branch_prediction"]
-    assert "two conditions could not be tried" in observe(lambda: make("CogVideoXImageToVideoPipeline", 0)).remarks["common"]
+    assert "two conditions could not be tried" in observe(lambda: make("AnimateDiffControlNetPipeline", 0)).remarks["common"]
     assert "least, extra, packages, one_each, unit_start" in remarks
 
 

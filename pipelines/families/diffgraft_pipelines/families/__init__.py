@@ -25,6 +25,7 @@ FAMILIES = (
     sd.family,
     sd.latent_consistency,
     sd.edit,
+    sd.upscale,
     animatediff.family,
     sdxl.family,
     sdxl.edit,
