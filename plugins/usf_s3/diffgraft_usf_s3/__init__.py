@@ -36,9 +36,10 @@ NOISE = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trai
 
 
 def other_noise(artefact: Finding, scheduler: SolverScheduleScheduler) -> str | None:
-    """In what the noise that a schedule was found for is another one; which solver was there makes no difference."""
+    """In what the noise levels or the words of the denoiser that a schedule was found for are others; which solver was there makes no
+    difference."""
     told = artefact.made_for.scheduler_config or {}
-    keys = NOISE[:1] if scheduler.noise.flow else NOISE
+    keys = NOISE[:1] if scheduler.noise.flow else (*NOISE, "prediction_type")
     found = [f"{key} = {told[key]!r}, here {scheduler.config[key]!r}" for key in keys if key in told and told[key] != scheduler.config[key]]
     return "; ".join(found) or None
 
@@ -76,7 +77,9 @@ class USFS3(Plugin):
         chosen = self.chosen(artefact)
         scheduler = scheduler_like(target.pipe.scheduler, target.family)
         if artefact is not None and (why := other_noise(artefact, scheduler)):
-            raise ArtefactMismatch(f"usf_s3: the artefact was found on another noise schedule: {why}; {make_again('usf_s3', 'search')}")
+            raise ArtefactMismatch(
+                f"usf_s3: the artefact was found with other settings of the scheduler: {why}; {make_again('usf_s3', 'search')}"
+            )
         if chosen is not None:
             try:
                 scheduler.checked(chosen)
@@ -105,9 +108,10 @@ class USFS3(Plugin):
 
     def _beside_the_callers(self, call: Call) -> None:
         """What the call itself says about its times; raises ConfigError where both name them."""
-        for name in ("timesteps", "sigmas"):
+        for name in ("timesteps", "sigmas", "denoising_start", "denoising_end"):
             if call.run.arguments.get(name) is not None:
+                other = "has its own" if name in ("timesteps", "sigmas") else "is of a whole run, at its own timesteps"
                 raise ConfigError(
-                    f"plugin 'usf_s3': the call gives {name} = {call.run.arguments[name]}, and the solver schedule has its own: leave them "
+                    f"plugin 'usf_s3': the call gives {name} = {call.run.arguments[name]}, and the solver schedule {other}: leave it "
                     "out of the call, or run a known solver (solver='unipc') without artefact and schedule"
                 )

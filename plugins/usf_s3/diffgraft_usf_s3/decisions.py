@@ -7,8 +7,9 @@
        {"type": "x0", "order": 2, "points": [[-2]], "relax": "dpm2", "correct": {"order": 3}},
        {"type": "eps", "order": 2, "start": -1, "relax": 0.12}]}
 
-"first": "zero_x0" begins with an analytical step, without a call: at the end of the training's noise, where the denoiser sees x0 = 0 (eps =
-x), to the first of ``timesteps``; its value is one more of the past. The default, "model", begins at the first of ``timesteps``.
+"first": "zero_x0" (the official code's word) begins with an analytical step, without a call: at the end of the training's noise the state
+is taken for the noise itself, eps = x, so x0 = (1 - sigma) / alpha x is near 0; it ends at the first of ``timesteps``, and its value is one
+more of the past. The default, "model", begins at the first of ``timesteps``.
 
 Indices are the paper's: -1 is the newest value of the model, -2 the one before. A corrector counts from where it is done, one value later:
 there -1 is the value at the end of the step, and the step begins at ``start`` - 1.
@@ -20,7 +21,7 @@ import json
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from diffgraft import ConfigError, nearest
 from pydantic import BaseModel, ConfigDict, Field, StrictFloat, StrictInt, ValidationError, model_validator
@@ -49,6 +50,8 @@ class Part(BaseModel):
             return f"it starts at {start}, and there are {known} values of the model then"
         if self.order > known:
             return f"order {self.order} needs {self.order} values of the model, and there are {known} then"
+        if self.order == 1 and self.relax is not None:
+            return f"relax = {self.relax!r} is a factor of the first derivative, and order 1 has none: leave it out, or set order = 2"
         lists = self.active(start)
         if len(lists) != self.order - 1:
             return f"points has {len(lists)} lists, order {self.order} has {self.order - 1} derivatives"
@@ -173,7 +176,16 @@ def _words(item: Any) -> str:
         return f"{where} is no field{nearest(str(name), list(fields.model_fields))}"
     if item["type"] == "value_error":
         return str(item["ctx"]["error"])
-    return f"{where} = {str(item['input'])[:60]}: {item['msg']}"
+    if item["type"] == "missing":
+        return f"{where} is missing"
+    told = repr(item["input"])[:60]
+    if "relax" in item["loc"]:  # of a union each member says what it wants
+        words = ", ".join(map(repr, get_args(Relax)))
+        return f"{where.partition('relax')[0]}relax = {told}: {words}, or a finite number c"
+    if item["type"].startswith("model"):
+        kind = Corrector if item["loc"][-1:] == ("correct",) else Decision if item["loc"] else SolverSchedule
+        return f"{where + ' = ' if where else ''}{told}: give a dict of {', '.join(kind.model_fields)}"
+    return f"{where} = {told}: {item['msg'].replace('tuple', 'list')}"
 
 
 # known solvers ------------------------------------------------------------------------------------------------------------------------

@@ -50,6 +50,16 @@ class USFConfig(PluginConfig):
     def _one_source(self) -> Self:
         if self.artefact is not None and self.schedule is not None:
             raise ValueError("artefact, schedule exclude each other: give one")
+        if (self.artefact is None and self.schedule is None) or self.solver == "off":
+            return self
+        source = "artefact" if self.schedule is None else "schedule"
+        for name in ("solver", "order"):
+            given, default = getattr(self, name), type(self).model_fields[name].default
+            if given != default:
+                raise ValueError(
+                    f"{name} = {given!r} is of a known solver, and {source} says what each step does: {source}=None runs the known solver, "
+                    f"{name}={default!r} (the default) leaves it to {source}"
+                )
         return self
 
 

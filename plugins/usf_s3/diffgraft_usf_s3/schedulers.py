@@ -208,6 +208,7 @@ class SolverScheduleScheduler(ODEScheduler):
 
     def _begin_run(self) -> None:
         self._begin_index: int | None = None
+        self._pure: bool | None = None  # whether the first state is noise alone; None: nobody asked yet
         self._release()
 
     def _release(self) -> None:
@@ -244,11 +245,19 @@ class SolverScheduleScheduler(ODEScheduler):
         return Plan(levels, updates, correctors, depth, any(each.kind == "eps" for each in used), bool(before))
 
     def _is_analytical(self, begin: int) -> bool:
-        """Whether the run's first state is pure noise, from which an analytical step goes to the first timestep."""
-        return self.given is not None and self.given.first == "zero_x0" and begin == 0 and self._begin_index is None
+        """Whether the run's first state is pure noise, from which an analytical step goes to the first timestep.
+
+        Image to image makes its first state by ``add_noise`` before the run looks here. ``set_begin_index(0)`` says nothing: some
+        text-to-image pipelines call it as well.
+        """
+        if self.given is None or self.given.first != "zero_x0" or begin > 0:
+            return False
+        if self._pure is None:
+            self._pure = True
+        return self._pure
 
     def _analytical(self) -> tuple[float, float]:
-        """(what that step multiplies the noise by, x0 that belongs to eps = x, in units of the noise)."""
+        """(what that step multiplies the noise by, x0 that belongs to eps = x, in units of the noise: 0 only where sigma_T = 1)."""
         noise = self.noise.level(self.noise.last)
         over, x0 = update([noise], self.noise.level(self._times[0]), "x0", ()), (1 - noise.sigma) / noise.alpha
         return over.base + over.weights[0][1] * x0, x0
@@ -307,11 +316,12 @@ class SolverScheduleScheduler(ODEScheduler):
 
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """alpha x0 + sigma eps at timesteps [batch], which need not be whole numbers."""
+        if self._pure is None:
+            self._pure = False
         levels = torch.tensor([self.noise.level(float(t)) for t in timesteps.double().cpu().reshape(-1)])
         shape = (-1, *[1] * (original_samples.ndim - 1))
         alpha, sigma = (x.reshape(shape).to(original_samples.device, original_samples.dtype) for x in levels.unbind(1))
         return alpha * original_samples + sigma * noise
-
 
 
 def estimates(x: Tensor, output: Tensor, at: Level, kind: str, both: bool) -> tuple[Tensor, Tensor | None]:

@@ -14,7 +14,7 @@ from pydantic import Field
 from typing_extensions import NotRequired, TypedDict
 
 from diffgraft_usf_s3.decisions import HIGHEST, SolverSchedule, known_solver, spread
-from diffgraft_usf_s3.knobs import scheduler_like
+from diffgraft_usf_s3.knobs import USFConfig, scheduler_like
 from diffgraft_usf_s3.method import NoiseSchedule, relaxation
 
 KNOWN = (("unipc", 2), ("dpm++", 2), ("unipc", 3), ("dpm++ heun", 2), ("dpm++", 3), ("ddim", 1), ("dpm", 2), ("unipc bh1", 2))
@@ -43,9 +43,11 @@ HOLDS = Holds(facts=Facts, also=not_a_schedule)
 class S3Search(PluginConfig):
     """Knobs of the search (``--set name=value``)."""
 
-    mutation: float = Field(0.3, gt=0, le=1, description="probability that a mutation changes a field of a step (official: 0.3)")
-    time_sigma: float = Field(0.08, gt=0, le=1, description="a timestep is multiplied by 1 + N(0, time_sigma^2) (official: 0.08)")
-    relax_sigma: float = Field(0.1, gt=0, le=1, description="the relaxation's coefficient c moves by N(0, relax_sigma^2) (official: 0.03)")
+    mutation: float = Field(0.3, gt=0, le=1, description="probability that a mutation changes a field of a step (official, EDM: 0.3)")
+    time_sigma: float = Field(0.08, gt=0, le=1, description="a timestep is multiplied by 1 + N(0, time_sigma^2) (official, EDM: 0.08)")
+    relax_sigma: float = Field(
+        0.1, gt=0, le=1, description="the relaxation's coefficient c moves by N(0, relax_sigma^2) (official, EDM: 0.03)"
+    )
     gentle: float = Field(
         3.0,
         ge=0,
@@ -69,6 +71,8 @@ class S3Searcher(Searcher):
 
     def prepare(self, probe: Probe) -> None:
         scheduler = scheduler_like(probe.scheduler, probe.target.family)
+        if self.config.analytical and scheduler.noise.flow:
+            raise ConfigError("search of usf_s3: analytical = True is not for flow models: leave it out")
         self.noise, n = scheduler.noise, getattr(probe.scheduler, "num_inference_steps", None) or probe.steps  # Heun's timesteps are more
         first, last = scheduler.ends
         even, own = spread(first, last, n), sorted({float(t) for t in probe.timesteps}, reverse=True)
@@ -89,6 +93,9 @@ class S3Searcher(Searcher):
     def check(self, knobs: Mapping[str, Any]) -> None:
         if knobs.get("schedule") is not None or knobs.get("artefact") is not None:
             raise ConfigError("search of usf_s3: schedule and artefact take the place of what is searched: leave them out")
+        for name in ("solver", "order"):
+            if name in knobs and knobs[name] != USFConfig.model_fields[name].default:
+                raise ConfigError(f"search of usf_s3: {name} = {knobs[name]!r} is not heeded, every candidate is a schedule: leave it out")
 
     def first(self, rng: random.Random, number: int, size: int) -> Genome | None:
         """Known solvers: the default one on even timesteps, on the other tables, then other solvers; mutations in the last third."""

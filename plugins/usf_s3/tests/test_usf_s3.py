@@ -26,6 +26,7 @@ from diffusers import (
     DPMSolverMultistepScheduler,
     DPMSolverSinglestepScheduler,
     EulerAncestralDiscreteScheduler,
+    EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     LCMScheduler,
     UniPCMultistepScheduler,
@@ -235,11 +236,8 @@ MIXED = [
 ]
 
 
-def test_a_mixed_run_against_the_equations_written_out():
-    """Every decision at once, by a plain implementation that keeps all of the past and solves for the derivatives anew."""
-    schedule = SolverSchedule.parse({"timesteps": TIMES, "end": 0.0, "steps": MIXED})
-    scheduler = scheduler_of(schedule)
-    levels = [scheduler.noise.level(t) for t in [*TIMES, 0.0]]
+def written_out(schedule, levels, x, model):
+    """The end of a run by a plain implementation that keeps all of the past and solves for the derivatives anew; model(x, k) is eps."""
 
     def made(part, start, states, values, k, kind):
         s, t = levels[: len(values)][start], levels[k + 1]
@@ -258,15 +256,24 @@ def test_a_mixed_run_against_the_equations_written_out():
             x = x + outer * h ** (i + 1) * phis[i] * slope * (relaxation(part.relax, h, kind) if i == 1 else 1)
         return x
 
-    x, states, values = noise(), [], []
+    states, values = [], []
     for k, step in enumerate(schedule.steps):
-        eps = of_mixture(x, levels[k])
+        eps = model(x, k)
         values.append({"eps": eps, "x0": (x - levels[k].sigma * eps) / levels[k].alpha})
         before = schedule.steps[k - 1] if k else None
         if before is not None and before.correct is not None:
             x = made(before.correct, before.start - 1, [*states, x], values, k - 1, before.type)
         states.append(x)
         x = made(step, step.start, states, values, k, step.type)
+    return x
+
+
+def test_a_mixed_run_against_the_equations_written_out():
+    """Every decision at once."""
+    schedule = SolverSchedule.parse({"timesteps": TIMES, "end": 0.0, "steps": MIXED})
+    scheduler = scheduler_of(schedule)
+    levels = [scheduler.noise.level(t) for t in [*TIMES, 0.0]]
+    x = written_out(schedule, levels, noise(), lambda x, k: of_mixture(x, levels[k]))
     torch.testing.assert_close(walk(scheduler, noise(), len(TIMES)), x, rtol=0, atol=1e-9)
 
 
@@ -335,7 +342,7 @@ def scheduler_states(schedule, edit):
 
 
 def test_the_analytical_first_step_saves_a_call():
-    """Where the denoiser sees x0 = 0 in pure noise (eps = x), it is the run that asks it there, with a call less."""
+    """Where the denoiser takes pure noise for the noise (eps = x), it is the run that asks it there, with a call less."""
     steps = [{"type": "eps"}, {"type": "eps", "order": 2, "correct": {"order": 3}}, {"order": 3}, {"order": 2, "start": -2}]
     asked = SolverSchedule.parse({"timesteps": [999, 700, 420, 150], "end": 0, "steps": steps})
     saved = SolverSchedule.parse({"timesteps": [700, 420, 150], "end": 0, "first": "zero_x0", "steps": steps[1:]})
@@ -354,7 +361,8 @@ def test_the_analytical_first_step_saves_a_call():
     assert calls == 3
     torch.testing.assert_close(x, walk(scheduler_of(asked), noise(), 4, model), rtol=0, atol=1e-9)
     scheduler.set_timesteps(3)
-    scheduler.set_begin_index(0)  # image to image: latents are noised to the first timestep already
+    scheduler.set_begin_index(0)  # which SDXL does too
+    scheduler.add_noise(noise(), noise(seed=1), scheduler.timesteps[:1])  # image to image: it begins at the first timestep
     assert torch.equal(scheduler.scale_model_input(noise(), scheduler.timesteps[0]), noise())
 
 
@@ -480,7 +488,7 @@ def bad(**change):
 @pytest.mark.parametrize(("given", "why"), [
     (bad(timesteps=[900, 500, 500]), "500 follows 500: each must be smaller"),
     (bad(end=100), "100 follows 100"),
-    (bad(timesteps=[900, "500", 100]), "timesteps.1 = 500"),
+    (bad(timesteps=[900, "500", 100]), "timesteps.1 = '500'"),
     (bad(timesteps=[900, True, 100]), "timesteps.1 = True"),
     (bad(timesteps=[900, math.nan, 100]), "timesteps.1 = nan"),
     (bad(timesteps=[]), "timesteps"),
@@ -496,8 +504,10 @@ def bad(**change):
     (bad(steps=[{}, {}, {"order": 3, "points": [[-2]]}]), "points has 1 lists, order 3 has 2"),
     (bad(steps=[{}, {"start": -3}, {}]), "steps.1: it starts at -3, and there are 2 values"),
     (bad(steps=[{}, {"start": 0}, {}]), "steps.1.start = 0"),
-    (bad(steps=[{}, {"type": "v"}, {}]), "steps.1.type = v"),
-    (bad(steps=[{}, {"relax": "bh3"}, {}]), "steps.1.relax = bh3"),
+    (bad(steps=[{}, {"type": "v"}, {}]), "steps.1.type = 'v'"),
+    (bad(steps=[{}, {"order": 2, "relax": "bh3"}, {}]), "steps.1.relax = 'bh3': 'dpm2', 'bh1'.*'exp-', or a finite number c$"),
+    (bad(steps=[{}, {"order": 2, "relax": math.nan}, {}]), "steps.1.relax = nan: 'dpm2'"),
+    (bad(steps=[{}, {"relax": 0.1}, {}]), "steps.1: relax = 0.1 is a factor of the first derivative, and order 1 has none"),
     (bad(steps=[{"correct": {"order": 3}}, {}, {}]), "steps.0.correct: order 3 needs 3 values of the model, and there are 2"),
     (bad(steps=[{"correct": {"order": 1}}, {}, {}]), "steps.0.correct.order = 1"),
     (bad(steps=[{}, {"correct": {"order": 2, "points": [[-3]]}}, {}]), "leave out -1.*correct nothing"),
@@ -505,7 +515,10 @@ def bad(**change):
     (bad(end=None), "steps.2: the clean sample"),
     ("no such file.json", "no JSON file"),
     ("{", "no JSON file"),
-    ([1], "valid dictionary"),
+    ([1], r"schedule: \[1\]: give a dict of timesteps, end, first, steps"),
+    (bad(steps=[{}, {"correct": True}, {}]), "steps.1.correct = True: give a dict of order, points, relax"),
+    (bad(steps=[{}, 2, {}]), "steps.1 = 2: give a dict of order, points, relax, type, start, correct"),
+    ({"steps": []}, "timesteps is missing"),
     ({"made_for": {}, "facts": {}}, "give it as artefact="),
 ])  # fmt: skip
 def test_bad_schedules_are_refused(given, why):
@@ -547,7 +560,9 @@ def test_what_does_not_fit_is_refused_before_anything_runs(monkeypatch, tmp_path
         ({"schedule": SCHEDULE, "artefact": "x.json"}, "exclude each other"),
         ({"artefact": tmp_path / "x.json"}, "diffgraft evolve usf_s3"),
         ({"schedule": {**bad(timesteps=[999, 500, 100]), "first": "zero_x0"}}, "zero_x0' steps from 999 to the first of timesteps"),
-        ({"schedule": {**bad(), "first": "x"}}, "first = x"),
+        ({"schedule": {**bad(), "first": "x"}}, "first = 'x'"),
+        ({"schedule": SCHEDULE, "solver": "dpm++"}, "solver = 'dpm[+][+]' is of a known solver.*schedule=None runs the known solver"),
+        ({"artefact": tmp_path / "x.json", "order": 3}, "order = 3 is of a known solver.*artefact=None runs"),
         ({"solver": "heun"}, "solver = 'heun'"),
         ({"order": 4}, "order = 4"),
     ):
@@ -579,6 +594,77 @@ def test_an_analytical_first_step_in_a_pipeline():
         ends.append(call(made, 2))
     assert torch.isfinite(ends[1]).all()
     assert not torch.allclose(ends[0], ends[1], rtol=1e-2)
+
+
+@pytest.mark.parametrize("scheduler", [DDIMScheduler, EulerDiscreteScheduler])
+@pytest.mark.parametrize(("guidance", "pictures"), [(1.0, 1), (4.0, 2)])
+def test_a_pipeline_against_a_loop_written_out(scheduler, guidance, pictures):
+    """With a loop, guidance and levels of its own. Euler's latents are x / alpha, also the last ones where the end is not clean."""
+    made = tiny(scheduler=scheduler)
+    pipe, prompts, times = made.pipe, ["a red apple", "a blue car"][:pictures], [999, 640, 250, 60]
+    schedule = SolverSchedule.parse({"timesteps": times, "end": 20, "steps": [*MIXED[:3], {"order": 4}]})
+    abar = torch.cumprod(1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2, 0)
+    levels = [Level(float(abar[t].sqrt()), float((1 - abar[t]).sqrt())) for t in (*times, 20)]
+    told, none = pipe.encode_prompt(prompts, "cpu", 2, True, [""] * pictures)
+    x = torch.randn(2 * pictures, 4, 8, 8, generator=torch.Generator().manual_seed(0)).double()
+
+    def model(x, k):
+        say = lambda words: pipe.unet(x.float(), times[k], encoder_hidden_states=words).sample.double()  # noqa: E731
+        return say(told) if guidance == 1 else torch.lerp(say(none), say(told), guidance)
+
+    with torch.no_grad():
+        x = written_out(schedule, levels, x, model) / (levels[-1].alpha if scheduler is EulerDiscreteScheduler else 1)
+    load_pipeline(pipe, plugins=[USFS3(schedule=schedule.plain())])
+    ours = call(made, 4, prompt=prompts, negative_prompt=[""] * pictures, num_images_per_prompt=2, guidance_scale=guidance)
+    torch.testing.assert_close(ours.double(), x, rtol=0, atol=1e-5 * float(x.abs().max()))
+
+
+def first_input(made, first, **more):
+    """What the denoiser gets at first, of a run with ``first``."""
+    seen = []
+    denoiser = made.pipe.unet if hasattr(made.pipe, "unet") else made.pipe.transformer
+    hook = denoiser.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(args[0] if args else kwargs.get("sample", kwargs.get("hidden_states"))), with_kwargs=True
+    )
+    schedule = {"timesteps": [600, 300], "end": 0, "first": first, "steps": [{"type": "eps"}, {"type": "eps"}]}
+    load_pipeline(made.pipe, plugins=[USFS3(schedule=schedule)])
+    try:
+        call(made, 2, output_type="np", **more)
+    finally:
+        own = made.pipe.scheduler
+        unload(made.pipe)
+        hook.remove()
+    return seen[0], own
+
+
+ANALYTICAL = (
+    ("StableDiffusionPipeline", {}, True), ("StableDiffusionXLPipeline", {}, True), ("PixArtAlphaPipeline", {}, True),
+    ("PixArtSigmaPipeline", {}, True), ("DiTPipeline", {}, True), ("StableDiffusionControlNetPipeline", {}, True),
+    ("StableDiffusionInpaintPipeline", {"strength": 1.0}, True), ("StableDiffusionImg2ImgPipeline", {"strength": 1.0}, False),
+    ("StableDiffusionXLImg2ImgPipeline", {"strength": 1.0}, False), ("StableDiffusionImg2ImgPipeline", {"strength": 0.5}, False),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "more", "pure"), ANALYTICAL)
+def test_where_a_run_begins_in_pure_noise_the_analytical_step_is_made(name, more, pure):
+    """SDXL and PixArt tell the scheduler that they begin at step 0, as image to image does at full strength."""
+    (plain, own), (moved, _) = (first_input(tiny(name), first, **more) for first in ("model", "zero_x0"))
+    levels = SolverScheduleScheduler.from_config({**own.config, "solver": "unipc"}).noise
+    s, t = levels.level(levels.last), levels.level(600)
+    factor = t.alpha / s.alpha - t.sigma * math.expm1(t.lam - s.lam) if pure else 1.0  # order 1 of eps = x
+    torch.testing.assert_close(moved, plain * factor, rtol=1e-5, atol=1e-6)
+    assert pure == (not torch.equal(moved, plain))
+
+
+@pytest.mark.parametrize("name", ["denoising_start", "denoising_end"])
+def test_a_part_of_a_run_is_refused_beside_a_schedule(name):
+    """Its times are the pipeline's own, where another one takes over: those of the schedule would be dropped."""
+    made = tiny("StableDiffusionXLPipeline" if name == "denoising_end" else "StableDiffusionXLImg2ImgPipeline")
+    load_pipeline(made.pipe, plugins=[USFS3(schedule=SCHEDULE)])
+    with pytest.raises(ConfigError, match=f"the call gives {name} = 0.8, and the solver schedule is of a whole run"):
+        call(made, 3, **{name: 0.8})
+    made.pipe.plugins.configure("usf_s3", schedule=None)
+    assert torch.isfinite(call(made, 10, **{name: 0.8})).all()
 
 
 def test_a_schedule_runs_and_asks_the_denoiser_once_a_step():
@@ -673,7 +759,7 @@ def test_known_solvers_are_in_the_first_generation(name):
 def test_what_is_drawn_can_be_run(name, n):
     """Every mutation and crossover is a legal schedule of as many steps; every field is reached."""
     made = tiny(name)
-    searcher, rng = searcher_of(made, n, analytical=True), random.Random(0)
+    searcher, rng = searcher_of(made, n, analytical=name != "FluxPipeline"), random.Random(0)
     scheduler = USFS3().make_scheduler(made.pipe.scheduler, find_family(type(made.pipe)))
     pool = [searcher.first(rng, i, 8) for i in range(8)]
     pool = [each for each in pool if each]
@@ -699,6 +785,25 @@ def test_what_is_drawn_can_be_run(name, n):
         assert any("correct" in step for step in steps)
         assert len({genome["end"] for genome in pool}) > 2
         assert any("first" in genome for genome in pool) != (name == "FluxPipeline")
+
+
+def test_an_analytical_step_is_not_searched_for_a_flow_model():
+    with pytest.raises(ConfigError, match="analytical = True is not for flow models"):
+        searcher_of(tiny("FluxPipeline"), analytical=True)
+
+
+def test_what_is_found_is_refused_where_the_denoiser_is_taken_to_say_something_else():
+    """Another solver with the same noise and prediction is none of that."""
+    made = tiny()
+    found = search_call(made.pipe, USFS3(), lambda: call(made))
+    config = made.pipe.scheduler.config
+    made.pipe.scheduler = UniPCMultistepScheduler.from_config(config)
+    load_pipeline(made.pipe, plugins=[USFS3(artefact=found)])
+    unload(made.pipe)
+    for other in ({"prediction_type": "v_prediction"}, {"beta_end": 0.02}):
+        made.pipe.scheduler = DDIMScheduler.from_config(config, **other)
+        with pytest.raises(ArtefactMismatch, match=f"other settings of the scheduler: {next(iter(other))} = "):
+            load_pipeline(made.pipe, plugins=[USFS3(artefact=found)])
 
 
 def test_a_search_finds_what_runs_and_fits_nothing_else(tmp_path):
@@ -728,6 +833,9 @@ def test_a_search_finds_what_runs_and_fits_nothing_else(tmp_path):
         load_pipeline(other.pipe, plugins=[USFS3(artefact=found)])
     with pytest.raises(ConfigError, match="leave them out"):
         search(tiny().pipe, USFS3(schedule=SCHEDULE), samples, settings, tmp_path / "b.json", TrajectoryFitness(4), plan=plan)
+    for knobs in ({"solver": "off"}, {"solver": "dpm++"}, {"order": 3}):
+        with pytest.raises(ConfigError, match="is not heeded, every candidate is a schedule"):
+            search(tiny().pipe, USFS3(**knobs), samples, settings, tmp_path / "b.json", TrajectoryFitness(4), plan=plan)
 
 
 def test_a_file_whose_schedule_is_none_is_refused(tmp_path):
