@@ -16,8 +16,8 @@ class BlockInfo:
     """A hookable block.
 
     ``path`` on the denoiser ("up_blocks.2.resnets.1"), ``kind`` ("up", "up.resnet", "double"...), ``index`` of the (top-level) block within
-    its group, ``layer`` index inside the block or -1, ``order`` running number over the denoisers, ``takes`` and ``returns`` as the family
-    says, ``model`` the denoiser's attribute name, and the ``module``.
+    its group, ``layer`` index inside the block or -1, ``order`` running number over the denoisers, ``takes``, ``returns``, ``joined`` as
+    the family says, ``model`` the denoiser's attribute name, and the ``module``.
     """
 
     path: str
@@ -29,6 +29,7 @@ class BlockInfo:
     returns: tuple[str, ...]
     model: str
     module: nn.Module
+    joined: str = "none"
 
     @property
     def is_layer(self) -> bool:
@@ -87,7 +88,7 @@ def blocks_of(family: Family, denoisers: Mapping[str, nn.Module]) -> tuple[Block
             blocks = list(part) if isinstance(part, nn.ModuleList) else [part]
             for index, block in enumerate(blocks):
                 path = group.path if block is part else f"{group.path}.{index}"
-                found.append(BlockInfo(path, group.kind, index, -1, len(found), group.takes, group.returns, model, block))
+                found.append(BlockInfo(path, group.kind, index, -1, len(found), group.takes, group.returns, model, block, group.joined))
                 for name in group.layers:
                     for where, kind, number, layer in layers_in(block, name):
                         place = f"{path}.{where}", f"{group.kind}.{kind}"

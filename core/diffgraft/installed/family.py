@@ -22,6 +22,8 @@ class BlockGroup:
     layers   the attributes *inside* each block that hold its layers, each a ``ModuleList`` (``resnets``, ``attentions``...) or a single
              module (``attn1``, ``ffn``); each layer is a hookable block of its own, of kind ``<kind>.<list name without the final s>``
              (``down.resnet``) or ``<kind>.<module name>`` (``block.ffn``)
+    joined   where the text's tokens are in the stream ``hidden_states`` of these blocks: "none"; or the model has put them "front" of the
+             sample's tokens or "behind" them, which it undoes after the last block
 
     A group of U-Net blocks is described by its largest block: one without attention lacks the list ``attentions`` (or holds None) and
     takes no ``encoder_hidden_states``. A layer returns a tensor, an attention layer a tuple with that tensor.
@@ -32,6 +34,7 @@ class BlockGroup:
     takes: tuple[str, ...] = ("hidden_states",)
     returns: tuple[str, ...] = ("hidden_states",)
     layers: tuple[str, ...] = ()
+    joined: Literal["none", "front", "behind"] = "none"
 
 
 @dataclass(frozen=True)

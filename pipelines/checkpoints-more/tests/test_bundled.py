@@ -8,12 +8,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from diffgraft import Bundled, Unsupported, load_pipeline
 from diffgraft.installed import registry
 from diffgraft.kernel.defaults import own_defaults
-from diffgraft_checkpoints.emoji import edit_judge, edits, motion, motion_judge, scenes
+from diffgraft_checkpoints.emoji import edit_judge, edits, motion, motion_judge, plain_sr, scenes
 from diffgraft_checkpoints.emoji.judge import load_bundled
 from diffgraft_checkpoints.train import edit, pixel, text
 from diffgraft_checkpoints_more import bundled
@@ -26,6 +27,7 @@ CALLS: dict[str, tuple[str, dict[str, Any]]] = {
         {"num_inference_steps": 50, "guidance_scale": 2.0, "image_guidance_scale": 1.5},
     ),
     "emoji-pixel": ("DDPMPipeline", {"num_inference_steps": 100}),
+    "emoji-sr": ("StableDiffusionUpscalePipeline", {"num_inference_steps": 50, "guidance_scale": 1.0, "noise_level": 10}),
 }
 """Pipeline class, and what a call takes where nobody says otherwise."""
 
@@ -56,6 +58,22 @@ def test_it_is_a_plain_small_folder_with_its_notices(name: str) -> None:
 def test_all_of_them_are_offered() -> None:
     with_lora = {"emoji-flux-4step", "emoji-wan-4step"}
     assert {record.name for record in vars(bundled).values() if isinstance(record, Bundled)} == {*CALLS, *with_lora}
+
+
+def test_emoji_sr_enlarges_what_it_is_given() -> None:
+    pipe = opened("emoji-sr")
+    prompts = [f"a {size} star {phrase} on a red background" for size in scenes.SIZES for phrase in list(scenes.PLACE_PHRASES.values())[:3]]
+    drawn = opened("emoji-sd")(prompts, num_inference_steps=10, generator=torch.Generator().manual_seed(0)).images
+    small = [image.reduce(4) for image in drawn]
+    images = pipe(prompts, image=small, generator=torch.Generator().manual_seed(0)).images
+    apart = [np.asarray(image.reduce(4), float) - np.asarray(given, float) for image, given in zip(images, small, strict=True)]
+    assert 20 * np.log10(255 / np.sqrt(np.mean(np.square(apart)))) > 28, "made small again, it is what was given"
+    scores = load_bundled().score(images, prompts)
+    assert sum(all(row) for row in zip(*scores.values(), strict=True)) >= len(prompts) - 1
+    alone = pipe("a small carrot on the right on a purple background", num_inference_steps=2, output_type="np").images
+    assert alone.shape == (1, 64, 64, 3), "a call without a picture enlarges the start picture"
+    network = plain_sr.load(Path(registry.find_bundled("emoji-sr").path))
+    assert network(torch.zeros(1, 3, 16, 16)).shape == (1, 3, 64, 64)
 
 
 def test_emoji_flux_4step_is_a_small_folder_and_draws_in_four_steps_what_is_asked() -> None:

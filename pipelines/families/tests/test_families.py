@@ -79,6 +79,9 @@ ONE_VIDEO = (
 )
 
 
+PICTURE_EACH = ("StableDiffusionUpscalePipeline",)
+
+
 EDITS = ("StableDiffusionInstructPix2PixPipeline", "StableDiffusionXLInstructPix2PixPipeline")
 
 
@@ -328,7 +331,8 @@ def test_sizes_and_batches(family: Family, name: str) -> None:
     if "strength" in tiny.kwargs:
         changes["strength"] = 1.0
     if "prompt" in tiny.kwargs and name not in ONE_PROMPT:
-        prompts = {key: [tiny.kwargs[key]] * 2 for key in ("prompt", "negative_prompt") if key in tiny.kwargs}
+        each = ("prompt", "negative_prompt", *(("image",) if name in PICTURE_EACH else ()))
+        prompts = {key: [tiny.kwargs[key]] * 2 for key in each if key in tiny.kwargs}
         assert len(run(tiny, **changes, **prompts)) == 2 * len(first), "batch"
     call = inspect.signature(tiny.pipe.__call__).parameters  # type: ignore[operator]
     many = {"num_images_per_prompt", "num_videos_per_prompt"} & set(call)

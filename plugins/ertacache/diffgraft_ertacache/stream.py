@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from diffgraft import BlockCall, DenoiseCall, blocks_of
 from torch import Tensor
 
@@ -16,6 +17,12 @@ def last_block(call: DenoiseCall) -> str:
     blocks = blocks_of(call.family, {call.model_name: call.model})
     path: str = [block for block in blocks if not block.is_layer][-1].path
     return path
+
+
+def sample_tokens(x: Tensor, start: Tensor, joined: str) -> slice:
+    """Where the tokens of the first block are in a stream [batch, tokens, channels] that the model may have put the text into."""
+    text = x.shape[1] - start.shape[1]
+    return slice(text, x.shape[1]) if joined == "front" else slice(0, start.shape[1])
 
 
 @dataclass
@@ -42,12 +49,13 @@ class Stream:
         if self.start is None:
             self.start = x
         is_tail = call.info.path == self.tail
-        returns = call.info.returns
+        returns, own = call.info.returns, sample_tokens(x, self.start, call.info.joined)
         if self.replay is None:
             out = next(call)
             if is_tail:
-                self.residual = (out[returns.index(STREAM)] if isinstance(out, tuple) else out) - self.start
+                self.residual = (out[returns.index(STREAM)] if isinstance(out, tuple) else out)[:, own] - self.start
             return out
         if is_tail:
-            x = self.start + self.replay
+            y = self.start + self.replay
+            x = y if y.shape == x.shape else torch.cat([x[:, : own.start], y, x[:, own.stop :]], dim=1)
         return x if len(returns) == 1 else tuple(x if name == STREAM else call[name] for name in returns)

@@ -52,6 +52,17 @@ emoji_edit = Bundled(
 emoji_pixel = Bundled(name="emoji-pixel", path=str(HERE / "emoji-pixel"), steps=100)
 """Neither prompts nor classes; so there is nothing that a judge could hold a picture against."""
 
+emoji_sr = Bundled(
+    name="emoji-sr",
+    path=str(HERE / "emoji-sr"),
+    prompts=("a small carrot on the right on a purple background",),
+    judge=first.emoji_sd.judge,
+    guidance_scale=1.0,
+    call={"noise_level": 10},
+    pictures={"image": str(HERE / "emoji-sr" / "start.png")},
+)
+"""A 16 x 16 picture four times as large. A call without a picture enlarges the start picture, which the prompt describes."""
+
 emoji_flux_4step = replace(
     first.emoji_flux,
     name="emoji-flux-4step",

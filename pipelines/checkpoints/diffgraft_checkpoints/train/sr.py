@@ -258,7 +258,8 @@ enlarged = load("path/to/emoji-sr")(pixels)   # (N, 3, 16, 16) in -1..1 -> (N, 3
 ```
 
 The picture: 16 x 16 pixels, each the mean of 4 x 4. Prompts: those of emoji-sd with one object; "" works too. `noise_level`: 0 to
-{most_noise}. diffgraft has no family for this pipeline yet, so `load_pipeline` does not take it and no plugin works on it.
+{most_noise}. `load_pipeline("emoji-sr")` knows noise level, guidance and a
+start picture (`start.png`, the one of emoji-edit, 16 x 16), so it can be called with a prompt alone.
 
 ## Figures on held-out combinations
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from diffgraft_pipelines.families import (
     animatediff,
+    chroma,
     cogvideox,
     consistency,
     dit,
@@ -24,6 +25,7 @@ FAMILIES = (
     sd.family,
     sd.latent_consistency,
     sd.edit,
+    sd.upscale,
     animatediff.family,
     sdxl.family,
     sdxl.edit,
@@ -36,6 +38,7 @@ FAMILIES = (
     flux.family,
     flux.kontext,
     flux.fill,
+    chroma.family,
     qwen_image.family,
     qwen_image.edit,
     wan.family,

@@ -25,6 +25,7 @@ family = Family(
     conditioning=("encoder_hidden_states", "pooled_projections", "guidance"),
     prediction="flow",
     latents="packed",
+    common=("img_ids", "txt_ids"),
     tiny="diffgraft_pipelines.tiny.flux:make",
 )
 

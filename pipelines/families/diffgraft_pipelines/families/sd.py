@@ -1,4 +1,4 @@
-"""Stable Diffusion 1.x and 2.x, latent consistency models, and InstructPix2Pix."""
+"""Stable Diffusion 1.x and 2.x, latent consistency models, InstructPix2Pix, and the upscaler."""
 
 from __future__ import annotations
 
@@ -47,5 +47,18 @@ edit = Family(
     guidance=Guidance("batched", ("cond", "image", "uncond"), active="do_classifier_free_guidance"),
     sample="sample",
     appended="channels",  # the start picture; none in "uncond"
+    tiny="diffgraft_pipelines.tiny.sd:make",
+)
+
+upscale = Family(
+    name="sd_upscale",
+    pipelines=("StableDiffusionUpscalePipeline",),
+    denoisers=("unet",),
+    kind="unet",
+    blocks=unet_blocks("resnets", "attentions"),
+    guidance=Guidance("batched"),
+    sample="sample",
+    conditioning=("encoder_hidden_states", "class_labels"),  # the noise that the small picture got stands for a class
+    appended="channels",  # the small picture
     tiny="diffgraft_pipelines.tiny.sd:make",
 )

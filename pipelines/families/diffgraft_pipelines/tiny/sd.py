@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import diffusers
 from diffgraft import Tiny
-from diffusers import ControlNetModel, DDIMScheduler, LCMScheduler, UNet2DConditionModel
+from diffusers import AutoencoderKL, ControlNetModel, DDIMScheduler, DDPMScheduler, LCMScheduler, UNet2DConditionModel
 
 from diffgraft_pipelines.tiny import _common as c
 
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 
 
-def unet(in_channels: int = 4, time_cond: int | None = None) -> UNet2DConditionModel:
+def unet(in_channels: int = 4, time_cond: int | None = None, **config: object) -> UNet2DConditionModel:
     """Three levels, two with attention, two layers a block."""
     return UNet2DConditionModel(
         sample_size=8,
@@ -24,6 +24,7 @@ def unet(in_channels: int = 4, time_cond: int | None = None) -> UNet2DConditionM
         attention_head_dim=4,
         norm_num_groups=8,
         time_cond_proj_dim=time_cond,
+        **config,
     )
 
 
@@ -71,6 +72,28 @@ def _edit(name: str) -> Tiny:
     return _pipeline(name, 8, image=c.picture(), image_guidance_scale=1.5)
 
 
+def _upscale(name: str) -> Tiny:
+    """The picture's own pixels are behind the latents, and a noise level for it in the place of a class."""
+    tokenizer = c.clip_tokenizer()
+    vae = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        block_out_channels=(8, 8, 16),
+        layers_per_block=1,
+        norm_num_groups=4,
+        sample_size=c.SIDE,
+    )
+    pipe = getattr(diffusers, name)(
+        vae=vae,
+        text_encoder=c.clip_text(tokenizer),
+        tokenizer=tokenizer,
+        unet=unet(7, num_class_embeds=1000),
+        low_res_scheduler=DDPMScheduler(**BETAS),
+        scheduler=ddim(),
+    )
+    return c.finish(pipe, prompt=c.PROMPT, negative_prompt=c.NEGATIVE, guidance_scale=7.5, image=c.picture(16), noise_level=20)
+
+
 def _control(name: str) -> Tiny:
     return _pipeline(name, image=c.picture(seed=1), height=c.SIDE, width=c.SIDE)
 
@@ -93,6 +116,7 @@ make = c.maker(
         "StableDiffusionControlNetImg2ImgPipeline": _control_image,
         "StableDiffusionControlNetInpaintPipeline": _control_inpaint,
         "StableDiffusionInstructPix2PixPipeline": _edit,
+        "StableDiffusionUpscalePipeline": _upscale,
         "LatentConsistencyModelPipeline": _text,
         "LatentConsistencyModelImg2ImgPipeline": _image,
     }
