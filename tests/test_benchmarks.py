@@ -145,6 +145,9 @@ def test_the_fastest_stack_at_each_level():
     assert stacks.levels(rows, "emoji-sd", 1)[2].ours["speedup"] == 3.0
     assert "| emoji-sd, 8 | 35 dB | mine, s | 6.00x | UniPC, s | 4.00x | **1.50 (1.50 to 1.50)** |" in stacks.table(rows)
     assert "outside the denoiser 10% of a plain call, 50% of quick (s)" in stacks.shares(rows)
+    models = [stack_row("fit", "fitted", 20.0, 20.0), stack_row("lcm", "bundled", 15.0, 20.0)]
+    found = stacks.levels([*rows, *models], "emoji-sd", 8)[-1]
+    assert (found.ours["label"], found.peer["label"]) == ("fit", "lcm")
 
 
 def test_a_tuned_stack_is_a_method(tmp_path, monkeypatch):
@@ -157,12 +160,13 @@ def test_a_tuned_stack_is_a_method(tmp_path, monkeypatch):
     assert stacks.tuned("emoji-wan") == ()
     methods = [method.label for bout in stacks.stack_bouts() for method in bout.methods]
     assert not stacks.BEHIND & set(methods)
-    assert "emoji-sd-lcm" in methods
+    assert {"emoji-sd-lcm", "t_stitch on emoji-sd-lcm", "emoji-flux-4step", "accvideo on emoji-wan-4step"} <= set(methods)
 
 
 # a real bout -----------------------------------------------------------------------------------------------------------------------------
 
-METHODS = (*plain(2), plugin("deepcache", deepcache={"interval": 2}), Method("bad", "scheduler", "NoSuchScheduler"))
+OTHER = Method("other", "fitted", "emoji-sd-lcm", {"deepcache": {"interval": 2}}, steps=2)
+METHODS = (*plain(2), plugin("deepcache", deepcache={"interval": 2}), OTHER, Method("bad", "scheduler", "NoSuchScheduler"))
 BOUT = Bout("quality", "emoji-sd", 3, METHODS)
 
 
@@ -185,6 +189,8 @@ def test_rows_are_measured(folder):
     assert 1 < few["mac_limit"] < 1.5  # two of three denoiser calls, the text encoder and the decoder stay
     assert few["psnr_reference_mean"] < 60
     assert rows["deepcache"]["psnr_mean"] > 10
+    assert rows["other"]["mac_limit"] > 1.5, "two calls without guidance, one of them short, of three with it"
+    assert 0.1 < rows["other"]["denoiser_share"] < 1, "measured on its own denoiser"
     assert rows["deepcache"]["peak_bytes"] is None  # on a CPU memory is counted in the speed arm
     fast = {way(one): one for one in Store(folder) if one["arm"] == "speed"}
     assert set(fast) == {"", "batch 2, _native_math"}

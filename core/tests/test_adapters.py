@@ -151,6 +151,10 @@ def test_a_plugins_adapter_comes_and_goes_without_trace(own, file):
     assert torch.equal(generate(pipe, kwargs), plain)
     pipe.plugins.enable("brings")
     assert torch.equal(generate(pipe, kwargs), tuned)
+    lost = copy.deepcopy(pipe)
+    lost.unload_lora_weights()
+    with pytest.raises(ConfigError, match=r"no adapter 'diffgraft:brings:lora'.*takes those of plugins too: load the plugin again"):
+        generate(lost, kwargs)
     assert torch.equal(generate(copy.deepcopy(pipe), kwargs), tuned)
     unload(pipe)
     assert looks(pipe) == before
@@ -223,6 +227,8 @@ def test_what_does_not_fit_is_refused_and_nothing_is_touched(file, tmp_path, mon
         (tmp_path / "damaged.safetensors", DiffgraftError, "damaged.safetensors"),
         (tmp_path / "none.safetensors", DiffgraftError, "none.safetensors"),
         ({"unet_2": str(file)}, ConfigError, "no denoiser 'unet_2'"),
+        (tmp_path, ConfigError, "is a folder without pytorch_lora_weights.safetensors: name the file"),
+        (3, ConfigError, "lora = 3 is no LoRA: give a file"),
     ]
     for value, error, says in refused:
         with pytest.raises(error, match=says):

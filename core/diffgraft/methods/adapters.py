@@ -149,8 +149,8 @@ def ensure_on(model: nn.Module, names: Iterable[str]) -> None:
     """Raises ConfigError where an adapter is not on ``model``, such as one that ``pipe.unload_lora_weights()`` took along."""
     known = getattr(model, "peft_config", {})
     if unknown := next((name for name in names if name not in known), None):
-        why = " (a plugin's is gone with pipe.unload_lora_weights(): put the plugin on again)" if unknown.startswith("diffgraft:") else ""
-        raise ConfigError(f"no adapter {unknown!r} on this {type(model).__name__}{why}{choices(unknown, known, 'On it')}")
+        lost = "; pipe.unload_lora_weights() takes those of plugins too: load the plugin again" if unknown.startswith(BROUGHT) else ""
+        raise ConfigError(f"no adapter {unknown!r} on this {type(model).__name__}{choices(unknown, known, 'On it')}{lost}")
 
 
 class Ranked(nn.Module):
@@ -192,6 +192,10 @@ def switch(layer: Any, name: str = "_disable_adapters", value: Any = True) -> Sl
     slot = Slot(layer.__dict__, name, lambda: getattr(layer, name))
     slot.value = value
     return slot
+
+
+BROUGHT = "diffgraft:"
+"""What the names of plugins' adapters begin with."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -299,15 +303,20 @@ def read_adapter(plugin: Plugin, need: Need, value: Any, target: Target, number:
         model = root_of(target.denoisers[attribute])
         unfused_layers(model)
         loras[attribute] = read_lora(pipe, model, source, where)
-    return Adapter(f"diffgraft:{plugin.name}:{need.knob}" + (f":{number}" if number else ""), loras)
+    return Adapter(f"{BROUGHT}{plugin.name}:{need.knob}" + (f":{number}" if number else ""), loras)
 
 
 def read_lora(pipe: Any, model: Any, source: Any, where: str) -> Lora:
     """A LoRA, every tensor of which has its place in ``model``."""
-    shown = os.fspath(source) if isinstance(source, (str, os.PathLike)) else "(in memory)"
+    if not isinstance(source, (str, os.PathLike, Mapping)):
+        raise ConfigError(f"{where} = {source!r} is no LoRA: give a file, owner/name on the Hub, tensors, or a dict of them by denoiser")
+    shown = "(in memory)" if isinstance(source, Mapping) else os.fspath(source)
     given = dict(source) if isinstance(source, Mapping) else shown
     if (shown.startswith((".", "/", "~")) or Path(shown).suffix in FILES) and not Path(shown).expanduser().exists():  # no Hub id
         raise ConfigError(f"{where} = {shown}: there is no such file")
+    folder = Path(shown).expanduser()
+    if folder.is_dir() and not any((folder / each).exists() for each in NAMES):
+        raise ConfigError(f"{where} = {shown} is a folder without {NAMES[0]}: name the file")
     try:
         read = type(pipe).lora_state_dict(given, return_lora_metadata=True, return_alphas=True, unet_config=model.config)
     except OSError as error:
@@ -334,6 +343,8 @@ def with_all_biases(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {**state, **lacks}
 
 
+NAMES = ("pytorch_lora_weights.safetensors", "pytorch_lora_weights.bin")
+"""What diffusers looks for in a folder."""
 FILES = frozenset({".safetensors", ".bin", ".pt", ".pth", ".ckpt"})
 """What the names of LoRA files end with."""
 PLACE = re.compile(r"(?:unet|transformer)\.(?P<path>.+?)\.lora_(?P<half>[AB])\.(?P<part>weight|(?<=B\.)bias)")

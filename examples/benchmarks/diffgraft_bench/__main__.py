@@ -159,12 +159,13 @@ def measure_stacks(
     command = shlex.join(["python", "-m", "diffgraft_bench", *sys.argv[1:]])
     eight = How(str(out), rounds, 1, samples, 8, 500, timed_batch=8, command=command)
     envs, store = out / "envs", Store(out)
-    told = install(envs, lambda name: console.print(f"installing {name}")) if peers else {}
-    for bout in stacks.stack_bouts():
-        if only in f"{bout.pipeline} {bout.env}" and (peers or not bout.env):
-            for how in (eight, replace(eight, samples=8, timed_batch=1)):
-                console.print(f"{bout.pipeline} {bout.env}, {how.timed_batch} in a call: {len(bout.methods)} methods")
-                one_bout(bout, how, store, envs, told)
+    bouts = [bout for bout in stacks.stack_bouts() if only in f"{bout.pipeline} {bout.env}" and (peers or not bout.env)]
+    needed = sorted({bout.env for bout in bouts} - {""})
+    told = install(envs, lambda name: console.print(f"installing {name}"), needed)
+    for bout in bouts:
+        for how in (eight, replace(eight, samples=8, timed_batch=1)):
+            console.print(f"{bout.pipeline} {bout.env}, {how.timed_batch} in a call: {len(bout.methods)} methods")
+            one_bout(bout, how, store, envs, told)
 
 
 @app.command()

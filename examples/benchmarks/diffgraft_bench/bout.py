@@ -108,7 +108,8 @@ def measure(bout: Bout, missing: Sequence[Method], keys: Mapping[int, str], mode
         try:
             pipe = own_copy(model.pipe)
             with all_threads(how):  # some calibrate
-                fighter = Fighter(method, pipe, put_on(method, pipe, model), [], row)
+                call = put_on(method, pipe, model)
+            fighter = Fighter(method, getattr(call, "pipe", pipe), call, [], row)
             prepare(fighter, model, how)
             fighters.append(fighter)
         except Exception as error:  # whatever it is, it is a result

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
-Kind = Literal["plain", "diffgraft", "scheduler", "cache", "peer", "bundled"]
+Kind = Literal["plain", "diffgraft", "scheduler", "cache", "peer", "bundled", "fitted"]
 
 
 @dataclass(frozen=True)
@@ -19,9 +19,9 @@ class Method:
 
     label   what the report calls it: methods of one label and different settings are one line of a plot
     kind    who provides it: the plain pipeline with so many steps, our plugins, diffusers' schedulers, diffusers' caches, a peer package,
-            another bundled model as diffusers runs it
+            another bundled model as diffusers runs it, and one that `diffgraft fit` made or that our plugins are on ("fitted")
     name    the scheduler's or cache configuration's class, or the peer, or the bundled model; empty for the others
-    knobs   the setting: plugins with their knobs, or arguments of the scheduler, the cache, the peer
+    knobs   the setting: plugins with their knobs (of a fitted model, too), or arguments of the scheduler, the cache, the peer
     steps   None: the pipeline's
     on      a scheduler of diffusers that our plugins run over: a label of SCHEDULERS; empty: the pipeline's own
     ours    our method for the same thing at the same setting, by label: the two are held against each other
@@ -102,8 +102,22 @@ def peer(name: str, ours: str = "", **knobs: Any) -> Method:
     return Method(name, "peer", name, knobs, ours=ours)
 
 
-FEW_STEPS = {"emoji-sd": tuple(Method("emoji-sd-lcm", "bundled", "emoji-sd-lcm", steps=k) for k in (4, 2))}
-"""Distilled models of the same subjects, by pipeline."""
+def on_lcm(label: str, steps: int, **stack: Mapping[str, Any]) -> Method:
+    """Our plugins on emoji-sd-lcm."""
+    return Method(f"{label} on emoji-sd-lcm", "fitted", "emoji-sd-lcm", stack, steps)
+
+
+FEW_STEPS = {
+    "emoji-sd": (
+        *(Method("emoji-sd-lcm", "bundled", "emoji-sd-lcm", steps=k) for k in (4, 2)),
+        on_lcm("t_stitch", 4, t_stitch={"model": "emoji-sd-small", "fraction": 0.5}),
+        on_lcm("t_stitch", 2, t_stitch={"model": "emoji-sd-small", "fraction": 0.5}),
+        on_lcm("deepcache", 4, deepcache={"interval": 2}),
+    ),
+    "emoji-flux": (Method("emoji-flux-4step", "fitted", "emoji-flux-4step", steps=4),),
+    "emoji-wan": (Method("accvideo on emoji-wan-4step", "fitted", "emoji-wan-4step", {"accvideo": {"steps": 4}}, 4),),
+}
+"""Distilled models of the same subjects, by pipeline: emoji-sd-lcm is diffusers' LCM, the others are fits of phased_dmd and accvideo."""
 
 # environments --------------------------------------------------------------------------------------------------------------------------
 

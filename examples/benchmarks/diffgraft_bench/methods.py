@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import diffusers
@@ -66,12 +67,23 @@ def fill(name: str, knobs: Mapping[str, Any], model: Model, method: Method) -> d
     return found
 
 
-def put_bundled(method: Method, pipe: Any, model: Model) -> Callable[..., Any]:
-    """Another bundled model at its own guidance scale, called with this one's prompts and seeds."""
+@dataclass(frozen=True)
+class OtherModel:
+    """Another bundled model with its own arguments, called with this one's prompts and seeds."""
+
+    pipe: Any
+    own: Mapping[str, Any]
+
+    def __call__(self, **arguments: Any) -> Any:
+        return self.pipe(**{**arguments, **self.own})
+
+
+def put_bundled(method: Method, pipe: Any, model: Model) -> OtherModel:
     other = load_pipeline(method.name, plugins={name: dict(knobs) for name, knobs in method.knobs.items()}).to(pipe.device)
     other.set_progress_bar_config(disable=True)
-    own = find_bundled(method.name).guidance_scale
-    return lambda **arguments: other(**{**arguments, **({} if own is None else {"guidance_scale": own})})
+    bundled = find_bundled(method.name)
+    guidance = {} if bundled.guidance_scale is None else {"guidance_scale": bundled.guidance_scale}
+    return OtherModel(other, {**bundled.call, **guidance})
 
 
 def put_scheduler(method: Method, pipe: Any, model: Model) -> Any:
@@ -165,6 +177,7 @@ PUT: dict[str, Callable[[Method, Any, Model], Any]] = {
     "cache": put_cache,
     "peer": put_peer,
     "bundled": put_bundled,
+    "fitted": put_bundled,
 }
 PEER: dict[str, Callable[[Any, dict[str, Any]], Any]] = {
     "DeepCache": deepcache,

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import sysconfig
 import venv
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from importlib.metadata import version
 from pathlib import Path
 
@@ -27,13 +27,13 @@ def python_of(folder: Path) -> Path:
     return folder / "bin" / "python"
 
 
-def install(root: Path, on_peer: Callable[[str], None]) -> dict[str, str]:
+def install(root: Path, on_peer: Callable[[str], None], peers: Iterable[str] = PEERS) -> dict[str, str]:
     """Make the environments that are missing; for each peer "" or how its installation failed."""
     told: dict[str, str] = {}
     root.mkdir(parents=True, exist_ok=True)
     constraints = root / "constraints.txt"
     constraints.write_text("".join(f"{name}=={version(name)}\n" for name in PINNED))
-    for name in PEERS:
+    for name in peers:
         record = root / name / "installed.json"
         if not record.exists():
             on_peer(name)

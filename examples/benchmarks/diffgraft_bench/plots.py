@@ -11,9 +11,9 @@ from matplotlib.figure import Figure
 from .rows import Row, way
 
 mpl.use("agg")
-SHAPES = {"plain": "s", "diffgraft": "o", "scheduler": "^", "cache": "D", "peer": "X"}
+SHAPES = {"plain": "s", "diffgraft": "o", "scheduler": "^", "cache": "D", "peer": "X", "bundled": "v", "fitted": "P"}
 KINDS = {"plain": "the pipeline itself", "diffgraft": "diffgraft", "scheduler": "diffusers' schedulers", "cache": "diffusers' caches",
-         "peer": "other packages"}  # fmt: skip
+         "peer": "other packages", "bundled": "other models", "fitted": "fitted models"}  # fmt: skip
 
 
 def png(figure: Figure) -> bytes:

@@ -49,6 +49,7 @@ SEARCHES = {
 REFERENCE_STEPS = 200
 BEHIND = frozenset({"tomesd", "tgate", "pruna", "MagCache", "PAB", "FasterCache", "para-attn", "Euler", "faster_diffusion"})
 """Left out: in the benchmark's rows each of them is at every level behind another one that is here."""
+MINE = frozenset({findings.OURS, "fitted"})
 LEVELS = (25.0, 30.0, 35.0, 40.0, 45.0)
 """dB to the plain pipeline's many-step pictures."""
 
@@ -141,7 +142,7 @@ def which(row: Row) -> tuple[str, str, str]:
 
 def best_of(pipeline: str, batch: int, level: str, rows: Sequence[Row]) -> Level:
     """The fastest of each side among rows that reach a level."""
-    sides = [[row for row in rows if (row["kind"] == findings.OURS) is mine] for mine in (True, False)]
+    sides = [[row for row in rows if (row["kind"] in MINE) is mine] for mine in (True, False)]
     ours, peer = (max(side, key=lambda row: row["speedup"], default=None) for side in sides)
     return Level(pipeline, batch, level, ours, peer, *(against(ours, peer) if ours and peer else ()))
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from diffgraft_checkpoints.emoji import motion
 from diffgraft_checkpoints.emoji.motion_judge import FIELDS, load_bundled
+from diffgraft_checkpoints.train import wan_runs
 from diffusers import UniPCMultistepScheduler, WanPipeline
 
 FOLDER = Path(diffgraft_checkpoints.__file__).parent / "bundled" / "emoji-wan"
@@ -68,3 +69,19 @@ def test_works_with_wans_usual_scheduler(pipe: WanPipeline) -> None:
         pipe.scheduler = euler
     assert np.isfinite(video).all()
     assert load_bundled().score([video], [prompt])["background"] == [True]
+
+
+def test_runs_of_benchmarks_count_forwards_and_tell_a_run_from_itself() -> None:
+    wan = wan_runs.WanRuns(8)
+    made, forwards = wan.make(wan.texts[:2], 3, [], num_inference_steps=2)
+    assert len(made) == 2
+    assert forwards == 4, "guided: two a step"
+    torch.testing.assert_close(wan.make(wan.texts[1:2], 4, [], num_inference_steps=2)[0], made[1:], rtol=1e-3, atol=1e-3)  # its own seed
+    assert wan.make(wan.texts[:1], 0, [], num_inference_steps=2, guidance_scale=1.0)[1] == 2
+    assert set(wan.judged(wan.clips(made))) == {*FIELDS, "all"}
+    x = torch.randn(32, 4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    same = wan_runs.distances(x, x, x, x)
+    assert same["end"] == (0.0, 0.0, 0.0)
+    assert same["frechet"][0] == pytest.approx(0, abs=1e-6)
+    assert same["diversity"][0] == pytest.approx(2**0.5, rel=0.05)
+    assert wan_runs.distances(x + 1, x, x, x)["frechet"][1] > same["frechet"][2]

@@ -14,12 +14,12 @@ from typing import Annotated, Any
 import torch
 import typer
 from diffgraft import load_pipeline, unload
-from diffgraft.lab.metrics import Mean
-from diffgraft_checkpoints.emoji import motion
+from diffgraft_accvideo import AccVideo
+from diffgraft_checkpoints.emoji.motion_judge import FIELDS
 from diffgraft_checkpoints.train import export
 from diffgraft_checkpoints.train.evaluate import tally
-from diffgraft_checkpoints.train.wan_measure import held_out_labels, strips
-from few_steps import CAPTIONS, JUDGED, SEEDS, Model, fields, interval_of_frechet, spread, tell
+from diffgraft_checkpoints.train.wan_measure import strips
+from diffgraft_checkpoints.train.wan_runs import WanRuns, distances
 from safetensors.torch import load_file, save_file
 
 STEPS = 4
@@ -29,7 +29,7 @@ SHOWN = 10
 
 def wrong(scores: dict[str, list[bool | None]], count: int) -> dict[str, str]:
     """Case -> what the judge did not find right of it."""
-    missed = [[name for name in JUDGED if not scores[name][i]] for i in range(count)]
+    missed = [[name for name in FIELDS if not scores[name][i]] for i in range(count)]
     return {str(i): ", ".join(names) for i, names in enumerate(missed) if names}
 
 
@@ -39,47 +39,45 @@ def main(
     cases: Annotated[int, typer.Option(min=SHOWN)] = 96,
 ) -> None:
     torch.set_num_threads(1)
-    labels = held_out_labels()
-    texts = [motion.caption(each) for each in labels[:cases]]
-    several = [motion.caption(each) for each in labels[:CAPTIONS] for _ in range(SEEDS)]
     with export.replacing(out) as fresh:
         tensors = {name: value.half().contiguous() for name, value in load_file(lora).items()}
         save_file(tensors, fresh / "pytorch_lora_weights.safetensors", {"format": "pt"})
         unload(load_pipeline("emoji-wan")).scheduler.save_pretrained(fresh / "scheduler")
         few = {"num_inference_steps": STEPS, "guidance_scale": 1.0}
-        arms: dict[str, tuple[bool, dict[str, Any] | None, dict[str, Any]]] = {
-            "as it loads": (True, None, few),
-            "with accvideo's levels": (True, {"steps": STEPS}, {}),
-            "without the LoRA": (False, None, few),
-            "without the LoRA, guidance 2": (False, None, {**few, "guidance_scale": 2.0}),
-            "teacher": (False, None, {"num_inference_steps": 50, "guidance_scale": 2.0}),
+        arms: dict[str, tuple[bool, list[AccVideo], dict[str, Any]]] = {
+            "as it loads": (True, [], few),
+            "with accvideo's levels": (True, [AccVideo(steps=STEPS)], {}),
+            "without the LoRA": (False, [], few),
+            "without the LoRA, guidance 2": (False, [], {**few, "guidance_scale": 2.0}),
+            "teacher": (False, [], {"num_inference_steps": 50, "guidance_scale": 2.0}),
         }
-        model, made, forwards, again = Model(), {}, {}, {}
-        for name, (adapted, knobs, call) in arms.items():
-            model.pipe.unload_lora_weights()
+        wan, made, forwards, again = WanRuns(cases), {}, {}, {}
+        for name, (adapted, plugins, call) in arms.items():
+            wan.pipe.unload_lora_weights()
             if adapted:
-                model.pipe.load_lora_weights(fresh, weight_name="pytorch_lora_weights.safetensors", adapter_name="few")
+                wan.pipe.load_lora_weights(fresh, weight_name="pytorch_lora_weights.safetensors", adapter_name="few")
             began = time.perf_counter()
-            made[name], forwards[name] = model.make(texts, list(range(cases)), knobs, **call)
-            again[name] = model.make(several, [1000 + i for i in range(len(several))], knobs, **call)[0]
+            made[name], forwards[name] = wan.end(plugins, **call)
+            again[name] = wan.many(plugins, **call)
             print(name, f"{time.perf_counter() - began:.0f} s", flush=True)
-        other = model.make(texts[:64], [10_000 + i for i in range(min(64, cases))], None, **arms["teacher"][2])[0]
+        other = wan.make(wan.texts[:64], 10_000, [], **arms["teacher"][2])[0]
         rows: dict[str, Any] = {}
         for name, latents in made.items():
-            clips = model.clips(latents)
-            scores = model.judge.score(clips, texts)
+            clips = wan.clips(latents)
+            scores = wan.judge.score(clips, wan.texts)
+            apart = distances(latents, made["teacher"], other, again[name])
             rows[name] = {
                 "forwards": forwards[name],
                 "scores": tally(scores),
                 "scores of the first 32": tally({key: row[:32] for key, row in scores.items()}),
-                "rms_to_teacher": tell(Mean.of((latents - made["teacher"]).square().flatten(1).mean(1).sqrt().tolist())),
-                "diversity": tell(Mean.of(spread(again[name]))),
-                "frechet_to_teacher": interval_of_frechet(fields(latents[:64]), fields(other)),
+                "rms_to_teacher": apart["end"],
+                "diversity": apart["diversity"],
+                "frechet_to_teacher": apart["frechet"],
                 "wrong": wrong(scores, cases),
             }
             if name == "as it loads":
                 (fresh / "grids").mkdir()
-                sheet = strips(clips[:SHOWN], texts[:SHOWN])
+                sheet = strips(clips[:SHOWN], wan.texts[:SHOWN])
                 sheet.quantize(256).save(fresh / "grids" / "held-out.png", optimize=True)
         recipe = {
             "command": "diffgraft fit accvideo, see the card",

@@ -122,8 +122,8 @@ class PhasedDmdConfig(PluginConfig):
                 raise ValueError(f"sigmas = {self.sigmas} is the whole table, as a run has it: leave shift out, or sigmas")
             if "steps" in self.model_fields_set and self.steps != len(self.sigmas):
                 raise ValueError(f"sigmas = {self.sigmas} is a table of {len(self.sigmas)} steps, steps = {self.steps}: leave steps out")
-        if not isinstance(self.shift, str) and self.shift is not None and self.shift <= 0:
-            raise ValueError(f"shift = {self.shift}: above 0")
+        if not isinstance(self.shift, str) and self.shift is not None and not 0 < self.shift <= 1000:
+            raise ValueError(f"shift = {self.shift}: above 0, at most 1000 (levels above would be one level in float32)")
         return self
 
     @property

@@ -540,6 +540,7 @@ def test_a_fit_is_in_as_many_steps_as_a_run(tmp_path):
         ({"sigmas": (1.0, 0.5), "shift": 3.0}, "leave shift out"),
         ({"sigmas": (1.0, 0.5), "steps": 4}, "leave steps out"),
         ({"shift": -1.0}, "above 0"),
+        ({"shift": 1e9}, "at most 1000"),
         ({"shift": "wan"}, "shift"),
         ({"steps": 0}, "steps"),
         ({"strength": 3.0}, "strength"),

@@ -221,7 +221,8 @@ def test_a_cut_bank_runs_as_the_dense_truncated_svd_written_into_the_weights(p: 
         load_pipeline(made.pipe, plugins={"rmm_lora_bank": {"bank": bank, "task": 0}})
         for task, reference in enumerate(by_weights):
             made.pipe.plugins.configure("rmm_lora_bank", task=task)
-            assert effect(run(made), reference) < 1e-5 + 5e-4 * effect(reference, plain)
+            assert effect(reference, plain) > 1e-3 * float(plain.abs().max())
+            assert effect(run(made), reference) < 1e-5 * float(plain.abs().max())
         unload(made.pipe)
         assert torch.equal(run(made), plain)
 
@@ -497,7 +498,7 @@ def test_a_bank_that_is_unloaded_or_met_by_a_fused_lora_says_so(files: dict[str,
     load_pipeline(made.pipe, plugins={"rmm_lora_bank": {"bank": full, "task": "one"}})
     wanted = run(made)
     made.pipe.unload_lora_weights()  # takes the plugin's along
-    with pytest.raises(ConfigError, match=r"no adapter 'diffgraft:rmm_lora_bank:bank'.*put the plugin on again"):
+    with pytest.raises(ConfigError, match=r"no adapter 'diffgraft:rmm_lora_bank:bank'.*load the plugin again"):
         run(made)
     unload(made.pipe)
     load_pipeline(made.pipe, plugins={"rmm_lora_bank": {"bank": full, "task": "one"}})
