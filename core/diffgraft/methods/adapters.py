@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -131,10 +131,7 @@ def show_adapters(model: nn.Module, weights: Mapping[str, float], kept: Callable
     """Show these adapters after those of each layer that are ``kept``; only what differs is written."""
     model = root_of(model)
     layers = unfused_layers(model)
-    known = getattr(model, "peft_config", {})
-    if unknown := next((name for name in weights if name not in known), None):
-        lost = "; pipe.unload_lora_weights() takes those of plugins too: load the plugin again" if unknown.startswith(BROUGHT) else ""
-        raise ConfigError(f"no adapter {unknown!r} on this {type(model).__name__}{choices(unknown, known, 'On it')}{lost}")
+    ensure_on(model, weights)
     slots = []
     for layer in layers:
         active = [*(name for name in kept(layer) if name not in weights), *weights]
@@ -146,6 +143,14 @@ def show_adapters(model: nn.Module, weights: Mapping[str, float], kept: Callable
             slots.append(switch(layer, "_disable_adapters", False))
     with opened(slots):
         yield
+
+
+def ensure_on(model: nn.Module, names: Iterable[str]) -> None:
+    """Raises ConfigError where an adapter is not on ``model``, such as one that ``pipe.unload_lora_weights()`` took along."""
+    known = getattr(model, "peft_config", {})
+    if unknown := next((name for name in names if name not in known), None):
+        lost = "; pipe.unload_lora_weights() takes those of plugins too: load the plugin again" if unknown.startswith(BROUGHT) else ""
+        raise ConfigError(f"no adapter {unknown!r} on this {type(model).__name__}{choices(unknown, known, 'On it')}{lost}")
 
 
 class Ranked(nn.Module):
@@ -163,7 +168,12 @@ class Ranked(nn.Module):
 
 
 def ranked(model: nn.Module, name: str, factors: Mapping[str, Tensor]) -> list[Slot]:
-    """Slots that show each rank of the adapter ``name`` at a strength of its own, by the layers' paths; for :func:`showing`."""
+    """Slots that show each rank of the adapter ``name`` at a strength of its own, by the layers' paths; for :func:`showing`.
+
+    Raises:
+        ConfigError: it is not on the model.
+    """
+    ensure_on(root_of(model), [name])
     slots = []
     for path, factor in factors.items():
         home: Any = root_of(model).get_submodule(path).lora_B._modules  # type: ignore[union-attr]
@@ -286,10 +296,12 @@ def read_adapter(plugin: Plugin, need: Need, value: Any, target: Target, number:
     if of_each and not value:
         raise ConfigError(f"{where} = {{}} names no denoiser{choices('', target.denoisers, 'There are')}")
     sources = value if of_each else {next(iter(target.denoisers)): value}
+    if not sources:
+        raise ConfigError(f"{where} = {{}}: name a LoRA for one of {', '.join(target.denoisers)}")
     loras = {}
     for attribute, source in sources.items():
         if attribute not in target.denoisers:
-            raise ConfigError(f"{where}: no denoiser {attribute!r}{choices(attribute, target.denoisers, 'There are')}")
+            raise ConfigError(f"{where}: no denoiser {attribute!r}{choices(str(attribute), target.denoisers, 'There are')}")
         model = root_of(target.denoisers[attribute])
         unfused_layers(model)
         loras[attribute] = read_lora(pipe, model, source, where)
@@ -369,5 +381,6 @@ def misfit(model: nn.Module, name: str, value: Tensor) -> str | None:
     if weight is None:
         return f"{name} is of a layer without weights"
     axis = 1 if found["half"] == "A" else 0
-    wanted, has = weight.shape[axis], value.shape[axis]
-    return None if wanted == has else f"{name} has shape {tuple(value.shape)}, its layer {tuple(weight.shape)}"
+    if axis >= value.ndim or weight.shape[axis] != value.shape[axis]:
+        return f"{name} has shape {tuple(value.shape)}, its layer {tuple(weight.shape)}"
+    return None if bool(value.float().isfinite().all()) else f"{name} has numbers that are not finite"

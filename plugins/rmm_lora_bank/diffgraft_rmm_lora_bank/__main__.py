@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from diffgraft import DiffgraftError, load_pipeline, unload
+from diffgraft import ConfigError, DiffgraftError, load_pipeline, unload
+from diffgraft.methods.files import check_file
 from rich.console import Console
 from rich.table import Table
 
@@ -44,6 +45,10 @@ def main(
 ) -> None:
     """Put N LoRA into one bank."""
     try:
+        if out is not None:
+            check_file(out, {".safetensors"})
+        if p is None and (ignored := [option for option, given in (("--rank", rank), ("--out", out), ("--larger", larger)) if given]):
+            raise ConfigError(f"{', '.join(ignored)} without -p: the table is of every p and writes nothing; say which bank with -p")
         pipe, files = unload(load_pipeline(pipeline)), named(loras)
         if p is None:
             console.print(table(pipe, files, denoiser, dtype))

@@ -17,9 +17,9 @@ from typing import Any
 
 import torch
 from diffgraft import ArtefactMismatch, ConfigError, Need, Plugin, Target, nearest
-from diffgraft.methods.adapters import Adapter, Lora
+from diffgraft.methods.adapters import Adapter, Lora, unfused_layers
 from diffgraft.methods.artefacts import Fingerprint
-from diffgraft.methods.files import write_atomic
+from diffgraft.methods.files import check_file, write_atomic
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
@@ -68,12 +68,16 @@ class Table:
             ConfigError: no such task, or none is named where there are several.
         """
         names = self.tasks
+        if isinstance(task, Mapping) and not task:
+            raise ConfigError(f"{where} = {{}}: a mix of nothing; name one at least, of {', '.join(names)}")
         if task is None:
             if len(names) > 1:
                 raise ConfigError(f"{where} = None: say which of the bank's {len(names)} tasks: {', '.join(names)}")
             task = 0
         out = torch.zeros(len(names), dtype=torch.float64)
         for one, weight in (task if isinstance(task, Mapping) else {task: 1.0}).items():
+            if abs(weight) > torch.finfo(torch.float32).max:
+                raise ConfigError(f"{where}.{one}: its weight is too large for float32; 1 is the LoRA at its own strength")
             if isinstance(one, int):
                 if not 0 <= one < len(names):
                     raise ConfigError(f"{where} = {one}: the bank has tasks 0 to {len(names) - 1}: {', '.join(names)}")
@@ -122,6 +126,8 @@ class Bank(Adapter):
         where = f"plugin {plugin.name!r}: {need.knob}"
         of_each = isinstance(value, Mapping) and not any(isinstance(each, Tensor) for each in value.values())
         sources = dict(value) if of_each else {next(iter(target.denoisers)): value}
+        if several := next((each for each in sources.values() if isinstance(each, Bank) and len(each.tables) > 1), None):
+            raise ConfigError(f"{where}: a Bank of {', '.join(several.tables)} is given alone, not in a dict by denoiser")
         found = {attribute: read_bank(source, where) for attribute, source in sources.items()}
         for attribute, (_, about, _) in found.items():
             if about is not None and about.denoiser != attribute and attribute in target.denoisers:
@@ -129,17 +135,21 @@ class Bank(Adapter):
                     f"{where}: the bank is for the {about.denoiser}, not for the {attribute}; give {{{about.denoiser!r}: FILE}}"
                 )
         plain = super().of(plugin, need, {attribute: lora for attribute, (lora, _, _) in found.items()}, target, number)
+        own = {attribute: next(iter(source.loras.values())) for attribute, source in sources.items() if isinstance(source, Bank)}
+        loras = {**plain.loras, **own}  # a Bank's with what it knows of their strength
         tables = {
-            attribute: table_of(plain.loras[attribute], attribute, about, coefficients, sources[attribute], where)
+            attribute: table_of(loras[attribute], attribute, about, coefficients, sources[attribute], where)
             for attribute, (_, about, coefficients) in found.items()
         }
-        return cls(plain.name, plain.loras, tables)
+        return cls(plain.name, loras, tables)
 
     def ensure_model(self, denoisers: Mapping[str, nn.Module]) -> None:
-        """Raises ArtefactMismatch where a bank was made for another model."""
+        """Raises ArtefactMismatch where a bank was made for another model, Unsupported where a LoRA is fused into this one."""
         for attribute, table in self.tables.items():
             made_for = table.about.fingerprint
-            if attribute not in denoisers:
+            if attribute in denoisers:
+                unfused_layers(denoisers[attribute])
+            else:
                 raise ArtefactMismatch(f"rmm_lora_bank: the bank is for a {attribute}, and this pipeline has none; {AGAIN}")
             if made_for is not None and (why := made_for.difference(Fingerprint.of(denoisers[attribute]), crosses=True)):
                 raise ArtefactMismatch(f"rmm_lora_bank: the bank is of another model: {attribute}: found {why}; {AGAIN}")
@@ -150,7 +160,8 @@ class Bank(Adapter):
         return next(iter(self.tables.values()))
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the file of a bank of one denoiser: the whole of it, or nothing."""
+        """Write the file of a bank of one denoiser: the whole of it, or nothing; ConfigError for a name that is none."""
+        check_file(Path(path), {".safetensors"}, "rmm_lora_bank: save")
         attribute, table = next(iter(self.tables.items()))
         tensors = {name.removeprefix(f"{prefix_of(attribute)}."): value for name, value in self.loras[attribute].tensors.items()}
         tensors |= {f"{path}.coefficients": value for path, value in table.coefficients.items()}
@@ -176,11 +187,16 @@ def checksum(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
 
 
 def read_bank(source: Any, where: str) -> tuple[Any, About | None, dict[str, Tensor]]:
-    """(what diffusers reads as a LoRA, header, coefficients) of a bank file; anything else is returned as it is, for diffusers to read.
+    """(what diffusers reads as a LoRA, header, coefficients) of a bank file or a Bank of one denoiser.
+
+    Anything else is returned as it is, for diffusers to read.
 
     Raises:
         ArtefactMismatch: a bank file that is damaged, or not what this plugin writes.
     """
+    if isinstance(source, Bank):
+        lora = next(iter(source.loras.values()))
+        return dict(lora.tensors), source.table.about, dict(source.table.coefficients)
     if not isinstance(source, (str, os.PathLike)) or not Path(source).expanduser().is_file():
         return source, None, {}
     path = Path(source).expanduser()

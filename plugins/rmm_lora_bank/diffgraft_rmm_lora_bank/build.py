@@ -46,11 +46,15 @@ def build_bank(
         larger: whether a bank that is larger than the LoRA will do.
 
     Raises:
-        ConfigError: one LoRA alone, p of more than there are, a rank that makes the bank larger than the LoRA, no such file.
+        ConfigError: names that are none, one LoRA alone, p of more than there are, a bank larger than the LoRA, no such file.
         ArtefactMismatch: a LoRA of another model.
         Unsupported: the pipeline loads no LoRA, or has one that is fused.
     """
-    where, N = "rmm_lora_bank", len(loras)
+    where = "rmm_lora_bank"
+    if not isinstance(loras, Mapping) or not all(isinstance(task, str) and task for task in loras):
+        given = list(loras) if isinstance(loras, Mapping) else type(loras).__name__
+        raise ConfigError(f"{where}: loras = {given}: a dict of names and LoRA, {{'night': 'night.safetensors', ...}}")
+    N = len(loras)
     if N < 2:
         raise ConfigError(f"{where}: {N} LoRA: a bank takes two or more; one alone is loaded with pipe.load_lora_weights")
     if isinstance(p, bool) or not isinstance(p, int) or not 1 <= p <= N:
@@ -135,6 +139,8 @@ def layers_of(model: nn.Module, attribute: str, loras: Mapping[str, Lora]) -> Fa
             if getattr(layer.get_base_layer(), "groups", 1) != 1:
                 raise Unsupported(f"rmm_lora_bank: {task}: {path} is a convolution in groups, whose LoRA is no product of two matrices")
             B, A = (lora.tensors[f"{prefix_of(attribute)}.{path}.lora_{half}.weight"].cpu().double().flatten(1) for half in "BA")
+            if not math.isfinite(layer.scaling[name]):
+                raise ArtefactMismatch(f"rmm_lora_bank: {task}: the scale of {path} is {layer.scaling[name]}: no finite number")
             found.setdefault(path, {})[task] = Update(B * layer.scaling[name], A)
     return {path: [there.get(task) or nothing_like(next(iter(there.values()))) for task in loras] for path, there in sorted(found.items())}
 

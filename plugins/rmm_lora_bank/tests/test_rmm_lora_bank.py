@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import re
 from pathlib import Path
 from typing import Any
 
@@ -191,6 +192,39 @@ def test_a_task_of_the_whole_bank_is_its_lora_loaded_by_diffusers(
     unload(made.pipe)
     assert torch.equal(run(made), base)
     assert not hasattr(made.pipe.unet if pipeline == SD else made.pipe.transformer, "peft_config")
+
+
+@pytest.mark.parametrize("p", [1, 2])
+def test_a_cut_bank_runs_as_the_dense_truncated_svd_written_into_the_weights(p: int, files: dict[str, Path]) -> None:
+    """The whole of a run beside plain torch: (1) by a dense SVD a layer, the kept part of one task added to the weights themselves."""
+    from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
+
+    made = tiny()
+    bank = build_bank(made.pipe, files, p, "full", larger=True)
+    wanted = deltas(made.pipe, files)
+    untouched = {name: value.clone() for name, value in made.pipe.unet.state_dict().items()}
+    kept: list[dict[str, Tensor]] = [{}, {}, {}]
+    for path in set().union(*wanted.values()):
+        shape = untouched[f"{path}.weight"].shape
+        nought = torch.zeros(shape, dtype=torch.float64)
+        rows = torch.stack([wanted[name].get(path, nought).flatten() for name in files])
+        U, S, Vh = torch.linalg.svd(rows, full_matrices=False)
+        for one, row in zip(kept, (U[:, :p] * S[:p]) @ Vh[:p], strict=True):
+            one[f"{path}.weight"] = row.reshape(shape)
+    for scheduler in (DDIMScheduler, DPMSolverMultistepScheduler):
+        made.pipe.scheduler = scheduler.from_config(made.pipe.scheduler.config)
+        plain, by_weights = run(made), []
+        for one in kept:
+            made.pipe.unet.load_state_dict({n: (v.double() + one[n]).float() if n in one else v for n, v in untouched.items()})
+            by_weights.append(run(made))
+        made.pipe.unet.load_state_dict(untouched)
+        load_pipeline(made.pipe, plugins={"rmm_lora_bank": {"bank": bank, "task": 0}})
+        for task, reference in enumerate(by_weights):
+            made.pipe.plugins.configure("rmm_lora_bank", task=task)
+            assert effect(reference, plain) > 1e-3 * float(plain.abs().max())
+            assert effect(run(made), reference) < 1e-5 * float(plain.abs().max())
+        unload(made.pipe)
+        assert torch.equal(run(made), plain)
 
 
 def test_a_mix_is_the_sum_of_the_updates(files: dict[str, Path], full: Bank) -> None:
@@ -421,6 +455,61 @@ def test_what_cannot_be_put_on(files: dict[str, Path], full: Bank, tmp_path: Pat
     refused(Unsupported, "fused", bank=tmp_path / "bank.safetensors", task=0)
 
 
+def test_numbers_names_and_halves_that_are_none(files: dict[str, Path], full: Bank, tmp_path: Path) -> None:
+    made = tiny()
+    one, two = load_file(files["one"]), load_file(files["two"])
+    name = next(name for name in one if "lora_A" in name)
+    for bad in (float("nan"), float("inf")):
+        broken = {**one, name: one[name] * bad}
+        with pytest.raises(ArtefactMismatch, match=rf"broken.*{re.escape(name)} has numbers that are not finite"):
+            build_bank(made.pipe, {"broken": broken, "two": two}, 1)
+        with pytest.raises(ArtefactMismatch, match="not finite"):
+            load_pipeline(made.pipe, plugins={"rmm_lora_bank": {"bank": broken}})
+    with pytest.raises(ArtefactMismatch, match="has shape"):
+        build_bank(made.pipe, {"flat": {**one, name: one[name].flatten()}, "two": two}, 1)
+    for loras in ([one, two], {1: one, "two": two}, {"": one, "two": two}):
+        with pytest.raises(ConfigError, match=r"loras = .*a dict of names and LoRA"):
+            build_bank(made.pipe, loras, 1)  # type: ignore[arg-type]
+    for knobs in ({"task": {}}, {"task": {"one": 1e300}}, {"task": {"one": 10**400}}):
+        with pytest.raises(ConfigError, match="task"):
+            load_pipeline(made.pipe, plugins={"rmm_lora_bank": {"bank": full, **knobs}})
+    for bank in ({}, {0: full}):
+        with pytest.raises(ConfigError, match="bank"):
+            load_pipeline(made.pipe, plugins={"rmm_lora_bank": {"bank": bank, "task": 0}})
+    for path in (tmp_path, tmp_path / "bank", tmp_path / "bank.bin"):
+        with pytest.raises(ConfigError, match=r"must end in \.safetensors"):
+            full.save(path)
+
+
+def test_a_bank_in_memory_by_denoiser_is_the_bank(files: dict[str, Path], full: Bank) -> None:
+    made = tiny()
+    load_pipeline(made.pipe, plugins={"rmm_lora_bank": {"bank": full, "task": "two"}})
+    wanted = run(made)
+    unload(made.pipe)
+    load_pipeline(made.pipe, plugins={"rmm_lora_bank": {"bank": {"unet": full}, "task": "two"}})
+    assert torch.equal(run(made), wanted)
+    unload(made.pipe)
+    with pytest.raises(ConfigError, match="no denoiser 'transformer'"):
+        load_pipeline(made.pipe, plugins={"rmm_lora_bank": {"bank": {"transformer": full}, "task": 0}})
+
+
+def test_a_bank_that_is_unloaded_or_met_by_a_fused_lora_says_so(files: dict[str, Path], full: Bank) -> None:
+    made = tiny()
+    load_pipeline(made.pipe, plugins={"rmm_lora_bank": {"bank": full, "task": "one"}})
+    wanted = run(made)
+    made.pipe.unload_lora_weights()  # takes the plugin's along
+    with pytest.raises(ConfigError, match=r"no adapter 'diffgraft:rmm_lora_bank:bank'.*load the plugin again"):
+        run(made)
+    unload(made.pipe)
+    load_pipeline(made.pipe, plugins={"rmm_lora_bank": {"bank": full, "task": "one"}})
+    assert torch.equal(run(made), wanted)
+    unload(made.pipe)
+    made.pipe.load_lora_weights(files["one"])
+    made.pipe.fuse_lora()
+    with pytest.raises(Unsupported, match="unfuse_lora"):
+        load_pipeline(made.pipe, plugins={"rmm_lora_bank": {"bank": full, "task": 0}})
+
+
 def test_a_crafted_header_is_refused(full: Bank, tmp_path: Path) -> None:
     """A right checksum says who wrote a file, not that it makes sense."""
     from dataclasses import replace
@@ -461,5 +550,12 @@ def test_the_command(files: dict[str, Path], tmp_path: Path, monkeypatch: pytest
     with pytest.raises(typer.Exit):
         command.main(loras, "any", p=4)
     assert "1 to 3" in capsys.readouterr().err
+    for extra, option in (({"out": tmp_path / "no.safetensors"}, "--out"), ({"rank": "2"}, "--rank"), ({"larger": True}, "--larger")):
+        with pytest.raises(typer.Exit):  # nothing is left unread
+            command.main(loras, "any", **extra)
+        assert f"{option} without -p" in capsys.readouterr().err
+    with pytest.raises(typer.Exit):
+        command.main(loras, "any", p=2, out=tmp_path)
+    assert "must end in .safetensors" in capsys.readouterr().err
     with pytest.raises(typer.BadParameter, match="two LoRA are called"):
         command.named(["a.safetensors", "b/a.safetensors"])
