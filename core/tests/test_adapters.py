@@ -223,6 +223,7 @@ def test_what_does_not_fit_is_refused_and_nothing_is_touched(file, tmp_path, mon
         (tmp_path / "damaged.safetensors", DiffgraftError, "damaged.safetensors"),
         (tmp_path / "none.safetensors", DiffgraftError, "none.safetensors"),
         ({"unet_2": str(file)}, ConfigError, "no denoiser 'unet_2'"),
+        ({}, ConfigError, "lora = {}: a LoRA of no denoiser"),
     ]
     for value, error, says in refused:
         with pytest.raises(error, match=says):

@@ -278,6 +278,8 @@ def read_adapter(plugin: Plugin, need: Need, value: Any, target: Target, number:
         raise Unsupported(f"{where}: {type(pipe).__name__} loads no LoRA")
     imported("peft", f"{where}: a LoRA")
     of_each = isinstance(value, Mapping) and not any(isinstance(each, Tensor) for each in value.values())
+    if of_each and not value:
+        raise ConfigError(f"{where} = {{}}: a LoRA of no denoiser; give a file, one for each of {sorted(target.denoisers)}, or none")
     sources = value if of_each else {next(iter(target.denoisers)): value}
     loras = {}
     for attribute, source in sources.items():
