@@ -229,6 +229,7 @@ def test_what_does_not_fit_is_refused_and_nothing_is_touched(file, tmp_path, mon
         ({"unet_2": str(file)}, ConfigError, "no denoiser 'unet_2'"),
         (tmp_path, ConfigError, "is a folder without pytorch_lora_weights.safetensors: name the file"),
         (3, ConfigError, "lora = 3 is no LoRA: give a file"),
+        ({}, ConfigError, r"lora = \{\} names no denoiser: give a file, or one for each of unet"),
     ]
     for value, error, says in refused:
         with pytest.raises(error, match=says):

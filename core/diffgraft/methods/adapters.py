@@ -294,10 +294,8 @@ def read_adapter(plugin: Plugin, need: Need, value: Any, target: Target, number:
     imported("peft", f"{where}: a LoRA")
     of_each = isinstance(value, Mapping) and not any(isinstance(each, Tensor) for each in value.values())
     if of_each and not value:
-        raise ConfigError(f"{where} = {{}} names no denoiser{choices('', target.denoisers, 'There are')}")
+        raise ConfigError(f"{where} = {{}} names no denoiser: give a file, or one for each of {', '.join(target.denoisers)}")
     sources = value if of_each else {next(iter(target.denoisers)): value}
-    if not sources:
-        raise ConfigError(f"{where} = {{}}: name a LoRA for one of {', '.join(target.denoisers)}")
     loras = {}
     for attribute, source in sources.items():
         if attribute not in target.denoisers:

@@ -253,6 +253,32 @@ def test_a_lora_of_another_model_and_a_fused_one_are_refused(tmp_path):
         load_pipeline(made.pipe, plugins=[DisBack(lora=str(path))])
 
 
+def test_an_empty_dict_is_refused_on_loading():
+    pipe = make("StableDiffusionPipeline").pipe
+    with pytest.raises(ConfigError, match=r"names no denoiser.*unet"):
+        load_pipeline(pipe, {"disback": {"lora": {}}})
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
+@pytest.mark.parametrize("cls", [DDIMScheduler, EulerDiscreteScheduler, LCMScheduler])
+@pytest.mark.parametrize("t", [None, 399])
+def test_a_run_is_one_call_of_the_unet_and_the_closed_form(cls, kind, t):
+    """A loop of its own in plain torch: two prompts, two pictures each, from the noise of the call's generator."""
+    pipe = make("StableDiffusionPipeline").pipe
+    pipe.scheduler = cls(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", prediction_type=kind)
+    text, at = pipe.encode_prompt(["a cat", "a dog"], "cpu", 2, False)[0], 999 if t is None else t
+    z = torch.randn((4, 4, *[pipe.unet.config.sample_size] * 2), generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        said = pipe.unet(z, torch.tensor(at), encoder_hidden_states=text).sample.double()
+    abar = pipe.scheduler.alphas_cumprod[at].double()
+    a, s = abar.sqrt(), (1 - abar).sqrt()
+    x0 = {"epsilon": (z - s * said) / a, "v_prediction": a * z - s * said, "sample": said}[kind]
+    load_pipeline(pipe, {"disback": {"timestep": t}})
+    drawn = pipe(["a cat", "a dog"], num_images_per_prompt=2, generator=torch.Generator().manual_seed(3), output_type="latent").images
+    assert (drawn - x0).abs().max() < 5e-6 * x0.abs().max()
+    assert pipe.plugins.report().forwards == {"cond": 1}
+
+
 def test_a_users_lora_and_published_weights_do_not_mix(tmp_path):
     from peft import LoraConfig
 
