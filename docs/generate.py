@@ -13,10 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import diffgraft.methods
+import diffusers
 from diffgraft.community import tables
 from diffgraft.community.check import open_project
 from diffgraft.installed import registry
 from diffgraft.installed.errors import BrokenPlugin
+from diffgraft_pipelines.families.refused import REFUSED
 
 ROOT = Path(__file__).resolve().parent.parent
 MEASURED = {
@@ -41,6 +43,7 @@ def write_all(folder: Path) -> None:
         home = project.root or project.package.parent
         pages[page] = plugin_page(about, placed(project.readme, home, page, known, files))
     pages["gallery.md"] = gallery(plugins, pages)
+    pages["pipelines.md"] = pipelines()
     for source, page in MEASURED.items():
         pages[page] = placed((ROOT / source).read_text(), (ROOT / source).parent, page, known, files)
     files |= {name: text.encode() for name, text in pages.items()}
@@ -149,6 +152,38 @@ def gallery(plugins: list[dict[str, Any]], pages: dict[str, str]) -> str:
         for link in shown:
             lines += ["", f"![{link['words']}](plugins/{link['target']})", "", f"*{link['words']}*"]
     return "\n".join([*lines, ""])
+
+
+def pipelines() -> str:
+    """Every pipeline class of diffusers: its family, why it has none, or that nobody has looked at it."""
+    of_family = {name: family.name for family in registry.families().values() for name in family.pipelines}
+    classes = sorted(name for name in diffusers._import_structure["pipelines"] if name.endswith("Pipeline"))
+    missing = [name for name in classes if name not in of_family and name not in REFUSED]
+    known = [name for name in classes if name in of_family]
+    return "\n".join(
+        [
+            "# Pipelines of diffusers",
+            "",
+            f"diffusers {diffusers.__version__} has {len(classes)} pipeline classes. {len(known)} have a family, every fact of which is "
+            f"held against what a tiny pipeline of the class does; {len(missing)} were not looked at. A class that is missing is "
+            "[a record of data](../howto/family.md), and `python -m diffgraft_pipelines.observe` writes its first draft.",
+            "",
+            "| class | family |",
+            "|---|---|",
+            *(f"| `{name}` | {of_family[name]} |" for name in known),
+            "",
+            "## Looked at, without a family",
+            "",
+            "| class | why |",
+            "|---|---|",
+            *(f"| `{name}` | {REFUSED[name]} |" for name in classes if name in REFUSED),
+            "",
+            "## Not looked at",
+            "",
+            ", ".join(f"`{name}`" for name in missing),
+            "",
+        ]
+    )
 
 
 def plugin_page(about: dict[str, Any], readme: str) -> str:

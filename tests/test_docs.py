@@ -17,6 +17,7 @@ import diffgraft
 import diffgraft.installed
 import diffgraft.kernel
 import diffgraft.methods
+import diffusers
 import generate
 import pytest
 from blocks import Block, blocks_of, inside, run_page
@@ -25,6 +26,7 @@ from diffgraft.cli.values import plugin_specs
 from diffgraft.installed import errors, registry
 from diffgraft.installed.plugin import POINTS, Plugin
 from diffgraft.testing import contract_cases
+from diffgraft_pipelines.families.refused import REFUSED
 from typer.main import get_command
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -249,6 +251,16 @@ def test_the_gallery_shows_the_pictures_of_every_page() -> None:
     assert "## [one](plugins/one.md)\n\nDraws.\n\n![a row](plugins/one/grid.png)\n\n*a row*\n" in text
     assert "two" not in text
     assert "x.md" not in text
+
+
+def test_every_pipeline_class_of_diffusers_is_told():
+    page = generate.pipelines()
+    known = {name for family in registry.families().values() for name in family.pipelines}
+    classes = {name for name in diffusers._import_structure["pipelines"] if name.endswith("Pipeline")}
+    assert all(f"`{name}`" in page for name in classes)
+    assert "| `FluxPipeline` | flux |" in page
+    assert not known & set(REFUSED)
+    assert set(REFUSED) <= classes
 
 
 def test_every_helper_of_methods_has_a_page() -> None:

@@ -336,8 +336,8 @@ def read_lora(pipe: Any, model: Any, source: Any, where: str) -> Lora:
 
 
 def unpaired(state: Mapping[str, Tensor]) -> list[str]:
-    """What is wrong between the tensors of a LoRA: a half without the other, halves of different ranks, numbers that are not finite."""
-    wrong = [f"{name} holds numbers that are not finite" for name, value in state.items() if not value.float().isfinite().all()]
+    """What is wrong between the tensors of a LoRA: a half without the other, halves of different ranks."""
+    wrong = []
     for name, value in state.items():
         half, other = ("A", "B") if name.endswith(".lora_A.weight") else ("B", "A")
         if name.endswith(f".lora_{half}.weight"):

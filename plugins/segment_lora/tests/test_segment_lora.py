@@ -472,7 +472,7 @@ def test_wrong_files_are_refused_and_nothing_is_touched(files, tmp_path):
         (lambda state, b: state.update({b: torch.ones(len(state[b]), 3)}), "is of rank 2, its lora_B of rank 3"),
         (lambda state, b: state.pop(b), "has no lora_B beside it"),
         (lambda state, b: state.pop(b.replace(".lora_B.", ".lora_A.")), "has no lora_A beside it"),
-        (lambda state, b: state[b].fill_(float("nan")), "holds numbers that are not finite"),
+        (lambda state, b: state[b].fill_(float("nan")), "has numbers that are not finite"),
     ],
 )
 def test_a_lora_whose_halves_do_not_belong_together_is_refused(change, says, files):
