@@ -12,7 +12,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 from typing_extensions import Self
 
-from diffgraft_rcm.method import SIGMA_MAX, times_of
+from diffgraft_rcm.method import SIGMA_MAX, TABLES, times_of
 
 PAPER = Paper(
     title="Large Scale Diffusion Distillation via Score-Regularized Continuous-Time Consistency",
@@ -46,4 +46,9 @@ class RCMConfig(PluginConfig):
     def _falls(self) -> Self:
         if self.times is not None:
             times_of(self.times, 1, self.sigma_max)
+        if isinstance(self.times, tuple) and self.sigma_max != SIGMA_MAX:
+            raise ValueError(
+                f"sigma_max = {self.sigma_max:g}: it is of {', '.join(map(repr, TABLES))} and 'spread', and times of your own say themselves "
+                "where a run begins: leave it out"
+            )
         return self
