@@ -60,11 +60,7 @@ def within(value: Any) -> Iterator[Any]:
 
 
 def build_config(plugin: str, model: type[PluginConfig], values: Mapping[str, Any]) -> PluginConfig:
-    """Validate ``values`` against ``model``.
-
-    Raises:
-        ConfigError: naming every bad key, its value and what is allowed.
-    """
+    """``values`` as a ``model``; raises ConfigError that names every bad key, its value and what is allowed."""
     try:
         return model(**values)
     except ValidationError as error:

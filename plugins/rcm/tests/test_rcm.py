@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -379,6 +380,7 @@ def test_a_call_that_is_none_for_it_is_refused_before_the_denoiser(call: dict[st
         ({"times": "best"}, "times"),
         ({"sigma_max": 2.0}, "smaller than the one before"),
         ({"strength": -1.0}, "strength"),
+        ({"weights": "rcm.pt", "lora": "dcm.safetensors"}, "weights and lora: .*give one"),
     ],
 )
 def test_knobs_that_make_no_sense_are_refused(knobs: dict[str, Any], words: str) -> None:
@@ -527,7 +529,7 @@ def test_a_fit_learns_all_times_of_a_run_by_the_formula(tmp_path: Path, times: A
             cond, uncond = (v(x, now, text) for text in texts)
             x = x + (after - t) / parts * (uncond + 3 * (cond - uncond))
     answers.append(x)
-    wanted = [float(((a - b).square() + 0.03**2).sqrt().mean() - 0.03) for a, b in zip(answers, answers[1:], strict=False)]
+    wanted = [float(((a - b).square() + 0.03**2).sqrt().mean() - 0.03) for a, b in pairwise(answers)]
     assert loss == pytest.approx(sum(wanted) / len(wanted), rel=2e-5)
 
 
