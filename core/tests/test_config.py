@@ -17,6 +17,8 @@ from pydantic import create_model
         (tuple[float, ...], [(0.5, 1), [2]], [(0.5, True), ["1"], "0.5"]),
         (tuple[tuple[int, float], ...] | None, [((1, 0.5),), None], [((True, 0.5),), ((1, "0.5"),)]),
         (bool, [True, False], ["x"]),
+        (Literal["auto"] | tuple[float, ...] | None, [(0.5, 1), "auto", None], [(0.5, True), ["1"], True]),
+        (str | list[str] | None, [["1"], "1"], [[True]]),
         (float | Literal["auto"], [0.5, "auto"], ["automatic"]),
         (Any, [True, "3", 3], []),
     ],

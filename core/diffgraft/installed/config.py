@@ -25,14 +25,16 @@ class PluginConfig(BaseModel):
     @classmethod
     def ensure_numbers(cls, value: Any, info: ValidationInfo) -> Any:
         """Where numbers alone are meant, pydantic would take ``True`` for 1 and ``"3"`` for 3."""
-        kinds = kinds_in(cls.model_fields[str(info.field_name)].annotation)
+        kinds = kinds_in(cls.model_fields[str(info.field_name)].annotation, isinstance(value, (list, tuple)))
         if kinds <= {int, float, NoneType, Ellipsis} and (wrong := [each for each in within(value) if is_disguised(each)]):
             raise ValueError(f"{brief(wrong[0])} is no number")
         return value
 
 
-def kinds_in(annotation: Any) -> set[Any]:
-    """The types that a knob is made of: those inside its tuples and alternatives."""
+def kinds_in(annotation: Any, several: bool = False) -> set[Any]:
+    """The types that a knob is made of: those inside its tuples and alternatives; ``several``: of those alternatives that are tuples."""
+    if several and get_origin(annotation) in (Union, UnionType):
+        return set().union(*map(kinds_in, [form for form in get_args(annotation) if get_origin(form) in (tuple, list)] or [annotation]))
     if get_origin(annotation) is Literal:
         return {type(value) for value in get_args(annotation)}
     return set().union(*map(kinds_in, get_args(annotation))) or {annotation}
@@ -58,11 +60,7 @@ def within(value: Any) -> Iterator[Any]:
 
 
 def build_config(plugin: str, model: type[PluginConfig], values: Mapping[str, Any]) -> PluginConfig:
-    """Validate ``values`` against ``model``.
-
-    Raises:
-        ConfigError: naming every bad key, its value and what is allowed.
-    """
+    """``values`` as a ``model``; raises ConfigError that names every bad key, its value and what is allowed."""
     try:
         return model(**values)
     except ValidationError as error:

@@ -9,6 +9,8 @@ from diffusers import ConfigMixin, DDIMScheduler, FlowMatchEulerDiscreteSchedule
 from diffusers.utils import BaseOutput
 from torch import Tensor
 
+from diffgraft.kernel.units import begin_of
+
 
 @dataclass
 class OwnOutput(BaseOutput):  # type: ignore[misc]
@@ -33,6 +35,11 @@ class OwnScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
     def set_begin_index(self, begin_index: int = 0) -> None:
         """Called by image-to-image pipelines after ``set_timesteps``."""
         self._begin_index = begin_index
+
+    def _place(self, timestep: Any) -> int:
+        """Where in the schedule the first step of a run is: ``begin_index``, or the place of ``timestep`` in ``timesteps``, a view of which
+        pipelines hand in (video to video cuts the front off and says nothing)."""
+        return begin_of(self, timestep)
 
     def __len__(self) -> int:
         return self.config.num_train_timesteps  # type: ignore[no-any-return]
@@ -71,15 +78,6 @@ class ODEScheduler(OwnScheduler):
             raise ValueError("mu is for flow models")
         if timesteps is not None and sigmas is not None:
             raise ValueError("give one of timesteps and sigmas")
-
-    def _place(self, timestep: Any) -> int:
-        """Where the first step of a run is: ``begin_index``, or the place of ``timestep`` in the schedule that it is a view of."""
-        own = self._timesteps
-        if self._begin_index is not None or not isinstance(timestep, Tensor):
-            return self._begin_index or 0
-        if timestep.untyped_storage().data_ptr() != own.untyped_storage().data_ptr():
-            return 0
-        return (int(timestep.storage_offset()) - int(own.storage_offset())) // max(int(own.stride(0)), 1)
 
     def scale_noise(self, sample: Tensor, timestep: Tensor, noise: Tensor) -> Tensor:
         """``add_noise`` under the name that flow-matching pipelines call."""

@@ -91,7 +91,7 @@ class _BDIA(OwnScheduler):
             sample: the present state z_i [batch, ...].
         """
         if self._levels is None:
-            self._levels, self._index = self._levels_of(self.sigmas.double().cpu()), self._begin_index or 0
+            self._levels, self._index = self._levels_of(self.sigmas.double().cpu()), self._place(timestep)
         i, levels = self._index, self._levels
         z, edited = unrounded(sample, self._exact, self._dtype)
         at = levels[i]

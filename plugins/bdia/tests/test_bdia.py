@@ -612,3 +612,19 @@ def test_a_picture_made_from_a_code_says_so_and_is_made_again(tmp_path, monkeypa
     assert "the same, bit for bit" in call("again", "a.png")
     call(*walk, "--image", "blue.png")
     assert "code.safetensors, which is not there any more or is another file now" in call("again", "a.png", expected=2)
+
+
+@pytest.mark.parametrize("kind", [BDIAScheduler, FlowBDIAScheduler])
+def test_video_to_video_steps_from_the_time_that_the_pipeline_chose(kind):
+    """WanVideoToVideoPipeline and AnimateDiff's cut the front of the schedule off without set_begin_index."""
+    ends = []
+    for says in (True, False):
+        scheduler = kind()
+        scheduler.set_timesteps(5)
+        if says:
+            scheduler.set_begin_index(2)
+        x = torch.ones(1, 2, 3)
+        for t in scheduler.timesteps[2:]:
+            x = scheduler.step(x.sin(), t, x).prev_sample
+        ends.append(x)
+    assert torch.equal(*ends)

@@ -102,7 +102,7 @@ class _FlowSDE(OwnScheduler):
             sample: x_t [batch, ...].
             generator: of the noise, or a list with one for each sample; without it torch's global one.
         """
-        i = self._index if self._index is not None else self._begin_index or 0
+        i = self._index if self._index is not None else self._place(timestep)
         here, there = self.levels[i], self.levels[i + 1]
         x, v = sample.float(), model_output.float()
         noisy = self.config.norm > 0 and there.r > 0

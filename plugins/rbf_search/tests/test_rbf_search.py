@@ -883,3 +883,18 @@ def test_bad_knobs(knobs, key):
 def test_a_reward_of_no_such_name():
     with pytest.raises(ConfigError, match="reward = 'emoji_juge' is no reward; did you mean 'emoji_judge'"):
         searching(reward="emoji_juge")
+
+
+def test_video_to_video_steps_from_the_time_that_the_pipeline_chose():
+    """WanVideoToVideoPipeline cuts the front of the schedule off without set_begin_index."""
+    ends = []
+    for says in (True, False):
+        scheduler = FlowSDEScheduler()
+        scheduler.set_timesteps(5)
+        if says:
+            scheduler.set_begin_index(2)
+        x, generator = torch.ones(1, 2, 3), torch.Generator().manual_seed(0)
+        for t in scheduler.timesteps[2:]:
+            x = scheduler.step(x.sin(), t, x, generator=generator).prev_sample
+        ends.append(x)
+    assert torch.equal(*ends)

@@ -1,6 +1,6 @@
 """One, two and four steps on emoji-wan: jumps with a fitted LoRA, the same jumps without it, plain runs, and 50 guided steps.
 
-    python plugins/rcm/benchmarks/few_steps.py                                # what a LoRA has to beat: 3 minutes on one core
+    python plugins/rcm/benchmarks/few_steps.py                                # what a LoRA has to beat: 2 minutes on one core
     python plugins/rcm/benchmarks/few_steps.py --lora FILE --out few-steps    # and one
 
 ``teacher`` is the checkpoint as it is called: 50 Euler steps, guidance 2, 100 forwards. ``plain, guided`` are fewer such steps, ``plain``

@@ -30,7 +30,7 @@ from diffgraft.methods.distilled import ensure_own_levels, unguided
 from diffgraft.methods.solvers import schedule_errors
 from torch import Tensor
 
-from diffgraft_rcm.fitter import STEPS, DCMFitter
+from diffgraft_rcm.fitter import DCMFitter
 from diffgraft_rcm.knobs import PAPER, RCMConfig
 from diffgraft_rcm.method import times_of
 from diffgraft_rcm.scheduler import RCMScheduler
@@ -40,11 +40,16 @@ __all__ = ["RCM", "RCMScheduler"]
 __version__ = "0.1.0"
 
 
+STEPS = 4
+"""Of a call that does not say how many, where ``times`` does not."""
+
+
 @dataclass
 class Begun:
-    """Of a run: its first latents, t_0 n."""
+    """Of a run: its first latents, t_0 n, if they are to be put in; and whether that was asked."""
 
     first: Tensor | None = None
+    asked: bool = False
 
 
 class RCM(Plugin):
@@ -66,7 +71,7 @@ class RCM(Plugin):
         return times_of("quality" if self.config.times is None else self.config.times, steps, self.config.sigma_max)
 
     def usual_steps(self) -> int:
-        """Of a call that does not say how many."""
+        """Of a call that does not say how many, and those that a fit learns."""
         return len(self.config.times) if isinstance(self.config.times, tuple) else STEPS
 
     def check(self, target: Target) -> None:
@@ -104,7 +109,6 @@ class RCM(Plugin):
         return RCMScheduler(num_train_timesteps=steps, times=self.config.times, sigma_max=self.config.sigma_max)
 
     def run(self, call: RunCall, next: Any) -> Any:
-        call.shared.first = None  # an outer plugin may run the pipeline several times
         if self.config.times is None:
             call.note("inactive: times is none, so steps, guidance and weights are the pipeline's own")
             return next(call)
@@ -114,22 +118,29 @@ class RCM(Plugin):
         return next(call if "num_inference_steps" in call.said else call.replace(num_inference_steps=self.usual_steps()))
 
     def schedule(self, call: ScheduleCall, next: Any) -> Schedule:
+        call.shared.__init__()  # other plugins, further out or in, may run the pipeline several times
         with schedule_errors(self.name):
             return next(call)  # type: ignore[no-any-return]
 
     def denoise(self, call: DenoiseCall, next: Any) -> Tensor:
         if self.config.times is None:
             return next(call)  # type: ignore[no-any-return]
-        if call.step.index == 0 and not call.step.begin and "strength" not in call.run.arguments:
+        if call.step.index == 0 and not call.step.begin:
             begun: Begun = call.shared
-            if begun.first is None:  # the other branch's call gets the same
-                begun.first = call.pipe.scheduler.first(call.latents)
-            call = call.with_latents(begun.first)
+            if not begun.asked:  # the other branch's call gets the same
+                begun.asked, begun.first = True, self.first(call)
+            call = call if begun.first is None else call.with_latents(begun.first)
         lora = call.given("lora")
         if lora is None:
             return next(call)  # type: ignore[no-any-return]
         with beside(call.model, {lora.name: self.config.strength}):
             return next(call)  # type: ignore[no-any-return]
+
+    @staticmethod
+    def first(call: DenoiseCall) -> Tensor | None:
+        """t_0 n; None where the latents are at that time already: of a noised picture, or a start that a plugin further out made."""
+        scheduler = call.pipe.scheduler
+        return None if scheduler.begun_noised or call.run.carried is not None else scheduler.first(call.latents)
 
     def step(self, call: StepCall, next: Any) -> StepOutput:
         if self.config.times is None:

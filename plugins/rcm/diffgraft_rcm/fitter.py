@@ -21,9 +21,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from diffgraft_rcm.method import clean, consistency_loss, guided, refined, start
 
-STEPS = 4
-"""Whose times are learned; a run of fewer takes the first of them."""
-
 
 class FitConfig(PluginConfig):
     """Knobs of the fit (``diffgraft fit rcm --set NAME=VALUE``)."""
@@ -48,7 +45,7 @@ class DCMFitter(LoraFitter):
     guidance: float | None = None
 
     def build(self, probe: Any) -> nn.Module:
-        times = (*self.plugin.times(STEPS), 0.0)
+        times = (*self.plugin.times(self.plugin.usual_steps()), 0.0)  # a run of fewer steps takes the first of them
         self.path = [t for stretch in refined(times, self.config.hop) for t in stretch[:-1]] + [0.0]
         return super().build(probe)
 

@@ -12,7 +12,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 from typing_extensions import Self
 
-from diffgraft_rcm.method import SIGMA_MAX, times_of
+from diffgraft_rcm.method import SIGMA_MAX, TABLES, times_of
 
 PAPER = Paper(
     title="Large Scale Diffusion Distillation via Score-Regularized Continuous-Time Consistency",
@@ -32,7 +32,9 @@ class RCMConfig(PluginConfig):
         description="RF times t of the steps: a published table for up to 4 ('quality': .98765 .93378 .85290 .60898; 'first': .98765 "
         ".78271 .60898 .40622), 'spread' for any number, or falling numbers of your own; none: off, bit for bit",
     )
-    sigma_max: float = Field(SIGMA_MAX, gt=0, le=1e6, description="tan(tau_0): noise to signal at the first time; published: 80 (I2V: 200)")
+    sigma_max: float = Field(
+        SIGMA_MAX, gt=0, le=1e6, description="tan(tau_0): noise to signal at the first time, of the tables; published: 80 (I2V: 200)"
+    )
     guided: bool = Field(False, description="allow guidance above 1: distilled models have theirs learned in, and need none")
     weights: str | Path | list[str | Path] | Weights | None = Field(
         None, description="a published distilled Wan transformer, in place of the pipeline's: a file, or 'owner/name/file' on the Hub"
@@ -46,4 +48,12 @@ class RCMConfig(PluginConfig):
     def _falls(self) -> Self:
         if self.times is not None:
             times_of(self.times, 1, self.sigma_max)
+        if isinstance(self.times, tuple) and self.sigma_max != SIGMA_MAX:
+            tables = ", ".join(map(repr, TABLES))
+            raise ValueError(
+                f"sigma_max = {self.sigma_max:g}: it is for {tables} and 'spread'; times of your own say themselves where a run begins: "
+                "leave it out"
+            )
+        if self.weights is not None and self.lora is not None:
+            raise ValueError("weights and lora: a LoRA is learned on the pipeline's own weights, and the published jump alone: give one")
         return self

@@ -46,6 +46,8 @@ def times_of(times: str | Sequence[float], steps: int, sigma_max: float = SIGMA_
     if steps < 1:
         raise ValueError(f"{steps} steps: at least 1")
     known = spread(steps, sigma_max) if times == "spread" else published(times, sigma_max) if isinstance(times, str) else tuple(times)
+    if not known:
+        raise ValueError("times = (): at least one, or 'quality', 'first', 'spread'")
     if any(not 0 < t <= 1 for t in known) or any(t <= s for t, s in pairwise(known)):
         shown = ", ".join(f"{t:.5g}" for t in known)
         raise ValueError(f"times = {shown} (sigma_max = {sigma_max:g}): each must be smaller than the one before, at most 1 and above 0")

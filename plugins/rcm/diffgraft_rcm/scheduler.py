@@ -28,6 +28,8 @@ class RCMScheduler(OwnScheduler):
     """
 
     init_noise_sigma = 1.0
+    begun_noised: bool
+    """Whether the run's latents were noised by ``scale_noise``, so that they are on the path already."""
 
     @register_to_config
     def __init__(self, num_train_timesteps: int = 1000, times: str | Sequence[float] = "quality", sigma_max: float = SIGMA_MAX) -> None:
@@ -48,17 +50,26 @@ class RCMScheduler(OwnScheduler):
         """
         given = next((each for each in (sigmas, timesteps) if each is not None), ())
         steps = len(given) or int(num_inference_steps or 0)
-        self._times = (*times_of(self.config.times, steps, self.config.sigma_max), 0.0)
-        self.sigmas = torch.tensor(self._times)
+        times = (*times_of(self.config.times, steps, self.config.sigma_max), 0.0)
+        self.sigmas = torch.tensor(times)
+        self._exact: tuple[Tensor, tuple[float, ...]] = self.sigmas, times
         self.timesteps = (self.sigmas[:-1].double() * self.config.num_train_timesteps).float().to(device)
         self.num_inference_steps = steps
         self._index: int | None = None
         self._begin_index: int | None = None
         self._kept: Tensor | None = None
+        self.begun_noised = False
+
+    @property
+    def levels(self) -> tuple[float, ...]:
+        """RF times of the run's points, 0 the last; of ``sigmas``, where somebody has put others in."""
+        if self._exact[0] is not self.sigmas:
+            self._exact = self.sigmas, tuple(self.sigmas.tolist())
+        return self._exact[1]
 
     def first(self, noise: Tensor) -> Tensor:
         """The first latents of unit noise [batch, ...]."""
-        return start(noise, self._times[0])
+        return start(noise, self.levels[0])
 
     def scale_model_input(self, sample: Tensor, timestep: Any = None) -> Tensor:
         """The samples are at the denoiser's scale."""
@@ -73,8 +84,8 @@ class RCMScheduler(OwnScheduler):
             model_output: the velocity n - x0 at ``sample`` [batch, ...].
             generator: of the noise, or a list with one for each sample; without it torch's global one.
         """
-        i = self._index if self._index is not None else self._begin_index or 0
-        t, after = self._times[i], self._times[i + 1]
+        i = self._index if self._index is not None else self._place(timestep)
+        t, after = self.levels[i], self.levels[i + 1]
         x, _ = unrounded(sample, self._kept, torch.float64)
         out = x0 = clean(x, model_output.double(), t)
         if after > 0:
@@ -87,6 +98,7 @@ class RCMScheduler(OwnScheduler):
 
     def scale_noise(self, sample: Tensor, timestep: Tensor, noise: Tensor) -> Tensor:
         """x_t of clean latents [batch, ...] at ``timestep`` [batch] (image to image)."""
+        self.begun_noised = True  # or inpainting, in a run that has begun
         t = timestep.to(sample.device, torch.float32) / self.config.num_train_timesteps
         t = t.reshape(-1, *[1] * (sample.ndim - 1)).to(sample.dtype)
         return renoised(sample, noise, t)

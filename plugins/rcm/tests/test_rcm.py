@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import diffgraft_checkpoints
 import pytest
 import torch
-from diffgraft import ArtefactMismatch, ConfigError, Unsupported, load_pipeline, unload
+from diffgraft import ArtefactMismatch, ConfigError, Plugin, Schedule, Unsupported, load_pipeline, unload
 from diffgraft.methods.adapters import adapter_layers
 from diffgraft.methods.examples import Example
 from diffgraft.methods.fitting import FitPlan, fit
 from diffgraft.methods.inputs import CallSettings
 from diffgraft.methods.published import Weights
+from diffgraft.methods.starts import start_from
 from diffgraft_pipelines.tiny import make
 from diffgraft_rcm import RCM, RCMScheduler
 from diffgraft_rcm.fitter import DCMFitter
@@ -99,7 +101,7 @@ def test_it_is_the_walk_in_trigflow(table: str, steps: int) -> None:
     scheduler.set_timesteps(steps)
     y, again = scheduler.first(noise), seeded(1)
     for i, t in enumerate(scheduler.timesteps):
-        y = scheduler.step(model(y, scheduler._times[i]), t, y, generator=again).prev_sample
+        y = scheduler.step(model(y, scheduler.levels[i]), t, y, generator=again).prev_sample
     assert torch.allclose(y, x, atol=1e-12)
 
 
@@ -146,7 +148,7 @@ def test_a_step_is_a_jump_and_fresh_noise_in_float64() -> None:
     end = scheduler.step(torch.zeros_like(v), t, first).prev_sample  # the state is not the rounded one
     assert torch.equal(end, exact.bfloat16())
     moved = first + 1
-    assert torch.equal(RCMScheduler.first(scheduler, moved), start(moved, scheduler._times[0]))
+    assert torch.equal(RCMScheduler.first(scheduler, moved), start(moved, scheduler.levels[0]))
 
 
 # the plugin ----------------------------------------------------------------------------------------------------------------------------
@@ -210,6 +212,141 @@ def test_the_noise_is_the_calls_and_each_samples_own() -> None:
     assert torch.equal(one, run(pipe, call, prompt=prompt))
 
 
+# where a run begins ------------------------------------------------------------------------------------------------------------------
+
+
+def walk(calls: list[tuple[torch.Tensor, float, torch.Tensor]], times: tuple[float, ...], generator: torch.Generator) -> torch.Tensor:
+    """The end of a run, by hand: from its first input and what the denoiser said, with ``generator`` where it was at the first call."""
+    x = calls[0][0].double()
+    for (_, told, v), t, after in zip(calls, times, [*times[1:], 0.0], strict=True):
+        assert told == pytest.approx(1000 * t, abs=1e-3)
+        x = x - t * v.double()
+        x = (1 - after) * x + after * torch.randn(x.shape, generator=generator).double() if after else x
+    return x
+
+
+@pytest.mark.parametrize(("times", "steps", "left"), [("first", 2, 1), ("quality", 4, 3), ("spread", 6, 4)])
+def test_video_to_video_steps_from_the_time_that_the_pipeline_chose(times: str, steps: int, left: int) -> None:
+    """WanVideoToVideoPipeline cuts the front of the schedule off without set_begin_index."""
+    pipe, call = tiny("WanVideoToVideoPipeline")
+    load_pipeline(pipe, plugins=[RCM(times=times)])
+    calls, at = seen(pipe), seeded()
+    generator, states = seeded(), []
+    pipe.transformer.register_forward_pre_hook(lambda *_: states.append(generator.get_state()))
+    out = run(pipe, call, num_inference_steps=steps, generator=generator)
+    at.set_state(states[0])
+    assert len(calls) == left
+    assert torch.allclose(out, walk(calls, RCM(times=times).times(steps)[-left:], at).float(), atol=1e-6)
+
+
+@pytest.mark.parametrize("stages", [1, 2])
+def test_from_noise_it_is_the_walk_written_anew(stages: int) -> None:
+    pipe, call = tiny("WanPipeline@2.2" if stages == 2 else "WanPipeline")
+    load_pipeline(pipe, plugins=[RCM()])
+    calls = seen(pipe)
+    if stages == 2:
+        pipe.transformer, pipe.transformer_2 = pipe.transformer_2, pipe.transformer
+        more = seen(pipe)
+        pipe.transformer, pipe.transformer_2 = pipe.transformer_2, pipe.transformer
+    out = run(pipe, call)
+    calls += more if stages == 2 else []
+    at = seeded()
+    noise = torch.randn(calls[0][0].shape, generator=at)
+    assert torch.allclose(calls[0][0], 80 / 81 * noise)
+    assert len(calls) == 4
+    assert torch.allclose(out, walk(calls, published("quality"), at).float(), atol=1e-6)
+
+
+class Cut(Plugin):
+    """Writes another schedule: every time a fifth smaller."""
+
+    name = "cut"
+    paper = RCM.paper
+    families = ("*",)
+    neutral: ClassVar[dict[str, Any]] = {}
+
+    def schedule(self, call: Any, next: Any) -> Schedule:
+        own = next(call)
+        return Schedule(0.8 * own.timesteps, 0.8 * own.sigmas)
+
+
+@pytest.mark.parametrize("inner", [False, True])
+def test_a_schedule_that_another_plugin_writes_is_followed(inner: bool) -> None:
+    pipe, call = tiny()
+    load_pipeline(pipe, plugins=[RCM(), Cut()] if inner else [Cut(), RCM()])
+    calls, at = seen(pipe), seeded()
+    out = run(pipe, call)
+    noise = torch.randn(calls[0][0].shape, generator=at)
+    times = tuple(0.8 * t for t in published("quality"))
+    assert torch.allclose(calls[0][0], times[0] * noise)
+    assert torch.allclose(out, walk(calls, times, at).float(), atol=1e-6)
+
+
+class Start(Plugin):
+    """Puts a start of its own in, at the first level."""
+
+    name = "start"
+    paper = RCM.paper
+    families = ("*",)
+    neutral: ClassVar[dict[str, Any]] = {}
+
+    def denoise(self, call: Any, next: Any) -> torch.Tensor:
+        return next(call.with_latents(start_from(call, torch.full_like(call.latents, 2.0))) if call.step.call == 0 else call)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+def test_a_start_that_another_plugin_made_is_not_scaled_again(guidance: float) -> None:
+    pipe, call = tiny()
+    load_pipeline(pipe, plugins=[Start(), RCM(times=(0.5, 0.2), guided=True)])
+    calls, at = seen(pipe), seeded()
+    run(pipe, call, guidance_scale=guidance)
+    noise = torch.randn(calls[0][0].shape, generator=at)
+    for x, _, _ in calls[: 1 + (guidance > 1)]:
+        assert torch.allclose(x, 0.5 * 2 + 0.5 * noise, atol=1e-6)
+
+
+@pytest.mark.parametrize("strength", [1.0, 0.6])
+def test_inpainting_begins_at_its_first_time_from_noise_and_from_the_picture(strength: float) -> None:
+    """StableDiffusion3InpaintPipeline at strength 1 begins with unit noise, and in two steps at 0.6 with the noised picture."""
+
+    def first(t: float) -> torch.Tensor:
+        pipe, call = tiny("StableDiffusion3InpaintPipeline")
+        load_pipeline(pipe, plugins=[RCM(times=(t, 0.1))])
+        kept: list[torch.Tensor] = []
+        pipe.transformer.pos_embed.register_forward_pre_hook(lambda module, args: kept.append(args[0].clone()))
+        run(pipe, call, strength=strength, num_inference_steps=2)
+        return kept[0]
+
+    noise, half = first(1.0), first(0.5)
+    picture = 0.0 if strength == 1 else 2 * half - noise
+    assert torch.allclose(first(0.2), 0.8 * picture + 0.2 * noise, atol=1e-6)
+    assert torch.allclose(half, 0.5 * picture + 0.5 * noise, atol=1e-6)
+
+
+class Twice(Plugin):
+    """Runs the pipeline two times and gives the second."""
+
+    name = "twice"
+    paper = RCM.paper
+    families = ("*",)
+    neutral: ClassVar[dict[str, Any]] = {}
+
+    def run(self, call: Any, next: Any) -> Any:
+        next(call)
+        return next(call)
+
+
+def test_each_pass_of_a_run_begins_with_its_own_noise() -> None:
+    pipe, call = tiny()
+    load_pipeline(pipe, plugins=[RCM(), Twice()])
+    calls = seen(pipe)
+    inner = run(pipe, call)
+    assert not torch.allclose(calls[0][0], calls[4][0])  # the generator has gone on
+    pipe.plugins.clear()
+    load_pipeline(pipe, plugins=[Twice(), RCM()])
+    assert torch.equal(run(pipe, call), inner)
+
+
 BAD_CALLS = [
     ({"guidance_scale": 5.0}, "guidance_scale = 5: .*leave guidance_scale out.*guided=True"),
     ({"num_inference_steps": 5}, "5 steps, but times = 'quality' has 4: .*'spread'"),
@@ -236,10 +373,14 @@ def test_a_call_that_is_none_for_it_is_refused_before_the_denoiser(call: dict[st
         ({"times": (1.5, 0.5)}, "at most 1"),
         ({"times": (0.9, 0.0)}, "above 0"),
         ({"times": (float("nan"),)}, "finite"),
-        ({"times": ()}, "has 0|none"),
+        ({"times": ()}, "at least one"),
+        ({"times": (True,)}, "True is no number"),
+        ({"times": ("0.9",)}, "'0.9' is no number"),
+        ({"times": (0.9, 0.5), "sigma_max": 200.0}, "sigma_max = 200: .*leave it out"),
         ({"times": "best"}, "times"),
         ({"sigma_max": 2.0}, "smaller than the one before"),
         ({"strength": -1.0}, "strength"),
+        ({"weights": "rcm.pt", "lora": "dcm.safetensors"}, "weights and lora: .*give one"),
     ],
 )
 def test_knobs_that_make_no_sense_are_refused(knobs: dict[str, Any], words: str) -> None:
@@ -353,6 +494,43 @@ def test_the_way_is_cut_into_even_parts() -> None:
     [first, second] = refined((1.0, 0.6, 0.0), 0.2)
     assert first == pytest.approx([1.0, 0.8, 0.6])
     assert second == pytest.approx([0.6, 0.4, 0.2, 0.0])
+
+
+def fitted(path: Path, plugin: RCM, **knobs: Any) -> tuple[float, list[tuple[torch.Tensor, float, torch.Tensor]], Any]:
+    """(loss of a fit's first step, its denoiser calls, the pipeline)."""
+    pipe, call = tiny()
+    calls = seen(pipe)
+    extra = {key: call[key] for key in ("num_frames", "max_sequence_length")}
+    settings = CallSettings(guidance_scale=3.0, height=call["height"], width=call["width"], extra=extra)
+    found = fit(pipe, plugin, [Example("an owl")], settings, path, FitPlan(1, 2), knobs={"rank": 2, **knobs})
+    return found.facts["fit"]["losses"][0], calls, pipe
+
+
+@pytest.mark.parametrize(
+    ("times", "path"), [("quality", published("quality")), ((0.9, 0.5), (0.9, 0.5)), ((0.9, 0.8, 0.6, 0.5, 0.3), (0.9, 0.8, 0.6, 0.5, 0.3))]
+)
+def test_a_fit_learns_all_times_of_a_run_by_the_formula(tmp_path: Path, times: Any, path: tuple[float, ...]) -> None:
+    """The first step's loss, before anything is learned, from the first input alone and the plain pipeline's own denoiser."""
+    loss, calls, pipe = fitted(tmp_path / "dcm.safetensors", RCM(times=times), teacher_step=0.3)
+    x = next(x for x, t, _ in calls if len(x) == 4 and abs(t - 1000 * path[0]) < 1e-2)[:2].double()  # the first guided call of the walk
+    texts = pipe.encode_prompt(["an owl"] * 2, None, True, 1, max_sequence_length=32)
+
+    def v(x: torch.Tensor, t: float, text: torch.Tensor) -> torch.Tensor:
+        told = torch.full((2,), 1000 * t)
+        with torch.no_grad():
+            return pipe.transformer(x.float(), timestep=told, encoder_hidden_states=text, return_dict=False)[0].double()  # type: ignore[no-any-return]
+
+    answers = []
+    for t, after in zip(path, [*path[1:], 0.0], strict=True):
+        answers.append(x - t * v(x, t, texts[0]))
+        parts = math.ceil((t - after) / 0.3)
+        for k in range(parts):
+            now = t + (after - t) * k / parts
+            cond, uncond = (v(x, now, text) for text in texts)
+            x = x + (after - t) / parts * (uncond + 3 * (cond - uncond))
+    answers.append(x)
+    wanted = [float(((a - b).square() + 0.03**2).sqrt().mean() - 0.03) for a, b in pairwise(answers)]
+    assert loss == pytest.approx(sum(wanted) / len(wanted), rel=2e-5)
 
 
 @pytest.fixture(scope="module")
