@@ -220,6 +220,11 @@ def test_a_fit_is_the_work_of_one_process(tmp_path, monkeypatch):
         run(tmp_path / "n.safetensors", 1, Nothing(), [Example("a")])
 
 
+def test_a_fitter_says_what_calls_its_result_is_for(tmp_path, monkeypatch):
+    monkeypatch.setattr(GateFitter, "suits", lambda self, settings: replace(settings, steps=2))
+    assert run(tmp_path / "gate.safetensors", steps=1).made_for.steps == 2
+
+
 def test_bad_input_is_refused_before_anything_runs(tmp_path, monkeypatch):
     out = tmp_path / "gate.safetensors"
     monkeypatch.setattr(GateFitter, "build", lambda *args: pytest.fail("begun"))
