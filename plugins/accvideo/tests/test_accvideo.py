@@ -178,6 +178,9 @@ def test_the_official_scripts_euler_levels_are_an_option():
     found = run(tiny(scheduler=euler(5.0)), {"steps": 10, "levels": "official"})[2]
     assert torch.equal(found, official.sigmas[torch.arange(0, 51, 5)])
     assert float(found[1]) == pytest.approx(0.9779, abs=5e-5), "not 0.9783, the second of ten on the line, nor 0.9757, of the number 10"
+    _, report, sigmas = run(tiny(scheduler=unipc(5.0)), {"steps": 10, "levels": "official"})
+    assert torch.equal(sigmas, run(tiny(scheduler=unipc(5.0)), {"steps": 10})[2])
+    assert "levels = 'official' changes nothing: UniPC" in str(report)
 
 
 def test_the_schedulers_config_stays_as_it_was():
@@ -614,6 +617,8 @@ def test_bad_files_and_knobs_are_refused(lora, tmp_path):
         load_pipeline(tiny().pipe, plugins=[AccVideo(lora=tmp_path / "bent.safetensors")])
     with pytest.raises(ConfigError, match="there is no such file"):
         load_pipeline(tiny().pipe, plugins=[AccVideo(lora=tmp_path / "none.safetensors")])
+    with pytest.raises(Unsupported, match="for no denoiser alone"):
+        load_pipeline(tiny().pipe, plugins=[AccVideo(lora={})])
     fused = tiny()
     fused.pipe.load_lora_weights(str(lora))
     fused.pipe.fuse_lora()
