@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -218,6 +219,11 @@ def test_a_fit_is_the_work_of_one_process(tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ConfigError, match="one process, not of 2"):
         run(tmp_path / "n.safetensors", 1, Nothing(), [Example("a")])
+
+
+def test_a_fitter_says_what_calls_its_result_is_for(tmp_path, monkeypatch):
+    monkeypatch.setattr(GateFitter, "suits", lambda self, settings: replace(settings, steps=2))
+    assert run(tmp_path / "gate.safetensors", steps=1).made_for.steps == 2
 
 
 def test_bad_input_is_refused_before_anything_runs(tmp_path, monkeypatch):

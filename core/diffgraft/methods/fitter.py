@@ -177,6 +177,10 @@ class Fitter(Plugin):
     def ensure_writable(cls, pipe: Any) -> None:
         """Raises Unsupported where what is learned on this pipeline could not be written."""
 
+    def suits(self, settings: CallSettings) -> CallSettings:
+        """Settings of the calls that the result is for, by those that were said and the plugin's knobs; ConfigError where these differ."""
+        return settings
+
     def ensure_enough(self, pipe: Any, examples: Sequence[Example], rows: Iterable[Sequence[int]]) -> None:
         """Raise ConfigError where the examples do not suffice, before anything is kept; ``rows`` are those that each step will take."""
 

@@ -192,6 +192,7 @@ def fit(
     ensure_bare(pipe, f"what {plugin.name} learns on must be the plain pipeline")
     ensure_family(plugin, find_family(type(pipe)), plain_class(type(pipe)))
     fitter.ensure_writable(pipe)
+    settings = fitter.suits(settings)
     ensure_examples(pipe, examples, fitter.wants, plugin.name)
     check_file(out, [".safetensors"])
     examples = list(examples) or [Example()]

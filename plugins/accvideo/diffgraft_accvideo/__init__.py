@@ -44,12 +44,12 @@ class AccVideo(Plugin):
     def check(self, target: Target) -> None:
         if self.config.steps == 0:
             return
-        ensure_flow(target.family, target.pipe.scheduler)
+        ensure_flow(target.family, target.pipe.scheduler, self.config)
         adapter = target.given["lora"]
         if adapter is not None and (without := target.denoisers.keys() - adapter.loras.keys()):
             raise Unsupported(
-                f"accvideo: lora is for {', '.join(adapter.loras)} alone, and a student replaces {min(without)} too: name one "
-                f"for each, lora={{{', '.join(f'{name!r}: FILE' for name in target.denoisers)}}}"
+                f"accvideo: lora is for {', '.join(adapter.loras) or 'no denoiser'} alone, and a student replaces {min(without)} too: name "
+                f"one for each, lora={{{', '.join(f'{name!r}: FILE' for name in target.denoisers)}}}"
             )
 
     def run(self, call: RunCall, next: Any) -> Any:
@@ -57,7 +57,7 @@ class AccVideo(Plugin):
         if knobs.steps == 0:
             call.note("inactive: steps is 0, so the run is the pipeline's own")
             return next(call)
-        ensure_flow(call.family, call.pipe.scheduler)  # again: the scheduler may be another one now
+        ensure_flow(call.family, call.pipe.scheduler, knobs)  # again: the scheduler may be another one now
         ensure_own_levels(call, "steps=0")
         call = self._with_steps(call)
         if knobs.guidance != "keep":
@@ -66,6 +66,8 @@ class AccVideo(Plugin):
             call.note("no lora is given: the base model makes the student's few steps, which it was not made for")
         elif not is_euler(call.pipe.scheduler):
             call.note(f"{type(call.pipe.scheduler).__name__} mixes earlier steps into each; what `fit` learned are FlowMatchEuler's steps")
+        if knobs.levels == "official" and not is_euler(call.pipe.scheduler):
+            call.note(f"levels = 'official' changes nothing: {type(call.pipe.scheduler).__name__} has one line of its own")
         if knobs.trajectories is not None:
             call.note("trajectories are for `diffgraft fit accvideo`; a run does not read them")
         return next(call)

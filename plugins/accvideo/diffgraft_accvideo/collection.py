@@ -14,7 +14,7 @@ from pydantic import Field
 from torch import Tensor
 from typing_extensions import TypedDict
 
-from diffgraft_accvideo.knobs import PAPER, AccVideoConfig
+from diffgraft_accvideo.knobs import PAPER, AccVideoConfig, ensure_unsaid
 from diffgraft_accvideo.method import union
 from diffgraft_accvideo.schedules import ensure_flow, is_euler, whole
 
@@ -64,10 +64,11 @@ class Collect(Calibrator):
     config: AccVideoConfig
 
     def check(self, target: Target) -> None:
-        ensure_teaches(target.pipe, target.family)
+        ensure_unsaid(self.config, "the teacher is the pipeline as it is", "lora", "strength", "guidance")
+        ensure_teaches(target.pipe, target.family, self.config)
 
     def run(self, call: RunCall, next: Any) -> Any:
-        ensure_teaches(call.pipe, call.family)
+        ensure_teaches(call.pipe, call.family, self.config)
         prompt = call.get("prompt")
         if prompt is None:
             raise ConfigError("plugin 'accvideo': trajectories are kept with their prompts: give them as text")
@@ -79,6 +80,10 @@ class Collect(Calibrator):
         if max(self.config.points) > K:
             raise ConfigError(
                 f"plugin 'accvideo': points = {max(self.config.points)} of a trajectory of {K} steps: at most as many; ask for more steps"
+            )
+        if "grid" in self.config.model_fields_set and self.config.grid != K:
+            raise ConfigError(
+                f"plugin 'accvideo': grid = {self.config.grid}, and this trajectory has {K} steps: say --steps {self.config.grid}"
             )
         made = whole(call.scheduler, K, self.config, own.timesteps.device, call.get("mu"))
         assert made.sigmas is not None
@@ -118,13 +123,13 @@ class Collect(Calibrator):
         return {"points": torch.cat([record["points"] for record in records]), "sigmas": first["sigmas"]}, facts
 
 
-def ensure_teaches(pipe: Any, family: Any) -> None:
+def ensure_teaches(pipe: Any, family: Any, knobs: AccVideoConfig) -> None:
     """Refuse a pipeline whose trajectories a student cannot be taught by.
 
     Raises:
         Unsupported: with the reason.
     """
-    ensure_flow(family, pipe.scheduler)
+    ensure_flow(family, pipe.scheduler, knobs)
     if not is_euler(pipe.scheduler):
         raise Unsupported(
             f"accvideo: a student makes Euler's steps, and {type(pipe.scheduler).__name__} makes others: collect and fit with "

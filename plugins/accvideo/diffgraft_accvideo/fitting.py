@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
 from diffgraft import ArtefactMismatch, ConfigError, PluginConfig, denoisers_of, find_family
 from diffgraft.methods.artefacts import Artefact
 from diffgraft.methods.fitter import Batch, LoraFitter
+from diffgraft.methods.inputs import CallSettings
 from pydantic import Field
 from torch import Tensor, nn
 
 from diffgraft_accvideo.collection import HOLDS, ensure_teaches
+from diffgraft_accvideo.knobs import ensure_unsaid
 from diffgraft_accvideo.method import jump, key_points, trajectory_loss
 from diffgraft_accvideo.schedules import strided, whole
 
@@ -37,10 +40,31 @@ class AccVideoFitter(LoraFitter):
     plugin: Any
     config: FitConfig
 
+    def suits(self, settings: CallSettings) -> CallSettings:
+        """Calls of N steps.
+
+        Raises:
+            ConfigError: knobs of a run are set, or the settings say another number of steps, or guidance.
+        """
+        N = self.plugin.config.steps
+        ensure_unsaid(self.plugin.config, "a fit begins anew, from the pipeline's own weights", "lora", "strength", "guidance")
+        if N and settings.steps not in (None, N):
+            raise ConfigError(
+                f"plugin 'accvideo': --inference-steps {settings.steps}, and steps = {N} is what the student makes: leave the first out, "
+                f"or say -o accvideo.steps={settings.steps}"
+            )
+        for name, said in (("--guidance-scale", settings.guidance_scale), ("--negative-prompt", settings.negative_prompt)):
+            if said is not None:
+                raise ConfigError(
+                    f"plugin 'accvideo': {name} {said!r}: a fit has its teacher's guidance from the trajectories; leave {name} out, or "
+                    f"collect others with it (`diffgraft calibrate accvideo ... {name} ...`)"
+                )
+        return replace(settings, steps=N or settings.steps)
+
     def ensure_enough(self, pipe: Any, examples: Sequence[Any], rows: Iterable[Sequence[int]]) -> None:
         """Read the trajectories, and refuse those of another model, scheduler or grid, and prompts without one."""
         family = find_family(type(pipe))
-        ensure_teaches(pipe, family)
+        ensure_teaches(pipe, family, self.plugin.config)
         self.read(pipe, denoisers_of(pipe, family), pipe.scheduler)
         if missing := next((each.prompt for each in examples if each.prompt not in self.of_text), None):
             raise ConfigError(

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
+from reprlib import repr as brief
 from typing import Any, Literal
 
-from diffgraft import Paper, PluginConfig
+from diffgraft import ConfigError, Paper, PluginConfig
 from diffgraft.methods.artefacts import Artefact, checksum
 from pydantic import Field, field_serializer, model_validator
 from typing_extensions import Self
@@ -69,3 +70,11 @@ class AccVideoConfig(PluginConfig):
         if wrong := [n for n in self.points if not 1 <= n <= 1000]:
             raise ValueError(f"points = {wrong[0]}: a number of steps, 1 to 1000")
         return self
+
+
+def ensure_unsaid(knobs: AccVideoConfig, why: str, *names: str) -> None:
+    """Raises ConfigError where one of the knobs ``names``, which would do nothing, is not at its default."""
+    for name in names:
+        value, usual = getattr(knobs, name), type(knobs).model_fields[name].default
+        if value != usual:
+            raise ConfigError(f"plugin 'accvideo': {name} = {brief(value)} is for a run; {why}: leave {name} out")

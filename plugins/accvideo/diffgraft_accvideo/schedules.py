@@ -16,8 +16,8 @@ SPREAD = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "inv
 """Settings under which the levels are not a shifted line, or a step is not Euler's."""
 
 
-def ensure_flow(family: Family, scheduler: Any) -> None:
-    """Refuse a scheduler whose levels are no shifted line.
+def ensure_flow(family: Family, scheduler: Any, knobs: AccVideoConfig) -> None:
+    """Refuse a scheduler whose levels are no shifted line, that draws noise in its steps, or that takes no ``shift`` where one is said.
 
     Raises:
         Unsupported: with what to use instead.
@@ -30,6 +30,20 @@ def ensure_flow(family: Family, scheduler: Any) -> None:
         )
     if wrong := [key for key in SPREAD if config.get(key)]:
         raise Unsupported(f"accvideo: {name} with {wrong[0]} has other levels than a student was made for: set {wrong[0]} = False")
+    if str(kind := config.get("algorithm_type")).startswith("sde"):
+        raise Unsupported(
+            f"accvideo: {name} with algorithm_type = {kind!r} draws noise in each step, and a student's jumps have none: set "
+            f"algorithm_type = {kind.removeprefix('sde-')!r}"
+        )
+    if config.get("final_sigmas_type") == "sigma_min":
+        raise Unsupported(
+            f"accvideo: {name} with final_sigmas_type = 'sigma_min' stops before the last jump: set final_sigmas_type = 'zero'"
+        )
+    if knobs.shift is not None and config.get("use_dynamic_shifting"):
+        raise Unsupported(
+            f"accvideo: shift = {knobs.shift:g}, and this {name} shifts by the size of the video (use_dynamic_shifting), so that a number "
+            "does nothing: leave shift out, or set use_dynamic_shifting = False"
+        )
 
 
 def is_euler(scheduler: Any) -> bool:
@@ -44,7 +58,7 @@ def whole(scheduler: Any, K: int, knobs: AccVideoConfig, device: Any = None, mu:
         mu: what the pipeline says of the size, where the shift is dynamic.
 
     Raises:
-        Unsupported: it makes no K steps (one that another plugin brings may know fewer).
+        Unsupported: it makes no K steps (one that another plugin brings may know fewer), or ends above the last level of its training.
     """
     shift, euler = knobs.shift, is_euler(scheduler)
     twin = type(scheduler).from_config(scheduler.config, **({} if shift is None else {"shift" if euler else "flow_shift": shift}))
@@ -59,6 +73,11 @@ def whole(scheduler: Any, K: int, knobs: AccVideoConfig, device: Any = None, mu:
     except ValueError as error:
         name = type(scheduler).__name__
         raise Unsupported(f"accvideo: {name} does not make the grid of {K} steps that a student's levels are of: {error}") from error
+    if not euler and (last := float(twin.sigmas[-1])) * scheduler.config.num_train_timesteps > 1.001:
+        raise Unsupported(
+            f"accvideo: {type(scheduler).__name__} ends at the level {last:.4g}, before a student's last jump, which ends at 0: use "
+            "FlowMatchEulerDiscreteScheduler, or UniPC or DPM++ with use_flow_sigmas"
+        )
     return Schedule(twin.timesteps, twin.sigmas)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from itertools import pairwise
 
 import pytest
@@ -21,6 +22,7 @@ from diffusers import (
     DPMSolverMultistepScheduler,
     FlowMatchEulerDiscreteScheduler,
     FlowMatchHeunDiscreteScheduler,
+    SASolverScheduler,
     UniPCMultistepScheduler,
 )
 from safetensors.torch import load_file, save_file
@@ -176,6 +178,9 @@ def test_the_official_scripts_euler_levels_are_an_option():
     found = run(tiny(scheduler=euler(5.0)), {"steps": 10, "levels": "official"})[2]
     assert torch.equal(found, official.sigmas[torch.arange(0, 51, 5)])
     assert float(found[1]) == pytest.approx(0.9779, abs=5e-5), "not 0.9783, the second of ten on the line, nor 0.9757, of the number 10"
+    _, report, sigmas = run(tiny(scheduler=unipc(5.0)), {"steps": 10, "levels": "official"})
+    assert torch.equal(sigmas, run(tiny(scheduler=unipc(5.0)), {"steps": 10})[2])
+    assert "levels = 'official' changes nothing: UniPC" in str(report)
 
 
 def test_the_schedulers_config_stays_as_it_was():
@@ -186,6 +191,56 @@ def test_the_schedulers_config_stays_as_it_was():
     assert made.pipe.scheduler.shift == 3.0
     plain = run(made, None, num_inference_steps=4)[0]
     assert torch.equal(plain, run(tiny(), None, num_inference_steps=4)[0])
+
+
+def test_a_shift_that_would_do_nothing_is_refused():
+    """A scheduler that shifts by the size of the video takes no number."""
+    made = make("LTXPipeline")
+    assert made.pipe.scheduler.config.use_dynamic_shifting
+    with pytest.raises(Unsupported, match=r"shift = 3, .*use_dynamic_shifting.*leave shift out"):
+        run(made, {"steps": 5, "shift": 3.0})
+    made.pipe.scheduler = euler(5.0)
+    _, _, sigmas = run(made, {"steps": 5, "shift": 3.0})
+    s = 1 - torch.arange(6) / 5
+    torch.testing.assert_close(sigmas, 3 * s / (1 + 2 * s), rtol=0, atol=1e-6)
+
+
+def test_schedulers_that_end_above_nothing_or_draw_noise_are_refused_before_the_denoiser():
+    asked, flow = [], {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0}
+    for scheduler, match in (
+        (unipc(final_sigmas_type="sigma_min"), "final_sigmas_type = 'zero'"),
+        (DPMSolverMultistepScheduler(**flow, final_sigmas_type="sigma_min"), "final_sigmas_type = 'zero'"),
+        (DPMSolverMultistepScheduler(**flow, algorithm_type="sde-dpmsolver++"), "algorithm_type = 'dpmsolver[+][+]'"),
+        (SASolverScheduler(**flow), r"SASolverScheduler ends at the level 0\.0"),
+    ):
+        made = tiny(scheduler=scheduler)
+        made.pipe.transformer.register_forward_pre_hook(lambda *_: asked.append(1))
+        with pytest.raises(Unsupported, match=match):
+            run(made, {"steps": 5})
+    assert not asked
+
+
+@pytest.mark.parametrize("n", [4, 5, 10])
+@pytest.mark.parametrize("several", [False, True])
+def test_a_run_is_the_loop_that_anybody_writes(n, several, lora):
+    """Euler's steps in a few lines, without diffgraft: the levels in closed form, the LoRA merged into the weights."""
+    made, said = tiny(scheduler=euler(5.0)), PROMPTS if several else PROMPTS[0]
+    rows = 4 if several else 1
+    x = torch.randn(rows, *run(tiny(), {"steps": 1})[0].shape[1:], generator=torch.Generator().manual_seed(7))
+    call = {"prompt": said, "negative_prompt": None, "num_videos_per_prompt": 2 if several else 1, "latents": x}
+    found = run(made, {"steps": n, "lora": lora, "strength": 0.5}, **call)[0]
+    state = load_file(lora)
+    for name in (key.removesuffix(".lora_A.weight") for key in state if key.endswith(".lora_A.weight")):
+        weight = made.pipe.transformer.get_submodule(name.removeprefix("transformer.")).weight
+        weight.data += 0.5 * state[f"{name}.lora_B.weight"] @ state[f"{name}.lora_A.weight"]
+    s = [1 - math.ceil(i * 50 / n - 0.5) / 50 for i in range(n + 1)]
+    s = [5 * each / (1 + 4 * each) for each in s]
+    text = made.pipe.encode_prompt(said, None, False, call["num_videos_per_prompt"], max_sequence_length=32)[0]
+    with torch.no_grad():
+        for here, there in pairwise(s):
+            t = torch.full((rows,), 1000 * here)
+            x = x + (there - here) * made.pipe.transformer(x, t, text, return_dict=False)[0]
+    torch.testing.assert_close(found, x, rtol=0, atol=2e-5)
 
 
 # the jump -----------------------------------------------------------------------------------------------------------------------------
@@ -290,6 +345,18 @@ def test_what_cannot_teach_is_refused(tmp_path):
 # the fit ------------------------------------------------------------------------------------------------------------------------------
 
 
+def test_the_loss_of_a_fit_is_the_jump_of_the_base_by_hand(tmp_path):
+    """One trajectory and one jump: the first loss is known by hand, with a plain call of the denoiser."""
+    made = tiny()
+    held = collected(made, tmp_path / "t.safetensors", PROMPTS[:1], points=(1,))
+    found = fitted(made, tmp_path / "l.safetensors", held, steps=1, plan=FitPlan(steps=1, batch=1), prompts=PROMPTS[:1])
+    start, end = held.tensors["points"][0]
+    text = made.pipe.encode_prompt(PROMPTS[0], None, False, 1, max_sequence_length=32)[0]
+    with torch.no_grad():
+        v = made.pipe.transformer(start[None], torch.tensor([1000.0]), text, return_dict=False)[0][0]
+    assert found.facts["fit"]["losses"][0] == pytest.approx(float((start - v - end).square().mean()), rel=1e-5)
+
+
 def test_a_fit_brings_the_student_nearer_to_its_teachers_end(tmp_path, trajectories):
     made = tiny()
     out = tmp_path / "l.safetensors"
@@ -348,6 +415,39 @@ def test_trajectories_of_something_else_are_refused_before_anything_is_learned(t
         for parameter in other.pipe.transformer.parameters():
             parameter.mul_(1.5)
     refused(ArtefactMismatch, "with other weights", other)
+
+
+def test_a_fit_and_a_collection_refuse_what_they_would_not_use(tmp_path, trajectories):
+    def refused(match, settings=None, **knobs):
+        plugin = AccVideo(**{"steps": 5, "grid": 10, "trajectories": trajectories, **knobs})
+        call = CallSettings(height=32, width=32, extra={"max_sequence_length": 32, "num_frames": 5}, **(settings or {}))
+        with pytest.raises(ConfigError, match=match):
+            fit(tiny().pipe, plugin, [Example(PROMPTS[0])], call, tmp_path / "l.safetensors", FitPlan(steps=1, batch=1))
+        assert not list(tmp_path.iterdir())
+
+    refused(r"lora = .*a fit begins anew.*leave lora out", lora="student.safetensors")
+    refused(r"strength = 0.5 is for a run", strength=0.5)
+    refused(r"guidance = 'keep' is for a run", guidance="keep")
+    refused(r"--inference-steps 10, and steps = 5", {"steps": 10})
+    refused(r"--guidance-scale 3.0: .*leave --guidance-scale out", {"guidance_scale": 3.0})
+    refused(r"--negative-prompt 'blurry'", {"negative_prompt": "blurry"})
+    for knobs, match in (
+        ({"lora": "x.safetensors"}, "the teacher is the pipeline as it is"),
+        ({"grid": 20}, "grid = 20, and this trajectory has 10"),
+    ):
+        plugin = AccVideo(points=(5,), steps=5, **knobs)
+        call = CallSettings(steps=10, height=32, width=32, extra={"max_sequence_length": 32, "num_frames": 5})
+        made = tiny()
+        with pytest.raises(ConfigError, match=match):
+            calibrate(made.pipe, plugin, make_samples(made.pipe, range(1), PROMPTS[:1]), call, tmp_path / "t.safetensors")
+        assert not (tmp_path / "t.safetensors").exists()
+
+
+def test_a_fitted_student_is_for_calls_of_its_own_steps(tmp_path, trajectories):
+    plugin = AccVideo(steps=5, grid=10, trajectories=trajectories)
+    call = CallSettings(height=32, width=32, extra={"max_sequence_length": 32, "num_frames": 5})
+    found = fit(tiny().pipe, plugin, [Example(PROMPTS[0])], call, tmp_path / "l.safetensors", FitPlan(steps=1, batch=1))
+    assert found.made_for.steps == 5
 
 
 def test_trajectories_of_another_size_are_refused(tmp_path, trajectories):
@@ -517,6 +617,8 @@ def test_bad_files_and_knobs_are_refused(lora, tmp_path):
         load_pipeline(tiny().pipe, plugins=[AccVideo(lora=tmp_path / "bent.safetensors")])
     with pytest.raises(ConfigError, match="there is no such file"):
         load_pipeline(tiny().pipe, plugins=[AccVideo(lora=tmp_path / "none.safetensors")])
+    with pytest.raises(Unsupported, match="for no denoiser alone"):
+        load_pipeline(tiny().pipe, plugins=[AccVideo(lora={})])
     fused = tiny()
     fused.pipe.load_lora_weights(str(lora))
     fused.pipe.fuse_lora()
