@@ -40,6 +40,10 @@ __all__ = ["DPMSolver", "DPMSolverScheduler"]
 __version__ = "0.1.0"
 
 
+ADAPTIVE = ("atol", "rtol", "h_init", "theta")
+"""Knobs of adaptive runs alone."""
+
+
 class DPMSolverConfig(PluginConfig):
     """Knobs of DPM-Solver."""
 
@@ -67,6 +71,9 @@ class DPMSolverConfig(PluginConfig):
             raise ValueError("order = 1 with mode = 'adaptive': it compares two orders; give order 2 or 3")
         if self.mode == "adaptive" and self.atol == self.rtol == 0:
             raise ValueError("atol = rtol = 0: no step would ever be accepted; give one of them")
+        unused = [name for name in ADAPTIVE if getattr(self, name) != type(self).model_fields[name].default]
+        if self.mode != "adaptive" and unused:
+            raise ValueError(f"{unused[0]} = {getattr(self, unused[0])} with mode = {self.mode!r}: only mode='adaptive' has tolerances")
         return self
 
 

@@ -707,3 +707,11 @@ def test_walk_of_one_call_is_first_order():
     x0 = (x - mine.schedule.level(first).sigma * eps) / mine.schedule.level(first).alpha
     torch.testing.assert_close(way.take(x0, x0), by_hand(x, first, last, 1, "data", mine.schedule.level, of_mixture))
     assert way.done.all()
+
+
+@pytest.mark.parametrize("knobs", [{"rtol": 0.2}, {"mode": "fixed", "theta": 0.5}, {"h_init": 0.1}, {"atol": 0.0}])
+def test_tolerances_are_refused_where_nothing_has_them(knobs):
+    with pytest.raises(ConfigError, match=r"with mode = '(fast|fixed)': only mode='adaptive' has tolerances"):
+        DPMSolver(**knobs)
+    DPMSolver(**{**knobs, "mode": "adaptive"})
+    DPMSolver(rtol=0.05)  # what it is anyway
