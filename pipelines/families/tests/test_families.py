@@ -40,6 +40,7 @@ pytestmark = [
 
 VARIANTS = {
     "StableDiffusionInpaintPipeline": ("9",),
+    "Flux2KleinPipeline": ("image",),
     "WanPipeline": ("2.2",),
     "WanImageToVideoPipeline": ("2.2",),
 }

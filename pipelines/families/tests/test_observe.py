@@ -35,8 +35,9 @@ def test_what_is_seen_is_what_the_family_says(family: Family, name: str, request
     observed = observe(lambda: make(name, 0))
     seen, remarks = observed.family, observed.remarks
     assert set(seen.denoisers) <= set(family.denoisers)
-    for fact in ("kind", "sample", "timestep", "timestep_scale", "prediction", "copied_scheduler", "latents", "branch_prediction"):
+    for fact in ("kind", "sample", "timestep", "timestep_scale", "prediction", "copied_scheduler", "latents"):
         assert getattr(seen, fact) == getattr(family, fact), fact
+    assert seen.branch_prediction in (family.branch_prediction, *(("same",) if seen.appended != family.appended else ()))
     assert seen.appended in ("none", family.appended)
     assert set(seen.common) <= set(family.common)
     assert set(seen.conditioning) - CONTROLS <= set(family.conditioning)

@@ -20,6 +20,9 @@ from transformers import (
     CLIPTokenizer,
     CLIPVisionConfig,
     CLIPVisionModelWithProjection,
+    Qwen2Tokenizer,
+    Qwen3Config,
+    Qwen3ForCausalLM,
     T5Config,
     T5EncoderModel,
     T5Tokenizer,
@@ -155,6 +158,28 @@ def t5_config(tokenizer: T5Tokenizer) -> dict[str, int]:
 def t5_text(tokenizer: T5Tokenizer) -> T5EncoderModel:
     """A two-layer T5 encoder."""
     return T5EncoderModel(T5Config(**t5_config(tokenizer)))
+
+
+def chat_tokenizer() -> Qwen2Tokenizer:
+    """Bytes, no merges, and a chat template that adds nothing but the marks of a turn."""
+    tokens = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *sorted(ByteLevel.alphabet())]
+    result = Qwen2Tokenizer(vocab={token: i for i, token in enumerate(tokens)}, merges=[])
+    result.chat_template = "{% for turn in messages %}<|im_start|>{{ turn['content'] }}<|im_end|>{% endfor %}"
+    return result
+
+
+def qwen3_text(tokenizer: Qwen2Tokenizer) -> Qwen3ForCausalLM:
+    """A two-layer Qwen3."""
+    config = Qwen3Config(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        head_dim=16,
+    )
+    return Qwen3ForCausalLM(config)
 
 
 def umt5_text(tokenizer: T5Tokenizer) -> UMT5EncoderModel:
