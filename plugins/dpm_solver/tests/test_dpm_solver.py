@@ -703,6 +703,16 @@ def test_eulers_scheduler_gives_the_picture_that_ddim_gives():
     torch.testing.assert_close(outs[1], outs[3], rtol=1e-3, atol=1e-2)
 
 
+@pytest.mark.parametrize("calls", [0, -3])
+def test_less_than_one_call_is_refused(calls):
+    """It ran one call and said nothing."""
+    pipe, built = tiny()
+    with pytest.raises(ConfigError, match=f"num_inference_steps = {calls}: give 1 or more"):
+        run(pipe, built, num_inference_steps=calls)
+    with pytest.raises(ValueError, match="give 1 or more"):
+        DPMSolverScheduler(prediction_type="flow_prediction", spacing="time").set_timesteps(calls)
+
+
 def test_what_does_not_go_is_refused_before_the_denoiser_runs():
     with pytest.raises(ConfigError, match="compares two orders"):
         DPMSolver(order=1, mode="adaptive")
