@@ -124,7 +124,7 @@ def combine(w: Weights, x: Tensor, m: Tensor, other: Tensor | None) -> Tensor:
 def error(high: Tensor, low: Tensor, before: Tensor, atol: float, rtol: float) -> Tensor:
     """E [batch] of two solutions of different order: the RMS of their difference over delta = max(atol, rtol max(|low|, |before|)),
     ``before`` being the lower one of the last accepted step."""
-    delta = (rtol * torch.maximum(low.abs(), before.abs())).clamp_min(atol)
+    delta = (rtol * torch.maximum(low.abs(), before.abs())).clamp_min(max(atol, torch.finfo(low.dtype).tiny))  # 0 / 0 is no error
     return ((high - low) / delta).square().flatten(1).mean(1).sqrt()
 
 

@@ -187,10 +187,12 @@ class DPMSolverScheduler(ODEScheduler):
             timesteps: own times of the calls, falling.
 
         Raises:
-            ValueError: calls that make no whole steps ("fixed") or not one ("adaptive"), own times that do not fall or lie outside of the
-                training's, or arguments that the model's kind does not take.
+            ValueError: no call, calls that make no whole steps ("fixed") or not one ("adaptive"), own times that do not fall or lie
+                outside of the training's, or arguments that the model's kind does not take.
         """
         T, flow, zero = self.config.num_train_timesteps, self._euler is not None, self.config.denoise_to_zero
+        if num_inference_steps is not None and num_inference_steps < 1:
+            raise ValueError(f"num_inference_steps = {num_inference_steps}: give 1 or more")
         self._ensure_kind(sigmas, mu, timesteps)
         if timesteps is not None:
             return self._take_up(self._lam_of(falling(timesteps, "timesteps", 0, T if flow else T - 1).numpy()), zero, device)

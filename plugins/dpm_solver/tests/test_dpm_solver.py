@@ -332,6 +332,14 @@ def test_smaller_tolerances_come_nearer(exact, form):
     assert errors[-1] < 1e-4
 
 
+def test_what_is_zero_in_both_orders_is_no_error():
+    """Without an absolute tolerance 0 / 0 was no number, no step was accepted, and the picture was none."""
+    nothing = torch.zeros(2, 3)
+    assert torch.equal(M.error(nothing, nothing, nothing, 0.0, 0.05), torch.zeros(2))
+    half = torch.tensor([[0.0, 1.0]])
+    torch.testing.assert_close(M.error(half * 1.1, half, half, 0.0, 0.05), torch.tensor([math.sqrt(2.0)]))
+
+
 def test_a_sample_at_the_end_is_frozen():
     mine = solver(mode="adaptive", together=False)
     mine.set_timesteps(120)
@@ -608,6 +616,64 @@ def test_alone_or_in_a_batch_a_sample_is_the_same():
         torch.testing.assert_close(alone[0], both[i], rtol=0, atol=1e-2)  # an untrained network: latents of size 50
 
 
+def test_in_float64_a_batch_changes_nothing():
+    """What is left in float32 is rounding, which the choice of step sizes makes larger (README)."""
+    built = make("StableDiffusionPipeline")
+    pipe = load_pipeline(built.pipe.to(torch.float64), plugins=[DPMSolver(mode="adaptive")])
+    pipe.set_progress_bar_config(disable=True)
+    latents = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+    def ask(rows):
+        prompts = [("a dog", "a cat")[i] for i in rows]
+        given = {**built.kwargs, "prompt": prompts, "negative_prompt": ["bad"] * len(rows), "latents": latents[rows]}
+        out = pipe(**given | {"height": 64, "width": 64, "num_inference_steps": 90, "output_type": "latent"})[0]
+        return out, pipe.plugins.report().plugins["dpm_solver"].records
+
+    both, told = ask([0, 1])
+    for i in (0, 1):
+        alone, records = ask([i])
+        assert all(records[name][0] == told[name][i] for name in ("calls", "accepted", "rejected"))
+        torch.testing.assert_close(alone[0], both[i], rtol=0, atol=1e-9 * float(both.abs().max()))
+
+
+@pytest.mark.parametrize("form", ["data", "noise"])
+@pytest.mark.parametrize(("kind", "calls"), [("epsilon", 10), ("v_prediction", 11), ("sample", 12)])
+def test_a_run_is_a_plain_loop_around_the_denoiser(kind, calls, form):
+    """A whole run of the pipeline, guided, two prompts of two pictures each, against a loop in float64 with a schedule of its own."""
+    built = make("StableDiffusionPipeline")
+    pipe, prompts, guidance = built.pipe, ["a dog", "a cat"], 5.0
+    pipe.set_progress_bar_config(disable=True)
+    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, prediction_type=kind, clip_sample=False)
+    latents = torch.randn(4, 4, 8, 8, generator=torch.Generator().manual_seed(3))
+    no = ["bad"] * 2
+    words, others = pipe.encode_prompt(prompts, "cpu", 2, True, no)
+    log_alpha = 0.5 * pipe.scheduler.alphas_cumprod.double().log().numpy()
+    t_all = np.arange(len(log_alpha), dtype=np.float64)
+
+    def level(lam):
+        alpha = 1 / math.sqrt(1 + math.exp(-2 * lam))
+        return alpha, 1 / math.sqrt(1 + math.exp(2 * lam)), lam
+
+    def model(x, at):
+        t = float(np.interp(-math.log(at[0]), -log_alpha, t_all))
+        with torch.no_grad():
+            raw = pipe.unet(torch.cat([x.float()] * 2), torch.tensor(t), torch.cat([others, words])).sample.double()
+        plain, cond = raw.chunk(2)
+        raw = plain + guidance * (cond - plain)
+        alpha, sigma = at[:2]
+        return {"epsilon": raw, "v_prediction": alpha * raw + sigma * x, "sample": (x - alpha * raw) / sigma}[kind]
+
+    ends = [la - 0.5 * math.log(-math.expm1(2 * la)) for la in (log_alpha[-1], log_alpha[0])]
+    orders = {10: [3, 3, 3, 1], 11: [3, 3, 3, 2], 12: [3, 3, 3, 2, 1]}[calls]
+    lam, x = np.linspace(*ends, len(orders) + 1), latents.double()
+    for s, t, order in zip(lam, lam[1:], orders, strict=False):
+        x = by_hand(x, float(s), float(t), order, form, lambda at: Level(*level(at)), model)
+    load_pipeline(pipe, plugins=[DPMSolver(form=form)])
+    given = {"prompt": prompts, "negative_prompt": no, "num_images_per_prompt": 2, "guidance_scale": guidance, "latents": latents}
+    mine = pipe(**given, height=64, width=64, num_inference_steps=calls, output_type="latent")[0]
+    torch.testing.assert_close(mine.double(), x, rtol=0, atol=3e-5 * float(x.abs().max()))
+
+
 def test_the_pipeline_is_told_the_times_that_were_chosen():
     pipe, built = tiny(mode="adaptive")
     told, seen = [], []
@@ -635,6 +701,16 @@ def test_eulers_scheduler_gives_the_picture_that_ddim_gives():
             outs.append(run(pipe, built, num_inference_steps=24, guidance_scale=1.0))
     torch.testing.assert_close(outs[0], outs[2], rtol=1e-3, atol=1e-2)
     torch.testing.assert_close(outs[1], outs[3], rtol=1e-3, atol=1e-2)
+
+
+@pytest.mark.parametrize("calls", [0, -3])
+def test_less_than_one_call_is_refused(calls):
+    """It ran one call and said nothing."""
+    pipe, built = tiny()
+    with pytest.raises(ConfigError, match=f"num_inference_steps = {calls}: give 1 or more"):
+        run(pipe, built, num_inference_steps=calls)
+    with pytest.raises(ValueError, match="give 1 or more"):
+        DPMSolverScheduler(prediction_type="flow_prediction", spacing="time").set_timesteps(calls)
 
 
 def test_what_does_not_go_is_refused_before_the_denoiser_runs():
