@@ -1,0 +1,96 @@
+"""diffusers' hooks without diffusers' patches: put on a shadow of the model, called from hook points.
+
+Which hook belongs on which module is decided by diffusers' own ``apply_...`` functions. They write ``forward`` and a registry into the
+modules that they are given, so they are given modules that nobody runs: a shadow has the classes, names and attributes of the model, and
+no parameters. What is taken from it are the hook objects, and these are called around the real modules.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from diffusers.hooks import (
+    HookRegistry,
+    ModelHook,
+    apply_faster_cache,
+    apply_first_block_cache,
+    apply_mag_cache,
+    apply_pyramid_attention_broadcast,
+    apply_taylorseer_cache,
+)
+from diffusers.hooks.hooks import HookFunctionReference, StateManager
+from diffusers.hooks.sea_cache import apply_sea_cache
+from torch import nn
+
+APPLY: Mapping[str, Callable[[nn.Module, Any], None]] = {
+    "first_block": apply_first_block_cache,
+    "mag": apply_mag_cache,
+    "taylorseer": apply_taylorseer_cache,
+    "sea": apply_sea_cache,
+    "pab": apply_pyramid_attention_broadcast,
+    "faster": apply_faster_cache,
+}
+"""method -> diffusers' function that puts its hooks on a model."""
+OWN = ("forward", "processor", "_diffusers_hook", "_compiled_call_impl", "_hf_hook", "_old_forward")
+"""Attributes of a module that others put there to change what it runs."""
+ORIGINAL = "_orig_mod"
+"""Where a compiled module keeps the one that it was made of."""
+
+
+def root_of(model: nn.Module) -> nn.Module:
+    """The model itself where it is compiled."""
+    return model._modules.get(ORIGINAL) or model
+
+
+def shadow_of(model: nn.Module, known: dict[int, nn.Module] | None = None) -> nn.Module:
+    """A module tree of the same classes, names and attributes, without parameters, buffers and anybody's hooks."""
+    known = {} if known is None else known
+    model = root_of(model)
+    if (twin := known.get(id(model))) is None:
+        twin = known[id(model)] = object.__new__(type(model))
+        kept = {name: value for name, value in model.__dict__.items() if name not in OWN}
+        children = {name: child and shadow_of(child, known) for name, child in model._modules.items()}
+        twin.__dict__.update(kept, _modules=children, _parameters={}, _buffers={})
+    return twin
+
+
+def hooks_for(method: str, model: nn.Module, config: Any) -> dict[str, list[ModelHook]]:
+    """Path of each module that diffusers puts a hook on ("" the model itself) -> its hooks, the innermost first.
+
+    Raises:
+        ValueError, IndexError: as diffusers does, for a model that it cannot put them on.
+    """
+    twin = shadow_of(model)
+    APPLY[method](twin, config)
+    found: dict[str, list[ModelHook]] = {}
+    for path, module in twin.named_modules():
+        registry: HookRegistry | None = module.__dict__.get("_diffusers_hook")
+        if registry is not None and registry.hooks:
+            found[path] = list(registry.hooks.values())
+    for hook in (hook for hooks in found.values() for hook in hooks):
+        hook.fn_ref = HookFunctionReference()  # it led to the shadow's forward
+    return found
+
+
+def managers_of(hooks: Mapping[str, list[ModelHook]]) -> list[StateManager]:
+    """What holds the hooks' state, each once."""
+    found = {id(v): v for group in hooks.values() for hook in group for v in vars(hook).values() if isinstance(v, StateManager)}
+    return list(found.values())
+
+
+def around(hook: ModelHook, module: nn.Module, inner: Callable[..., Any]) -> Callable[..., Any]:
+    """``inner`` with one hook around it, in the order in which a ``HookRegistry`` calls it."""
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        args, kwargs = hook.pre_forward(module, *args, **kwargs)
+        new = getattr(hook, "new_forward", None)
+        if new is None:
+            return hook.post_forward(module, inner(*args, **kwargs))
+        hook.fn_ref.original_forward = inner
+        try:
+            return hook.post_forward(module, new(module, *args, **kwargs))
+        finally:
+            hook.fn_ref.original_forward = None  # it holds the module's input
+
+    return forward
