@@ -10,9 +10,10 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, ClassVar
 
-from diffgraft import AttentionCall, AttentionInfo, BlockCall, BlockInfo, ConfigError, DenoiseCall, Effects, Plugin, Target, Unsupported
+from diffgraft import AttentionCall, BlockCall, BlockInfo, ConfigError, DenoiseCall, Effects, Family, Plugin, Target, Unsupported
 from diffusers.hooks.hooks import CacheContext
 from torch import Tensor
 
@@ -57,6 +58,20 @@ class DiffusersCache(Plugin):
         if method == "off" or self.config.measures:
             skips = set()
         self.effects = Effects(skips=frozenset(skips), couples_batch=method in ("first_block", "sea"))
+        inside = {"block"} if method in STACK else {"attention"} if method in ("pab", "faster") else {"block", "attention"}
+        if method == "off" or self.config.use_lite_mode:
+            inside = set()
+        self.points = partial(tuple, ("denoise", *sorted(inside)))  # type: ignore[method-assign]
+
+    @classmethod
+    def claims(cls, family: Family) -> bool:
+        """At every setting: all DiTs but SkyReels, whose blocks diffusers' registry does not know; methods for single layers take it too."""
+        return super().claims(family) and family.name != "skyreels_df"
+
+    @property
+    def is_neutral(self) -> bool:
+        """Whether it is off, whatever the other knobs are; asked at every run, so without building a config for it."""
+        return self.config.method == "off"
 
     # which places are hooked --------------------------------------------------------------------------------------------------------
 
@@ -70,6 +85,8 @@ class DiffusersCache(Plugin):
                 raise Unsupported(f"diffusers_cache: diffusers cannot put method {self.config.method!r} on pipe.{name}: {error}") from error
             places = {plain_path(block.path) for block in target.blocks if block.model == name} | {"", LITE}
             places |= {plain_path(path) for path, module in root_of(model).named_modules() if callable(getattr(module, "processor", None))}
+            if self.config.use_lite_mode:
+                hooks = {path: hooks[path] for path in hooks if path == LITE}  # the blocks that give zeros are not run at all
             self.ensure_places(hooks, places, name, type(model).__name__)
         self.ensure_latents(target)
 
@@ -77,7 +94,12 @@ class DiffusersCache(Plugin):
         """Raises ConfigError or Unsupported where diffusers would hook nothing, or something that no hook point reaches."""
         method, patterns = self.config.method, [key for key in type(self.config).model_fields if key.endswith("identifiers")]
         said = [key for key in patterns if getattr(self.config, key) is not None]
-        if not hooks or set(hooks) == {""} and method != "sea":
+        if self.config.use_lite_mode and not hooks:
+            raise Unsupported(
+                f"diffusers_cache: use_lite_mode = True extrapolates what the layer {LITE!r} gives, and {model} (pipe.{name}) has none; "
+                "set it to False and name layers in cache_identifiers"
+            )
+        if not hooks or (set(hooks) == {""} and method != "sea"):
             key = said[0] if said else "cache_identifiers" if method == "taylorseer" else "spatial_attention_block_identifiers"
             example = sorted({re.sub(r"\.\d+", ".*", path) for path in places - {"", LITE} if "attn" in path})
             value = getattr(self.config, key)
@@ -107,17 +129,10 @@ class DiffusersCache(Plugin):
             )
 
     def select_blocks(self, blocks: Sequence[BlockInfo]) -> Sequence[BlockInfo]:
-        knobs = self.config
-        if knobs.method in STACK:
+        if self.config.method in STACK:
             return super().select_blocks(blocks)
-        if knobs.method != "taylorseer" or knobs.use_lite_mode:
-            return []
-        named = [*(knobs.cache_identifiers or ()), *(knobs.skip_predict_identifiers or ())]
+        named = [*(self.config.cache_identifiers or ()), *(self.config.skip_predict_identifiers or ())]
         return [b for b in blocks if not has_processor(b) and any(re.fullmatch(pattern, plain_path(b.path)) for pattern in named)]
-
-    def select_attention(self, layers: Sequence[AttentionInfo]) -> Sequence[AttentionInfo]:
-        knobs = self.config
-        return layers if knobs.method in ("taylorseer", "pab", "faster") and not knobs.use_lite_mode else []
 
     # one run ------------------------------------------------------------------------------------------------------------------------
 

@@ -12,7 +12,7 @@ from diffusers.hooks.hooks import CacheContext
 from diffusers.hooks.mag_cache import FLUX_MAG_RATIOS, nearest_interp
 from torch import Tensor, nn
 
-from diffgraft_diffusers_cache.knobs import CONFIGS, STACK, DiffusersCacheConfig
+from diffgraft_diffusers_cache.knobs import CONFIGS, SKIPS, STACK, DiffusersCacheConfig, knobs_of
 from diffgraft_diffusers_cache.shadow import ModelHook, around, hooks_for, managers_of
 
 LITE = "proj_out"
@@ -77,7 +77,6 @@ class Cache:
         self.skipped += self.computed == ran
         return out
 
-
     def denoised(self, call: DenoiseCall, next: Callable[[Any], Any]) -> Tensor:
         """One denoiser forward, with the hook on the denoiser itself where the method has one."""
         if LITE in self.hooks:
@@ -113,10 +112,9 @@ class Cache:
 
 def whole(out: Any, call: Any) -> Any:
     """A block's output with nothing left out: SD3's last block gives no text, which First Block Cache would subtract from one."""
-    if isinstance(out, tuple) and any(part is None for part in out):
-        names = call.info.returns
-        return tuple(call.get(name) if part is None else part for name, part in zip(names, out, strict=False))
-    return out
+    if type(out) is not tuple or all(part is not None for part in out):
+        return out
+    return tuple(call.get(name) if part is None else part for name, part in zip(call.info.returns, out, strict=False))
 
 
 def config_for(knobs: DiffusersCacheConfig, cache: Cache, family: Family, **told: Any) -> Any:
@@ -219,7 +217,7 @@ def ensure_serves(call: DenoiseCall, knobs: DiffusersCacheConfig, times: list[fl
         if (kept := max(value("retention_steps"), 1) + value("cache_end_steps")) >= calls:
             raise useless("retention_steps", f"with cache_end_steps = {value('cache_end_steps')} all {calls} calls of this run are computed")
     if method in ("pab", "faster"):
-        ranges = [name for name in type(knobs).model_fields if name.endswith("timestep_skip_range") and in_use(knobs, name)]
+        ranges = [name for name in SKIPS if in_use(knobs, name)]
         if not any(low < t < high for low, high in map(value, ranges) for t in times[1:]):
             raise useless(ranges[0], f"no call of this run but its first has its timestep there ({', '.join(f'{t:g}' for t in times[:6])})")
     if method == "faster" and call.guided:
@@ -239,9 +237,7 @@ def ensure_serves(call: DenoiseCall, knobs: DiffusersCacheConfig, times: list[fl
 
 def in_use(knobs: DiffusersCacheConfig, name: str) -> bool:
     """Whether a range of timesteps belongs to something that is reused at all."""
-    names = {field for field in CONFIGS[knobs.method].__dataclass_fields__}
-    if name not in names:
-        return False
-    skip = name.replace("timestep_skip_range", "block_skip_range").replace("batch_block_skip", "batch_skip")
-    return knobs.value(skip) is not None
+    kind = name.removesuffix("timestep_skip_range")
+    skip = f"{kind}skip_range" if kind.startswith("unconditional") else f"{kind}block_skip_range"
+    return name in knobs_of(knobs.method) and knobs.value(skip) is not None
 

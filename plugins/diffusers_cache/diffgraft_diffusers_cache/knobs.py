@@ -41,6 +41,10 @@ TOLD = frozenset({"num_inference_steps", "calibrate", "current_timestep_callback
 """Fields of these that are no knobs: the run itself says them."""
 STACK = frozenset({"first_block", "mag", "sea"})
 """Methods that stand for the whole stack of blocks; the others for single layers."""
+KINDS = ("spatial", "temporal", "cross")
+SKIPS = tuple(f"{kind}_attention_timestep_skip_range" for kind in KINDS) + ("unconditional_batch_timestep_skip_range",)
+"""The ranges of timesteps in which something is reused."""
+RANGES = (*SKIPS, "low_frequency_weight_update_timestep_range", "high_frequency_weight_update_timestep_range")
 Range = tuple[float, float]
 RANGE = "the scheduler's timesteps (0 to 1000) between which layers are reused, both ends excluded; diffusers' default "
 NAMES = "regular expressions for paths of layers in the denoiser; default: diffusers' own"
@@ -110,28 +114,38 @@ class DiffusersCacheConfig(PluginConfig):
                 raise ValueError("give at least one ratio, each above 0")
         return value
 
-    @field_validator("*")
+    @field_validator(*(f"{kind}_attention_block_identifiers" for kind in KINDS), "cache_identifiers", "skip_predict_identifiers")
     @classmethod
-    def ensure_expressions(cls, value: Any, info: Any) -> Any:
-        """Regular expressions that compile, ranges that rise, callables."""
-        name = str(info.field_name)
-        if name.endswith("identifiers") and value is not None:
-            for pattern in value:
-                try:
-                    re.compile(pattern)
-                except re.error as error:
-                    raise ValueError(f"{pattern!r} is no regular expression: {error}") from None
-        if name.endswith("timestep_range") or name.endswith("timestep_skip_range"):
-            if value is not None and not value[0] < value[1]:
-                raise ValueError("the first timestep of a range is the lower one")
-        if name.endswith("callback") and value is not None:
-            if not callable(value):
-                raise ValueError("give a function")
-            takes = ("denoiser", "args", "kwargs") if name == "raw_vision_callback" else ("module",)
+    def ensure_expressions(cls, value: Any) -> Any:
+        """Regular expressions that compile."""
+        for pattern in value or ():
             try:
-                ensure_takes(name, getattr(value, "__name__", "function"), value, takes)
-            except ConfigError as error:
-                raise ValueError(str(error)) from None
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(f"{pattern!r} is no regular expression: {error}") from None
+        return value
+
+    @field_validator(*RANGES)
+    @classmethod
+    def ensure_rising(cls, value: Any) -> Any:
+        """A range has a lower and an upper end."""
+        if value is not None and not value[0] < value[1]:
+            raise ValueError("the first timestep of a range is the lower one")
+        return value
+
+    @field_validator("raw_vision_callback", "attention_weight_callback", *(f"{part}_frequency_weight_callback" for part in ("low", "high")))
+    @classmethod
+    def ensure_function(cls, value: Any, info: Any) -> Any:
+        """Functions that can be called as diffusers calls them."""
+        if value is None:
+            return None
+        if not callable(value):
+            raise ValueError("give a function")
+        takes = ("denoiser", "args", "kwargs") if info.field_name == "raw_vision_callback" else ("module",)
+        try:
+            ensure_takes(str(info.field_name), getattr(value, "__name__", "function"), value, takes)
+        except ConfigError as error:
+            raise ValueError(str(error)) from None
         return value
 
     @model_validator(mode="after")
@@ -165,8 +179,7 @@ class DiffusersCacheConfig(PluginConfig):
         found = {name: getattr(self, name) for name in knobs_of(self.method) if getattr(self, name) is not None}
         if (dtype := found.get("taylor_factors_dtype")) is not None:
             found["taylor_factors_dtype"] = getattr(torch, dtype)
-        ranges = ("spatial", "temporal", "cross")
-        if self.method == "pab" and not any(f"{kind}_attention_block_skip_range" in found for kind in ranges):
+        if self.method == "pab" and not any(f"{kind}_attention_block_skip_range" in found for kind in KINDS):
             found["spatial_attention_block_skip_range"] = 2  # what diffusers takes then, with a warning
         return {name: list(value) if name.endswith("identifiers") else value for name, value in found.items()}
 

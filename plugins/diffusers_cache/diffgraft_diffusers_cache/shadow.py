@@ -23,6 +23,8 @@ from diffusers.hooks.hooks import HookFunctionReference, StateManager
 from diffusers.hooks.sea_cache import apply_sea_cache
 from torch import nn
 
+from diffgraft_diffusers_cache.knobs import STACK
+
 APPLY: Mapping[str, Callable[[nn.Module, Any], None]] = {
     "first_block": apply_first_block_cache,
     "mag": apply_mag_cache,
@@ -34,6 +36,7 @@ APPLY: Mapping[str, Callable[[nn.Module, Any], None]] = {
 """method -> diffusers' function that puts its hooks on a model."""
 OWN = ("forward", "processor", "_diffusers_hook", "_compiled_call_impl", "_hf_hook", "_old_forward")
 """Attributes of a module that others put there to change what it runs."""
+DEEP = 99
 ORIGINAL = "_orig_mod"
 """Where a compiled module keeps the one that it was made of."""
 
@@ -43,15 +46,20 @@ def root_of(model: nn.Module) -> nn.Module:
     return model._modules.get(ORIGINAL) or model
 
 
-def shadow_of(model: nn.Module, known: dict[int, nn.Module] | None = None) -> nn.Module:
-    """A module tree of the same classes, names and attributes, without parameters, buffers and anybody's hooks."""
+def shadow_of(model: nn.Module, depth: int = DEEP, known: dict[int, nn.Module] | None = None) -> nn.Module:
+    """A module tree of the same classes, names and attributes, without parameters, buffers and anybody's hooks.
+
+    ``depth``: how far down; 2 is the blocks in their lists.
+    """
     known = {} if known is None else known
     model = root_of(model)
     if (twin := known.get(id(model))) is None:
         twin = known[id(model)] = object.__new__(type(model))
-        kept = {name: value for name, value in model.__dict__.items() if name not in OWN}
-        children = {name: child and shadow_of(child, known) for name, child in model._modules.items()}
-        twin.__dict__.update(kept, _modules=children, _parameters={}, _buffers={})
+        children = {name: child and shadow_of(child, depth - 1, known) for name, child in model._modules.items()} if depth else {}
+        twin.__dict__.update(model.__dict__)
+        for name in OWN:
+            twin.__dict__.pop(name, None)
+        twin.__dict__.update(_modules=children, _parameters={}, _buffers={})
     return twin
 
 
@@ -61,7 +69,7 @@ def hooks_for(method: str, model: nn.Module, config: Any) -> dict[str, list[Mode
     Raises:
         ValueError, IndexError: as diffusers does, for a model that it cannot put them on.
     """
-    twin = shadow_of(model)
+    twin = shadow_of(model, 2 if method in STACK else DEEP)
     APPLY[method](twin, config)
     found: dict[str, list[ModelHook]] = {}
     for path, module in twin.named_modules():
@@ -80,17 +88,13 @@ def managers_of(hooks: Mapping[str, list[ModelHook]]) -> list[StateManager]:
 
 
 def around(hook: ModelHook, module: nn.Module, inner: Callable[..., Any]) -> Callable[..., Any]:
-    """``inner`` with one hook around it, in the order in which a ``HookRegistry`` calls it."""
+    """``inner`` with one hook around it that has a ``new_forward``, called as a ``HookRegistry`` calls it."""
 
     def forward(*args: Any, **kwargs: Any) -> Any:
-        args, kwargs = hook.pre_forward(module, *args, **kwargs)
-        new = getattr(hook, "new_forward", None)
-        if new is None:
-            return hook.post_forward(module, inner(*args, **kwargs))
         hook.fn_ref.original_forward = inner
-        try:
-            return hook.post_forward(module, new(module, *args, **kwargs))
-        finally:
-            hook.fn_ref.original_forward = None  # it holds the module's input
+        out = hook.new_forward(module, *args, **kwargs)  # type: ignore[attr-defined]
+        hook.fn_ref.original_forward = None  # it holds the module's input; after an exception the whole cache is given up
+        return out
 
     return forward
+
