@@ -94,9 +94,7 @@ class Sides:
         modules = [part for part in pipe.components.values() if isinstance(part, torch.nn.Module)]
         known = {t.untyped_storage()._cdata for module in modules for t in module.state_dict().values()}
         with LiveBytes(known) as live:
-            out = pipe(
-                self.prompts[0], num_inference_steps=self.steps, generator=torch.Generator().manual_seed(1000), output_type="latent"
-            )
+            out = pipe(self.prompts[0], num_inference_steps=self.steps, generator=torch.Generator().manual_seed(1000), output_type="latent")
             del out
             gc.collect()
         return live.peak, live.now
@@ -115,7 +113,9 @@ def main(
     sides = Sides(pipeline, steps or registry.bundled()[pipeline].steps)
     plain = [sides.call("plain", i)[0] for i in range(samples)]
     rows: list[dict[str, Any]] = []
-    print(f"{pipeline}, {sides.steps} steps, {samples} samples, {rounds} rounds; {platform.processor()}, torch {torch.__version__}, ", end="")
+    print(
+        f"{pipeline}, {sides.steps} steps, {samples} samples, {rounds} rounds; {platform.processor()}, torch {torch.__version__}, ", end=""
+    )
     print(f"diffusers {diffusers.__version__}")
     print("setting | dB to plain (worst) | steps skipped | plain/ours | ours/theirs (quartiles) | peak MiB theirs, ours | same picture")
     for method in methods.split(","):
@@ -139,7 +139,9 @@ def main(
         rows.append({"method": "plain", "steps": few, "speed": statistics.median(times), "psnr": values})
         print(f"plain, {few} steps | {statistics.mean(values):.1f} ({min(values):.1f}) | | {statistics.median(times):.2f}", flush=True)
     if out is not None:
-        out.write_text(json.dumps({"pipeline": pipeline, "steps": sides.steps, "samples": samples, "rounds": rounds, "rows": rows}, indent=1))
+        out.write_text(
+            json.dumps({"pipeline": pipeline, "steps": sides.steps, "samples": samples, "rounds": rounds, "rows": rows}, indent=1)
+        )
 
 
 def measure(sides: Sides, plain: list[Any], samples: int, rounds: int) -> dict[str, Any]:

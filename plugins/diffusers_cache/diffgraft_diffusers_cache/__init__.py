@@ -65,7 +65,7 @@ class DiffusersCache(Plugin):
 
     @classmethod
     def claims(cls, family: Family) -> bool:
-        """At every setting: all DiTs but SkyReels, whose blocks diffusers' registry does not know; methods for single layers take it too."""
+        """At every setting: all DiTs but SkyReels, whose blocks diffusers' registry does not know. Methods for layers take that too."""
         return super().claims(family) and family.name != "skyreels_df"
 
     @property
@@ -73,7 +73,7 @@ class DiffusersCache(Plugin):
         """Whether it is off, whatever the other knobs are; asked at every run, so without building a config for it."""
         return self.config.method == "off"
 
-    # which places are hooked --------------------------------------------------------------------------------------------------------
+    # which places are hooked --------------------------------------------------------------------------------------------------------------
 
     def check(self, target: Target) -> None:
         if self.config.method == "off":
@@ -82,10 +82,14 @@ class DiffusersCache(Plugin):
             try:
                 hooks = hooks_for(self.config.method, model, config_for(self.config, Cache(), target.family))
             except (ValueError, IndexError) as error:  # a block that its registry does not know, no blocks at all
-                raise Unsupported(f"diffusers_cache: diffusers cannot put method {self.config.method!r} on pipe.{name}: {error}") from error
-            places = {plain_path(block.path) for block in target.blocks if block.model == name} | {"", LITE}
+                raise Unsupported(
+                    f"diffusers_cache: method = {self.config.method!r}: diffusers cannot put it on the {name} of "
+                    f"{type(target.pipe).__name__}: {error} Methods 'taylorseer' and 'pab' go by layers, and need no block to be known"
+                ) from error
+            places = {plain_path(block.path) for block in target.blocks if block.model == name} | {""}
             places |= {plain_path(path) for path, module in root_of(model).named_modules() if callable(getattr(module, "processor", None))}
             if self.config.use_lite_mode:
+                places.add(LITE)
                 hooks = {path: hooks[path] for path in hooks if path == LITE}  # the blocks that give zeros are not run at all
             self.ensure_places(hooks, places, name, type(model).__name__)
         self.ensure_latents(target)
@@ -101,16 +105,16 @@ class DiffusersCache(Plugin):
             )
         if not hooks or (set(hooks) == {""} and method != "sea"):
             key = said[0] if said else "cache_identifiers" if method == "taylorseer" else "spatial_attention_block_identifiers"
-            example = sorted({re.sub(r"\.\d+", ".*", path) for path in places - {"", LITE} if "attn" in path})
+            example = sorted({re.sub(r"\.\d+", ".*", path) for path in places - {""} if "attn" in path})
             value = getattr(self.config, key)
             raise ConfigError(
                 f"plugin 'diffusers_cache': {key} = {value}: with method {method!r} this matches no layer of {model} (pipe.{name}), and "
-                f"diffusers would cache nothing; give expressions for its layers, like {', '.join(map(repr, example)) or 'those of its blocks'}"
+                f"diffusers would cache nothing; give expressions for its layers, like {', '.join(map(repr, example)) or 'its blocks'}"
             )
         if unreached := sorted(set(hooks) - places):
             raise Unsupported(
                 f"diffusers_cache: {unreached[0]} of {model} is neither a block, an attention layer nor one of the layers that its family "
-                f"names, so no hook reaches it; these can be named: {', '.join(sorted(places - {'', LITE})[:12])}..."
+                f"names, so no hook reaches it; these can be named: {', '.join(sorted(places - {''})[:12])}..."
             )
 
     def ensure_latents(self, target: Target) -> None:
@@ -134,7 +138,7 @@ class DiffusersCache(Plugin):
         named = [*(self.config.cache_identifiers or ()), *(self.config.skip_predict_identifiers or ())]
         return [b for b in blocks if not has_processor(b) and any(re.fullmatch(pattern, plain_path(b.path)) for pattern in named)]
 
-    # one run ------------------------------------------------------------------------------------------------------------------------
+    # one run ------------------------------------------------------------------------------------------------------------------------------
 
     def denoise(self, call: DenoiseCall, next: Any) -> Tensor:
         kept: Kept = call.state
@@ -167,11 +171,11 @@ class DiffusersCache(Plugin):
 
     def block(self, call: BlockCall, next: Any) -> Any:
         cache: Cache | None = call.state.now
-        return next(call) if cache is None else cache.through(plain_path(call.info.path), call.info.module, call, next)
+        return next(call) if cache is None else cache.through(plain_path(call.info.path), call, next)
 
     def attention(self, call: AttentionCall, next: Any) -> Any:
         cache: Cache | None = call.state.now
-        return next(call) if cache is None else cache.through(plain_path(call.info.path), call.info.module, call, next)
+        return next(call) if cache is None else cache.through(plain_path(call.info.path), call, next)
 
     def numbers(self, call: DenoiseCall, name: str) -> tuple[Tensor, list[float]]:
         """The scheduler's timesteps or sigmas, and as numbers: read once a run, where diffusers waits for the device in every layer."""

@@ -13,7 +13,7 @@ from diffusers.hooks.mag_cache import FLUX_MAG_RATIOS, nearest_interp
 from torch import Tensor, nn
 
 from diffgraft_diffusers_cache.knobs import CONFIGS, SKIPS, STACK, DiffusersCacheConfig, knobs_of
-from diffgraft_diffusers_cache.shadow import ModelHook, around, hooks_for, managers_of
+from diffgraft_diffusers_cache.shadow import ModelHook, Place, hooks_for, managers_of, root_of
 
 LITE = "proj_out"
 """What TaylorSeer's lite mode extrapolates: the layer that makes the denoiser's output, but for the order of its values."""
@@ -31,12 +31,13 @@ class Cache:
     ``latents``   what SeaCache compares: per sample (C, T, H, W)
     """
 
-    hooks: dict[str, list[ModelHook]] = field(default_factory=dict)
+    places: dict[str, Place] = field(default_factory=dict)
+    root: ModelHook | None = None
+    """The hook on the denoiser itself."""
     managers: list[Any] = field(default_factory=list)
     time: float = INFINITE
     latents: Callable[[], list[Tensor]] | None = None
-    fresh: bool = True
-    done: set[str] = field(default_factory=set)
+    turn: int = -1
     computed: int = 0
     skipped: int = 0
     halved: bool = False
@@ -47,54 +48,49 @@ class Cache:
 
     def begin(self, time: float) -> None:
         """Before a denoiser call."""
-        self.time, self.fresh = INFINITE if self.fresh else time, False
+        self.turn += 1
+        self.time = time if self.turn else INFINITE
         self.computed = self.skipped = 0
         self.halved = False
-        self.done.clear()
 
     def tell(self, context: CacheContext) -> None:
         """What ``cache_context`` would tell."""
         for manager in self.managers:
             manager.set_context(context)
 
-    def through(self, path: str, module: nn.Module, call: Any, next: Callable[[Any], Any]) -> Any:
+    def through(self, path: str, call: Any, next: Callable[[Any], Any]) -> Any:
         """One module's forward, with its hooks around it where it has any. A module that is asked twice in one denoiser call (by a plugin
         further in, that asks the denoiser itself) is computed the second time: the hooks would take that for the next step."""
-        hooks = self.hooks.get(path)
-        if hooks is None or path in self.done:
+        place = self.places.get(path)
+        if place is None or place.turn == self.turn:
             return next(call)
-        self.done.add(path)
-        ran = self.computed
-
-        def inner(*args: Any, **kwargs: Any) -> Any:  # as they came: no hook of diffusers on a layer changes them
+        out = place.through(call, next, self.turn)
+        if place.ran:
             self.computed += 1
-            return whole(next(call), call)
-
-        forward: Callable[..., Any] = inner
-        for hook in hooks:
-            forward = around(hook, module, forward)
-        out = forward(*call.args, **call.kwargs)
-        self.skipped += self.computed == ran
+        else:
+            self.skipped += 1
         return out
 
     def denoised(self, call: DenoiseCall, next: Callable[[Any], Any]) -> Tensor:
         """One denoiser forward, with the hook on the denoiser itself where the method has one."""
-        if LITE in self.hooks:
-            return self.through(LITE, call.model, call, next)  # type: ignore[no-any-return]
-        (hook,) = self.hooks.get("", (None,))
-        if hook is None:
-            return next(call)  # type: ignore[no-any-return]
-        if not hasattr(hook, "new_forward"):  # SeaCache's looks at the latents before, and cleans up behind
-            hook.pre_forward(call.model, *call.args, **call.kwargs)
-            return hook.post_forward(call.model, next(call))  # type: ignore[no-any-return]
-        rows = call.sample.shape[0]
+        root = self.root
+        if root is None:
+            return self.through(LITE, call, next)  # type: ignore[no-any-return]
+        if not hasattr(root, "new_forward"):  # SeaCache's looks at the latents before, and cleans up behind
+            root.pre_forward(call.model, *call.args, **call.kwargs)
+            return root.post_forward(call.model, next(call))  # type: ignore[no-any-return]
+        rows, asked = call.sample.shape[0], []
 
         def inner(hidden_states: Tensor) -> Tensor:
-            self.halved = hidden_states.shape[0] != rows
-            return next(call.only("cond") if self.halved else call)  # type: ignore[no-any-return]
+            asked.append(hidden_states.shape[0])
+            return next(call if asked[0] == rows else call.only("cond"))  # type: ignore[no-any-return]
 
         # FasterCache's cuts off the unconditional rows where they are not needed: of the one argument that it is given
-        return around(hook, call.model, inner)(hidden_states=call.sample)  # type: ignore[no-any-return]
+        root.fn_ref.original_forward = inner  # check: allow foreign_writes because this hook was made for this run
+        out: Tensor = root.new_forward(call.model, hidden_states=call.sample)
+        root.fn_ref.original_forward = None  # check: allow foreign_writes because this hook was made for this run
+        self.halved = asked[0] != rows
+        return out
 
     def report(self, call: DenoiseCall) -> None:
         """Into the run's report: what this denoiser call saved, and the ratios that MagCache has measured up to here."""
@@ -108,13 +104,6 @@ class Cache:
         if self.measures:
             state = self.managers[0].get_state()
             call.record({f"mag_ratios.{call.branch}": torch.tensor(state.calibration_ratios)})
-
-
-def whole(out: Any, call: Any) -> Any:
-    """A block's output with nothing left out: SD3's last block gives no text, which First Block Cache would subtract from one."""
-    if type(out) is not tuple or all(part is not None for part in out):
-        return out
-    return tuple(call.get(name) if part is None else part for name, part in zip(call.info.returns, out, strict=False))
 
 
 def config_for(knobs: DiffusersCacheConfig, cache: Cache, family: Family, **told: Any) -> Any:
@@ -169,8 +158,11 @@ def made(call: DenoiseCall, knobs: DiffusersCacheConfig, times: list[float], beg
     told: dict[str, Any] = {"branches": len(call.branches), "calls": calls}
     if knobs.method == "mag" and not knobs.measures:
         told["ratios"] = ratios_for(knobs, call.branch or "cond", len(times), begin, calls)
-    cache.hooks = hooks_for(knobs.method, call.model, config_for(knobs, cache, call.family, **told))
-    cache.managers = managers_of(cache.hooks)
+    hooks = hooks_for(knobs.method, call.model, config_for(knobs, cache, call.family, **told))
+    cache.managers = managers_of(hooks)
+    (cache.root,) = hooks.pop("", [None])
+    model = root_of(call.model)
+    cache.places = {path: Place(model.get_submodule(path), group) for path, group in hooks.items()}
     cache.tell(CacheContext(call.branch or "cond"))
     return cache
 
@@ -207,15 +199,16 @@ def ensure_serves(call: DenoiseCall, knobs: DiffusersCacheConfig, times: list[fl
         return ConfigError(f"plugin 'diffusers_cache': {name} = {value(name)}: {why}; change it, or leave this run without the plugin")
 
     if method == "taylorseer" and calls <= (least := value("disable_cache_before_step")):
-        raise useless("disable_cache_before_step", f"this run calls the denoiser {calls} times a branch, and the first {least} are computed")
+        raise useless(
+            "disable_cache_before_step", f"this run calls the denoiser {calls} times a branch, and the first {least} are computed"
+        )
     if method == "mag":
         if knobs.measures and call.step.begin:
             raise Unsupported("diffusers_cache: mag_ratios = 'measure' needs a run of the whole schedule; this one begins in the middle")
         if not knobs.measures and (kept := int(value("retention_ratio") * calls + 0.5)) >= calls:
             raise useless("retention_ratio", f"of the {calls} calls of this run the first {kept} are computed")
-    if method == "sea":
-        if (kept := max(value("retention_steps"), 1) + value("cache_end_steps")) >= calls:
-            raise useless("retention_steps", f"with cache_end_steps = {value('cache_end_steps')} all {calls} calls of this run are computed")
+    if method == "sea" and (kept := max(value("retention_steps"), 1) + value("cache_end_steps")) >= calls:
+        raise useless("retention_steps", f"with cache_end_steps = {value('cache_end_steps')} all {calls} calls of this run are computed")
     if method in ("pab", "faster"):
         ranges = [name for name in SKIPS if in_use(knobs, name)]
         if not any(low < t < high for low, high in map(value, ranges) for t in times[1:]):
@@ -240,4 +233,3 @@ def in_use(knobs: DiffusersCacheConfig, name: str) -> bool:
     kind = name.removesuffix("timestep_skip_range")
     skip = f"{kind}skip_range" if kind.startswith("unconditional") else f"{kind}block_skip_range"
     return name in knobs_of(knobs.method) and knobs.value(skip) is not None
-

@@ -42,7 +42,7 @@ TOLD = frozenset({"num_inference_steps", "calibrate", "current_timestep_callback
 STACK = frozenset({"first_block", "mag", "sea"})
 """Methods that stand for the whole stack of blocks; the others for single layers."""
 KINDS = ("spatial", "temporal", "cross")
-SKIPS = tuple(f"{kind}_attention_timestep_skip_range" for kind in KINDS) + ("unconditional_batch_timestep_skip_range",)
+SKIPS = (*tuple(f"{kind}_attention_timestep_skip_range" for kind in KINDS), "unconditional_batch_timestep_skip_range")
 """The ranges of timesteps in which something is reused."""
 RANGES = (*SKIPS, "low_frequency_weight_update_timestep_range", "high_frequency_weight_update_timestep_range")
 Range = tuple[float, float]
@@ -54,7 +54,8 @@ class DiffusersCacheConfig(PluginConfig):
     """Knobs of diffusers' caches. None is diffusers' own default; a knob that the chosen method does not have is refused."""
 
     method: Literal["first_block", "mag", "taylorseer", "sea", "pab", "faster", "off"] = Field(
-        "first_block", description="which cache: FirstBlockCache, MagCache, TaylorSeer, SeaCache, PyramidAttentionBroadcast, FasterCache; off"
+        "first_block",
+        description="which cache: FirstBlockCache, MagCache, TaylorSeer, SeaCache, PyramidAttentionBroadcast, FasterCache; off",
     )
     threshold: float | None = Field(
         None, ge=0, description="first_block (0.05): relative change of the first block's residual below which the others are skipped; "

@@ -7,7 +7,8 @@ no parameters. What is taken from it are the hook objects, and these are called 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from diffusers.hooks import (
@@ -76,8 +77,6 @@ def hooks_for(method: str, model: nn.Module, config: Any) -> dict[str, list[Mode
         registry: HookRegistry | None = module.__dict__.get("_diffusers_hook")
         if registry is not None and registry.hooks:
             found[path] = list(registry.hooks.values())
-    for hook in (hook for hooks in found.values() for hook in hooks):
-        hook.fn_ref = HookFunctionReference()  # it led to the shadow's forward
     return found
 
 
@@ -87,14 +86,40 @@ def managers_of(hooks: Mapping[str, list[ModelHook]]) -> list[StateManager]:
     return list(found.values())
 
 
-def around(hook: ModelHook, module: nn.Module, inner: Callable[..., Any]) -> Callable[..., Any]:
-    """``inner`` with one hook around it that has a ``new_forward``, called as a ``HookRegistry`` calls it."""
+class Place:
+    """A module's hooks, called around whatever its forward is at the moment, in the order in which a ``HookRegistry`` calls them.
 
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        hook.fn_ref.original_forward = inner
-        out = hook.new_forward(module, *args, **kwargs)  # type: ignore[attr-defined]
-        hook.fn_ref.original_forward = None  # it holds the module's input; after an exception the whole cache is given up
+    ``ran`` whether the last call asked the forward; ``turn`` in which denoiser call that was.
+    """
+
+    __slots__ = ("call", "forward", "next", "ran", "turn")
+
+    def __init__(self, module: nn.Module, hooks: Sequence[ModelHook]) -> None:
+        self.forward: Callable[..., Any] = self.computed
+        for hook in hooks:
+            hook.fn_ref = HookFunctionReference()  # the one it had led to the shadow
+            hook.fn_ref.original_forward = self.forward
+            self.forward = partial(hook.new_forward, module)  # type: ignore[attr-defined]
+        self.ran, self.turn = False, -1
+        self.call: Any = None
+        self.next: Any = None
+
+    def computed(self, *args: Any, **kwargs: Any) -> Any:
+        """The forward. Its arguments are the call's own: no hook on a layer changes them."""
+        self.ran = True
+        return whole(self.next(self.call), self.call)
+
+    def through(self, call: Any, next: Callable[[Any], Any], turn: int) -> Any:
+        """One forward, or what stands for it."""
+        self.call, self.next, self.ran, self.turn = call, next, False, turn
+        # check: allow host_sync because First Block Cache decides by a value, once a step
+        out = self.forward(*call.args, **call.kwargs)
+        self.call = self.next = None  # they hold the module's input; after an exception the whole cache is given up
         return out
 
-    return forward
 
+def whole(out: Any, call: Any) -> Any:
+    """A block's output with nothing left out: SD3's last block gives no text, which First Block Cache would subtract from one."""
+    if type(out) is not tuple or all(part is not None for part in out):
+        return out
+    return tuple(call.get(name) if part is None else part for name, part in zip(call.info.returns, out, strict=False))
