@@ -1,7 +1,8 @@
 """diffusers' caches by this plugin against the same ones by ``enable_cache``: time, memory, skips, and fidelity to the plain pipeline.
 
     python plugins/diffusers_cache/benchmarks/against_enable_cache.py                       # a short one on emoji-flux: about a minute
-    python plugins/diffusers_cache/benchmarks/against_enable_cache.py --pipeline emoji-wan --samples 8 --rounds 7 --out wan.json
+    python plugins/diffusers_cache/benchmarks/against_enable_cache.py --pipeline emoji-wan --samples 4 --rounds 2 --out wan.json
+    python plugins/diffusers_cache/benchmarks/against_enable_cache.py --pipeline wide --samples 1 --rounds 5
 
 Three pipelines of the same weights in one process: plain, with ``enable_cache``, with the plugin. They take turns, in an order that turns
 with them; a ratio is of two calls that follow each other, and its median is over samples and rounds. Time is that of the process (one
@@ -12,6 +13,7 @@ prompt that is not among the samples. The last lines are plain runs of fewer ste
 
 from __future__ import annotations
 
+import copy
 import gc
 import json
 import platform
@@ -30,6 +32,7 @@ from diffgraft.lab.instruments import LiveBytes
 from diffgraft.lab.metrics import psnr
 from diffgraft.methods.inputs import as_array
 from diffgraft_diffusers_cache.knobs import CONFIGS
+from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
 
 SETTINGS: Mapping[str, list[dict[str, Any]]] = {
     "first_block": [{"threshold": 0.05}, {"threshold": 0.1}, {"threshold": 0.2}],
@@ -39,6 +42,32 @@ SETTINGS: Mapping[str, list[dict[str, Any]]] = {
     "pab": [{"spatial_attention_block_skip_range": n} for n in (2, 3)],
 }
 FEWER = (0.8, 0.6, 0.4)
+WIDE = "wide"
+"""A Flux of random weights, 512 wide, 2 double and 4 single blocks, 256 px: for time alone."""
+
+
+def wide() -> tuple[Any, dict[str, Any]]:
+    """(its pipeline, the arguments of its call)."""
+    generator = torch.Generator().manual_seed(0)
+    torch.manual_seed(0)
+    transformer = FluxTransformer2DModel(
+        num_layers=2, num_single_layers=4, num_attention_heads=4, pooled_projection_dim=768, joint_attention_dim=512
+    )
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True)
+    pipe = FluxPipeline(
+        scheduler=scheduler,
+        transformer=transformer.eval(),
+        vae=None,
+        text_encoder=None,
+        tokenizer=None,
+        text_encoder_2=None,
+        tokenizer_2=None,
+    )
+    embeds = {
+        "prompt_embeds": torch.randn(1, 64, 512, generator=generator),
+        "pooled_prompt_embeds": torch.randn(1, 768, generator=generator),
+    }
+    return pipe, {**embeds, "height": 256, "width": 256}
 
 
 class Sides:
@@ -46,20 +75,27 @@ class Sides:
 
     def __init__(self, name: str, steps: int) -> None:
         self.name, self.steps = name, steps
-        self.pipes = {side: load_pipeline(name) for side in ("plain", "theirs", "ours")}
+        made = wide() if name == WIDE else None
+        self.arguments = {} if made is None else made[1]
+        self.pipes = {side: copy.deepcopy(made[0]) if made else load_pipeline(name) for side in ("plain", "theirs", "ours")}
         for pipe in self.pipes.values():
             pipe.set_progress_bar_config(disable=True)
-        self.prompts = registry.bundled()[name].prompts
+        self.prompts = () if made else registry.bundled()[name].prompts
         self.ratios: list[float] = []
 
     def call(self, side: str, sample: int, steps: int | None = None) -> tuple[Any, float]:
         """(pictures, seconds of the process)."""
-        generator = torch.Generator().manual_seed(1000 + sample)
         start = time.process_time()
-        out = self.pipes[side](
-            self.prompts[sample % len(self.prompts)], num_inference_steps=steps or self.steps, generator=generator, output_type="np"
-        )
-        return as_array(out, 1), time.process_time() - start
+        out = self.run(self.pipes[side], sample, "np", steps)
+        seconds = time.process_time() - start
+        return (as_array(out, 1) if self.prompts else out[0].numpy()), seconds
+
+    def run(self, pipe: Any, sample: int, output: str, steps: int | None = None) -> Any:
+        """One call."""
+        asked = {"prompt": self.prompts[sample % len(self.prompts)]} if self.prompts else {**self.arguments}
+        generator = torch.Generator().manual_seed(1000 + sample)
+        kind = output if self.prompts else "latent"
+        return pipe(**asked, num_inference_steps=steps or self.steps, generator=generator, output_type=kind)
 
     def set(self, method: str, knobs: dict[str, Any]) -> None:
         """Put the same cache on both."""
@@ -81,9 +117,10 @@ class Sides:
     def measured(self) -> list[float]:
         """MagCache's ratios, of one prompt that no sample has."""
         if not self.ratios:
-            pipe = load_pipeline(self.name, {"diffusers_cache": {"method": "mag", "mag_ratios": "measure"}})
+            plain = wide()[0] if self.name == WIDE else self.name
+            pipe = load_pipeline(plain, {"diffusers_cache": {"method": "mag", "mag_ratios": "measure"}})
             pipe.set_progress_bar_config(disable=True)
-            pipe(self.prompts[-1], num_inference_steps=self.steps, generator=torch.Generator().manual_seed(7), output_type="latent")
+            self.run(pipe, len(self.prompts) - 1, "latent")
             self.ratios = pipe.plugins.report().plugins["diffusers_cache"].records["mag_ratios.cond"].tolist()
         return self.ratios
 
@@ -94,14 +131,14 @@ class Sides:
         modules = [part for part in pipe.components.values() if isinstance(part, torch.nn.Module)]
         known = {t.untyped_storage()._cdata for module in modules for t in module.state_dict().values()}
         with LiveBytes(known) as live:
-            out = pipe(self.prompts[0], num_inference_steps=self.steps, generator=torch.Generator().manual_seed(1000), output_type="latent")
+            out = self.run(pipe, 0, "latent")
             del out
             gc.collect()
         return live.peak, live.now
 
 
 def main(
-    pipeline: Annotated[str, typer.Option(help="a bundled checkpoint")] = "emoji-flux",
+    pipeline: Annotated[str, typer.Option(help="a bundled checkpoint, or 'wide'")] = "emoji-flux",
     samples: Annotated[int, typer.Option(help="prompts and seeds")] = 2,
     rounds: Annotated[int, typer.Option(help="calls of each side and sample")] = 3,
     steps: Annotated[int, typer.Option(help="0: the checkpoint's own")] = 0,
@@ -110,7 +147,7 @@ def main(
 ) -> None:
     torch.set_num_threads(1)
     diffusers.utils.logging.set_verbosity_error()
-    sides = Sides(pipeline, steps or registry.bundled()[pipeline].steps)
+    sides = Sides(pipeline, steps or (12 if pipeline == WIDE else registry.bundled()[pipeline].steps))
     plain = [sides.call("plain", i)[0] for i in range(samples)]
     rows: list[dict[str, Any]] = []
     print(
@@ -128,7 +165,7 @@ def main(
             row = measure(sides, plain, samples, rounds)
             rows.append({"method": method, "knobs": knobs, **row})
             print(line(f"{method} {', '.join(f'{k}={v}' for k, v in list(knobs.items())[:1])}", row), flush=True)
-    for share in FEWER:
+    for share in FEWER if pipeline != WIDE else ():
         few = max(2, round(share * sides.steps))
         times, values = [], []
         for i in range(samples):

@@ -92,14 +92,15 @@ class Place:
     ``ran`` whether the last call asked the forward; ``turn`` in which denoiser call that was.
     """
 
-    __slots__ = ("call", "forward", "next", "ran", "turn")
+    __slots__ = ("call", "chain", "next", "ran", "turn")
 
     def __init__(self, module: nn.Module, hooks: Sequence[ModelHook]) -> None:
-        self.forward: Callable[..., Any] = self.computed
+        self.chain: Callable[..., Any] = self.computed
         for hook in hooks:
-            hook.fn_ref = HookFunctionReference()  # the one it had led to the shadow
-            hook.fn_ref.original_forward = self.forward
-            self.forward = partial(hook.new_forward, module)  # type: ignore[attr-defined]
+            led = HookFunctionReference()  # the one it had led to the shadow
+            led.original_forward = self.chain
+            hook.fn_ref = led  # check: allow foreign_writes because this hook was made for this run
+            self.chain = partial(hook.new_forward, module)  # type: ignore[attr-defined]
         self.ran, self.turn = False, -1
         self.call: Any = None
         self.next: Any = None
@@ -112,8 +113,7 @@ class Place:
     def through(self, call: Any, next: Callable[[Any], Any], turn: int) -> Any:
         """One forward, or what stands for it."""
         self.call, self.next, self.ran, self.turn = call, next, False, turn
-        # check: allow host_sync because First Block Cache decides by a value, once a step
-        out = self.forward(*call.args, **call.kwargs)
+        out = self.chain(*call.args, **call.kwargs)  # check: allow host_sync because First Block Cache reads one value a step
         self.call = self.next = None  # they hold the module's input; after an exception the whole cache is given up
         return out
 

@@ -592,3 +592,21 @@ def test_packed_latents_by_a_function_of_the_users():
     ours = tiny(method="sea", threshold=3.0, raw_vision_callback=unpacked)
     run(ours)
     assert skipped(ours) > 0
+
+
+def test_layers_compare_numbers():
+    """The timestep that PAB asks for in every layer is a number by then, read once a run: a tensor would wait for the device each time."""
+    times = []
+    ours = tiny(**KNOBS["pab"])
+    cache = Cache()
+    callback = config_for(ours.pipe.plugins["diffusers_cache"].config, cache, None).current_timestep_callback
+    for time in (999.0, 998.0):
+        cache.begin(time)
+        times.append(callback())
+    assert times == [float("inf"), 998.0]  # nothing is there to be reused in the first call
+    reads = []
+    inner = torch.Tensor.tolist
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.Tensor, "tolist", lambda self: (reads.append(1), inner(self))[1])
+        run(ours)
+    assert len(reads) <= 3
