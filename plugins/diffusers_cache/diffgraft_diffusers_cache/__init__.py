@@ -17,7 +17,7 @@ from diffgraft import AttentionCall, BlockCall, BlockInfo, ConfigError, DenoiseC
 from diffusers.hooks.hooks import CacheContext
 from torch import Tensor
 
-from diffgraft_diffusers_cache.cache import LITE, Cache, config_for, made, volumes
+from diffgraft_diffusers_cache.cache import LITE, Cache, config_for, ensure_serves, made, volumes
 from diffgraft_diffusers_cache.knobs import PAPER, STACK, DiffusersCacheConfig
 from diffgraft_diffusers_cache.shadow import ORIGINAL, hooks_for, root_of
 
@@ -27,13 +27,15 @@ __version__ = "0.1.0"
 
 @dataclass
 class Kept:
-    """Of a branch: its cache, for which denoiser and size it is, and which call was the last. Of the run: its times as numbers."""
+    """Of a branch: its cache, for which denoiser and size it is, and which call was the last. Of the run: its times as numbers, and whether
+    it was found to be one that the method can serve."""
 
     cache: Cache | None = None
     now: Cache | None = None
     """The cache while its denoiser call is in progress."""
     seen: Any = None
     at: int = -1
+    served: bool = False
     numbers: dict[str, tuple[Any, list[float]]] = field(default_factory=dict)
 
 
@@ -151,7 +153,11 @@ class DiffusersCache(Plugin):
             return next(call)  # type: ignore[no-any-return]
         seen = (call.model_name, x.shape, x.dtype, x.device)
         if kept.cache is None or seen != kept.seen or step.call < kept.at:  # the first call, guidance cut, another denoiser or window
-            kept.cache, kept.seen = made(call, self.config, times, at - step.call), seen
+            begin = at - step.call
+            if not call.shared.served:
+                ensure_serves(call, self.config, times[begin : begin + step.calls])
+                call.shared.served = True
+            kept.cache, kept.seen = made(call, self.config, times, begin), seen
         kept.at = step.call
         cache = kept.now = kept.cache
         cache.begin(times[at])

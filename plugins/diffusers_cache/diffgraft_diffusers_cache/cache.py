@@ -150,20 +150,24 @@ def made(call: DenoiseCall, knobs: DiffusersCacheConfig, times: list[float], beg
         times: the scheduler's timesteps; the run begins at number ``begin`` of them.
 
     Raises:
-        ConfigError, Unsupported: the run is none that the method can serve.
+        ConfigError: MagCache has no ratios for this branch.
     """
-    calls = call.step.calls
-    ensure_serves(call, knobs, times[begin : begin + calls])
+    calls, late = call.step.calls, call.step.call  # a branch, or a second denoiser, may begin in mid-run
     cache = Cache(what="blocks" if knobs.method in STACK else "layers", measures=knobs.measures)
     told: dict[str, Any] = {"branches": len(call.branches), "calls": calls}
     if knobs.method == "mag" and not knobs.measures:
         told["ratios"] = ratios_for(knobs, call.branch or "cond", len(times), begin, calls)
-    hooks = hooks_for(knobs.method, call.model, config_for(knobs, cache, call.family, **told))
+    config = config_for(knobs, cache, call.family, **told)
+    if knobs.method == "taylorseer" and knobs.disable_cache_after_step is not None:
+        config.disable_cache_after_step = max(knobs.disable_cache_after_step - late, 1)
+    hooks = hooks_for(knobs.method, call.model, config)
     cache.managers = managers_of(hooks)
     (cache.root,) = hooks.pop("", [None])
     model = root_of(call.model)
     cache.places = {path: Place(model.get_submodule(path), group) for path, group in hooks.items()}
     cache.tell(CacheContext(call.branch or "cond"))
+    if knobs.method == "mag":
+        cache.managers[0].get_state().step_index = late
     return cache
 
 

@@ -423,6 +423,15 @@ def test_two_denoisers_have_a_cache_each():
     assert told(ours).counts["steps computed"] == {"cond": 2, "uncond": 2}  # the first call of each
 
 
+def test_a_denoiser_that_begins_in_mid_run_goes_by_the_runs_ratios():
+    """Wan 2.2's second one is where the schedule is; ratios of 1 before, and such as never skip from there on."""
+    ratios = (1.0,) * 2 + (3.0,) * (STEPS - 2)
+    ours = tiny("WanPipeline@2.2", method="mag", threshold=0.5, retention_ratio=0.0, mag_ratios=ratios)
+    run(ours)
+    second = {"steps skipped": 1, "steps computed": STEPS - 1}  # only the first denoiser's second call
+    assert {key: told(ours).counts[key]["cond"] for key in second} == second
+
+
 # report -----------------------------------------------------------------------------------------------------------------------------------
 
 
