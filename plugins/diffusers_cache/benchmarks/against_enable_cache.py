@@ -41,7 +41,6 @@ SETTINGS: Mapping[str, list[dict[str, Any]]] = {
     "sea": [{"threshold": 0.1}, {"threshold": 0.25}, {"threshold": 0.5}],
     "pab": [{"spatial_attention_block_skip_range": n} for n in (2, 3)],
 }
-FEWER = (0.8, 0.6, 0.4)
 WIDE = "wide"
 """A Flux of random weights, 512 wide, 2 double and 4 single blocks, 256 px: for time alone."""
 
@@ -143,6 +142,7 @@ def main(
     rounds: Annotated[int, typer.Option(help="calls of each side and sample")] = 3,
     steps: Annotated[int, typer.Option(help="0: the checkpoint's own")] = 0,
     methods: Annotated[str, typer.Option(help="separated by commas")] = "first_block,taylorseer,mag,sea,pab",
+    fewer: Annotated[str, typer.Option(help="plain runs of so many steps, as shares of the whole")] = "0.8,0.6,0.4",
     out: Annotated[Path | None, typer.Option(help="all numbers, as JSON")] = None,
 ) -> None:
     torch.set_num_threads(1)
@@ -165,8 +165,8 @@ def main(
             row = measure(sides, plain, samples, rounds)
             rows.append({"method": method, "knobs": knobs, **row})
             print(line(f"{method} {', '.join(f'{k}={v}' for k, v in list(knobs.items())[:1])}", row), flush=True)
-    for share in FEWER if pipeline != WIDE else ():
-        few = max(2, round(share * sides.steps))
+    for share in fewer.split(",") if pipeline != WIDE else ():
+        few = max(2, round(float(share) * sides.steps))
         times, values = [], []
         for i in range(samples):
             _, whole = sides.call("plain", i)
