@@ -336,3 +336,29 @@ def test_a_single_module_in_a_block_is_a_layer(monkeypatch):
     unload(pipe)
     assert trace(pipe) == before
     assert torch.equal(generate(pipe, kwargs), plain)
+
+
+class Fewer(Everything):
+    """Gives itself fewer points by a knob."""
+
+    name = "fewer"
+
+    class Config(PluginConfig):
+        inside: bool = False
+
+    def __init__(self, **knobs):
+        super().__init__(**knobs)
+        if not self.config.inside:
+            self.points = functools.partial(tuple, ("run", "denoise"))
+
+
+def test_a_plugin_may_give_itself_fewer_points():
+    """Others of its points open no slot, promise nothing, and are there again with another knob."""
+    pipe, kwargs = tiny("FluxPipeline")
+    pipe = load_pipeline(pipe, plugins=[Fewer()])
+    generate(pipe, kwargs)
+    assert set(pipe.plugins.report().plugins["fewer"].fired) == {"run", "denoise"}
+    pipe.plugins.configure("fewer", inside=True)
+    generate(pipe, kwargs)
+    assert {"block", "attention", "step"} <= set(pipe.plugins.report().plugins["fewer"].fired)
+    assert {"block", "attention"} <= set(Fewer.points())

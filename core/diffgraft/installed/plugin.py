@@ -238,5 +238,5 @@ class Plugin:
 
     @classmethod
     def points(cls) -> tuple[str, ...]:
-        """The hook points that this class implements."""
+        """The hook points that this class implements; an object may give itself fewer in ``__init__``, by its knobs."""
         return tuple(point for point in POINTS if callable(getattr(cls, point, None)))

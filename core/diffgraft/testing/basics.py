@@ -104,7 +104,8 @@ def fires(s: Subject) -> None:
     fresh = s.fresh()
     inactive = s.excuses(fresh.report)
     absent = {"modules"} if "controlnet" in s.facts.components else {"modules", "control"}
-    expected = [point for point in s.plugin.points() if point not in absent] + (["scheduler"] if s.plugin.scheduler else [])
+    points = s.instance(**s.plugin.active).points()
+    expected = [point for point in points if point not in absent] + (["scheduler"] if s.plugin.scheduler else [])
     for point in expected:
         assert fresh.report.fired.get(point) or inactive, f"its {point!r} hook never fired; fired: {fresh.report.fired}"
     if s.plugin.effects.reads_only:
