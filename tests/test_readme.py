@@ -17,8 +17,9 @@ BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
 def test_it_is_short():
-    assert len(README.splitlines()) <= 200
-    assert len(README) < 12_000
+    written = [line for line in README.splitlines() if not line.startswith("| [`")]  # a plugin's row in the generated tables is its own
+    assert len(written) <= 170
+    assert len("\n".join(written)) < 9_000
 
 
 def test_plugin_tables_are_generated():
