@@ -2,7 +2,8 @@
 
 (Chen, Bandyopadhyay, Zou, Song, arXiv 2505.21179.) Every cross-attention layer is asked for the positive and for the negative text with the
 same queries; what it gives is moved away from the negative answer, held to a length, and mixed with the positive one. One denoiser call a
-step stays one. To carry the negative text through the model's own text projection, it is put behind the positive one as further tokens.
+step stays one. A U-Net's layers take the text as it was encoded; a DiT projects it first, so there the negative text goes in behind the
+positive one, as further tokens, and the layers part them again.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from diffgraft.methods.conditioning import for_each_prompt, own_conditioning, wi
 from pydantic import Field, ValidationInfo, field_validator
 from torch import Tensor
 
-from diffgraft_nag.layer import Window, ask_twice
+from diffgraft_nag.layer import Window, as_rows, ask_twice
 from diffgraft_nag.method import guided
 
 __all__ = ["NAG"]
@@ -118,6 +119,8 @@ class NAG(Plugin):
 
     def ensure_outside(self, call: RunCall) -> None:
         """Raises Unsupported where a plugin further in would read the widened text with a model that is asked past our layers."""
+        if call.family.kind != "dit":
+            return
         entries = list(call.run.entries)
         for inner in entries[entries.index(call.entry) + 1 :]:
             effects = inner.plugin.effects
@@ -128,20 +131,27 @@ class NAG(Plugin):
         memory, knobs, step = call.shared, self.config, call.step
         if memory.text is None or not knobs.start <= step.index / step.total < knobs.end or "cond" not in call.texts:
             return next(call)  # type: ignore[no-any-return]
-        parts, text = len(call.texts), call[TEXT]
+        parts, text, changes = len(call.texts), call[TEXT], {}
         negative = as_rows(memory.text, len(text) // parts).to(text)
-        changes = {TEXT: torch.cat([text, torch.cat([negative] * parts)], 1)}
-        mask = call.get(MASK)
-        if mask is not None or memory.mask is not None:
-            own = text.new_ones(text.shape[:2]) if mask is None else mask
-            other = negative.new_ones(negative.shape[:2]) if memory.mask is None else as_rows(memory.mask, len(negative))
-            changes[MASK] = torch.cat([own, torch.cat([other.to(own)] * parts)], 1)
-        memory.window = Window(text.shape[1], negative.shape[1], parts, call.texts.index("cond"))
+        memory.window = Window(parts, call.texts.index("cond"), negative)
+        if call.family.kind == "dit":
+            memory.window = Window(parts, memory.window.at, None, text.shape[1], negative.shape[1])
+            changes = self.widened(call, negative, parts)
         call.count("guided")
         try:
             return next(call.replace(**changes))  # type: ignore[no-any-return]
         finally:
             memory.window = None
+
+    def widened(self, call: DenoiseCall, negative: Tensor, parts: int) -> dict[str, Tensor]:
+        """The call's text and mask with the negative ones behind, in every part alike: those of the others are parted and not looked at."""
+        text, mask, other = call[TEXT], call.get(MASK), call.shared.mask
+        changes = {TEXT: torch.cat([text, torch.cat([negative] * parts)], 1)}
+        if mask is not None or other is not None:
+            own = text.new_ones(text.shape[:2]) if mask is None else mask
+            other = negative.new_ones(negative.shape[:2]) if other is None else as_rows(other, len(negative))
+            changes[MASK] = torch.cat([own, torch.cat([other.to(own)] * parts)], 1)
+        return changes
 
     def attention(self, call: AttentionCall, next: Any) -> Any:
         window: Window | None = call.shared.window
@@ -150,15 +160,3 @@ class NAG(Plugin):
         knobs = self.config
         return ask_twice(call, next, window, partial(guided, scale=knobs.scale, tau=knobs.tau, alpha=knobs.alpha))
 
-
-def as_rows(x: Tensor, rows: int) -> Tensor:
-    """x [samples, ...] for ``rows`` rows, which are the samples, or several of each (frames), one behind the other.
-
-    Raises:
-        Unsupported: they are neither.
-    """
-    if len(x) == rows:
-        return x
-    if rows % len(x):
-        raise Unsupported(f"nag: the denoiser is asked for {rows} rows, and the negative prompt was encoded for {len(x)}")
-    return x.repeat_interleave(rows // len(x), 0)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from diffgraft import AttentionCall
+from diffgraft import AttentionCall, Unsupported
 from torch import Tensor
 
 Combine = Callable[[Tensor, Tensor], Tensor]
@@ -16,13 +16,18 @@ Combine = Callable[[Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Window:
-    """How the text of a denoiser call is laid out: ``positive`` tokens, behind them ``negative`` ones; of the batch's ``parts`` equal
-    parts number ``at`` is the conditional one."""
+    """Where a layer finds the negative text of a denoiser call.
 
-    positive: int
-    negative: int
+    parts, at  of the batch's equal parts number ``at`` is the conditional one
+    text       the negative text of that part's samples, as the layers of a U-Net take it; None: it comes with the positive one,
+    positive, negative  of which so many tokens are, the negative ones behind
+    """
+
     parts: int
     at: int
+    text: Tensor | None = None
+    positive: int = 0
+    negative: int = 0
 
 
 class Through:
@@ -40,26 +45,28 @@ class Through:
 def ask_twice(call: AttentionCall, next: Any, window: Window, combine: Combine) -> Any:
     """The layer's answer with Z+ replaced by ``combine(Z+, Z-)`` in the conditional rows; the other rows see their own text alone.
 
-    A layer whose text is not the widened one (another plugin has given it its own, or it has none) is asked as it is.
+    A layer that has no text, or another one than the widened one (another plugin's), is asked as it is.
     """
     given = call.get("encoder_hidden_states")
-    text = given[0] if isinstance(given, tuple) else given
+    text = given[0] if isinstance(given, tuple) else given  # behind it an IP-Adapter's picture
     both = window.positive + window.negative
     if text is None or text.shape[1] < both:
         return next(call)
     attn: Any = call["attn"]
-    rows, before = text.shape[0], text.shape[1] - both  # before the text: the start picture's tokens of Wan
-    middle = before + window.positive
-    mask = call.get("attention_mask")
-    masked = mask is not None and mask.shape[-1] == both
-
-    def with_text(tokens: Tensor, part: slice) -> dict[str, Any]:
-        changes: dict[str, Any] = {"encoder_hidden_states": (tokens, *given[1:]) if isinstance(given, tuple) else tokens}
-        return changes | ({"attention_mask": mask[..., part]} if masked else {})
-
-    positive = with_text(text[:, :middle], slice(window.positive))
-    behind = torch.cat([text[:, :before], text[:, middle:]], 1) if before else text[:, middle:]
-    asked = {**call.arguments(), **with_text(behind, slice(window.positive, None))}
+    positive: dict[str, Any] = {}
+    negative = {name: cut(value, text.shape[0], window) for name, value in call.arguments().items() if name != "attn"}
+    if window.text is not None:
+        behind = as_rows(window.text, len(text) // window.parts)
+    else:
+        before = text.shape[1] - both  # of the start picture, in Wan
+        middle = before + window.positive
+        behind = cut(torch.cat([text[:, :before], text[:, middle:]], 1) if before else text[:, middle:], len(text), window)
+        positive["encoder_hidden_states"] = text[:, :middle]
+        if (mask := call.get("attention_mask")) is not None:
+            positive["attention_mask"] = mask[..., : window.positive]
+            negative["attention_mask"] = negative["attention_mask"][..., window.positive :]
+    tail = negative["encoder_hidden_states"]
+    negative["encoder_hidden_states"] = (behind, *tail[1:]) if isinstance(tail, tuple) else behind
     found: list[Tensor] = []
 
     def keep(Z: Tensor, *_: Any) -> Tensor:
@@ -73,7 +80,6 @@ def ask_twice(call: AttentionCall, next: Any, window: Window, combine: Combine) 
         parts[window.at] = combine(parts[window.at], found[-1])
         return attn.to_out[0](parts[0] if len(parts) == 1 else torch.cat(parts), *rest)  # type: ignore[no-any-return]
 
-    negative = {name: cut(value, rows, window) for name, value in asked.items() if name != "attn"}
     next(call.replace(**negative, attn=Through(attn, keep, residual_connection=False)))
     return next(call.replace(**positive, attn=Through(attn, project)))
 
@@ -88,3 +94,16 @@ def cut(value: Any, rows: int, window: Window) -> Any:
     if type(value) in (list, tuple):
         return type(value)(cut(each, rows, window) for each in value)
     return value
+
+
+def as_rows(x: Tensor, rows: int) -> Tensor:
+    """x [samples, ...] for ``rows`` rows, which are the samples, or several of each (frames), one behind the other.
+
+    Raises:
+        Unsupported: they are neither.
+    """
+    if len(x) == rows:
+        return x
+    if rows % len(x):
+        raise Unsupported(f"nag: the denoiser is asked for {rows} rows, and the negative prompt was encoded for {len(x)}")
+    return x.repeat_interleave(rows // len(x), 0)

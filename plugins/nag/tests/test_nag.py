@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+from typing import ClassVar
 
 import pytest
 import torch
-from diffgraft import ConfigError, Paper, Plugin, Unsupported, load_pipeline, unload
+from diffgraft import ConfigError, Effects, Paper, Plugin, Unsupported, load_pipeline, unload
 from diffgraft_nag import NAG
 from diffgraft_nag.method import extrapolated, guided, l1, normalized
 from diffgraft_pipelines.tiny import make
@@ -21,6 +22,7 @@ def tiny(name=SD, **more):
     longer = {"max_sequence_length": 64} if name == PIXART else {}
     off = {"guidance_scale": 1.0} if "guidance_scale" in made.kwargs or name in (SD, XL, WAN, LTX, PIXART, MOTION) else {}
     made.pipe.set_progress_bar_config(disable=True)
+    made.kwargs.pop("negative_prompt", None)
     return made.pipe, {**made.kwargs, **off, "num_inference_steps": 2, "output_type": "latent", **longer, **more}
 
 
@@ -50,7 +52,7 @@ def plain(Zp, Zn, scale, tau, alpha):
         p, n = Zp[tuple(at)].tolist(), Zn[tuple(at)].tolist()
         far = [a + (scale - 1) * (a - b) for a, b in zip(p, n, strict=True)]
         ratio = math.fsum(map(abs, far)) / math.fsum(map(abs, p))
-        out[tuple(at)] = torch.tensor([alpha * f * min(ratio, tau) / ratio + (1 - alpha) * a for f, a in zip(far, p, strict=True)])
+        out[tuple(at)] = torch.tensor([alpha * f * min(ratio, tau) / ratio + (1 - alpha) * a for f, a in zip(far, p, strict=True)], dtype=Zp.dtype)
     return out
 
 
@@ -163,7 +165,7 @@ def test_padding_of_the_negative_text_has_no_say(name):
 
     class Look(Plugin):
         name, paper, families = "look", Paper("a probe", "0000.00000", "looks"), ("*",)
-        neutral = {}  # noqa: RUF012
+        neutral: ClassVar = {}
 
         def attention(self, call, next):
             if call.info.is_cross:
@@ -242,11 +244,35 @@ def test_beside_a_feature_cache():
     assert out.isfinite().all() and not torch.equal(out, generate(pipe, kwargs, {"deepcache": {"interval": 2}}))
 
 
-def test_a_model_that_is_asked_past_our_layers_must_be_further_out():
-    pipe, kwargs = tiny(SD, prompt="a cat and a dog")
-    with pytest.raises(Unsupported, match="put a_star before nag"):
-        generate(pipe, kwargs, {**nag(), "a_star": {"objects": [2, 5]}})
-    assert generate(pipe, kwargs, {"a_star": {"objects": [2, 5]}, **nag()}).isfinite().all()
+class Asks(Plugin):
+    """Takes a gradient past all other plugins."""
+
+    name, paper, families = "asks", Paper("a probe", "0000.00000", "asks"), ("*",)
+    neutral: ClassVar = {}
+    effects = Effects(edits={"prediction"}, needs={"plain_gradients"})
+
+    def denoise(self, call, next):
+        return next(call)
+
+
+def test_a_denoiser_that_is_asked_past_our_layers_must_be_asked_further_out():
+    """There it would read both texts as one."""
+    pipe, kwargs = tiny(PIXART)
+    with pytest.raises(Unsupported, match="put asks before nag"):
+        generate(pipe, kwargs, [NAG(**KNOBS), Asks()])
+    assert generate(pipe, kwargs, [Asks(), NAG(**KNOBS)]).isfinite().all()
+
+
+def test_a_text_embedding_beside_the_layers_reads_the_positive_text_alone():
+    """emoji-sd's U-Net pools the text for its time embedding: only the layers may see the negative one."""
+    pipe = load_pipeline("emoji-sd-lcm")
+    pipe.set_progress_bar_config(disable=True)
+    call = {"prompt": "a big fox on the left", "output_type": "latent", "num_inference_steps": 2}
+    ours = generate(pipe, call, {"nag": {"negative_prompt": "a red background"}})
+    text = pipe.encode_prompt("a red background", "cpu", 1, False)[0]
+    reference = Reference(text, slice(None), 5.0, 2.5, 0.25)
+    pipe.unet.set_attn_processor({k: reference if "attn2" in k else v for k, v in pipe.unet.attn_processors.items()})
+    torch.testing.assert_close(ours, generate(pipe, call), rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize(
