@@ -84,7 +84,9 @@ class NAG(Plugin):
         omitted="joint attention (Flux, SD3, Qwen-Image): the negative text would need a stream of its own through all blocks",
         licence="official code MIT; written from the paper's equations",
     )
-    families = ("sd", "latent_consistency", "sd_edit", "sdxl", "sdxl_edit", "animatediff", "pixart", "wan", "skyreels_df", "ltx", "ltx_image")
+    families = (
+        "sd", "latent_consistency", "sd_edit", "sdxl", "sdxl_edit", "animatediff", "pixart", "wan", "skyreels_df", "ltx", "ltx_image",
+    )  # fmt: skip
     Config = NAGConfig
     State = Negative
     neutral: ClassVar[dict[str, Any]] = {"scale": 1.0}
@@ -114,7 +116,7 @@ class NAG(Plugin):
         if self.config.negative_prompt is not None:
             return self.config.negative_prompt
         if call.get("negative_prompt") is None and call.get("negative_prompt_embeds") is not None:
-            raise ConfigError("plugin 'nag': negative_prompt = None: the call gives negative_prompt_embeds; say the negative prompt as text")
+            raise ConfigError("plugin 'nag': negative_prompt = None: the call gives negative_prompt_embeds; say the negative one as text")
         return call.get("negative_prompt") or ""
 
     def ensure_outside(self, call: RunCall) -> None:

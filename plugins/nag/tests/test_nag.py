@@ -52,7 +52,8 @@ def plain(Zp, Zn, scale, tau, alpha):
         p, n = Zp[tuple(at)].tolist(), Zn[tuple(at)].tolist()
         far = [a + (scale - 1) * (a - b) for a, b in zip(p, n, strict=True)]
         ratio = math.fsum(map(abs, far)) / math.fsum(map(abs, p))
-        out[tuple(at)] = torch.tensor([alpha * f * min(ratio, tau) / ratio + (1 - alpha) * a for f, a in zip(far, p, strict=True)], dtype=Zp.dtype)
+        held = [alpha * f * min(ratio, tau) / ratio + (1 - alpha) * a for f, a in zip(far, p, strict=True)]
+        out[tuple(at)] = torch.tensor(held, dtype=Zp.dtype)
     return out
 
 
@@ -187,7 +188,8 @@ def test_scale_one_is_the_plain_pipeline_and_computes_nothing(name):
     after = pipe(**kwargs, generator=torch.Generator().manual_seed(0))[0]
     report = pipe.plugins.report().plugins["nag"]
     assert torch.equal(before, after)
-    assert not report.counts and "attention" not in report.fired
+    assert not report.counts
+    assert "attention" not in report.fired
 
 
 def test_a_step_stays_one_denoiser_call():
@@ -212,7 +214,8 @@ def test_the_calls_own_negative_prompt_where_the_knob_says_none():
     said = generate(pipe, kwargs, nag(negative_prompt=None), negative_prompt="a green dog")
     assert torch.equal(said, generate(pipe, kwargs, nag()))
     empty = generate(pipe, kwargs, nag(negative_prompt=None))
-    assert torch.equal(empty, generate(pipe, kwargs, nag(negative_prompt=""))) and not torch.equal(empty, said)
+    assert torch.equal(empty, generate(pipe, kwargs, nag(negative_prompt="")))
+    assert not torch.equal(empty, said)
 
 
 def test_each_prompt_has_its_own_negative_one():
@@ -241,7 +244,8 @@ def test_bfloat16_runs_in_its_own_kind():
 def test_beside_a_feature_cache():
     pipe, kwargs = tiny(SD, num_inference_steps=4)
     out = generate(pipe, kwargs, {"deepcache": {"interval": 2}, **nag()})
-    assert out.isfinite().all() and not torch.equal(out, generate(pipe, kwargs, {"deepcache": {"interval": 2}}))
+    assert out.isfinite().all()
+    assert not torch.equal(out, generate(pipe, kwargs, {"deepcache": {"interval": 2}}))
 
 
 class Asks(Plugin):
