@@ -1,0 +1,109 @@
+"""One cross-attention layer asked twice, by the processor that was there, with its output projection in our hands."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffgraft import AttentionCall, Unsupported
+from torch import Tensor
+
+Combine = Callable[[Tensor, Tensor], Tensor]
+"""(Z+, Z-) -> what the output projection gets."""
+
+
+@dataclass(frozen=True)
+class Window:
+    """Where a layer finds the negative text of a denoiser call.
+
+    parts, at  of the batch's equal parts number ``at`` is the conditional one
+    text       the negative text of that part's samples, as the layers of a U-Net take it; None: it comes with the positive one,
+    positive, negative  of which so many tokens are, the negative ones behind
+    """
+
+    parts: int
+    at: int
+    text: Tensor | None = None
+    positive: int = 0
+    negative: int = 0
+
+
+class Through:
+    """An attention module whose output projection begins with ``first``; everything else is the module's own."""
+
+    def __init__(self, attn: Any, first: Callable[..., Tensor], **changed: Any) -> None:
+        self.attn = attn
+        self.to_out = (first, *attn.to_out[1:])
+        self.__dict__.update(changed)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["attn"], name)
+
+
+def ask_twice(call: AttentionCall, next: Any, window: Window, combine: Combine) -> Any:
+    """The layer's answer with Z+ replaced by ``combine(Z+, Z-)`` in the conditional rows; the other rows see their own text alone.
+
+    A layer that has no text, or another one than the widened one (another plugin's), is asked as it is.
+    """
+    given = call.get("encoder_hidden_states")
+    text = given[0] if isinstance(given, tuple) else given  # behind it an IP-Adapter's picture
+    both = window.positive + window.negative
+    if text is None or text.shape[1] < both:
+        return next(call)
+    attn: Any = call["attn"]
+    positive: dict[str, Any] = {}
+    negative = {name: cut(value, text.shape[0], window) for name, value in call.arguments().items() if name != "attn"}
+    if window.text is not None:
+        behind = as_rows(window.text, len(text) // window.parts)
+    else:
+        before = text.shape[1] - both  # of the start picture, in Wan
+        middle = before + window.positive
+        behind = cut(torch.cat([text[:, :before], text[:, middle:]], 1) if before else text[:, middle:], len(text), window)
+        positive["encoder_hidden_states"] = text[:, :middle]
+        if (mask := call.get("attention_mask")) is not None:
+            positive["attention_mask"] = mask[..., : window.positive]
+            negative["attention_mask"] = negative["attention_mask"][..., window.positive :]
+    tail = negative["encoder_hidden_states"]
+    negative["encoder_hidden_states"] = (behind, *tail[1:]) if isinstance(tail, tuple) else behind
+    found: list[Tensor] = []
+
+    def keep(Z: Tensor, *_: Any) -> Tensor:
+        found.append(Z)
+        return Z
+
+    def project(Z: Tensor, *rest: Any) -> Tensor:
+        if not found:  # answered by another plugin, without the layer
+            return attn.to_out[0](Z, *rest)  # type: ignore[no-any-return]
+        parts = list(Z.chunk(window.parts))
+        parts[window.at] = combine(parts[window.at], found[-1])
+        return attn.to_out[0](parts[0] if len(parts) == 1 else torch.cat(parts), *rest)  # type: ignore[no-any-return]
+
+    next(call.replace(**negative, attn=Through(attn, keep, residual_connection=False)))
+    return next(call.replace(**positive, attn=Through(attn, project)))
+
+
+def cut(value: Any, rows: int, window: Window) -> Any:
+    """The conditional part of an argument of a layer of ``rows`` rows, in tuples and lists too; what is common to all rows stays."""
+    if window.parts == 1:
+        return value
+    if isinstance(value, Tensor):
+        for_rows = value.ndim > 0 and value.shape[0] > 0 and value.shape[0] % rows == 0
+        return value.chunk(window.parts)[window.at] if for_rows else value
+    if type(value) in (list, tuple):
+        return type(value)(cut(each, rows, window) for each in value)
+    return value
+
+
+def as_rows(x: Tensor, rows: int) -> Tensor:
+    """x [samples, ...] for ``rows`` rows, which are the samples, or several of each (frames), one behind the other.
+
+    Raises:
+        Unsupported: they are neither.
+    """
+    if len(x) == rows:
+        return x
+    if rows % len(x):
+        raise Unsupported(f"nag: the denoiser is asked for {rows} rows, and the negative prompt was encoded for {len(x)}")
+    return x.repeat_interleave(rows // len(x), 0)
