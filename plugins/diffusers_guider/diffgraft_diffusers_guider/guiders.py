@@ -62,6 +62,8 @@ def checked_options(cls: type[BaseGuidance], options: Mapping[str, Any]) -> dict
             raise ValueError(f"{cls.__name__} has no option {name!r}{choices(name, known, 'Options')}")
         hint = hints.get(name, Any)
         hint = hint | None if parameters[name].default is None else hint
+        if name.endswith("_config"):
+            hint = hint | dict[str, Any] | list[dict[str, Any]]  # of all such options, whatever the signature says of each
         try:
             found[name] = TypeAdapter(hint, config=None if is_model(hint) else ConfigDict(arbitrary_types_allowed=True)).validate_python(
                 value, strict=True
