@@ -150,7 +150,10 @@ class DiffusersGuider(Plugin):
         scale = call.family.guidance.scale
         if self.own_scale and call.get(scale) is not None:
             call.note(f"the call's {scale} only switches guidance on and off; {name} has its own scale")
-        return next(call)
+        result = next(call)
+        if call.shared.call < 0:
+            call.note(f"inactive: guidance was off in this run, there was nothing to guide; {name} wants the call's {scale} above 1")
+        return result
 
     @staticmethod
     def target(call: RunCall) -> Target:
