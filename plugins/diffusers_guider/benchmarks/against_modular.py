@@ -53,7 +53,12 @@ def main(
         one.set_progress_bar_config(disable=True)
     side = 64
     theirs_side = side * theirs.vae_scale_factor_spatial // pipe.vae_scale_factor_spatial  # it takes the VAE's scale to be another
-    call = {"prompt": "a big donut on the left on a red background", "negative_prompt": "", "num_inference_steps": steps, "output_type": "np"}
+    call = {
+        "prompt": "a big donut on the left on a red background",
+        "negative_prompt": "",
+        "num_inference_steps": steps,
+        "output_type": "np",
+    }
     call |= {"num_frames": 9, "height": side, "width": side, "max_sequence_length": 20}
     table = Table("guider", "ours s", "theirs s", "ratio", "peak ours", "peak theirs", "worst")
     for name, options in GUIDERS.items():

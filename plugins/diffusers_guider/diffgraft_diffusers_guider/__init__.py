@@ -108,7 +108,9 @@ class DiffusersGuider(Plugin):
         """Copied for every run."""
         self.perturbs = None if self.template is None else perturbs(self.template)
         self.noisy = self.template is not None and dropout_of(self.template)
-        self.own_scale = not isinstance(given, str) or "guidance_scale" in self.config.options or not hasattr(self.template, "guidance_scale")
+        self.own_scale = (
+            not isinstance(given, str) or "guidance_scale" in self.config.options or not hasattr(self.template, "guidance_scale")
+        )
         """Whether the guider's scale is its own; else it is the call's."""
         stops = self.template is not None and may_stop(self.template)
         self.effects = Effects(
@@ -140,7 +142,9 @@ class DiffusersGuider(Plugin):
             return next(call)
         name = type(self.template).__name__
         if call.extras:
-            raise Unsupported(f"diffusers_guider: the call asks for {', '.join(call.extras)} guidance of the pipeline's own beside {name}; leave it out")
+            raise Unsupported(
+                f"diffusers_guider: the call asks for {', '.join(call.extras)} guidance of the pipeline's own beside {name}; leave it out"
+            )
         if call.get("guidance_rescale"):
             raise Unsupported(
                 f"diffusers_guider: guidance_rescale = {call['guidance_rescale']} is of the pipeline's formula, which {name} replaces; give it "
@@ -230,7 +234,9 @@ class DiffusersGuider(Plugin):
         predictions = {"pred_cond": call.cond, "pred_uncond": call.uncond}
         if extra := wanted - predictions.keys():
             if shared.extra is None:
-                raise Unsupported("diffusers_guider: a plugin further out answered this step's denoiser call in its place; put diffusers_guider first")
+                raise Unsupported(
+                    "diffusers_guider: a plugin further out answered this step's denoiser call in its place; put diffusers_guider first"
+                )
             # as the kernel brings a branch into the layout of the pipeline's prediction: without a learned variance, without appended tokens
             predictions[extra.pop()] = shared.extra.narrow(1, 0, call.cond.shape[1]).to(call.cond.dtype)
         flat = type(shared.guider).__name__ in FLAT

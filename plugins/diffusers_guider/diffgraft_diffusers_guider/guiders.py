@@ -22,7 +22,9 @@ PERTURBED = {"pred_cond_skip", "pred_cond_seg"}
 NOT_HERE = {"LTX2Guidance": "it works on clean samples of sound and picture that only the LTX-2 pipeline makes"}
 
 NAMES = tuple(
-    sorted(name for name, cls in vars(guiders).items() if inspect.isclass(cls) and issubclass(cls, BaseGuidance) and cls is not BaseGuidance)
+    sorted(
+        name for name, cls in vars(guiders).items() if inspect.isclass(cls) and issubclass(cls, BaseGuidance) and cls is not BaseGuidance
+    )
 )
 
 

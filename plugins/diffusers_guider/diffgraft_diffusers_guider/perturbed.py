@@ -80,7 +80,9 @@ def ensure_layers(guider: BaseGuidance, target: Target) -> None:
     for name, denoiser in target.denoisers.items():
         model, what = getattr(denoiser, "_orig_mod", denoiser), f"{name} ({type(denoiser).__name__})"
         if any(hasattr(m, "_orig_mod") or m.__dict__.get("_compiled_call_impl") is not None for m in denoiser.modules()):
-            raise Unsupported(f"{who} puts other layers into the {what} in every step, which is compiled and would be again; leave it uncompiled")
+            raise Unsupported(
+                f"{who} puts other layers into the {what} in every step, which is compiled and would be again; leave it uncompiled"
+            )
         for layers in layers_of(guider):
             ensure_config(who, what, model, layers)
         state = guider._step, guider._num_inference_steps, guider._enabled

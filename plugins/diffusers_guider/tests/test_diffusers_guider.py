@@ -166,7 +166,9 @@ def test_a_standard_pipeline_gives_what_the_modular_one_gives(name):
         tiny.graft(guider, options)
         own = name in ("StableDiffusionXLPipeline", "StableDiffusion3Pipeline")
         found = tiny(output_type="latent" if own else "np").reshape(expected.shape)
-        torch.testing.assert_close(found, expected, rtol=0, atol=5e-6 * float(expected.abs().max()) + 5e-6, msg=lambda m, w=what: f"{w}: {m}")
+        torch.testing.assert_close(
+            found, expected, rtol=0, atol=5e-6 * float(expected.abs().max()) + 5e-6, msg=lambda m, w=what: f"{w}: {m}"
+        )
 
 
 @pytest.mark.parametrize("name", ["StableDiffusionPipeline", "FluxPipeline", "DiTPipeline"])
@@ -200,7 +202,9 @@ def test_plain_guidance_is_the_pipelines_own_bit_for_bit(name):
 def test_mambo_against_its_equation():
     """w' = 1 + (w - 1) exp(-alpha |c - u| / |u|), whole samples; and on pictures the class alone fails in torch."""
     tiny, watch = Tiny("StableDiffusionPipeline"), Watch()
-    load_pipeline(tiny.pipe, plugins=[watch, DiffusersGuider(guider="MagnitudeAwareGuidance", options={"guidance_scale": 4.0, "alpha": 2.0})])
+    load_pipeline(
+        tiny.pipe, plugins=[watch, DiffusersGuider(guider="MagnitudeAwareGuidance", options={"guidance_scale": 4.0, "alpha": 2.0})]
+    )
     tiny()
     for (c, u, _, _), used in zip(watch.branches, watch.used, strict=True):
         ratio = (c - u).double().square().sum().sqrt() / u.double().square().sum().sqrt()
@@ -432,7 +436,8 @@ def test_half_precision():
         for guider in ("AdaptiveProjectedGuidance", "TangentialClassifierFreeGuidance"):
             tiny.graft(guider)
             out = tiny()
-            assert out.dtype == torch.bfloat16 and out.isfinite().all()
+            assert out.dtype == torch.bfloat16
+            assert out.isfinite().all()
 
 
 # bad input --------------------------------------------------------------------------------------------------------------------------------
@@ -462,7 +467,8 @@ def test_bad_knobs(knobs, says):
 
 
 def test_all_of_diffusers_guiders_are_known():
-    assert len(NAMES) == 12 and set(NOT_HERE) == {"LTX2Guidance"}
+    assert len(NAMES) == 12
+    assert set(NOT_HERE) == {"LTX2Guidance"}
 
 
 def test_refused_before_anything_runs():
