@@ -2,7 +2,7 @@
 
     python plugins/diffusers_guider/benchmarks/against_modular.py               # 9 frames, 10 steps, 5 pairs of runs: a minute of a core
 
-Runs take turns, ours and theirs; "ratio" is the median of ours / theirs within a turn. "peak": the most that torch held in tensors above what
+Runs take turns, ours and theirs; "ratio" is the median of ours / theirs in a turn. "peak": the most that torch held in tensors above what
 it held before, in MiB, on the CPU counted by its profiler's memory events. "worst": the largest difference of the two videos (0 to 1).
 """
 

@@ -3,9 +3,9 @@
     python plugins/diffusers_guider/benchmarks/pictures.py                      # emoji-sd, 24 captions, 20 steps: 2 minutes of a core
     python plugins/diffusers_guider/benchmarks/pictures.py --model emoji-flux --scales 2,6
 
-Every arm draws the same held-out captions from the same seeds. "right": the judge finds all that the caption asks for, with Wilson's 95 %
-interval. "PSNR": mean, to the picture of plain guidance at the same scale. "saturation": mean of HSV's S. "clipped": share of channel values
-at 0 or 255. "forwards": rows of denoiser work a step and sample. "time": to plain guidance's at the same scale, least of --repeats.
+Every arm draws the same held-out captions from the same seeds. "right": the judge finds all that the caption asks for, with Wilson's
+95 % interval. "PSNR": mean, to the picture of plain guidance at the same scale. "saturation": mean of HSV's S. "clipped": share of channel
+values at 0 or 255. "forwards": rows of denoiser work a step and sample. "time": to plain guidance's at the same scale, least of --repeats.
 """
 
 from __future__ import annotations

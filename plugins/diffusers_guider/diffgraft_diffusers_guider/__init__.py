@@ -79,9 +79,9 @@ class DiffusersGuider(Plugin):
         "CFG-Zero* (2503.18886), TCFG (2503.18137), FDG (2506.19713), MAMBO-G (2508.03442), SLG and STG (2411.18664), PAG (2403.17377), "
         "SEG (2408.00760), AutoGuidance (2406.02507)",
         arxiv="2410.02416",
-        implemented="diffusers' own guider classes, fed with the predictions of standard pipelines, their forwards with perturbed layers included",
-        omitted="LTX2Guidance, which works on the clean samples of sound and picture of one pipeline; AutoGuidance by a second, weaker model, "
-        "which diffusers' class has not",
+        implemented="diffusers' own guider classes, fed with the predictions of standard pipelines, perturbed forwards included",
+        omitted="LTX2Guidance, which works on the clean samples of sound and picture of one pipeline; AutoGuidance by a second, weaker "
+        "model, which diffusers' class has not",
         licence="diffusers is Apache-2.0; its classes are called, not copied",
     )
     families = (
@@ -128,8 +128,8 @@ class DiffusersGuider(Plugin):
         name = type(guider).__name__
         if name == "FrequencyDecoupledGuidance" and family.latents != "bchw":
             raise Unsupported(
-                f"diffusers_guider: {name} takes a Laplacian pyramid of pictures [batch, channels, height, width], and the latents of family "
-                f"{family.name!r} are {family.latents}; use a family with plain latents (sd, sdxl, sd3, pixart)"
+                f"diffusers_guider: {name} takes a Laplacian pyramid of pictures [batch, channels, height, width], and the latents of "
+                f"family {family.name!r} are {family.latents}; use a family with plain latents (sd, sdxl, sd3, pixart)"
             )
         if set(family.guidance.order) != {"cond", "uncond"}:
             raise Unsupported(f"diffusers_guider: {family.name} has the branches {', '.join(family.guidance.order)}; guiders know two")
@@ -147,8 +147,8 @@ class DiffusersGuider(Plugin):
             )
         if call.get("guidance_rescale"):
             raise Unsupported(
-                f"diffusers_guider: guidance_rescale = {call['guidance_rescale']} is of the pipeline's formula, which {name} replaces; give it "
-                "among the guider's options"
+                f"diffusers_guider: guidance_rescale = {call['guidance_rescale']} is of the formula that {name} replaces; give "
+                "it among the guider's options"
             )
         self.check(self.target(call))  # again: compiled, a LoRA on top, another denoiser since
         scale = call.family.guidance.scale
@@ -237,7 +237,7 @@ class DiffusersGuider(Plugin):
                 raise Unsupported(
                     "diffusers_guider: a plugin further out answered this step's denoiser call in its place; put diffusers_guider first"
                 )
-            # as the kernel brings a branch into the layout of the pipeline's prediction: without a learned variance, without appended tokens
+            # in the layout of the pipeline's prediction, as the kernel brings it there: without learned variance or appended tokens
             predictions[extra.pop()] = shared.extra.narrow(1, 0, call.cond.shape[1]).to(call.cond.dtype)
         flat = type(shared.guider).__name__ in FLAT
         for batch in shared.wanted:

@@ -111,8 +111,8 @@ def build(guider: str | BaseGuidance, options: Mapping[str, Any]) -> BaseGuidanc
     unknown = set(made._input_predictions) - PERTURBED - {"pred_cond", "pred_uncond"}
     if unknown:
         raise ConfigError(
-            f"plugin 'diffusers_guider': guider = {type(made).__name__}: it asks for {', '.join(sorted(unknown))}, which no standard pipeline "
-            "makes; use one that asks for pred_cond, pred_uncond, pred_cond_skip or pred_cond_seg"
+            f"plugin 'diffusers_guider': guider = {type(made).__name__}: it asks for {', '.join(sorted(unknown))}, which no standard "
+            "pipeline makes; use one that asks for pred_cond, pred_uncond, pred_cond_skip or pred_cond_seg"
         )
     for layers in layers_of(made):
         layers.indices = [layers.indices] if isinstance(layers.indices, int) else list(layers.indices)

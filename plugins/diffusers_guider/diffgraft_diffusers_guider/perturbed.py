@@ -29,7 +29,7 @@ def perturbed(guider: BaseGuidance, denoiser: nn.Module, seed: int | None = None
     """The denoiser with the guider's hooks on.
 
     The guider is told which prediction comes by the count that its own classes look at. It does not count by itself for
-    SmoothedEnergyGuidance of diffusers 0.42.1, nor as far as the third where classifier-free guidance is off, and would then put on nothing.
+    SmoothedEnergyGuidance of diffusers 0.42.1, nor as far as the third where classifier-free guidance is off, and would put on nothing.
 
     Args:
         seed: of the noise of a dropout, drawn aside from the process's own; None: from that.
