@@ -188,9 +188,9 @@ class DiffusersGuider(Plugin):
     def without_uncond(self, call: DenoiseCall, next: Next) -> Tensor:
         """The guider wants no unconditional prediction: the conditional one stands in its place, and the pipeline's formula gives that."""
         call.count("skipped")
+        call.acted()
         if len(call.branches) > 1:
             return torch.cat([next(call.only("cond"))] * len(call.branches))
-        call.acted()
         return call.shared.cond  # type: ignore[no-any-return]
 
     def branch(self, call: DenoiseCall, name: str, next: Next) -> Tensor:

@@ -114,6 +114,11 @@ def build(guider: str | BaseGuidance, options: Mapping[str, Any]) -> BaseGuidanc
             f"plugin 'diffusers_guider': guider = {type(made).__name__}: it asks for {', '.join(sorted(unknown))}, which no standard "
             "pipeline makes; use one that asks for pred_cond, pred_uncond, pred_cond_skip or pred_cond_seg"
         )
+    if not layers_of(made) and type(made).prepare_models is not BaseGuidance.prepare_models:
+        raise ConfigError(
+            f"plugin 'diffusers_guider': guider = {type(made).__name__}: it changes the denoiser (prepare_models) without a config of layers "
+            "that could be checked before a run; keep one as diffusers' own classes do (skip_layer_config)"
+        )
     for layers in layers_of(made):
         layers.indices = [layers.indices] if isinstance(layers.indices, int) else list(layers.indices)
     return made

@@ -466,6 +466,29 @@ def test_bad_knobs(knobs, says):
         DiffusersGuider(**knobs)
 
 
+class Own(guiders.ClassifierFreeGuidance):
+    """Somebody's own formula."""
+
+    def forward(self, pred_cond: Any, pred_uncond: Any = None) -> Any:
+        return (pred_cond * 2 - pred_uncond,)
+
+
+class Changing(guiders.ClassifierFreeGuidance):
+    """One that changes the denoiser in a way of its own."""
+
+    def prepare_models(self, denoiser: Any) -> None:
+        raise AssertionError
+
+
+def test_a_guider_of_ones_own():
+    tiny = Tiny("StableDiffusionPipeline")
+    two = tiny(guidance_scale=2.0)
+    tiny.graft(Own())
+    torch.testing.assert_close(tiny(), two, rtol=0, atol=1e-4)
+    with pytest.raises(ConfigError, match="prepare_models"):
+        DiffusersGuider(guider=Changing())
+
+
 def test_all_of_diffusers_guiders_are_known():
     assert len(NAMES) == 12
     assert set(NOT_HERE) == {"LTX2Guidance"}
