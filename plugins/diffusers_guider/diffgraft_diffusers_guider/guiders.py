@@ -116,8 +116,8 @@ def build(guider: str | BaseGuidance, options: Mapping[str, Any]) -> BaseGuidanc
         )
     if not layers_of(made) and type(made).prepare_models is not BaseGuidance.prepare_models:
         raise ConfigError(
-            f"plugin 'diffusers_guider': guider = {type(made).__name__}: it changes the denoiser (prepare_models) without a config of layers "
-            "that could be checked before a run; keep one as diffusers' own classes do (skip_layer_config)"
+            f"plugin 'diffusers_guider': guider = {type(made).__name__}: it changes the denoiser (prepare_models) without a config of "
+            "layers that could be checked before a run; keep one as diffusers' own classes do (skip_layer_config)"
         )
     for layers in layers_of(made):
         layers.indices = [layers.indices] if isinstance(layers.indices, int) else list(layers.indices)
