@@ -1,6 +1,6 @@
 """Guiders of diffusers on the bundled checkpoints, judged by emoji's judge, at a usual and at a high guidance scale.
 
-    python plugins/diffusers_guider/benchmarks/pictures.py                      # emoji-sd, 24 captions, 20 steps: 2 minutes of a core
+    python plugins/diffusers_guider/benchmarks/pictures.py         # emoji-sd, 12 captions, 10 steps, scales 2 and 8: 2 minutes of a core
     python plugins/diffusers_guider/benchmarks/pictures.py --model emoji-flux --scales 2,6
 
 Every arm draws the same held-out captions from the same seeds. "right": the judge finds all that the caption asks for, with Wilson's
@@ -63,8 +63,8 @@ def draw(pipe: Any, prompts: list[str], call: dict[str, Any]) -> list[Image.Imag
 
 def main(
     model: Annotated[str, typer.Option(help="emoji-sd or emoji-flux.")] = "emoji-sd",
-    captions: Annotated[int, typer.Option(help="Held-out captions.")] = 24,
-    steps: Annotated[int, typer.Option(help="Steps.")] = 20,
+    captions: Annotated[int, typer.Option(help="Held-out captions.")] = 12,
+    steps: Annotated[int, typer.Option(help="Steps.")] = 10,
     scales: Annotated[str, typer.Option(help="Guidance scales, with commas.")] = "2,8",
     repeats: Annotated[int, typer.Option(help="How often each arm is timed.")] = 1,
 ) -> None:
