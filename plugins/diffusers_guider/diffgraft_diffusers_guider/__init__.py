@@ -96,9 +96,7 @@ class DiffusersGuider(Plugin):
         skips=frozenset({"branches"}),
         edits=frozenset({"prediction"}),
         needs=frozenset({"extra_forwards", "all_blocks"}),
-        stochastic=True,
-        couples_batch=True,
-    )
+    )  # of a dropout between 0 and 1 also noise, see __init__
     config: DiffusersGuiderConfig
 
     def __init__(self, **knobs: Any) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -37,23 +38,28 @@ def perturbed(guider: BaseGuidance, denoiser: nn.Module, seed: int | None = None
     model = getattr(denoiser, "_orig_mod", denoiser)
     number = NUMBER.get(perturbs(guider) or "", 3)
     found = [(module, module.__dict__.get("forward", ABSENT), "_diffusers_hook" in module.__dict__) for module in model.modules()]
-    counted = guider._count_prepared
     try:
-        guider._count_prepared = number - 1
+        count_anew(guider, model, number - 1)
         guider.prepare_models(model)
         if guider._count_prepared < number:
-            guider._count_prepared = number
+            BaseGuidance.prepare_models(guider, model)
             guider.prepare_models(model)
         with nullcontext() if seed is None else torch.random.fork_rng():
             if seed is not None:
                 torch.manual_seed(seed)
             yield
     finally:
-        guider._count_prepared = number
+        count_anew(guider, model, number)
         guider.cleanup_models(model)
-        guider._count_prepared = counted
         for module, forward, hooked in found:
             restore(module.__dict__, forward, hooked)
+
+
+def count_anew(guider: BaseGuidance, model: nn.Module, number: int) -> None:
+    """Tells the guider that so many predictions of its step were prepared: diffusers' base class counts, and does nothing else."""
+    guider.set_state(guider._step, guider._num_inference_steps, guider._timestep)
+    for _ in range(number):
+        BaseGuidance.prepare_models(guider, model)
 
 
 def restore(attributes: dict[str, Any], forward: Any, hooked: bool) -> None:
@@ -85,15 +91,14 @@ def ensure_layers(guider: BaseGuidance, target: Target) -> None:
             )
         for layers in layers_of(guider):
             ensure_config(who, what, model, layers)
-        state = guider._step, guider._num_inference_steps, guider._enabled
-        guider._step, guider._num_inference_steps, guider._enabled = None, None, True
+        trial = deepcopy(guider)
+        trial.set_state(None, None, None)  # in no run: whatever its interval is
+        trial.enable()
         try:
-            with perturbed(guider, model):
+            with perturbed(trial, model):
                 hooked = sum(len(module._diffusers_hook.hooks) for module in model.modules() if hasattr(module, "_diffusers_hook"))
         except Exception as error:
             raise Unsupported(f"{who}: diffusers cannot perturb these layers of the {what}: {type(error).__name__}: {error}") from error
-        finally:
-            guider._step, guider._num_inference_steps, guider._enabled = state
         before = sum(len(module._diffusers_hook.hooks) for module in model.modules() if hasattr(module, "_diffusers_hook"))
         if hooked == before and not is_without_effect(guider):
             raise Unsupported(
