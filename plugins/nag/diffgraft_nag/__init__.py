@@ -82,7 +82,7 @@ class NAG(Plugin):
         arxiv="2505.21179",
         implemented="negative guidance in every cross-attention layer, with or without classifier-free guidance, for a share of the steps",
         omitted="joint attention (Flux, SD3, Qwen-Image): the negative text would need a stream of its own through all blocks",
-        licence="official code MIT; written from the paper's equations",
+        licence="official code read for facts only; written from the equations",
     )
     families = (
         "sd", "latent_consistency", "sd_edit", "sdxl", "sdxl_edit", "animatediff", "pixart", "wan", "skyreels_df", "ltx", "ltx_image",
