@@ -223,7 +223,7 @@ BAD = {
     "broken plugin": ([*RUN, "-p", "broken"], ["BrokenPlugin", "its own fault"]),
     "plugin without a module": ([*RUN, "-p", "nowhere"], ["BrokenPlugin", "cli_nowhere"]),
     "other contract": ([*RUN, "-p", "old_contract"], ["BrokenPlugin", "contract 99"]),
-    "no such pipeline": (["run", "emoji-sf", "--prompt", "a", "--out", "x/a.png"], ["PipelineNotFound", "did you mean 'emoji-sd'"]),
+    "no such pipeline": (["run", "emoji-sdd", "--prompt", "a", "--out", "x/a.png"], ["PipelineNotFound", "did you mean 'emoji-sd'"]),
     "empty folder": (["run", "{empty}", "--prompt", "a", "--out", "x/a.png"], ["PipelineNotFound", "model_index.json"]),
     "config for another plugin": (
         [*RUN, "-p", "sparse", "-o", "idle.off=true"],

@@ -67,8 +67,8 @@ class DiffusersCache(Plugin):
 
     @classmethod
     def claims(cls, family: Family) -> bool:
-        """At every setting: all DiTs but SkyReels, whose blocks diffusers' registry does not know. Methods for layers take that too."""
-        return super().claims(family) and family.name != "skyreels_df"
+        """At every setting: all DiTs but those whose blocks diffusers' registry does not know, or knows wrongly (FLUX.2's)."""
+        return super().claims(family) and family.name not in ("skyreels_df", "chroma", "flux2_klein")
 
     @property
     def is_neutral(self) -> bool:
@@ -78,6 +78,8 @@ class DiffusersCache(Plugin):
     # which places are hooked --------------------------------------------------------------------------------------------------------------
 
     def check(self, target: Target) -> None:
+        if target.family.name == "flux2_klein":
+            raise Unsupported("diffusers_cache: diffusers' registry is wrong on FLUX.2's single blocks, so its caches fail there")
         if self.config.method == "off":
             return
         for name, model in target.denoisers.items():
