@@ -79,7 +79,8 @@ class DiffusersCache(Plugin):
 
     def check(self, target: Target) -> None:
         if target.family.name == "flux2_klein":
-            raise Unsupported("diffusers_cache: diffusers' registry is wrong on FLUX.2's single blocks, so its caches fail there")
+            name = type(target.pipe).__name__
+            raise Unsupported(f"diffusers_cache: diffusers' registry is wrong on the single blocks of {name}, so its caches fail there")
         if self.config.method == "off":
             return
         for name, model in target.denoisers.items():
