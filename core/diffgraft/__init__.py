@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from diffgraft.installed.anatomy import AttentionInfo, BlockInfo, Target, blocks_of, denoisers_of
+    from diffgraft.installed.anatomy import AttentionInfo, BlockInfo, Target, blocks_of, denoisers_of, root_of
     from diffgraft.installed.config import PluginConfig
     from diffgraft.installed.errors import (
         ArtefactMismatch,
@@ -73,7 +73,7 @@ _LAZY = {
     **dict.fromkeys(("load_pipeline", "unload"), "kernel.loading"),
     **dict.fromkeys(("Now", "now"), "kernel.now"),
     "Step": "kernel.facts",
-    **dict.fromkeys(("AttentionInfo", "BlockInfo", "Target", "blocks_of", "denoisers_of"), "installed.anatomy"),
+    **dict.fromkeys(("AttentionInfo", "BlockInfo", "Target", "blocks_of", "denoisers_of", "root_of"), "installed.anatomy"),
     **dict.fromkeys(("Call", "RunCall", "ScheduleCall", "ControlCall", "DenoiseCall", "BlockCall", "AttentionCall"), "kernel.calls"),
     **dict.fromkeys(("GuideCall", "StepCall", "ModulesCall", "Schedule", "StepOutput"), "kernel.calls"),
     **dict.fromkeys(("Fitter", "LoraFitter"), "methods.fitter"),
@@ -133,6 +133,7 @@ __all__ = [
     "load_pipeline",
     "nearest",
     "now",
+    "root_of",
     "unload",
 ]
 

@@ -20,6 +20,7 @@ from diffgraft.installed.family import Family
 from diffgraft.installed.plugin import Effects, Paper, Plugin
 from diffgraft.kernel.boundary import usual_shape
 from diffgraft.kernel.calls import DenoiseCall, StepCall
+from diffgraft.kernel.calls import part_of as part_of  # for plugins that part a layer's arguments as `call.only` does the denoiser's
 from diffgraft.kernel.onion import active_run
 from diffgraft.methods.artefacts import Fingerprint
 from diffgraft.methods.inputs import default_steps, parameters

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from diffgraft.installed.errors import ConfigError, Unsupported
 from diffgraft.installed.family import Family
+from diffgraft.kernel.slots import place_in as place_in  # for plugins that read a schedule by a timestep that is a view of it
 from diffgraft.kernel.units import LEAST, is_exploding
 
 WITHOUT_NOISE = (

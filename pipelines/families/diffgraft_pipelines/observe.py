@@ -171,19 +171,24 @@ class Observer:
 
     def find_conditioning(self, sample: str) -> tuple[str, ...]:
         """The inputs that another condition changes."""
-        changes = other_condition(self.tiny.kwargs)
-        other = self.tried("conditioning", "another condition", **changes) if changes else None
-        if other is None:
-            if not changes:
-                self.remarks.setdefault("conditioning", "there is nothing to condition on, or it could not be changed")
+        if self.other is None:
             return ()
-        found = tuple(name for name, value in self.first.inputs.items()
-                      if name != sample and not same(value, other.of(self.denoisers)[0].inputs.get(name)))  # fmt: skip
-        if still := [name for name, value in self.first.inputs.items() if isinstance(value, (Tensor, dict)) and name not in found]:
-            still = [name for name in still if name != sample and same(self.first.inputs[name], self.later().inputs.get(name))]
+        there, later = self.other.of(self.denoisers)[0].inputs, self.later().inputs
+        others = {name: value for name, value in self.first.inputs.items() if name != sample}
+        found = tuple(name for name, value in others.items() if not same(value, there.get(name)))
+        still = [name for name, value in others.items()
+                 if isinstance(value, (Tensor, dict)) and name not in found and same(value, later.get(name))]  # fmt: skip
         if still:
             self.remarks["conditioning"] = f"{', '.join(still)}: the same for every condition and step here"
         return found
+
+    @cached_property
+    def other(self) -> Seen | None:
+        """A run under another condition."""
+        if changes := other_condition(self.tiny.kwargs):
+            return self.tried("conditioning", "another condition", **changes)
+        self.remarks["conditioning"] = "there is nothing to condition on, or it could not be changed"
+        return None
 
     def later(self) -> Forward:
         """The first forward of a step in the middle (the last may be at time 0)."""
@@ -240,11 +245,11 @@ class Observer:
 
     def find_order(self, layout: str, many: int, sample: str) -> tuple[str, ...]:
         """The branch that another condition changes is "cond"; of the others the one without a start picture is "uncond"."""
-        other = self.tried("guidance", "another condition", **other_condition(self.tiny.kwargs))
-        if other is None:
+        if self.other is None:
+            self.remarks["guidance"] = "the order of the branches: another condition could not be tried"
             return ("uncond", "cond")
         moved = [False] * many
-        here, there = self.plain.of(self.denoisers), other.of(self.denoisers)
+        here, there = self.plain.of(self.denoisers), self.other.of(self.denoisers)
         if layout == "sequential":
             for number in range(many):
                 a, b = here[number].inputs, there[number].inputs

@@ -14,6 +14,8 @@ import numpy as np
 import torch
 from diffgraft import BlockGroup, Family, Tiny
 from diffgraft.installed.anatomy import layers_in
+from diffgraft_pipelines.observe import other_condition
+from diffgraft_pipelines.runs import bound
 from diffgraft_pipelines.tiny import make
 from torch import nn
 
@@ -35,10 +37,6 @@ def denoisers(family: Family, pipe: Any) -> list[nn.Module]:
 def blocks(denoiser: nn.Module, group: BlockGroup) -> list[nn.Module]:
     found = getattr(denoiser, group.path)
     return list(found) if isinstance(found, nn.ModuleList) else [found]
-
-
-def bound(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    return dict(inspect.signature(module.forward).bind(*args, **kwargs).arguments)
 
 
 @dataclass
@@ -122,23 +120,12 @@ def side_by_side(frames: list[torch.Tensor]) -> torch.Tensor:
     return torch.stack(frames, dim=2 if frames[0].ndim else 0)
 
 
-def different(kwargs: dict[str, object]) -> dict[str, object]:
-    """Another condition of the same call."""
-    if "prompt" in kwargs:
-        return {"prompt": "two green dogs"}
-    if "class_labels" in kwargs:
-        return {"class_labels": [3]}
-    if "image" in kwargs:
-        return {"image": kwargs["image"].rotate(180)}  # type: ignore[attr-defined]
-    return {}
-
-
 @functools.cache
 def seen(family: Family, name: str, how: str = "on") -> Record:
     tiny = make(name)
     if how == "off" and family.guidance.layout != "none":
         return record(family, tiny, **{family.guidance.scale: 1.0})
-    return record(family, tiny, **(different(tiny.kwargs) if how == "different" else {}))
+    return record(family, tiny, **(other_condition(tiny.kwargs) if how == "different" else {}))
 
 
 def branches(family: Family, call_group: list[Call]) -> dict[str, torch.Tensor]:

@@ -13,13 +13,14 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, ClassVar
 
-from diffgraft import AttentionCall, BlockCall, BlockInfo, ConfigError, DenoiseCall, Effects, Family, Plugin, Target, Unsupported
+from diffgraft import AttentionCall, BlockCall, BlockInfo, ConfigError, DenoiseCall, Effects, Family, Plugin, Target, Unsupported, root_of
+from diffgraft.methods.solvers import place_in
 from diffusers.hooks.hooks import CacheContext
 from torch import Tensor
 
 from diffgraft_diffusers_cache.cache import LITE, Cache, config_for, ensure_serves, made, volumes
 from diffgraft_diffusers_cache.knobs import PAPER, STACK, DiffusersCacheConfig
-from diffgraft_diffusers_cache.shadow import ORIGINAL, hooks_for, root_of
+from diffgraft_diffusers_cache.shadow import hooks_for
 
 __all__ = ["DiffusersCache"]
 __version__ = "0.1.0"
@@ -67,8 +68,9 @@ class DiffusersCache(Plugin):
 
     @classmethod
     def claims(cls, family: Family) -> bool:
-        """At every setting: all DiTs but those whose blocks diffusers' registry does not know, or knows wrongly (FLUX.2's)."""
-        return super().claims(family) and family.name not in ("skyreels_df", "chroma", "flux2_klein")
+        """At every setting: all DiTs but SkyReels, whose blocks diffusers' registry does not know (methods for layers take that too), and
+        those that put the text into the stream on the way."""
+        return super().claims(family) and family.name != "skyreels_df" and all(group.joined == "none" for group in family.blocks)
 
     @property
     def is_neutral(self) -> bool:
@@ -78,11 +80,9 @@ class DiffusersCache(Plugin):
     # which places are hooked --------------------------------------------------------------------------------------------------------------
 
     def check(self, target: Target) -> None:
-        if target.family.name == "flux2_klein":
-            name = type(target.pipe).__name__
-            raise Unsupported(f"diffusers_cache: diffusers' registry is wrong on the single blocks of {name}, so its caches fail there")
         if self.config.method == "off":
             return
+        self.ensure_one_stream(target)
         for name, model in target.denoisers.items():
             try:
                 hooks = hooks_for(self.config.method, model, config_for(self.config, Cache(), target.family))
@@ -98,6 +98,15 @@ class DiffusersCache(Plugin):
                 hooks = {path: hooks[path] for path in hooks if path == LITE}  # the blocks that give zeros are not run at all
             self.ensure_places(hooks, places, name, type(model).__name__)
         self.ensure_latents(target)
+
+    @staticmethod
+    def ensure_one_stream(target: Target) -> None:
+        """Raises Unsupported where the model puts the text into the stream between its blocks."""
+        if seam := next((block for block in target.blocks if block.joined != "none"), None):
+            raise Unsupported(
+                f"diffusers_cache: {type(target.pipe).__name__} puts the text into the stream before {seam.path}, so that its first block "
+                "and its last one do not return the same, and diffusers' caches take the one from the other; use ertacache"
+            )
 
     def ensure_places(self, hooks: Mapping[str, Any], places: set[str], name: str, model: str) -> None:
         """Raises ConfigError or Unsupported where diffusers would hook nothing, or something that no hook point reaches."""
@@ -196,16 +205,9 @@ class DiffusersCache(Plugin):
         return known  # type: ignore[no-any-return]
 
 
-def place_in(timesteps: Tensor, t: Tensor) -> int | None:
-    """The number of ``t``, by where it lies in the storage of ``timesteps``; None where it is none of them."""
-    if t.untyped_storage().data_ptr() != timesteps.untyped_storage().data_ptr():
-        return None
-    return (t.storage_offset() - timesteps.storage_offset()) // max(timesteps.stride(0), 1)
-
-
 def plain_path(path: str) -> str:
     """A module's path as it is where nothing is compiled."""
-    return path.replace(f"{ORIGINAL}.", "")
+    return path.replace("_orig_mod.", "")
 
 
 def has_processor(block: BlockInfo) -> bool:

@@ -7,13 +7,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from diffgraft import ConfigError, DenoiseCall, Family, Unsupported
+from diffgraft import ConfigError, DenoiseCall, Family, Unsupported, root_of
 from diffusers.hooks.hooks import CacheContext
 from diffusers.hooks.mag_cache import FLUX_MAG_RATIOS, nearest_interp
 from torch import Tensor, nn
 
 from diffgraft_diffusers_cache.knobs import CONFIGS, SKIPS, STACK, DiffusersCacheConfig, knobs_of
-from diffgraft_diffusers_cache.shadow import ModelHook, Place, hooks_for, managers_of, root_of
+from diffgraft_diffusers_cache.shadow import ModelHook, Place, hooks_for, managers_of
 
 LITE = "proj_out"
 """What TaylorSeer's lite mode extrapolates: the layer that makes the denoiser's output, but for the order of its values."""

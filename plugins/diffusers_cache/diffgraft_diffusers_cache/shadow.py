@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
+from diffgraft import root_of
 from diffusers.hooks import (
     HookRegistry,
     ModelHook,
@@ -38,13 +39,6 @@ APPLY: Mapping[str, Callable[[nn.Module, Any], None]] = {
 OWN = ("forward", "processor", "_diffusers_hook", "_compiled_call_impl", "_hf_hook", "_old_forward")
 """Attributes of a module that others put there to change what it runs."""
 DEEP = 99
-ORIGINAL = "_orig_mod"
-"""Where a compiled module keeps the one that it was made of."""
-
-
-def root_of(model: nn.Module) -> nn.Module:
-    """The model itself where it is compiled."""
-    return model._modules.get(ORIGINAL) or model
 
 
 def shadow_of(model: nn.Module, depth: int = DEEP, known: dict[int, nn.Module] | None = None) -> nn.Module:

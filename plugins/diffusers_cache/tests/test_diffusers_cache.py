@@ -619,3 +619,10 @@ def test_layers_compare_numbers():
         patch.setattr(torch.Tensor, "tolist", lambda self: (reads.append(1), inner(self))[1])
         run(ours)
     assert len(reads) <= 3
+
+
+@pytest.mark.parametrize("name", ["ChromaPipeline", "Flux2KleinPipeline"])
+@pytest.mark.parametrize("method", ["first_block", "pab"])
+def test_a_seam_in_the_stream_is_refused(name, method):
+    with pytest.raises(Unsupported, match=rf"{name} puts the text into the stream before single_transformer_blocks\.0"):
+        load_pipeline(make(name).pipe, plugins={"diffusers_cache": {"method": method}})

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
-from diffgraft import DenoiseCall, Effects, GuideCall, Paper, Plugin, PluginConfig, RunCall, Target, Unsupported
+from diffgraft import DenoiseCall, Effects, GuideCall, Paper, Plugin, PluginConfig, RunCall, Target, Unsupported, denoisers_of
 from diffusers.guiders import BaseGuidance
 from pydantic import Field, field_validator, model_validator
 from torch import Tensor
@@ -148,7 +148,8 @@ class DiffusersGuider(Plugin):
                 f"diffusers_guider: guidance_rescale = {call['guidance_rescale']} is of the formula that {name} replaces; give "
                 "it among the guider's options"
             )
-        self.check(self.target(call))  # again: compiled, a LoRA on top, another denoiser since
+        # again: compiled, a LoRA on top, another denoiser since
+        self.check(Target(call.pipe, call.family, denoisers_of(call.pipe, call.family), ()))
         scale = call.family.guidance.scale
         if self.own_scale and call.get(scale) is not None:
             call.note(f"the call's {scale} only switches guidance on and off; {name} has its own scale")
@@ -156,11 +157,6 @@ class DiffusersGuider(Plugin):
         if call.shared.call < 0:
             call.note(f"inactive: guidance was off in this run, there was nothing to guide; {name} wants the call's {scale} above 1")
         return result
-
-    @staticmethod
-    def target(call: RunCall) -> Target:
-        denoisers = {name: getattr(call.pipe, name, None) for name in call.family.denoisers}
-        return Target(call.pipe, call.family, {name: model for name, model in denoisers.items() if model is not None}, ())
 
     # the denoiser's calls -----------------------------------------------------------------------------------------------------------
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import copy
-import difflib
 import inspect
 import math
 from collections.abc import Iterable, Mapping
 from typing import Any, get_type_hints
 
 import diffusers
-from diffgraft import ConfigError
+from diffgraft import ConfigError, nearest
 from diffusers import guiders
 from diffusers.guiders import BaseGuidance
 from pydantic import ConfigDict, TypeAdapter, ValidationError
@@ -38,15 +37,8 @@ def class_of(name: str) -> type[BaseGuidance]:
         raise ValueError(f"{name} is no guider for these pipelines: {NOT_HERE[name]}")
     if name not in NAMES:
         known = [known for known in NAMES if known not in NOT_HERE]
-        raise ValueError(f"diffusers {diffusers.__version__} has no guider of that name{choices(name, known, 'Guiders')}")
+        raise ValueError(f"diffusers {diffusers.__version__} has no guider of that name{nearest(name, known)} Guiders: {', '.join(known)}")
     return getattr(guiders, name)  # type: ignore[no-any-return]
-
-
-def choices(word: str, known: Iterable[str], title: str) -> str:
-    """The nearest name, and all of them."""
-    names = list(known)
-    near = difflib.get_close_matches(word, names, 1, 0.5)
-    return (f"; did you mean {near[0]!r}?" if near else "") + f" {title}: {', '.join(names)}"
 
 
 def checked_options(cls: type[BaseGuidance], options: Mapping[str, Any]) -> dict[str, Any]:
@@ -61,7 +53,7 @@ def checked_options(cls: type[BaseGuidance], options: Mapping[str, Any]) -> dict
     found = {}
     for name, value in options.items():
         if name not in known:
-            raise ValueError(f"{cls.__name__} has no option {name!r}{choices(name, known, 'Options')}")
+            raise ValueError(f"{cls.__name__} has no option {name!r}{nearest(name, known)} Options: {', '.join(known)}")
         hint = hints.get(name, Any)
         hint = hint | None if parameters[name].default is None else hint
         if name.endswith("_config"):

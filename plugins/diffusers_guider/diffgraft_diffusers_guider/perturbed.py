@@ -12,7 +12,7 @@ from copy import deepcopy
 from typing import Any
 
 import torch
-from diffgraft import Target, Unsupported
+from diffgraft import Target, Unsupported, root_of
 from diffusers.guiders import BaseGuidance
 from diffusers.hooks._common import _ALL_TRANSFORMER_BLOCK_IDENTIFIERS
 from diffusers.hooks._helpers import TransformerBlockRegistry
@@ -35,7 +35,7 @@ def perturbed(guider: BaseGuidance, denoiser: nn.Module, seed: int | None = None
     Args:
         seed: of the noise of a dropout, drawn aside from the process's own; None: from that.
     """
-    model = getattr(denoiser, "_orig_mod", denoiser)
+    model = root_of(denoiser)
     number = NUMBER.get(perturbs(guider) or "", 3)
     found = [(module, module.__dict__.get("forward", ABSENT), "_diffusers_hook" in module.__dict__) for module in model.modules()]
     try:
@@ -84,7 +84,7 @@ def ensure_layers(guider: BaseGuidance, target: Target) -> None:
     if target.family.branch_prediction == "unpacked_tail":
         raise Unsupported(f"{who} asks the denoiser a further time, and how {target.family.name} unpacks what it says is not known here")
     for name, denoiser in target.denoisers.items():
-        model, what = getattr(denoiser, "_orig_mod", denoiser), f"{name} ({type(denoiser).__name__})"
+        model, what = root_of(denoiser), f"{name} ({type(denoiser).__name__})"
         if any(hasattr(m, "_orig_mod") or m.__dict__.get("_compiled_call_impl") is not None for m in denoiser.modules()):
             raise Unsupported(
                 f"{who} puts other layers into the {what} in every step, which is compiled and would be again; leave it uncompiled"

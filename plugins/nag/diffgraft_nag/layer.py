@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from diffgraft import AttentionCall, Unsupported
+from diffgraft.methods.conditioning import part_of
 from torch import Tensor
 
 Combine = Callable[[Tensor, Tensor], Tensor]
@@ -85,15 +86,8 @@ def ask_twice(call: AttentionCall, next: Any, window: Window, combine: Combine) 
 
 
 def cut(value: Any, rows: int, window: Window) -> Any:
-    """The conditional part of an argument of a layer of ``rows`` rows, in tuples and lists too; what is common to all rows stays."""
-    if window.parts == 1:
-        return value
-    if isinstance(value, Tensor):
-        for_rows = value.ndim > 0 and value.shape[0] > 0 and value.shape[0] % rows == 0
-        return value.chunk(window.parts)[window.at] if for_rows else value
-    if type(value) in (list, tuple):
-        return type(value)(cut(each, rows, window) for each in value)
-    return value
+    """The conditional part of an argument of a layer of ``rows`` rows; what is common to all rows stays."""
+    return value if window.parts == 1 else part_of(value, rows, window.parts, window.at)
 
 
 def as_rows(x: Tensor, rows: int) -> Tensor:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from accelerate import init_empty_weights
-from diffgraft import ArtefactMismatch, ConfigError, Unsupported, denoisers_of, find_family, nearest
+from diffgraft import ArtefactMismatch, ConfigError, Unsupported, denoisers_of, find_family, nearest, root_of
 from diffgraft.methods.adapters import Lora, read_lora, unfused_layers
 from diffgraft.methods.artefacts import Fingerprint
 from diffgraft.methods.extras import imported
@@ -64,7 +64,7 @@ def build_bank(
     if dtype is not None and dtype not in DTYPES:
         raise ConfigError(f"{where}: dtype = {dtype!r}{nearest(str(dtype), DTYPES)} There are {', '.join(DTYPES)}")
     attribute, read = read_loras(pipe, loras, denoiser)
-    model = plain(getattr(pipe, attribute))
+    model = root_of(getattr(pipe, attribute))
     layers = layers_of(model, attribute, read)
     tensors = [value for lora in read.values() for value in lora.tensors.values()]
     kept = DTYPES[dtype] if dtype else reduce(torch.promote_types, (value.dtype for value in tensors))
@@ -110,7 +110,7 @@ def read_loras(pipe: Any, loras: Mapping[str, Any], denoiser: str | None = None)
     attribute = denoiser or next(iter(there))
     if attribute not in there:
         raise ConfigError(f"rmm_lora_bank: no denoiser {attribute!r}{nearest(attribute, there)} There are {', '.join(there)}")
-    model = plain(there[attribute])
+    model = root_of(there[attribute])
     unfused_layers(model)
     read = {}
     for task, source in loras.items():
@@ -140,11 +140,6 @@ def layers_of(model: nn.Module, attribute: str, loras: Mapping[str, Lora]) -> Fa
                 raise ArtefactMismatch(f"rmm_lora_bank: {task}: the scale of {path} is {layer.scaling[name]}: no finite number")
             found.setdefault(path, {})[task] = Update(B * layer.scaling[name], A)
     return {path: [there.get(task) or nothing_like(next(iter(there.values()))) for task in loras] for path, there in sorted(found.items())}
-
-
-def plain(model: Any) -> Any:
-    """The model itself where it is compiled."""
-    return getattr(model, "_orig_mod", model)
 
 
 def nothing_like(update: Update) -> Update:
