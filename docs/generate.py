@@ -26,6 +26,7 @@ MEASURED = {
     "examples/benchmarks/speed.md": "measured/speed.md",
     "examples/stacks/README.md": "measured/stacks.md",
     "examples/pairs.md": "measured/pairs.md",
+    "examples/matrix.md": "measured/matrix.md",
 }
 """What was measured, beside the scripts that did it -> its page."""
 

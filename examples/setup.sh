@@ -2,16 +2,18 @@
 # Uses the active virtual environment, or makes .venv here. A second call with unchanged pyproject files skips the set-up.
 #   diffgraft_setup run    what a user needs
 #   diffgraft_setup test   and what the tests need
+# Names of folders behind the kind: these plugins only.
 diffgraft_setup() {
-  local kind=$1 stamp sum
+  local kind=$1 stamp sum folder plugins=("${@:2}")
+  [ ${#plugins[@]} -gt 0 ] || plugins=(plugins/*/)
   if [ -z "${VIRTUAL_ENV:-}" ]; then
     [ -f .venv/bin/activate ] || python3 -m venv .venv  # written last: a venv that was interrupted is made again
     # shellcheck disable=SC1091
     . .venv/bin/activate
   fi
   sum=$(cat pyproject.toml core/pyproject.toml pipelines/*/pyproject.toml plugins/*/pyproject.toml examples/setup.sh docs/requirements.txt tests/requirements.txt | cksum)
-  stamp="$VIRTUAL_ENV/.diffgraft-$kind"
-  [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$sum $PWD" ] && return 0
+  stamp="$VIRTUAL_ENV/.diffgraft-$kind${2:+-some}"
+  [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$sum $PWD ${*:2}" ] && return 0
 
   echo "Setting up $VIRTUAL_ENV (a few minutes the first time)"
   local pip=(python -m pip --disable-pip-version-check install --quiet)
@@ -20,16 +22,16 @@ diffgraft_setup() {
   "${pip[@]}" "flit_core>=3.11,<4" "hatchling>=1.25" "editables>=0.5"
   # the glob is the list: a new folder in plugins/ needs no entry anywhere
   local packages=(-e .) extras=(-e "./core[lab]")  # `compare` is among what the examples show
-  for folder in core pipelines/*/ plugins/*/; do packages+=(-e "./${folder%/}"); done
+  for folder in core pipelines/*/ "${plugins[@]}"; do packages+=(-e "./${folder%/}"); done
   # first all of them, then what the tests need: pip looks on the index for a package that it knows with an extra only
   "${pip[@]}" --no-build-isolation "${packages[@]}"
   if [ "$kind" = test ]; then
     extras=(-r docs/requirements.txt -r tests/requirements.txt)
-    for folder in core pipelines/*/ plugins/*/; do extras+=(-e "./${folder%/}[test]"); done
+    for folder in core pipelines/*/ "${plugins[@]}"; do extras+=(-e "./${folder%/}[test]"); done
     diffgraft_debian chromium fonts-noto-color-emoji
   fi
   "${pip[@]}" --no-build-isolation "${extras[@]}"
-  echo "$sum $PWD" >"$stamp"
+  echo "$sum $PWD ${*:2}" >"$stamp"
 }
 
 # Debian packages that some tests need (a browser for the pages, the artwork of the bundled checkpoints), where they can be installed.

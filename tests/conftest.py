@@ -23,6 +23,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if unnamed := [item.nodeid for item in items if " object at 0x" in item.nodeid]:
+        raise pytest.UsageError(f"{unnamed[0]}: an address is no name, and each worker has its own; give the parameters ids=")
     dropped = sample_of(config).beyond(items)
     config.hook.pytest_deselected(items=[item for item in items if item.nodeid in dropped])
     items[:] = sorted((item for item in items if item.nodeid not in dropped), key=lambda item: item.path.name not in LONG)

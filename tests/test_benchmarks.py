@@ -5,30 +5,44 @@ from __future__ import annotations
 import csv
 import json
 import shutil
+import time
+import warnings
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from diffgraft import Paper, Plugin, load_pipeline
 from diffgraft.installed import registry
 from diffgraft_bench import findings, stacks
-from diffgraft_bench.__main__ import last_words, on_gpu
+from diffgraft_bench.__main__ import app, last_words, on_gpu
 from diffgraft_bench.bout import How, fight
 from diffgraft_bench.cases import PEERS, Bout, Method, all_bouts, peer, plain, plugin
+from diffgraft_bench.cuda import SMALL, Clock, all_arms, run_arms
 from diffgraft_bench.layouts import CONFIGS
+from diffgraft_bench.methods import own_copy
+from diffgraft_bench.models import LayoutModel
 from diffgraft_bench.quality import TRUE_FEATURES, render_true_features
 from diffgraft_bench.report import write_report
 from diffgraft_bench.rows import Store, key_of, way
+from diffgraft_bench.syncs import TOLD, Syncs
 from safetensors.torch import load_file
+from typer.testing import CliRunner
 
 ALL = [*all_bouts(True), *all_bouts(False)]
+ON_GPU = [arm.bout for arm in all_arms(Path(), False, 1)]
 HOW = {"rounds": 1, "device": "cpu"}
 
 
 # cases -----------------------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("bout", ALL, ids=lambda bout: f"{bout.arm}-{bout.pipeline}-{bout.methods[0].label}-{bout.methods[0].setting}")
+def bout_id(bout):
+    return f"{bout.arm}-{bout.pipeline}-{bout.methods[0].label}-{bout.methods[0].setting}"
+
+
+@pytest.mark.parametrize("bout", [*ALL, *ON_GPU], ids=bout_id)
 def test_a_bout_names_what_there_is(bout):
     assert bout.env in ("", *PEERS)
     assert bout.pipeline in (CONFIGS if bout.arm == "speed" else registry.bundled())
@@ -264,6 +278,141 @@ def test_true_features_are_those_of_the_judge():
     kept = load_file(TRUE_FEATURES)["features"]
     made = render_true_features(load_judge(registry.find_bundled("emoji-sd")))
     torch.testing.assert_close(kept.float(), made, atol=2e-3, rtol=2e-3)  # kept in half precision
+
+
+# a GPU's few minutes, on a CPU ------------------------------------------------------------------------------------------------------------
+
+
+class Peeks(Plugin):
+    """Reads a number out of every prediction."""
+
+    name = "peeks"
+    paper = Paper("none", "0000.00000", "nothing")
+    families = ("*",)
+    neutral = {}  # noqa: RUF012
+
+    def denoise(self, call, next):
+        prediction = next(call)
+        prediction.sum().item()
+        return prediction
+
+
+def test_a_planted_wait_is_found():
+    model = LayoutModel("flux", 3, "cpu", torch.float32, False, shape=SMALL["flux"])
+
+    def waits(*plugins):
+        pipe = load_pipeline(own_copy(model.pipe, share_weights=True), plugins=plugins)
+        assert next(pipe.transformer.parameters()) is next(model.pipe.transformer.parameters())
+        with Syncs(torch.device("cpu")) as syncs:
+            model.run(partial(pipe, callback_on_step_end=syncs.mark), None, [0])
+        return syncs.by_step
+
+    assert waits() == [0, 0]
+    assert waits(Peeks) == [1, 1]
+
+
+def test_waits_on_cuda_are_those_that_torch_tells(monkeypatch):
+    modes = []
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
+    monkeypatch.setattr(torch.cuda, "get_sync_debug_mode", lambda: 0)
+    with Syncs(torch.device("cuda")) as syncs:
+        for count in (3, 1, 0):  # the same line warns again and again
+            for text in [TOLD] * count + ["something else"]:
+                warnings.warn(text, stacklevel=1)
+            assert syncs.mark(None, 0, None, {"latents": 1}) == {"latents": 1}
+    assert syncs.by_step == [1, 0]
+    assert modes == ["warn", 0]
+
+
+def test_the_clock_leaves_out_what_does_not_fit(tmp_path):
+    arms = zip(all_arms(tmp_path, True, 1), (10, 1000, 20), strict=False)
+    first, second, third = (replace(arm, estimate=seconds) for arm, seconds in arms)
+    played = []
+
+    def play(bout, how):
+        played.append(bout)
+        assert time.time() + 30 < how.until < time.time() + 100
+        return "it broke"
+
+    record = run_arms([first, second, third], 100, play)
+    found = json.loads((tmp_path / "cuda.json").read_text())
+    assert [arm["state"] for arm in found["arms"]] == ["failed", "left out", "failed"]
+    assert found["left_out"] == [second.name]
+    assert "100 s were left" in record.arms[1]["why"]
+    assert played == [first.bout, third.bout]
+    assert {(row["pipeline"], row["error"]) for row in found["rows"]} == {("sd15", "it broke"), ("emoji-sd", "it broke")}
+    again = run_arms([first, second, third], 0, play).arms  # without any time: what is there is kept
+    assert [arm["state"] for arm in again] == ["kept", "left out", "kept"]
+
+
+def test_the_clock_learns_how_long_things_take():
+    clock = Clock(time.time() + 100)
+    assert clock.fits(90)
+    clock.count(10, 20)
+    assert not clock.fits(60)
+    assert clock.fits(40)
+
+
+def test_a_bout_ends_in_time(tmp_path):
+    """No time for anything: rows that say so. Time for one round of many: one round."""
+    arm = all_arms(tmp_path, True, 1)[0]
+    bout = replace(arm.bout, methods=arm.bout.methods[:1])
+    fight(bout, replace(arm.how, until=time.time() - 1))
+    (row,) = Store(tmp_path)
+    assert "left out: the time is up" in row["error"]
+    Store(tmp_path).forget_failures()
+    fight(bout, replace(arm.how, rounds=1000, until=time.time() + 4))
+    (row,) = Store(tmp_path)
+    assert row["error"] is None
+    assert 1 <= len(row["seconds"]) == len(row["plain_seconds"]) < 1000
+
+
+@pytest.fixture(scope="module")
+def dry(tmp_path_factory):
+    out = tmp_path_factory.mktemp("cuda")
+    done = CliRunner().invoke(app, ["cuda", "--dry", "--one-process", "--out", str(out)])
+    assert done.exit_code == 0, done.output
+    return out, json.loads((out / "cuda.json").read_text())
+
+
+@pytest.mark.slow
+def test_a_dry_run_has_a_row_for_everything(dry):
+    out, found = dry
+    arms = all_arms(out, True, 1)
+    assert [(arm["name"], arm["state"]) for arm in found["arms"]] == [(arm.name, "done") for arm in arms]
+    wanted = {(arm.bout.arm, arm.bout.pipeline, arm.how.compile, method.label) for arm in arms for method in arm.bout.methods}
+    rows = {(row["arm"], row["pipeline"], row["compile"], row["label"]): row for row in found["rows"]}
+    assert set(rows) == wanted
+    assert {row["label"] for row in rows.values() if row["error"]} == {"DeepCache", "cache-dit"}, "packages are not installed for it"
+    assert rows["speed", "sd15", False, "deepcache"]["mac_limit"] > 2
+    assert rows["speed", "flux", True, "ertacache"]["speedup"] > 0
+    assert rows["device", "emoji-sd", False, "deepcache"]["identical"] == 2
+    assert (out / "cuda.png").stat().st_size > 10_000
+
+
+@pytest.mark.slow
+def test_the_answers_of_a_dry_run(dry):
+    _, found = dry
+    about = {"schema", "command", "limit_s", "spent_s", "machine", "versions", "arms", "left_out", "rows"}
+    assert set(found) == about | {"host_syncs_of_ours", "host_syncs", "idle", "pairs", "against_cpu"}
+    assert (found["schema"], found["left_out"]) == (1, [])
+    waits = found["host_syncs_of_ours"]
+    by_data = waits.pop("diffusers_cache first_block")
+    assert by_data == 2, "its decision is diffusers' own, which looks at the residual: once a branch"
+    assert set(waits.values()) == {0}
+    assert {(each["pipeline"], each["compile"]) for each in found["idle"]} == {(name, False) for name in SMALL} | {("flux", True)}
+    assert {(each["pipeline"], each["theirs"]) for each in found["pairs"]} == {
+        ("flux", "FirstBlockCache"), ("flux", "TaylorSeer"), ("wan", "FirstBlockCache"),
+    }  # fmt: skip
+    assert {each["pipeline"] for each in found["against_cpu"]} == {"emoji-sd", "emoji-flux", "emoji-wan"}
+
+
+def test_without_a_gpu_it_says_so(tmp_path):
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    done = CliRunner().invoke(app, ["cuda", "--out", str(tmp_path)])
+    assert done.exit_code == 2
+    assert not list(tmp_path.iterdir())
 
 
 # the README's figures --------------------------------------------------------------------------------------------------------------------

@@ -56,7 +56,7 @@ class NothingGuided(Nothing):
 
 
 TWO_DENOISERS = ("WanPipeline@2.2",)
-LIKE_SD = ("sdxl", "sd_edit", "sdxl_edit", "animatediff", "svd")
+LIKE_SD = ("sdxl", "sd_edit", "sdxl_edit", "animatediff", "animatediff_xl", "svd", "sd_older", "stable_unclip", "gligen", "versatile")
 """Slow U-Nets of the kind that "sd" has: the probe gets on them what depends on a family's layout."""
 LAYOUT = (
     "neutral", "same_seed", "no_trace", "in_place", "exception", "steps_change", "another_size", "batch_change",

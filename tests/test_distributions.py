@@ -60,7 +60,8 @@ def dists_of(package: str) -> set[str]:
 
 
 BASE = required(ROOT / "core")
-FLOORS = {"installed": (), "kernel": (), "methods": ("lora",), "cli": (), "lab": ("lab",), "testing": ("author",), "community": ("author",)}
+FLOORS: dict[str, tuple[str, ...]] = {"installed": (), "kernel": (), "methods": ("lora",), "cli": (), "lab": ("lab",)}
+FLOORS |= {"testing": ("author", "quantisers"), "community": ("author",)}
 """Which extra's packages the functions of a floor may import; module level is for what `pip install diffgraft` brings, everywhere."""
 
 

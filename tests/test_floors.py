@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 LONGEST = 450
 """Lines of a file ("about 400")."""
-FLOORS = {"kernel": 4114, "installed": 1740}
+FLOORS = {"kernel": 4448, "installed": 1801}
 """Lines of the two lowest floors, docstrings included: each can be read in one sitting."""
 
 

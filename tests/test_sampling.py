@@ -6,6 +6,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from diffgraft.testing import form_cells
 from sampling import LEAST, Sample, level
 
 
@@ -38,3 +39,22 @@ def test_as_much_as_the_budget_allows(count: int) -> None:
     n = level(sizes, 1200)
     assert n == LEAST or sum(min(size, n) for size in sizes) <= 1200
     assert sum(sizes) <= 1200 or sum(min(size, n + 1) for size in sizes) > 1200
+
+
+def test_of_each_form_a_few_cells_and_none_that_takes_long() -> None:
+    cells = form_cells(["time_shift", "deepcache", "nag", "usf_s3"])
+    kept = sample().cells(cells)
+    assert {cell.form.name for cell in kept} == {cell.form.name for cell in cells}
+    assert len(kept) <= 2 * len({cell.form for cell in cells})
+    assert not [cell for cell in kept if cell.form.compiled and cell.family.kind == "unet"]
+    assert [str(cell) for cell in sample().cells(cells)] == [str(cell) for cell in kept]
+
+
+def test_of_a_plugins_own_tests_the_contract_is_left_to_the_suites() -> None:
+    names = [
+        "plugins/a/tests/test_a.py::test_contract[a-X-off]",
+        "plugins/a/tests/test_a.py::test_b",
+        "tests/test_contract.py::test_contract[a-X-off]",
+    ]
+    items: Any = [SimpleNamespace(nodeid=name) for name in names]
+    assert sample().beyond(items) == {names[0]}

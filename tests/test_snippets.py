@@ -25,7 +25,7 @@ from typer.testing import CliRunner
 ROOT = Path(__file__).resolve().parent.parent
 READMES = {"project": ROOT / "README.md", **{path.parent.name: path for path in sorted((ROOT / "plugins").glob("*/README.md"))}}
 PAGES = [*READMES.values(), *sorted((ROOT / "docs").glob("**/*.md"))]
-SHIPS = ("emoji-dit", "emoji-edit", "emoji-flux", "emoji-flux-4step", "emoji-sd", "emoji-sd-lcm", "emoji-wan", "emoji-wan-4step")
+SHIPS = tuple(f"emoji-{name}" for name in ("dit", "edit", "flux", "flux-4step", "pixel", "sd", "sd-lcm", "wan", "wan-4step"))
 BLOCK = re.compile(r"```(python|bash)\n(.*?)```", re.DOTALL)
 STANDS_IN = {
     "runwayml/stable-diffusion-v1-5": "emoji-sd",

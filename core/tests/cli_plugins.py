@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from diffgraft import Effects, Paper, Plugin, PluginConfig
+from diffgraft import Effects, Need, Paper, Plugin, PluginConfig, StepOutput
 from pydantic import Field
 
 PAPER = Paper(title="A test", arxiv="0000.00001", implemented="what a test needs", omitted="the rest", licence="none")
@@ -79,12 +79,38 @@ class OnlyTransformers(Idle):
     families = ("dit",)
 
 
+class SolverConfig(PluginConfig):
+    problem: Any = Field(None, description="what was measured; none: off")
+
+
+class Solver(Base):
+    """Ends a run at the pseudo-inverse of its problem."""
+
+    name = "solver"
+    Config = SolverConfig
+    neutral = {"problem": None}  # noqa: RUF012
+    families = ("pixel",)
+    effects = Effects(edits=frozenset({"latents"}))
+    needs = (Need("problem", "problem"),)
+
+    def step(self, call, next):
+        out, problem = next(call), call.given("problem")
+        if problem is None or not call.step.ends_schedule:
+            return out
+        return StepOutput(problem.operator.pinv(problem.y).expand_as(out.sample).to(out.sample.dtype), None)
+
+
+class SecondSolver(Solver):
+    name = "second_solver"
+
+
 class OldContract(Idle):
     name = "old_contract"
     api = 99
 
 
-CLASSES = {"sparse": "Sparse", "rival": "Rival", "idle": "Idle", "only_transformers": "OnlyTransformers", "old_contract": "OldContract"}
+MADE = (Sparse, Rival, Idle, OnlyTransformers, Solver, SecondSolver, OldContract)
+CLASSES = {cls.name: cls.__name__ for cls in MADE}
 
 
 def install(folder: Path) -> Path:

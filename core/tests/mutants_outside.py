@@ -1,4 +1,4 @@
-"""Plugins with planted defects that show when something outside has a say: a callback, another scheduler, other weights, a file."""
+"""Plugins with planted defects that show when something outside has a say: a callback, another scheduler or model, weights, a file."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from diffgraft.methods.adapters import weighted
 from diffgraft.methods.layouts import Layout
 from diffgraft.methods.schema import Holds, Values
 from diffusers import DDIMScheduler
-from mutants import Kept, Scaled
+from mutants import Kept, Reuse, Scaled
 from pydantic import Field
 
 
@@ -173,3 +173,54 @@ class RefusesWithoutSaying(Scaled):
 
     def check(self, target):
         raise Unsupported(f"{self.name} does not work on this pipeline, for no reason that was declared")
+
+
+class DecidesTogether(Reuse):
+    """Correct: reuses where what comes in has hardly changed, as the first of all ranks sees it."""
+
+    active: ClassVar[dict[str, Any]] = {"interval": 3}
+
+    def due(self, call) -> bool:
+        memory, x = self.memory(call), call["hidden_states"]
+        last, memory.input = getattr(memory, "input", None), x
+        if call.config.interval == 1 or last is None:
+            return True
+        return self.decided(call, bool((x - last).abs().mean() > 0.1 * call.config.interval * last.abs().mean()))
+
+    def decided(self, call, computes: bool) -> bool:
+        return call.agree(computes)
+
+
+class DecidesAlone(DecidesTogether):
+    """Each rank by its own tokens."""
+
+    def decided(self, call, computes: bool) -> bool:
+        return computes
+
+
+class TakesOneKind(Reuse):
+    """Correct: its hook for attention layers is for models of another kind, where it takes no blocks."""
+
+    def select_attention(self, layers):
+        return []
+
+    def attention(self, call, next):
+        return next(call)
+
+
+class TakesNeither(TakesOneKind):
+    """Takes no attention layers either where it takes no blocks."""
+
+    def select_blocks(self, blocks):
+        return []
+
+
+class TakesWhatNeverRuns(TakesOneKind):
+    """Answers for the one block whose attention layers it takes."""
+
+    def select_attention(self, layers):
+        return layers[-1:]
+
+    def due(self, call):
+        self.memory(call).result = call[call.info.stream]
+        return False

@@ -6,7 +6,9 @@ from typing import Any, ClassVar
 
 import torch
 from diffgraft import Effects, Paper, Plugin, PluginConfig
+from diffgraft.methods.inputs import calling, pictures_in
 from diffgraft_pipelines.tiny import make
+from diffusers.modular_pipelines import PipelineState
 
 PAPER = Paper("a probe", "0000.00000", "nothing")
 
@@ -66,7 +68,8 @@ def tiny(name: str) -> tuple[Any, dict[str, Any]]:
 
 def generate(pipe: Any, kwargs: dict[str, Any], seed: int = 0, **more: Any) -> torch.Tensor:
     """The first output of a run, as a tensor."""
-    out = pipe(**{**kwargs, **more}, generator=torch.Generator().manual_seed(seed))[0]
+    out = calling(pipe)(**{**kwargs, **more}, generator=torch.Generator().manual_seed(seed))
+    out = pictures_in(out) if isinstance(out, PipelineState) else out[0]
     return out if isinstance(out, torch.Tensor) else torch.as_tensor(out)
 
 

@@ -161,6 +161,29 @@ def test_a_plugins_adapter_comes_and_goes_without_trace(own, file):
     assert torch.equal(generate(pipe, kwargs), plain)
 
 
+def test_beside_weights_that_are_cast_layer_by_layer_it_is_kept_as_it_computes(file):
+    """peft gives new layers the dtype of the weights beside them, and diffusers' cast does not know the new ones: its own loader fails."""
+
+    def cast(pipe):
+        pipe.to(torch.bfloat16)
+        pipe.unet.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.bfloat16)
+
+    found = []
+    for order in ("cast first", "plugin first"):
+        pipe, kwargs = tiny("StableDiffusionPipeline")
+        if order == "cast first":
+            cast(pipe)
+        load_pipeline(pipe, plugins=[Brings(lora=str(file))])
+        if order == "plugin first":
+            cast(pipe)
+        loras = {name: value for name, value in pipe.unet.named_parameters() if "lora_" in name}
+        assert {value.dtype for value in loras.values()} == {torch.bfloat16}
+        found.append((generate(pipe, kwargs), loras))
+    (one, its), (other, too) = found
+    assert torch.equal(one, other)
+    assert all(torch.equal(its[name], too[name]) for name in too)
+
+
 def kohya(file, folder):
     """The same in the names of sd-scripts, with a scale of 3 / 2 beside each layer."""
     state = {}

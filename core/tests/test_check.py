@@ -224,8 +224,6 @@ def test_what_is_no_plugin_is_refused(tmp_path, workshop):
         check(open_project(str(folder)))
 
 
-
-
 @pytest.fixture
 def call(monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")

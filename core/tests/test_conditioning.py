@@ -12,6 +12,7 @@ from diffgraft.methods.conditioning import (
     own_conditioning,
     same_text_encoders,
     sibling,
+    told,
     with_prompt,
 )
 from probes import Probe, generate, tiny, trace
@@ -136,6 +137,40 @@ def test_a_sibling_shares_everything_but_the_scheduler(name):
     assert torch.equal(generate(twin, kwargs), generate(pipe, kwargs))
 
 
+class Compares(Probe):
+    """Asks for the conditioning of its run's own arguments, and holds it against what the run hands over."""
+
+    name = "compares"
+
+    def run(self, call, next):
+        self.heard = own_conditioning(call.pipe, call.arguments()).of_branch["cond"]
+        return next(call)
+
+    def denoise(self, call, next):
+        if "cond" in call.branches:
+            given = told(call.only("cond"))
+            assert self.heard.keys() == given.keys()
+            assert all(torch.equal(self.heard[name], given[name]) for name in given)
+        return next(call)
+
+
+@pytest.mark.parametrize("said", [{}, {"complex_human_instruction": None}, {"complex_human_instruction": ["Be brief."]}])
+def test_a_none_of_a_running_pipelines_call_is_said(said):
+    """Sana puts an instruction before a prompt, and None takes it away."""
+    pipe, kwargs = tiny("SanaPipeline")
+    kwargs = {name: value for name, value in kwargs.items() if name != "complex_human_instruction"} | said
+    generate(load_pipeline(pipe, plugins=[Compares]), {**kwargs, "max_sequence_length": 24})
+
+
+@pytest.mark.parametrize("templates", [{}, {"prompt_template_encode": "in short: {}", "prompt_template_encode_start_idx": 1}])
+def test_what_its_user_has_set_on_a_pipeline_its_sibling_has_too(templates):
+    """Qwen-Image's template is a plain attribute."""
+    pipe, kwargs = tiny("QwenImagePipeline")
+    for name, value in templates.items():
+        setattr(pipe, name, value)
+    generate(load_pipeline(pipe, plugins=[Compares]), kwargs)
+
+
 class Replaces(Probe):
     """Has a scheduler of few steps in the place of the pipeline's own, and asks in the middle of the run."""
 
@@ -174,7 +209,8 @@ def test_another_prompt_takes_the_place_of_every_form_of_the_first():
         "negative_prompt_2": "b", "prompt_embeds_qwen": 1,
     }  # fmt: skip
     kept = {"num_images_per_prompt": 2, "prompt_template": "x", "height": 64, "clip_skip": 1}
-    assert with_prompt({**said, **kept}, "c") == {**kept, "prompt": "c"}
+    assert with_prompt({**said, **kept}, "c") == with_prompt({**said, **kept}, ["c"]) == {**kept, "prompt": "c"}
+    assert with_prompt(said, ["c", "d"]) == {"prompt": ["c", "d"]}
     assert all(map(is_of_the_prompt, said))
     assert number_of_prompts(said) == 3
     assert number_of_prompts({"prompt": "a"}) == 1

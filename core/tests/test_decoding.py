@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 from diffgraft import Unsupported, load_pipeline, unload
 from diffgraft.installed.registry import find_family
-from diffgraft.methods.decoding import decode, ensure_decodes, to_latents, to_pixels
+from diffgraft.methods.decoding import decode, ensure_decodes, picture_channels, to_latents, to_pixels
 from diffgraft_pipelines.tiny import make
+from diffusers import WanPipeline
 from probes import Probe
 
 
@@ -132,3 +135,10 @@ def test_float32_where_an_autoencoder_would_overflow_and_where_it_is_offloaded()
     pipe.vae.to("meta")
     with pytest.raises(Unsupported, match="offloaded weight by weight"):
         to_pixels(pipe, family, z, made.kwargs, float32=True)
+
+
+@pytest.mark.parametrize(("in_channels", "patch", "wanted"), [(3, None, 3), (1, None, 1), (12, 2, 3), (3, 4, 3), (3, (2, 2), 3)])
+def test_an_autoencoder_that_sees_squares_of_pixels_has_pictures_of_their_channels(in_channels, patch, wanted):
+    """Wan 2.2's counts all pixels of a square (12), LTX's and Flux 2's those of the picture."""
+    pipe = SimpleNamespace(vae=SimpleNamespace(config={"in_channels": in_channels, "patch_size": patch}))
+    assert picture_channels(pipe, find_family(WanPipeline)) == wanted

@@ -59,6 +59,8 @@ from mutants import (
 )
 from mutants_outside import (
     CopiesTheDenoiser,
+    DecidesAlone,
+    DecidesTogether,
     HoldsTheScheduler,
     KeepsTheConditioning,
     KeepsTheLatents,
@@ -66,6 +68,9 @@ from mutants_outside import (
     RefusesWithoutSaying,
     SpeaksItsOwnUnit,
     TakesAnyWeights,
+    TakesNeither,
+    TakesOneKind,
+    TakesWhatNeverRuns,
     TrustsTheFile,
     Wears,
 )
@@ -122,9 +127,12 @@ MUTANTS = [
     (WritesInPlace, FLUX, "in_place"),
     (CouplesTheBatch, PIXART, "sample_alone"),
     (NeverFires, DIT, "fires"),
+    (TakesNeither, DIT, "fires"),
+    (TakesWhatNeverRuns, DIT, "fires"),
     (NeverChanges, DIT, "fires"),
     (SaysItOnlyLooks, DIT, "fires"),
     (NeverSkips, DIT, "saves_work"),
+    (DecidesAlone, FLUX, "ranks_agree"),
     (LooksUpTimesteps, SD, "repeated_timesteps"),
     (NeedsIntegerTimesteps, PIXART, "scheduler_Euler"),
     (OvershootsTheStep, SD, "levels"),
@@ -190,7 +198,10 @@ def test_every_check_has_a_mutant() -> None:
     assert any(name.startswith("scheduler_") for name in caught - {"scheduler_replaced"})
 
 
-@pytest.mark.parametrize(("plugin", "family"), [(Reuse, "flux"), (Scaled, "dit"), (Wears, "flux")])
+CORRECT = [(Reuse, "flux"), (DecidesTogether, "flux"), (Scaled, "dit"), (Wears, "flux"), (TakesOneKind, "dit")]
+
+
+@pytest.mark.parametrize(("plugin", "family"), CORRECT)
 def test_a_correct_plugin_passes_everything(plugin: type[Plugin], family: str) -> None:
     run_contract(plugin, [family])
 

@@ -327,7 +327,7 @@ def test_a_single_module_in_a_block_is_a_layer(monkeypatch):
     kwargs |= {"num_inference_steps": 1, "guidance_scale": 1.0}
     family = registry.find_family(type(pipe))
     inner = replace(family.blocks[0], layers=("attn1", "ffn", "norm1", "nothing"))
-    monkeypatch.setattr("diffgraft.kernel.stack.find_family", lambda _: replace(family, blocks=(inner,)))
+    monkeypatch.setattr("diffgraft.kernel.modular.find_family", lambda _: replace(family, blocks=(inner,)))
     plain, before = generate(pipe, kwargs), trace(pipe)
     load_pipeline(pipe, plugins=[Layers])
     assert not torch.equal(generate(pipe, kwargs), plain)

@@ -32,7 +32,7 @@ def test_a_quality_file_survives_writing():
         "two_families": Claim("exempt", 'a "reason"'),
         "equation_test": Claim("done", "", ("tests/a.py::test_b",)),
     }
-    card = Card("editing", "2.0x as \"fast\"", "README.md#Measured")
+    card = Card("editing", '2.0x as "fast"', "README.md#Measured")
     found = parse(as_toml(Quality(rows, card)), "q")
     assert {name: found.claim(name) for name in rows} == rows
     assert set(found.claims) == {criterion.name for criterion in SCALE}

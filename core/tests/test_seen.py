@@ -234,12 +234,21 @@ class Second(Probe):
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
-def test_a_second_pipeline_follows_the_dtype_of_the_first(when):
+@pytest.mark.parametrize("cast", [False, True])
+def test_a_second_pipeline_follows_the_dtype_of_the_first(when, cast):
+    """What the first one computes in, also where it is kept in fp8 and cast layer by layer."""
     (pipe, kwargs), (other, _) = tiny("StableDiffusionPipeline"), tiny("StableDiffusionPipeline")
-    if when == "before":
+
+    def convert():
         pipe.to(torch.bfloat16)
+        if cast:
+            pipe.unet.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.bfloat16)
+
+    if when == "before":
+        convert()
     load_pipeline(pipe, plugins=[Second(model=other)])
-    pipe.to(torch.bfloat16)
+    if when == "after":
+        convert()
     generate(pipe, kwargs, num_inference_steps=1, output_type="latent")
     assert other.unet.dtype == other.text_encoder.dtype == torch.bfloat16
 

@@ -208,9 +208,7 @@ def test_eta_without_effect_is_noted():
     pipe, kwargs = exact("StableDiffusionPipeline", "DDIM")
     load_pipeline(pipe, plugins=[MultiStep])
     generate(pipe, kwargs, eta=0.5)
-    assert pipe.plugins.report().plugins["multi_step"].notes == [
-        "eta = 0.5 is without effect: DPMSolverMultistepScheduler draws no noise"
-    ]
+    assert pipe.plugins.report().plugins["multi_step"].notes == ["eta = 0.5 is without effect: DPMSolverMultistepScheduler draws no noise"]
 
 
 def test_a_scheduler_whose_levels_are_not_known_cannot_be_translated():

@@ -86,6 +86,7 @@ def check(
     verdict = examine(open_project(target), behaviour, contract, family)
     if badge is not None:
         from diffgraft.community.badge import badge as drawn
+
         write_atomic(badge, drawn(verdict.tier if verdict.ok else None).encode())
         fixed.append(f"wrote {badge}")
     if as_json:

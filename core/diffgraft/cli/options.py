@@ -62,7 +62,5 @@ Extra = Annotated[
     list[str] | None, typer.Option("--arg", "-a", metavar="NAME=VALUE", help="Any other argument of the pipeline's call: num_frames=16.")
 ]
 Wide = Annotated[bool, typer.Option("--wide", help="All columns in full, however wide the terminal is.")]
-Threads = Annotated[
-    int | None, typer.Option(min=1, help="Threads of torch on the processor (default: the physical cores that are free).")
-]
+Threads = Annotated[int | None, typer.Option(min=1, help="Threads of torch on the processor (default: the physical cores that are free).")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]

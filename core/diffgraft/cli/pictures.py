@@ -60,6 +60,8 @@ def open_picture(path: str, option: str) -> Image.Image:
         with Image.open(path) as image:
             turned = ImageOps.exif_transpose(image)
             turned.load()
+            if turned.mode.startswith("I;16"):  # which PIL would cut off at 255, and not scale
+                return Image.fromarray((np.asarray(turned, np.float32) / 257).round().astype(np.uint8))
             return turned
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ConfigError(f"{option} {path}: {error}") from None
@@ -174,6 +176,14 @@ def load_controlnet(name: str, pipe: Any) -> Any:
     return net
 
 
+def sized(picture: Image.Image, height: int, width: int, name: str | None, err: bool = False) -> Image.Image:
+    """A picture scaled and cropped to a size, where it has another; that is told of it by ``name``, on standard error with ``err``."""
+    if picture.size == (width, height):
+        return picture
+    say(f"{name}: {size(picture)}, scaled and cropped to {width}x{height}; --height and --width choose another size", err=err)
+    return ImageOps.fit(picture, (width, height), Image.Resampling.LANCZOS)
+
+
 def fitted(given: Given, names: dict[str, str | None], pipe: Any, call: CallSettings) -> CallSettings:
     """The settings of the call with the pictures in the size of the pipeline, or in that given; what was resized is told."""
     from diffgraft.methods.inputs import parameters
@@ -188,12 +198,11 @@ def fitted(given: Given, names: dict[str, str | None], pipe: Any, call: CallSett
     resized: dict[str, Image.Image | None] = {}
     for key in ("image", "mask", "control"):
         picture = getattr(given, key)
-        if picture is not None and height and width and picture.size != (width, height):
-            if key != "mask":  # it goes with its picture
-                told = f"{names[key]}: {size(picture)}, scaled and cropped to {width}x{height}"
-                say(f"{told}; --height and --width choose another size")
-            way = Image.Resampling.NEAREST if key == "mask" else Image.Resampling.LANCZOS
-            picture = ImageOps.fit(picture, (width, height), way)
+        if picture is not None and height and width:
+            if key != "mask":
+                picture = sized(picture, height, width, names[key])
+            elif picture.size != (width, height):  # it goes with its picture, and is not told of
+                picture = ImageOps.fit(picture, (width, height), Image.Resampling.NEAREST)
         resized[key] = picture
     control_alone = "control_image" not in known
     return replace(

@@ -163,7 +163,7 @@ def make(recipe: Recipe) -> Made:
     import numpy as np
 
     from diffgraft.cli.pictures import check_controlnet, class_for, fitted, load_controlnet, read_given, strength_for
-    from diffgraft.cli.values import call_settings, load_bare
+    from diffgraft.cli.values import call_settings, load_bare, prompt_of
     from diffgraft.installed import registry
     from diffgraft.kernel.loading import load_pipeline
     from diffgraft.methods.inputs import as_array, make_pictures, make_samples
@@ -192,7 +192,7 @@ def make(recipe: Recipe) -> Made:
         names = {"image": recipe.image, "control": recipe.control_image}
         call = fitted(given, names, pipe, call)
     pipe = load_pipeline(pipe, built, attention_backend=recipe.backend)
-    prompts = [recipe.prompt] if recipe.prompt is not None else list(bundled.prompts[:1]) if bundled else []
+    prompts, remark = prompt_of(recipe.prompt, bundled)
     samples = make_samples(pipe, [recipe.seed + i for i in range(recipe.num_images)], prompts, recipe.class_label)
 
     started = time.perf_counter()
@@ -208,8 +208,8 @@ def make(recipe: Recipe) -> Made:
             f"{empty} of {len(samples)} pictures hold no numbers (NaN): lower --guidance-scale, or take --dtype float32"
         )
     try:
-        if recipe.prompt is None and prompts:
-            made.lines.append(f"no --prompt was given: {prompts[0]!r}")
+        if remark:
+            made.lines.append(remark)
         made.lines.append(str(pipe.plugins.report()) if pipe.plugins.list() else f"no plugins, {seconds:.2f} s")
         made.record = record_of(pipe, recipe, call, samples[0].prompt, (made.pictures.shape[-2], made.pictures.shape[-3]))
     except Exception as error:  # whatever it is, the pictures are written first

@@ -126,6 +126,14 @@ def read_prompts(prompts: list[str] | None, file: Path | None) -> list[str]:
     return texts
 
 
+def prompt_of(prompt: str | None, bundled: Bundled | None) -> tuple[list[str], str]:
+    """(the prompt as a list, or the first of a bundled pipeline's own; what is to be told of it: "" where it was given)."""
+    if prompt is not None:
+        return [prompt], ""
+    own = list(bundled.prompts[:1]) if bundled else []
+    return own, f"no --prompt was given: {own[0]!r}" if own else ""
+
+
 def asked_for(prompts: list[str], class_labels: list[str] | None, number: int | None, what: str) -> tuple[int, dict[str, list[str]]]:
     """How many pictures a command works on, and of what: prompts, classes, or neither.
 

@@ -16,8 +16,8 @@ class BlockInfo:
     """A hookable block.
 
     ``path`` on the denoiser ("up_blocks.2.resnets.1"), ``kind`` ("up", "up.resnet", "double"...), ``index`` of the (top-level) block within
-    its group, ``layer`` index inside the block or -1, ``order`` running number over the denoisers, ``takes``, ``returns``, ``joined`` as
-    the family says, ``model`` the denoiser's attribute name, and the ``module``.
+    its group, ``layer`` index inside the block or -1, ``order`` running number over the denoisers, ``takes``, ``returns``, ``joined``,
+    ``rows`` as the family says, ``model`` the denoiser's attribute name, and the ``module``.
     """
 
     path: str
@@ -30,10 +30,16 @@ class BlockInfo:
     model: str
     module: nn.Module
     joined: str = "none"
+    rows: int = 0
 
     @property
     def is_layer(self) -> bool:
         return self.layer >= 0
+
+    @property
+    def stream(self) -> str:
+        """The parameter that takes the stream which runs through all blocks."""
+        return self.takes[0] if self.takes and "hidden_states" not in self.takes else "hidden_states"
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,7 +94,8 @@ def blocks_of(family: Family, denoisers: Mapping[str, nn.Module]) -> tuple[Block
             blocks = list(part) if isinstance(part, nn.ModuleList) else [part]
             for index, block in enumerate(blocks):
                 path = group.path if block is part else f"{group.path}.{index}"
-                found.append(BlockInfo(path, group.kind, index, -1, len(found), group.takes, group.returns, model, block, group.joined))
+                facts = group.takes, group.returns, model, block, group.joined, group.rows
+                found.append(BlockInfo(path, group.kind, index, -1, len(found), *facts))
                 for name in group.layers:
                     for where, kind, number, layer in layers_in(block, name):
                         place = f"{path}.{where}", f"{group.kind}.{kind}"

@@ -1,20 +1,20 @@
 """The one exception tree. Every refusal names what, why and the way out, and is raised before anything is touched.
 
-    DiffgraftError
-    ├── PipelineNotFound     no such bundled name, folder or Hub id, or it cannot be had (offline, gated)
-    ├── PluginNotFound       no such plugin installed (nearest names, where to look)
-    ├── BrokenPlugin         installed, but cannot be used: import error, wrong contract number, wrong shape
-    ├── Unsupported          this pipeline, scheduler or version cannot take it, because...
-    ├── Conflict             two plugins (or two uses) that do not fit: both sides, the reason, the way out
-    ├── ConfigError          a knob: key, value, what is allowed
-    ├── ArtefactMismatch     a calibration file made for something else
-    ├── CatalogueError       the list of published plugins cannot be read, or has nothing of the kind
-    ├── RewardError          a reward gave something that is no score
-    ├── NeverFired           a hook that the plan promised was never reached in a run
-    ├── NotPassed            an argument that a hook asks its call for, and that nobody passed (a KeyError too)
-    ├── NotFinite            values that are not finite, and who made the first of them (``pipe.plugins.check_finite``)
-    ├── OutputError          what was made cannot be written where it was to go; it is kept elsewhere
-    └── ForeignError         torch, diffusers or another library refused what the command line gave it
+DiffgraftError
+├── PipelineNotFound     no such bundled name, folder or Hub id, or it cannot be had (offline, gated)
+├── PluginNotFound       no such plugin installed (nearest names, where to look)
+├── BrokenPlugin         installed, but cannot be used: import error, wrong contract number, wrong shape
+├── Unsupported          this pipeline, scheduler or version cannot take it, because...
+├── Conflict             two plugins (or two uses) that do not fit: both sides, the reason, the way out
+├── ConfigError          a knob: key, value, what is allowed
+├── ArtefactMismatch     a calibration file made for something else
+├── CatalogueError       the list of published plugins cannot be read, or has nothing of the kind
+├── RewardError          a reward gave something that is no score
+├── NeverFired           a hook that the plan promised was never reached in a run
+├── NotPassed            an argument that a hook asks its call for, and that nobody passed (a KeyError too)
+├── NotFinite            values that are not finite, and who made the first of them (``pipe.plugins.check_finite``)
+├── OutputError          what was made cannot be written where it was to go; it is kept elsewhere
+└── ForeignError         torch, diffusers or another library refused what the command line gave it
 """
 
 from __future__ import annotations

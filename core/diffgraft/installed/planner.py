@@ -97,13 +97,13 @@ def judge(outer: Part, inner: Part) -> tuple[list[str], list[str]]:
         conflicts.append(f"{both} both skip {what}: each would reuse what the other did not compute; remove one or disable it in turn")
     for x, y in ((outer, inner), (inner, outer)):
         skipped = x.effects.skips & {"denoiser", "blocks"}
-        if skipped and "gradients" in y.effects.needs:
+        if skipped and "all_blocks" in y.effects.needs:
+            conflicts.append(f"{y.name} needs every block computed, but {x.name} skips {', '.join(sorted(skipped))}; disable one")
+        elif skipped and "gradients" in y.effects.needs:
             conflicts.append(
                 f"{y.name} needs gradients through the denoiser, but {x.name} skips {', '.join(sorted(skipped))}: "
                 f"the gradient would be that of an old step; disable {x.name}"
             )
-        elif skipped and "all_blocks" in y.effects.needs:
-            conflicts.append(f"{y.name} needs every block computed, but {x.name} skips {', '.join(sorted(skipped))}; disable one")
         if skipped and "plain_gradients" in y.effects.needs:
             warnings.append(
                 f"{y.name} takes its gradients through the whole denoiser, past {x.name}: {x.name} saves work in the other calls only"
@@ -121,6 +121,8 @@ def judge(outer: Part, inner: Part) -> tuple[list[str], list[str]]:
                 f"{y.name} was calibrated for runs of one size and number of steps, but {x.name} runs the pipeline in stages of several: "
                 "remove one"
             )
+        elif "resolution" in x.effects.edits and "one_size" in y.effects.needs:
+            conflicts.append(f"{y.name} goes by a measurement of the call's size, and {x.name} begins with smaller pictures: remove one")
         elif "resolution" in x.effects.edits and "blocks" in y.effects.skips:  # it reuses features of an earlier step
             warnings.append(f"{x.name} changes the resolution in mid-run: {y.name} starts its cache again at each change")
     if ("denoiser" in a.skips and "blocks" in b.skips) or ("blocks" in a.skips and "denoiser" in b.skips):

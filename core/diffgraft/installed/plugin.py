@@ -66,6 +66,7 @@ class Effects:
     edits      "timestep", "schedule", "latents", "prediction", "attention", "conditioning", "resolution", "weights"
     needs      "gradients", "determinism", "all_blocks", "extra_forwards", "calibrated_run" (the steps and size of its artefact),
                "own_steps" (its calls are no successive steps of one path, so that nothing may be edited from one to the next),
+               "one_size" (its measurement, or mask, is of the call's own size),
                "plain_gradients" (of the denoiser itself, taken past all other plugins: `latent_gradient`; "gradients": through them)
     stochastic  draws noise of its own
     couples_batch  sample i in a batch may differ from sample i alone
@@ -82,7 +83,9 @@ class Effects:
         "replaces": frozenset({"scheduler", "denoiser", "noise"}),
         "skips": frozenset({"denoiser", "blocks", "branches"}),
         "edits": frozenset({"timestep", "schedule", "latents", "prediction", "attention", "conditioning", "resolution", "weights"}),
-        "needs": frozenset({"gradients", "plain_gradients", "determinism", "all_blocks", "extra_forwards", "calibrated_run", "own_steps"}),
+        "needs": frozenset({
+            "gradients", "plain_gradients", "determinism", "all_blocks", "extra_forwards", "calibrated_run", "one_size", "own_steps",
+        }),
     }
 
     def __post_init__(self) -> None:
@@ -234,7 +237,8 @@ class Plugin:
     @classmethod
     def claims(cls, family: Family) -> bool:
         """Whether its ``families`` name this one, and what it does reaches the steps there."""
-        return family.is_among(cls.families) and not family.lost(cls.effects.edits, cls.points())
+        bound = family.binds(cls.effects.needs, cls.effects.replaces)
+        return family.is_among(cls.families) and not bound and not family.lost(cls.effects.edits, cls.points())
 
     @classmethod
     def points(cls) -> tuple[str, ...]:

@@ -128,7 +128,7 @@ def stream_form(call: Any, result: Any) -> str:
     """Of a block or an attention layer."""
     info = call.info
     known = call.run.forms.get(info)
-    names = getattr(info, "returns", ())
+    names, name, rows = getattr(info, "returns", ()), getattr(info, "stream", "hidden_states"), getattr(info, "rows", 0)
     if known is None:
         known = (tuple, len(names)) if len(names) > 1 else (None, 0)
     cls, n = known
@@ -138,14 +138,14 @@ def stream_form(call: Any, result: Any) -> str:
     if isinstance(result, tuple):
         if n and len(result) != n:
             return f"{words(result)}, and {n} are returned here"
-        at = names.index("hidden_states") if "hidden_states" in names and len(names) == len(result) else 0
+        at = names.index(name) if name in names and len(names) == len(result) else 0
         main = result[at] if result else None
-    stream = call.get("hidden_states")
+    stream = call.get(name)
     if stream is None and call.args:
         stream = call.args[0]
     if not isinstance(stream, Tensor) or not isinstance(result, (Tensor, tuple)):
         return ""
-    if isinstance(main, Tensor) and main.dim() == stream.dim() and main.size(0) == stream.size(0) and main.is_floating_point():
+    if isinstance(main, Tensor) and main.dim() == stream.dim() and main.size(rows) == stream.size(rows) and main.is_floating_point():
         return ""
     return f"{words(main)} for the stream {words(stream)}: rows, axes or kind of number differ"
 
@@ -153,7 +153,7 @@ def stream_form(call: Any, result: Any) -> str:
 def control_form(call: Any, result: Any) -> str:
     known = call.run.forms.get(call.model)
     if known is None:
-        known = (object, 0) if call.get("return_dict", True) else (tuple, 0)
+        known = (object, 0) if call.get("return_dict", True) else ((tuple, list), 0)
     cls, n = known
     if result is None or not isinstance(result, cls) or (n and len(result) != n):
         return f"{words(result)}, not what a ControlNet returns{f', a tuple of {n}' if n else ''}"

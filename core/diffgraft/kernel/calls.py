@@ -22,6 +22,7 @@ from diffgraft.installed.plugin import Plugin
 from diffgraft.kernel.entry import Entry
 from diffgraft.kernel.facts import Step
 from diffgraft.kernel.report import PluginReport
+from diffgraft.kernel.speech import Rows, accompanied, companion_of
 
 
 class RunView(Protocol):
@@ -39,28 +40,23 @@ class RunView(Protocol):
     reached: set[str]
     forms: dict[Any, Any]
     replaced: Any
+    rows: int
+    in_step: tuple[str, ...]
+    heard: list[Any]
 
     def answered(self, entry: Entry, point: str) -> None: ...
-
     def ran(self, branch: str | None) -> None: ...
-
     @property
     def stopped(self) -> bool: ...
-
     @property
     def step(self) -> Step: ...
-
     def step_at(self, ahead: int) -> Step: ...
-
     def start_of(self, step: int) -> Step: ...
-
     def state(self, entry: Entry, branch: str | None) -> Any: ...
-
     def report_of(self, entry: Entry) -> PluginReport: ...
-
     def guidance_active(self) -> bool: ...
-
-    def guidance_scale(self, model_name: str) -> float | None: ...
+    def guidance_scale(self, model_name: str, argument: str | None = None) -> float | None: ...
+    def agree(self, value: Any) -> Any: ...
 
 
 class Call:
@@ -173,6 +169,14 @@ class Call:
         """The plugin's own state for this run, shared by all branches and hook points."""
         return self.run.state(self.entry, None)
 
+    def agree(self, value: Any) -> Any:
+        """``value`` (a bool, a number, a tensor) as the first of the ranks that run this denoiser together has it; itself without such.
+
+        What decides by data whether a module runs must come through here: each rank sees other tokens, and where one skips what another
+        runs, they wait for each other for ever. All ranks must come to the same calls of ``agree``.
+        """
+        return self.run.agree(value)
+
     def count(self, key: str, n: int = 1) -> None:
         """Add to a counter of the run's report ("skipped")."""
         self.run.report_of(self.entry).count(key, self.branch or "run", n)
@@ -230,6 +234,8 @@ class DenoiseCall(Call):
     """
 
     __slots__ = ("branches", "model", "model_name")
+    companion_of = companion_of
+    accompanied = staticmethod(accompanied)
     model: nn.Module
     model_name: str
     branches: tuple[str, ...]
@@ -274,8 +280,9 @@ class DenoiseCall(Call):
         x = x[: self.sample.shape[0] // len(self.branches)]
         if run.family.appended != "channels":
             return x
-        axis = run.family.channel_axis
-        return x.narrow(axis, 0, min(x.shape[axis], self.model.config["out_channels"]))  # type: ignore[index, no-any-return, operator]
+        axis, told = run.family.channel_axis, self.model.config["out_channels"]  # type: ignore[index]
+        told = told // 2 if run.family.branch_prediction == "drop_sigma" else told  # type: ignore[operator]
+        return x.narrow(axis, 0, min(x.shape[axis], told))  # type: ignore[no-any-return]
 
     def with_latents(self, latents: Tensor) -> DenoiseCall:
         """A copy whose denoiser input is made of ``latents``; ``scheduler.step`` gets them too.
@@ -314,10 +321,12 @@ class DenoiseCall(Call):
 
 def part_of(value: Any, rows: int, n: int, number: int) -> Any:
     """Part ``number`` of ``n`` of a denoiser argument of a batch of ``rows``: tensors that hold something for each row are cut, in lists
-    and dicts too; the rest is common to all rows."""
+    and dicts too, and :class:`Rows`; the rest is common to all rows."""
     if isinstance(value, Tensor):
         for_rows = value.ndim > 0 and value.shape[0] > 0 and value.shape[0] % rows == 0
         return value.chunk(n)[number] if for_rows else value
+    if isinstance(value, Rows):
+        return Rows(value[number * len(value) // n : (number + 1) * len(value) // n])
     if isinstance(value, dict):
         return {key: part_of(item, rows, n, number) for key, item in value.items()}
     if type(value) in (list, tuple):
@@ -357,10 +366,12 @@ class GuideCall(Call):
     """The branches of one step and the pipeline's own combination of them.
 
     ``branches`` predictions by name, in the layout of ``combined``; ``combined`` the pipeline's result, rescale included; ``scale`` the
-    guidance scale (a number, or None where the pipeline has none). ``next`` returns ``combined`` exactly as it was computed.
+    guidance scale (a number, or None where the pipeline has none). ``next`` returns ``combined`` exactly as it was computed. A companion's
+    come here too, after those of the sample: ``copy``, as in :class:`StepCall`.
     """
 
-    __slots__ = ("branches", "combined", "scale")
+    __slots__ = ("branches", "combined", "copy", "scale")
+    copy: int
     branches: dict[str, Tensor]
     combined: Tensor
     scale: float | None
@@ -378,7 +389,7 @@ class StepCall(Call):
     """``scheduler.step``; arguments ``model_output``, ``timestep``, ``sample``; ``next`` returns a :class:`StepOutput`.
 
     ``scheduler`` whose step it is: the pipeline's, or a copy of it that the pipeline made in this run (one a frame, one for the sound);
-    ``copy`` which one, in the order in which they were made; 0 for the pipeline's own.
+    ``copy`` which one, in the order in which they were made; 0 for the pipeline's own. ``state`` is each copy's own, ``shared`` is not.
     """
 
     __slots__ = ("copy", "scheduler")

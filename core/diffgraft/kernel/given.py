@@ -48,8 +48,12 @@ def ensure_family(plugin: Plugin, family: Family, pipeline: type) -> None:
         raise Unsupported(f"{plugin.name} does not work on {name}: {why}")
     if plugin.points() == ("guide",) and family.guidance.layout == "none":
         raise Unsupported(f"{plugin.name} changes guidance, but {name} runs none")
-    if lost := family.lost(type(plugin).effects.edits, plugin.points()):
+    if family.binds(type(plugin).effects.needs, type(plugin).effects.replaces):
         raise Unsupported(
-            f"{plugin.name} works on the {', '.join(lost)}, which does not reach the steps of {name}: it makes a copy of its scheduler "
-            "for each frame, and those step by themselves"
+            f"{plugin.name} asks a denoiser by itself, and layers of {name}'s own tell the guidance branches by their places in the "
+            "pipeline's batch; use the pipeline without that guidance"
         )
+    if lost := family.lost(type(plugin).effects.edits, plugin.points()):
+        why = "it makes a copy of its scheduler for each frame, and those step by themselves"
+        why = f"{family.companion} is denoised with the sample, and at the schedule's times" if family.companion else why
+        raise Unsupported(f"{plugin.name} works on the {', '.join(lost)}, which does not reach the steps of {name}: {why}")

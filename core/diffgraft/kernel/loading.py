@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import diffusers
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, ModularPipeline
 from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError
 
@@ -20,6 +20,7 @@ from diffgraft.installed.specs import Specs, as_specs, build_plugin
 from diffgraft.installed.unread import pickles_instead, why_not_loaded
 from diffgraft.kernel.backends import use_attention_backend
 from diffgraft.kernel.defaults import give_defaults
+from diffgraft.kernel.modular import PIPELINES, read_modular
 from diffgraft.kernel.stack import attach, stack_of
 
 OWN = ("plugins", "attention_backend")
@@ -29,7 +30,7 @@ ALIAS = {"backend": "attention_backend", "plug": "plugins"}
 
 
 def load_pipeline(
-    pipeline: str | os.PathLike[str] | DiffusionPipeline,
+    pipeline: str | os.PathLike[str] | DiffusionPipeline | ModularPipeline,
     plugins: Specs = (),
     *,
     attention_backend: str | None = None,
@@ -61,7 +62,7 @@ def load_pipeline(
         pipe = read_pipeline(pipeline, **from_pretrained)
     elif from_pretrained:
         raise ConfigError(f"{', '.join(from_pretrained)}: only for a name or folder; a live pipeline is loaded already")
-    elif isinstance(pipeline, DiffusionPipeline):
+    elif isinstance(pipeline, PIPELINES):
         pipe = pipeline
     else:
         raise Unsupported(f"{type(pipeline).__name__} is no diffusers pipeline: give a name, a folder, a Hub id or a DiffusionPipeline")
@@ -97,6 +98,8 @@ def read_pipeline(name: str | os.PathLike[str], **from_pretrained: Any) -> Any:
     if bundled is not None and bundled.lora is not None and importlib.util.find_spec("peft") is None:
         raise Unsupported(f"{name} is a LoRA, and diffusers loads none without peft, which is not installed: `pip install peft`")
     if os.path.isdir(folder) and not os.path.isfile(os.path.join(folder, "model_index.json")):
+        if os.path.isfile(os.path.join(folder, ModularPipeline.config_name)):
+            return read_modular(folder, from_pretrained)
         raise PipelineNotFound(
             f"{os.fspath(name)!r} is a folder without model_index.json, so no pipeline: give the folder that `save_pretrained` wrote"
         )

@@ -1,9 +1,9 @@
 """Where the run in progress is, for modules that a plugin has put into a denoiser: they get tensors, and no call.
 
-    class Scaled(nn.Module):
-        def forward(self, x):
-            run = diffgraft.now()
-            return self.inner(x) if run is None else self.inner(x) * run.shared("my_plugin").factors[run.step.index]
+class Scaled(nn.Module):
+    def forward(self, x):
+        run = diffgraft.now()
+        return self.inner(x) if run is None else self.inner(x) * run.shared("my_plugin").factors[run.step.index]
 """
 
 from __future__ import annotations

@@ -29,7 +29,9 @@ from diffgraft.kernel.calls import (
     StepOutput,
 )
 from diffgraft.kernel.entry import Entry
+from diffgraft.kernel.guidance import ensure_whole
 from diffgraft.kernel.slots import StandIn, add_note
+from diffgraft.kernel.speech import forwarded
 
 Chain = Callable[[Any], Any]
 
@@ -66,7 +68,7 @@ def _layer(entry: Entry, point: str, method: Callable[[Any, Chain], Any], inner:
 
     def around(call: Call) -> Any:
         run = call.run
-        if run.alone not in (None, entry):  # a gradient pass of another plugin
+        if run.alone is not None and run.alone is not entry:  # a gradient pass of another plugin
             return inner(call)
         outer, call.entry = call.entry, entry  # whose ``call.state`` and ``call.config`` it is
         fired = run.report_of(entry).fired
@@ -165,7 +167,9 @@ def denoise_terminal(call: DenoiseCall) -> Tensor:
     """The middle of the ``denoise`` onion: the denoiser itself."""
     call.run.reached.add("denoiser")
     call.run.ran(call.branch)
-    out: Tensor = call_inner(call)[0]
+    ensure_whole(call)
+    out = forwarded(call, call.inner)
+    call.run.heard.append(call.companion_of(out))
     call.run.forms[call.model_name, call.sample.shape] = out.shape, out.dtype
     return out
 

@@ -114,14 +114,12 @@ def times(n: int) -> str:
     return "once" if n == 1 else f"{n} times"
 
 
-def tensor_bytes(value: Any) -> int:
-    """Bytes of all tensors held in a state object."""
+def tensor_bytes(value: Any, known: set[int]) -> int:
+    """Bytes of all tensors held in a state object; what is met again was counted before (``known``: the ids of that)."""
+    if isinstance(value, (int, float, str, nn.Module)) or id(value) in known:  # a model that a state points to is somebody else's
+        return 0
+    known.add(id(value))
     if isinstance(value, Tensor):
         return int(value.untyped_storage().nbytes())
-    if isinstance(value, Mapping):
-        return sum(tensor_bytes(item) for item in value.values())
-    if isinstance(value, (list, tuple)):
-        return sum(tensor_bytes(item) for item in value)
-    if isinstance(value, nn.Module):
-        return 0  # a model that a state points to is somebody else's
-    return sum(tensor_bytes(item) for item in vars(value).values()) if hasattr(value, "__dict__") else 0
+    inside = value if isinstance(value, (Mapping, list, tuple)) else getattr(value, "__dict__", {})
+    return sum(tensor_bytes(item, known) for item in (inside.values() if isinstance(inside, Mapping) else inside))

@@ -10,13 +10,15 @@ from torch import Tensor
 
 from diffgraft.installed.errors import Unsupported
 from diffgraft.installed.family import Family
-from diffgraft.kernel.calls import AttentionCall, BlockCall, ControlCall, DenoiseCall, RunView, ScheduleCall, StepCall
+from diffgraft.kernel.calls import ControlCall, DenoiseCall, RunView, ScheduleCall, StepCall
 from diffgraft.kernel.entry import Entry
 from diffgraft.kernel.facts import Pace, RunBound, ScheduledCopy, Step, pace_of
-from diffgraft.kernel.guidance import fill_rows, guided
+from diffgraft.kernel.guidance import branches_on, fill_rows, guided, without_variance
 from diffgraft.kernel.onion import Chain, Onions, active_run, call_inner, step_result
+from diffgraft.kernel.ranks import STAND_IN, groups_of, of_the_first
 from diffgraft.kernel.report import PluginReport, Report, tensor_bytes
-from diffgraft.kernel.slots import interrupt, left_behind, striding, write_schedule
+from diffgraft.kernel.slots import interrupt, left_behind, set_alike, striding, write_schedule
+from diffgraft.kernel.speech import answer, companion_for, heard
 from diffgraft.kernel.units import Replaced, begin_of
 
 
@@ -44,9 +46,11 @@ class Run:
         self.alone: Entry | None = None
         """Whose gradient pass is in progress: no other plugin's hooks fire in it."""
         self.predictions: dict[str, Tensor] = {}
+        self.companions: dict[str, Tensor] = {}
+        self.heard: list[Any] = []  # of a companion, what the forwards of the denoiser call in progress gave
         self._last_call: Any = None
-        self._rows = 0
-        self._branches_in_step = 1
+        self.rows = 0
+        self.in_step: tuple[str, ...] = ("cond",)
         """Rows and guidance branches of the first denoiser call of the step."""
         self.context: str | None = None
         self.carried: Tensor | None = None
@@ -62,12 +66,14 @@ class Run:
         """Timesteps of the scheduler's own schedule that were cut off at its end."""
         self._edited = False
         """Whether a plugin has changed the schedule."""
-        self.copies = 0
-        """Copies of the scheduler that the pipeline has made, in this pass or window."""
+        self.copies: list[ScheduledCopy] = []
+        """Of the scheduler, that the pipeline has made in this pass or window."""
         self._copy: ScheduledCopy | None = None  # that is stepping
         self.outer: RunView | None = active_run()
         """The run of this thread in which a plugin began this one: it ends with it."""
         self._stopped = False
+        self._groups: tuple[Any, ...] | None = None
+        """Process groups of the ranks that run the denoisers together; looked up when a plugin first asks."""
         self._passes = 0
         self._in_loop = False
         """Whether this pass has come to ``set_timesteps``: before that the pipeline says what it was told in its last call."""
@@ -88,6 +94,14 @@ class Run:
 
     def report_of(self, entry: Entry) -> PluginReport:
         return self.report.plugins[entry.name]
+
+    def agree(self, value: Any) -> Any:
+        """See :meth:`Call.agree`."""
+        if (stand_in := STAND_IN.get()) is not None:
+            return stand_in(value)
+        if self._groups is None:
+            self._groups = groups_of(getattr(self.pipe, name, None) for name in self.family.denoisers)
+        return of_the_first(value, self._groups, self.pipe._execution_device) if self._groups else value
 
     def answered(self, entry: Entry, point: str) -> None:
         """A plugin answered a call itself, so that nothing further in was asked."""
@@ -135,10 +149,11 @@ class Run:
 
     def end(self) -> None:
         """Free everything that the run held."""
+        known: dict[Entry, set[int]] = {}  # a plugin's branches may share what they hold
         for (entry, _), state in self._states.items():
-            self.report_of(entry).state_bytes += tensor_bytes(state)
+            self.report_of(entry).state_bytes += tensor_bytes(state, known.setdefault(entry, set()))
         self._states.clear()
-        self.predictions.clear()
+        self.predictions, self.companions, self.heard, self.copies = {}, {}, [], []
         self.carried = self.unscaled = self.scale_model_input = self._last_call = None
         self.arguments = {}
 
@@ -152,7 +167,7 @@ class Run:
         self._begin: int | None = None
         self._asked: list[str] = []
         """Names of the denoiser calls of this step."""
-        self.copies = 0
+        self.copies = []
         self._copies_stepped = self._own_stepped = False
         """Whether copies of the scheduler, or itself, have stepped since the last denoiser call."""
         self.predictions = {}
@@ -206,8 +221,9 @@ class Run:
         return self.step_at(self.pace.call_of(step) - self.calls)
 
     def _locate(self, timestep: Any) -> None:
-        """Where in the schedule this run begins."""
-        self._begin = begin_of(self.pipe.scheduler, timestep)
+        """Where in the schedule this run begins, at its first timestep."""
+        if self._begin is None:
+            self._begin = begin_of(self.pipe.scheduler, timestep)
 
     # what the slots lead to -------------------------------------------------------------------------------------------------------
 
@@ -222,6 +238,8 @@ class Run:
             self._cut_off = left_behind(schedule.timesteps, scheduler.timesteps)
             self._edited = True
             self.strides = write_schedule(scheduler, schedule.timesteps, schedule.sigmas)
+        for each in self.copies if self.family.companion else ():
+            set_alike(each.scheduler, scheduler)
         self._begin_schedule()
         self._in_loop = True
         if self._stopped:  # in an earlier pass, and the pipeline has forgotten it: no pass behind the stop computes anything
@@ -231,18 +249,18 @@ class Run:
         self.reached.add("control")
         call = ControlCall(self, inner, names, args, kwargs)
         call.model = inner.__self__
-        if self._begin is None:
-            self._locate(call.get("timestep"))
+        self._locate(call.get("timestep"))
         return chain(call)
 
     def denoise(self, onions: Onions, model_name: str, inner: Any, names: Mapping[str, int], args: Any, kwargs: Any) -> Any:
         self.reached.add("denoise")
         if self._copies_stepped:
             self._advance()
-        self._own_stepped = False
+        self._own_stepped, self.heard, self.companions = False, [], self.companions if self._asked else {}
         call = DenoiseCall(self, inner, names, args, kwargs)
-        if self._begin is None:
-            self._locate(call.get(self.family.timestep))
+        if self.family.listed or self.family.layered:
+            call = call.replace(**heard(self.family, call.arguments()))
+        self._locate(call.get(self.family.timestep))
         if self.bound:
             self._ready(call, model_name)
         branch, branches = self._branch_of_call(call.sample.shape[0])
@@ -259,10 +277,13 @@ class Run:
             prediction = onions.denoise(call)
         finally:
             self.branch = None
+        second = companion_for(call, prediction) if self.family.companion else ()
         if onions.guide is not None:
             self._last_call = call
-            self.predictions.update(zip(branches, prediction.chunk(len(branches)), strict=True))
-        return Transformer2DModelOutput(sample=prediction) if return_dict else (prediction,)
+            for known, output in zip((self.predictions, self.companions), (prediction, *second), strict=False):
+                known.update(zip(branches, output.chunk(len(branches)), strict=True))
+        out = answer(self.family, prediction)
+        return Transformer2DModelOutput(sample=out) if return_dict and not second else (out, *second)
 
     def _branch_of_call(self, rows: int) -> tuple[str, tuple[str, ...]]:
         """(branch, branches in the batch) of the denoiser call that begins now, which has so many rows.
@@ -278,14 +299,14 @@ class Run:
                 asked.append(name)
                 return name, (name,)
         else:
-            together = guidance.layout == "batched" and self.guidance_active()
-            branches = guidance.order if together else ("cond",)
+            branches = branches_on(self)
             if number == 0 and rows % len(branches) == 0:
-                self._rows, self._branches_in_step = rows, len(branches)
-                asked.append(guidance.together if together else "cond")
+                self.rows, self.in_step = rows, branches
+                asked.append(guidance.name_of(branches))
                 return asked[0], branches
-            if 0 < number <= len(guidance.extra) and rows * self._branches_in_step == self._rows:
-                asked.append(name := guidance.extra[number - 1][0])
+            extra = [name for name, _ in guidance.extra if name not in asked]
+            if number and extra and rows * len(self.in_step) == self.rows:
+                asked.append(name := self.context if self.context in extra else extra[0])
                 return name, (name,)
         if asked and self.pipe.scheduler is not self._scheduler:
             asked.clear()  # it was exchanged in mid-run, so no step arrives here any more: the end of the run tells
@@ -299,10 +320,10 @@ class Run:
 
     def _ensure_rows(self, rows: int) -> None:
         """Raises Unsupported when the denoiser's rows were not the branches of a sample of so many rows."""
-        expected = rows if self.family.guidance.doubled else rows * self._branches_in_step
-        if self._rows != expected:
+        expected = rows if self.family.guidance.doubled else rows * len(self.in_step)
+        if self.rows != expected:
             raise Unsupported(
-                f"the denoiser was asked for {self._rows} rows where {self._branches_in_step} guidance branch(es) of {rows} sample(s) were "
+                f"the denoiser was asked for {self.rows} rows where {len(self.in_step)} guidance branch(es) of {rows} sample(s) were "
                 f"expected: this {type(self.pipe).__name__} runs its guidance in another way than family {self.family.name!r} says"
             )
 
@@ -320,17 +341,19 @@ class Run:
             return bool(getattr(self.pipe, guidance.active))
         given = not guidance.requires or any(self.arguments.get(name) is not None for name in guidance.requires)
         enough = all((self.arguments.get(name) or 0) >= value for name, value in guidance.least)
-        return given and enough and (self.arguments.get(guidance.scale) or 0) > 1
+        return given and enough and (self.arguments.get(guidance.scale) or 0) > guidance.off
 
-    def guidance_scale(self, model_name: str) -> float | None:
-        """The guidance scale in force now for one denoiser, or None."""
-        guidance = self.family.guidance
-        if guidance.second_scale is not None and model_name == self.family.denoisers[-1]:
-            second = self.arguments.get(guidance.second_scale)
-            if second is not None:
-                return second  # type: ignore[no-any-return]
+    def guidance_scale(self, model_name: str, argument: str | None = None) -> float | None:
+        """The guidance scale in force now for one denoiser, or None: by how much cond - uncond counts over uncond."""
+        scale = self._said_scale(model_name) if argument is None else getattr(self.pipe, f"_{argument}", self.arguments.get(argument))
+        return scale + 1 - self.family.guidance.off if scale else scale
+
+    def _said_scale(self, model_name: str) -> float | None:
+        guidance, told = self.family.guidance, self.arguments.get
+        if guidance.second_scale and model_name == self.family.denoisers[-1] and (second := told(guidance.second_scale)) is not None:
+            return second  # type: ignore[no-any-return]
         live = getattr(self.pipe, f"_{guidance.scale}", None)
-        return live if live is not None else self.arguments.get(guidance.scale)
+        return live if live is not None else told(guidance.scale)
 
     def note_scaling(self, inner: Any, names: Mapping[str, int], args: Any, kwargs: Any) -> Any:
         """``scheduler.scale_model_input``: remember what it was given, for plugins that edit the latents or ask the denoiser at others."""
@@ -338,15 +361,10 @@ class Run:
         self.scale_model_input = inner
         return inner(*args, **kwargs)
 
-    def block(self, chain: Chain, info: Any, inner: Any, names: Mapping[str, int], args: Any, kwargs: Any) -> Any:
-        self.reached.add("block")
-        call = BlockCall(self, inner, names, args, kwargs, self.branch)
-        call.info = info
-        return chain(call)
-
-    def attention(self, chain: Chain, info: Any, inner: Any, names: Mapping[str, int], args: Any, kwargs: Any) -> Any:
-        self.reached.add("attention")
-        call = AttentionCall(self, inner, names, args, kwargs, self.branch)
+    def inside(self, point: str, kind: Any, chain: Chain, info: Any, inner: Any, names: Mapping[str, int], args: Any, kwargs: Any) -> Any:
+        """A block's forward, or an attention layer's."""
+        self.reached.add(point)
+        call = kind(self, inner, names, args, kwargs, self.branch)
         call.info = info
         return chain(call)
 
@@ -358,21 +376,18 @@ class Run:
         scheduler = self.pipe.scheduler
         call = StepCall(self, inner, names, args, kwargs)
         call.scheduler, call.copy = scheduler, 0
-        if self._begin is None:
-            self._locate(call.get("timestep"))
+        self._locate(call.get("timestep"))
         if self.carried is not None:
             call = call.replace(sample=fill_rows(self.carried, call.sample.shape[0]))
         if self._asked and self.family.guidance.layout != "sequential":
             self._ensure_rows(call.sample.shape[0])
-        if onions.guide is not None and len(self.predictions) > 1:
+        call = without_variance(call)
+        if onions.guide is not None and "uncond" in self.predictions:
             self.reached.add("guide")
             call = guided(onions.guide, call, self._last_call, self.predictions)
         position = (self._begin or 0) + self.calls
         with striding(scheduler, self.strides[position] if position < len(self.strides) else None):
-            if onions.step is None:
-                result = call_inner(call)
-            else:
-                result = step_result(onions.step, call)
+            result = call_inner(call) if onions.step is None else step_result(onions.step, call)
         self._advance()
         self._own_stepped = True
         return result
@@ -387,36 +402,39 @@ class Run:
         self.carried = self.unscaled = None
         self._copies_stepped = False
 
-    def new_copy(self) -> int:
-        """The number of the copy of the scheduler that the pipeline makes now. Copies after others have stepped begin a long video's next
-        window of frames: another denoising, from noise on, so steps are counted and states begin anew, as in another pass."""
+    def new_copy(self, scheduler: Any) -> ScheduledCopy:
+        """The copy of the scheduler that the pipeline makes now. Copies after others have stepped begin a long video's next window of
+        frames: another denoising, from noise on, so steps are counted and states begin anew, as in another pass."""
         if self._copies_stepped:
             self._advance()
             self._begin_anew()
-        self.copies += 1
-        return self.copies
+        self.copies.append(made := ScheduledCopy(scheduler, len(self.copies) + 1))
+        return made
 
     def copied_step(self, onions: Onions, copy: ScheduledCopy, inner: Any, names: Mapping[str, int], args: Any, kwargs: Any) -> Any:
         """A step of a copy of the scheduler, which the pipeline has made (one a frame, one for the sound). However many of them step
         after one denoiser call, they make one step of the run together, with that of the pipeline's own scheduler where there is one.
-        Each is in its own place of the schedule, so `t`, `sigma` and `behind` are the copy's.
+        Each is in its own place of the schedule, so `t`, `sigma` and `behind` are the copy's. A ``companion`` steps so, and guided.
 
         Raises:
             Unsupported: a plugin edits the latents or the guidance of a step, or the schedule, which a copy has from itself.
         """
         self.reached.add("step")
-        if self.carried is not None or (onions.guide is not None and len(self.predictions) > 1) or self._edited:
+        edited = self.carried is not None or (onions.guide is not None and len(self.predictions) > 1) or self._edited
+        if edited and not self.family.companion:
             what = "latents" if self.carried is not None else "schedule" if self._edited else "guidance"
             raise Unsupported(
                 f"{type(self.pipe).__name__} steps copies of its scheduler, one for each part of the latents, and what a plugin changed in "
                 f"the {what} does not reach them"
             )
         call = StepCall(self, inner, names, args, kwargs)
-        call.scheduler, call.copy = copy.scheduler, copy.number
+        call.scheduler, call.copy, call.branch = copy.scheduler, copy.number, f"copy {copy.number}"
         self._copies_stepped = not self._own_stepped  # else the run went on by that one already, and this belongs to the step before
         self.calls -= self._own_stepped
         self._step, self._copy = None, copy
         try:
+            if onions.guide is not None and "uncond" in self.companions:
+                call = guided(onions.guide, call, self._last_call, self.companions)
             return call_inner(call) if onions.step is None else step_result(onions.step, call)
         finally:
             self.calls += self._own_stepped

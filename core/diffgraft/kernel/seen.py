@@ -8,11 +8,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
 from diffgraft.installed.anatomy import root_of
 from diffgraft.installed.family import Family
+from diffgraft.kernel.modular import PIPELINES
 from diffgraft.kernel.weights import PLAIN, kept_by, middle_of, read
 
 PROBES = 32
@@ -96,7 +96,7 @@ def _config(part: Any) -> Any:
 def seconds_in(given: Mapping[str, Any]) -> list[Any]:
     """The second pipelines among what a plugin was given."""
     things = [one for value in given.values() for one in (value if isinstance(value, list) else [value])]
-    return [thing for thing in things if isinstance(thing, DiffusionPipeline)]
+    return [thing for thing in things if isinstance(thing, PIPELINES)]
 
 
 def follow_device(second: Any, device: torch.device) -> None:
@@ -123,11 +123,11 @@ def follow_dtypes(seconds: Sequence[Any], first: Any, family: Family) -> None:
 
 
 def follow_dtype(second: Any, first: Any) -> None:
-    """Bring each part of a second pipeline to the dtype of the first one's. Quantised ones stay: their class converts for itself."""
+    """Bring each part of a second pipeline to the dtype that the first one's computes in. Quantised ones stay: their class converts."""
     parts = first.components
     for name, part in second.components.items():
         mine = parts.get(name)
-        if isinstance(part, nn.Module) and isinstance(mine, nn.Module) and part is not mine and not kept_by(part) + kept_by(mine):
-            dtype = getattr(mine, "dtype", None)
-            if dtype is not None and part.dtype != dtype:
+        if isinstance(part, nn.Module) and isinstance(mine, nn.Module) and part is not mine and not kept_by(part):
+            dtype = getattr(mine, "dtype", None)  # of one that is cast layer by layer: what it is cast to
+            if dtype is not None and dtype.is_floating_point and dtype.itemsize > 1 and part.dtype != dtype:
                 part.to(dtype=dtype)

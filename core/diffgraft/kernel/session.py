@@ -12,7 +12,10 @@ refused (``Plugin.sessions``). Gradients flow where the caller has them on.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
+
+from torch import Tensor
 
 from diffgraft.installed.errors import ConfigError, Unsupported, choices
 from diffgraft.kernel.entry import Entry
@@ -20,6 +23,7 @@ from diffgraft.kernel.facts import Step
 from diffgraft.kernel.onion import running
 from diffgraft.kernel.report import Report
 from diffgraft.kernel.run import Run
+from diffgraft.kernel.speech import ask
 
 
 class SessionRun(Run):
@@ -50,12 +54,12 @@ class SessionRun(Run):
     def guidance_active(self) -> bool:
         return self.named == self.family.guidance.together or (self.guidance_scale("") or 0) > 1
 
-    def guidance_scale(self, model_name: str) -> float | None:
+    def _said_scale(self, model_name: str) -> float | None:
         return self.arguments.get(self.family.guidance.scale)
 
     def _branch_of_call(self, rows: int) -> tuple[str, tuple[str, ...]]:
         guidance = self.family.guidance
-        branches = guidance.order if self.named == guidance.together else (self.named,)
+        branches = guidance.usual if self.named == guidance.together else (self.named,)
         if rows % len(branches):
             raise ConfigError(f"branch={self.named!r} of {rows} rows: the batch holds an equal part for each of {', '.join(branches)}")
         return self.named, branches
@@ -111,6 +115,11 @@ class Session:
         run.named = branch
         with running(run):
             return getattr(run.pipe, name)(*args, **kwargs)
+
+    def predict(self, arguments: Mapping[str, Any], branch: str = "cond", denoiser: str | None = None) -> Tensor:
+        """The prediction of one call as plugins see it, for arguments as they see them (``Conditioning.whole``): whatever sign the
+        denoiser gives it, whether or not it takes lists of samples. Otherwise like :meth:`model`."""
+        return ask(self._run.family, partial(self.model, branch=branch, denoiser=denoiser), arguments)
 
 
 def ensure_no_loop(entries: Sequence[Entry]) -> None:

@@ -289,6 +289,13 @@ def write_schedule(scheduler: Any, timesteps: Any, sigmas: Any) -> list[int]:
     return strides
 
 
+def set_alike(scheduler: Any, like: Any) -> None:
+    """Set a copy of a scheduler to the very schedule of ``like``, with all that this has made of it; slots stay."""
+    home = scheduler.__dict__
+    state = copy.deepcopy(plain_state(like.__dict__))
+    home.update({key: value for key, value in state.items() if _slot_of(home.get(key)) is None})
+
+
 STRIDED = frozenset({"DDIMScheduler", "DDIMParallelScheduler", "CogVideoXDDIMScheduler"})
 """Schedulers that go from t to t - T // num_inference_steps, whatever their timesteps are."""
 

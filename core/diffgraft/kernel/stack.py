@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import copy
-import inspect
 import logging
 import time
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from diffgraft.installed.anatomy import Target, denoisers_of
@@ -17,7 +17,6 @@ from diffgraft.installed.errors import ConfigError, Conflict, DiffgraftError, Pl
 from diffgraft.installed.family import Family
 from diffgraft.installed.planner import Part, Plan, plan
 from diffgraft.installed.plugin import Plugin
-from diffgraft.installed.registry import find_family
 from diffgraft.installed.specs import Specs, as_specs, build_plugin, names_of
 from diffgraft.kernel.beside import foreign_parts
 from diffgraft.kernel.calls import RunCall
@@ -27,6 +26,7 @@ from diffgraft.kernel.entry import Entry
 from diffgraft.kernel.facts import RunBound
 from diffgraft.kernel.given import describe, ensure_family, fetch
 from diffgraft.kernel.grafted import STACK, class_with
+from diffgraft.kernel.modular import arguments_of, call_plain, family_of, signature_of
 from diffgraft.kernel.onion import call_inner, compose, leave, outside, running
 from diffgraft.kernel.report import Report
 from diffgraft.kernel.run import Run
@@ -67,7 +67,7 @@ def attach(pipe: Any, plugins: Sequence[Plugin], disabled: Collection[str] = ())
     if stack is not None:
         stack.put(plugins, disabled)
         return stack
-    stack = PluginStack(pipe, find_family(type(pipe)))
+    stack = PluginStack(pipe, family_of(pipe))
     set_class(pipe, class_with(stack))  # first: whatever interrupts what follows, `unload` finds what there is to take off
     try:
         stack.put(plugins, disabled)
@@ -344,7 +344,7 @@ class PluginStack:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """One ``pipe(...)`` call."""
-        function = self.base_class.__call__
+        function = partial(call_plain, self.base_class)
         self.settle()
         entries = self._enabled()
         if not entries:
@@ -368,13 +368,11 @@ class PluginStack:
 
     def _run(self, function: Callable[..., Any], entries: Sequence[Entry], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         started = time.perf_counter()
-        signature = inspect.signature(function)
+        signature = signature_of(self.pipe)
         run = Run(self.pipe, self.family, entries, self.check_finite)
 
         def one_pass(call: RunCall) -> Any:
-            bound = signature.bind_partial(self.pipe, *call.args, **call.kwargs)
-            bound.apply_defaults()
-            run.begin_pass(bound.arguments)
+            run.begin_pass(arguments_of(self.pipe, signature, call))
             for slot in slots:  # an earlier pass may have ended in an offload hook that threw ours away
                 slot.open()
             result = call_inner(outside(call))

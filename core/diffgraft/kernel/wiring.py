@@ -19,8 +19,8 @@ from torch import nn
 from diffgraft.installed.anatomy import AttentionInfo, attention_of, blocks_of, controls_of, denoisers_of, root_of
 from diffgraft.installed.errors import Unsupported
 from diffgraft.installed.family import Family
+from diffgraft.kernel.calls import AttentionCall, BlockCall
 from diffgraft.kernel.entry import Entry
-from diffgraft.kernel.facts import ScheduledCopy
 from diffgraft.kernel.onion import Chain, Onions, active_run, compose, stream_terminal
 from diffgraft.kernel.run import Run
 from diffgraft.kernel.slots import Slot, StandIn, method_slot, shown_on, wraps_method
@@ -60,12 +60,14 @@ class Wiring:
         denoisers = denoisers_of(self.pipe, self.family)
         if "block" in points:
             chosen = _select(entries, "block", blocks_of(self.family, denoisers), denoisers, run.check_finite)
+            lead = partial(run.inside, "block", BlockCall)
             for info, chain, graph in chosen:
-                slots.append(self._method(info.module, "forward", partial(run.block, chain, info), True, info.takes, graph))
+                slots.append(self._method(info.module, "forward", partial(lead, chain, info), True, info.takes, graph))
             run.promise("block", bool(chosen))
         if "attention" in points:
             layers = _select(entries, "attention", attention_of(denoisers), denoisers, run.check_finite)
-            slots += [self._processor(info, partial(run.attention, chain, info), graph) for info, chain, graph in layers]
+            lead = partial(run.inside, "attention", AttentionCall)
+            slots += [self._processor(info, partial(lead, chain, info), graph) for info, chain, graph in layers]
             run.promise("attention", bool(layers))
         self._kept, self._used = self._used, {}  # a scheduler or denoiser that was replaced is not held on to
         return slots
@@ -105,7 +107,7 @@ class Wiring:
         slot = method_slot(scheduler, "step")
         names = positions(scheduler, "step", STEP)
         slot.put(wraps_method(scheduler, "step", self._wrapper(slot, names, inside=False)))
-        slot.lead = partial(run.copied_step, onions, ScheduledCopy(scheduler, run.new_copy()))
+        slot.lead = partial(run.copied_step, onions, run.new_copy(scheduler))
         slots.append(slot)  # closed with the run's others
         slot.open()
         return slot.value
@@ -116,7 +118,7 @@ class Wiring:
         takes = (family.sample, family.timestep, "encoder_hidden_states") if family.kind == "unet" else (family.sample,)
         for name, module in denoisers_of(self.pipe, self.family).items():
             slots.append(self._method(module, "forward", partial(run.denoise, onions, name), takes=takes))
-            if self.family.guidance.layout == "sequential" and hasattr(module, "cache_context"):
+            if (family.guidance.layout == "sequential" or family.guidance.extra) and hasattr(module, "cache_context"):
                 slots.append(self._method(module, "cache_context", partial(_named_context, run)))
         return slots
 

@@ -18,6 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate.hooks import CpuOffload
 from diffusers.utils import convert_unet_state_dict_to_peft
 from torch import Tensor, nn
@@ -242,6 +243,7 @@ class Adapter(Attached):
                 _pipeline=None if whole else pipe,  # other offloading is taken off meanwhile, and put on again for torch's own device
                 **lora.strength,
             )
+            unrounded(model, self.name, lora.tensors)
             for layer in adapter_layers(model):  # the new one waits, those of the user go on
                 keep(layer.__dict__, "_active_adapter", layers.get(layer, active))
             set_requires_grad(model.parameters(), False)
@@ -250,6 +252,19 @@ class Adapter(Attached):
     def take_off(self, pipe: Any) -> None:
         for attribute in self.loras:
             surely(partial(remove_adapter, root_of(getattr(pipe, attribute)), self.name))
+
+
+def unrounded(model: Any, name: str, tensors: Mapping[str, Tensor]) -> None:
+    """Bring the LoRA that was just put on ``model`` to the dtype that it computes in, where peft has given it that of weights that are kept
+    in 8 bits and cast layer by layer: nothing casts the new layers, and no kernel computes with such numbers."""
+    for key, value in tensors.items():
+        if (found := PLACE.fullmatch(key)) is not None:
+            half = getattr(model.get_submodule(found["path"]), f"lora_{found['half']}")[name]
+            kept = getattr(half, found["part"])
+            if kept.dtype.is_floating_point and kept.dtype.itemsize == 1:
+                half.to(model.dtype)
+                with torch.no_grad():
+                    getattr(half, found["part"]).copy_(value)
 
 
 def remove_adapter(model: nn.Module, name: str) -> None:

@@ -10,6 +10,7 @@ import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any, ClassVar
 
 import torch
@@ -22,6 +23,8 @@ from diffgraft.kernel.boundary import usual_shape
 from diffgraft.kernel.calls import DenoiseCall, StepCall
 from diffgraft.kernel.calls import part_of as part_of  # for plugins that part a layer's arguments as `call.only` does the denoiser's
 from diffgraft.kernel.onion import active_run
+from diffgraft.kernel.speech import Rows
+from diffgraft.kernel.speech import ask as ask  # for plugins that ask a second model for its prediction
 from diffgraft.methods.artefacts import Fingerprint
 from diffgraft.methods.inputs import default_steps, parameters
 
@@ -72,7 +75,7 @@ def takes_pictures(model: nn.Module) -> bool:
 
 
 def sibling(pipe: Any, scheduler: Any = None) -> Any:
-    """A pipeline of the same parts with a scheduler of its own: it can be called while ``pipe`` is running.
+    """A pipeline of the same parts and settings with a scheduler of its own: it can be called while ``pipe`` is running.
 
     Args:
         scheduler: made like this one; by default like the pipeline's own, also while a plugin's is in its place.
@@ -86,6 +89,9 @@ def sibling(pipe: Any, scheduler: Any = None) -> Any:
     names = inspect.signature(cls).parameters.keys() - pipe.components.keys()
     settings = {name: pipe.config[name] for name in names if name in pipe.config}
     made = cls(**{**pipe.components, "scheduler": type(scheduler).from_config(scheduler.config)}, **settings)
+    for name, value in vars(pipe).items():  # what its user may have set on it: a prompt's template, how pictures are prepared
+        if not name.startswith("_") and name not in made.components:
+            setattr(made, name, value)
     made.set_progress_bar_config(disable=True)
     return made
 
@@ -99,10 +105,13 @@ class Listening:
         self.pipe = load_pipeline(sibling(pipe), [Listener()])  # the other's scheduler stays as it is, and it may be running
         self.asked = parameters(self.pipe).keys() - NOT_COPIED - PARTS_OF_A_RUN
 
-    def conditioning(self, arguments: Mapping[str, Any]) -> Conditioning:
-        """What comes of these arguments of a call; those that it does not take (a base without ControlNet) are left out."""
-        given = {name: value for name, value in arguments.items() if value is not None and name in self.asked}
-        if "strength" in given:
+    def conditioning(self, arguments: Mapping[str, Any], own: bool = False) -> Conditioning:
+        """What comes of these arguments of a call; those that it does not take (a base without ControlNet) are left out.
+
+        ``own``: of a call of the other pipeline itself, so that a None says something where that is not the default (Sana's instruction).
+        """
+        given = {name: value for name, value in arguments.items() if name in self.asked and (own or value is not None)}
+        if given.get("strength") is not None:
             given["strength"] = 1.0  # else of few steps none may be left; the conditioning does not depend on it
         # the call's own number of steps: there are schedules without a single one (PNDM's)
         steps = arguments.get("num_inference_steps") or default_steps(self.pipe)
@@ -124,14 +133,15 @@ def own_conditioning(second: Any, arguments: Mapping[str, Any]) -> Conditioning:
         Unsupported: the prompt was given as embeddings, which only the first pipeline understands.
     """
     run = active_run()
+    own = run is not None and run.pipe is second
     listening = Listening(second)
     embeddings = [name for name, value in arguments.items() if value is not None and name in listening.asked and "prompt_embeds" in name]
-    if embeddings and not (run is not None and run.pipe is second):
+    if embeddings and not own:
         raise Unsupported(
             f"{', '.join(embeddings)}: embeddings of the first pipeline say nothing to {type(second).__name__} with another text encoder; "
             "give the prompt as text"
         )
-    return listening.conditioning(arguments)
+    return listening.conditioning(arguments, own)
 
 
 @contextmanager
@@ -164,14 +174,17 @@ def with_prompt(arguments: Mapping[str, Any], prompt: str | list[str]) -> dict[s
     """The arguments of a call with another prompt, for :func:`own_conditioning`: every encoder is given ``prompt``.
 
     Whatever said the first prompt goes, in all its forms, because pipelines take one form only and an embedding belongs to its text. So
-    does what the first one is guided away from: of the second prompt's conditioning only "cond" is meant.
+    does what the first one is guided away from: of the second prompt's conditioning only "cond" is meant. A list of one text is said as
+    that text: there are pipelines that take no list (Wan VACE).
     """
+    if not isinstance(prompt, str) and len(prompt) == 1:
+        prompt = prompt[0]
     return {**{name: value for name, value in arguments.items() if not is_of_the_prompt(name)}, "prompt": prompt}
 
 
 def number_of_prompts(arguments: Mapping[str, Any]) -> int:
     """How many prompts a call has, given as text or as embeddings."""
-    prompt, embeddings = arguments.get("prompt"), arguments.get("prompt_embeds")
+    prompt, embeddings = arguments.get("prompt", arguments.get("task_prompt")), arguments.get("prompt_embeds")
     if prompt is None and embeddings is not None:
         return len(embeddings)
     return len(prompt) if isinstance(prompt, (list, tuple)) else 1
@@ -179,22 +192,23 @@ def number_of_prompts(arguments: Mapping[str, Any]) -> int:
 
 def number_of_pictures(arguments: Mapping[str, Any], family: Family) -> int:
     """How many pictures, or videos, a call makes: samples of its latents. ``arguments`` as they were passed, with defaults or without."""
-    said = [arguments.get(name) for name in ("prompt", "prompt_embeds", "batch_size", "class_labels")]
-    prompt, embeddings, batch_size, labels = said
+    told = any(arguments.get(name) is not None for name in ("prompt", "prompt_embeds", "task_prompt"))
+    shown = next((arguments[name] for name in ("image_embeds", "image") if arguments.get(name) is not None), None)
+    batch_size, labels = arguments.get("batch_size"), arguments.get("class_labels")
     if batch_size is not None:
         asked = int(batch_size)
     elif labels is not None:
         asked = len(labels) if hasattr(labels, "__len__") else 1
-    elif prompt is None and embeddings is None and isinstance(image := arguments.get("image"), (list, tuple, Tensor)):
-        asked = len(image)  # a pipeline that is told nothing but its picture
+    elif not told and isinstance(shown, (list, tuple, Tensor)):
+        asked = len(shown)  # a pipeline that is told nothing but its picture, as embeddings or as it is
     else:
         asked = number_of_prompts(arguments)
     each = arguments.get("num_images_per_prompt") or arguments.get("num_videos_per_prompt") or 1
     return asked * (1 if family.one_each else int(each))
 
 
-def for_each_prompt(plugin: str, texts: str | Sequence[str], arguments: Mapping[str, Any]) -> list[str]:
-    """A text for each prompt of a call, of a knob ``prompt`` that has one for all of them or one for each.
+def for_each_prompt(plugin: str, texts: str | Sequence[str], arguments: Mapping[str, Any], knob: str = "prompt") -> list[str]:
+    """A text for each prompt of a call, of a ``knob`` that has one for all of them or one for each.
 
     Raises:
         ConfigError: it has another number.
@@ -204,7 +218,7 @@ def for_each_prompt(plugin: str, texts: str | Sequence[str], arguments: Mapping[
         return [texts] * count
     if len(texts) != count:
         raise ConfigError(
-            f"plugin {plugin!r}: prompt has {len(texts)} texts for a call with {count} prompts; give one for each, or one text"
+            f"plugin {plugin!r}: {knob} has {len(texts)} texts for a call with {count} prompts; give one for each, or one text"
         )
     return list(texts)
 
@@ -290,7 +304,9 @@ class Listener(Plugin):
             call.shared.whole[branch] = part.arguments()
         if len(call.branches) > 1:
             raise Heard(call.shared)
-        return call.sample.new_zeros(usual_shape(call) or call.sample.shape)
+        nothing = call.sample.new_zeros(usual_shape(call) or call.sample.shape)
+        second = call.family.companion
+        return nothing if second is None else call.accompanied(nothing, torch.zeros_like(call[second]))
 
     def step(self, call: StepCall, next: Any) -> Any:
         raise Heard(call.shared)
@@ -300,6 +316,8 @@ def join(parts: Sequence[Any]) -> Any:
     """The parts of branches one behind the other: the inverse of ``DenoiseCall.only``."""
     if isinstance(parts[0], dict):
         return {key: join([part[key] for part in parts]) for key in parts[0]}
+    if isinstance(parts[0], Rows):
+        return Rows(chain.from_iterable(parts))
     if isinstance(parts[0], (list, tuple)):
         return [join(each) for each in zip(*parts, strict=True)]
     return parts[0] if len(parts) == 1 else torch.cat(list(parts))

@@ -10,6 +10,7 @@ import torch
 from diffusers.image_processor import VaeImageProcessor
 from torch import Tensor
 
+from diffgraft.installed.anatomy import denoisers_of
 from diffgraft.installed.errors import Unsupported
 from diffgraft.installed.family import Family
 
@@ -110,6 +111,16 @@ def _statistics(vae: Any, latents: Tensor) -> tuple[Tensor, Tensor]:
     shape = (1, -1, *[1] * (latents.ndim - 2))
     mean, std = (torch.tensor(vae.config[name]).view(shape).to(latents) for name in ("latents_mean", "latents_std"))
     return mean, std
+
+
+def picture_channels(pipe: Any, family: Family) -> int:
+    """Of the pictures that the pipeline makes: those that its autoencoder takes, without one those of the denoiser."""
+    vae = getattr(pipe, "vae", None)
+    if vae is not None:
+        channels, side = int(vae.config.get("in_channels", 3)), vae.config.get("patch_size")
+        squares = isinstance(side, int) and channels % side**2 == 0  # Wan 2.2's counts the pixels of a square, LTX's does not
+        return channels // side**2 if squares else channels
+    return int(next(iter(denoisers_of(pipe, family).values())).config["in_channels"])  # type: ignore[index]
 
 
 @torch.no_grad()

@@ -67,4 +67,3 @@ def ensure_own_levels(call: RunCall, otherwise: str) -> None:
             f"plugin {call.entry.name!r}: the call says {' and '.join(own)} itself, and what was distilled knows its own levels only; "
             f"leave them out, or say {otherwise}"
         )
-

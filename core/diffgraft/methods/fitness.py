@@ -1,8 +1,8 @@
 """What a search minimises: how far a candidate's outputs are from what they should be, on fixed prompts and noises.
 
-    TrajectoryFitness   mean squared error of the final latents against a many-step run from the same noises: needs no weights, no data
-    RewardFitness       minus the mean of a reward (see `diffgraft.methods.rewards`)
-    FrechetFitness      Frechet distance of the pictures' features to those of reference pictures
+TrajectoryFitness   mean squared error of the final latents against a many-step run from the same noises: needs no weights, no data
+RewardFitness       minus the mean of a reward (see `diffgraft.methods.rewards`)
+FrechetFitness      Frechet distance of the pictures' features to those of reference pictures
 """
 
 from __future__ import annotations

@@ -33,6 +33,7 @@ from diffgraft.installed.errors import Conflict, Unsupported
 from diffgraft.kernel.calls import DenoiseCall, RunView
 from diffgraft.kernel.onion import running
 from diffgraft.kernel.slots import Slot, opened, set_requires_grad, surely
+from diffgraft.kernel.speech import forwarded
 from diffgraft.kernel.weights import kept_by
 
 MOVES_WEIGHTS = ("group_offloading", "lazy_prefetch_group_offloading", "layerwise_casting")
@@ -206,11 +207,15 @@ def predict_alone(call: DenoiseCall) -> Tensor:
     """The denoiser's own prediction for ``call``, past the other plugins, eager also where it is compiled. For :func:`latent_gradient`."""
     call.run.ran(call.branch)
     forward = torch.compiler.disable(eager_forward(call.model) or call.inner)
-    return forward(*call.args, **call.kwargs)[0]  # type: ignore[no-any-return]
+    return forwarded(call, forward)
 
 
-def ensure_differentiable(call: DenoiseCall, model: nn.Module) -> None:
-    """Raises Unsupported or Conflict where a backward pass would fail, or give something else than the gradient."""
+def ensure_differentiable(call: DenoiseCall, model: nn.Module | None = None) -> None:
+    """Raises Unsupported or Conflict where a backward pass would fail, or give something else than the gradient.
+
+    The functions here ask it themselves; a plugin whose first gradient comes late in a run asks it in the run's first denoiser call.
+    """
+    model = root_of(call.model) if model is None else model
     name, cls = call.entry.name, type(model).__name__
     if torch.is_inference_mode_enabled():
         raise Unsupported(f"{name} needs gradients, which torch.inference_mode() rules out: call the pipeline without it")

@@ -6,8 +6,9 @@ For every kind of pipeline: text, a class label, a picture or nothing in; pictur
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 
 from diffgraft.installed.errors import ConfigError, Unsupported, choices, nearest
+from diffgraft.kernel.modular import call_plain, signature_of
 
 Pictures = NDArray[np.float32]
 """Float arrays [n, frames, height, width, channels] in 0..1; a still picture has one frame."""
@@ -71,12 +73,18 @@ class CallSettings:
 
 def parameters(pipe: Any) -> Mapping[str, inspect.Parameter]:
     """The parameters of a pipeline's call."""
-    return parameters_of(type(pipe))
+    return signature_of(pipe).parameters
 
 
 def parameters_of(cls: type) -> Mapping[str, inspect.Parameter]:
     """The parameters of the calls of a pipeline class."""
     return inspect.signature(cls.__call__).parameters  # type: ignore[operator]
+
+
+def calling(pipe: Any) -> Callable[..., Any]:
+    """What calls a pipeline as standard ones are called. A modular one's guider has the scale, and leaves ``guidance_scale=3`` unread until
+    plugins are on the pipeline; this heeds it without any."""
+    return partial(call_plain, type(pipe), pipe)
 
 
 def default_steps(pipe: Any) -> int:
@@ -202,12 +210,14 @@ def make_pictures(pipe: Any, samples: Sequence[Sample], settings: CallSettings) 
 
 def as_array(output: Any, n: int) -> Pictures:
     """What a pipeline returned, as [n, frames, height, width, 3] in 0..1."""
-    found = getattr(output, "frames", None)
-    if found is None:
-        found = output.images
-    array = to_float(found)
+    array = to_float(pictures_in(output))
     array = array.reshape(n, -1, *array.shape[-3:])
     return np.repeat(array, 3, axis=-1) if array.shape[-1] == 1 else array
+
+
+def pictures_in(output: Any) -> Any:
+    """The pictures or the video in what a pipeline returned; a modular one calls it ``videos``, and returns it among all that it knows."""
+    return next(found for name in ("frames", "videos", "images") if (found := getattr(output, name, None)) is not None)
 
 
 def to_float(found: Any) -> Pictures:

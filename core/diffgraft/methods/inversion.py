@@ -52,7 +52,7 @@ def invert(
     with watching(pipe, plugin, inverter) as stack:
         latents, size = (image, None) if isinstance(image, Tensor) else encode_sized(pipe, stack.family, image, settings)
         guidance = stack.family.guidance
-        off = {} if guidance.layout == "none" or guidance.scale not in parameters(pipe) else {guidance.scale: 1.0}
+        off = {} if guidance.layout == "none" or guidance.scale not in parameters(pipe) else {guidance.scale: guidance.off}
         arguments = off | size_arguments(pipe, size) | call_arguments(pipe, [sample], settings)
         pipe(**{**arguments, "latents": latents, "output_type": "latent"})
         knobs = inverter.config.model_dump(mode="json")

@@ -144,9 +144,9 @@ class MatchingFitter(LoraFitter):
     ) -> Tensor:
         """A prediction at ``x`` [batch, ...] and the timesteps ``t`` [batch], float32, by the LoRA ``name``."""
         family = self.probe.target.family
-        own = {family.sample: x.to(self.probe.target.pipe.dtype), family.timestep: t * family.timestep_scale, "return_dict": False}
+        own = {family.sample: x.to(self.probe.target.pipe.dtype), family.timestep: family.told(t)}
         with self.showing(name):
-            return session.model(**{**arguments, **own}, branch=branch)[0].float()  # type: ignore[no-any-return]
+            return session.predict({**arguments, **own}, branch).float()
 
     @torch.no_grad()
     def guided(self, session: Session, point: Noised, calls: Mapping[str, Any], name: str | None = None) -> Tensor:

@@ -66,9 +66,15 @@ def declared(plugin: Plugin | type[Plugin], what: str) -> Any:
     """What a plugin declares under a key of :data:`ABLE`; raises Unsupported where it is None, naming the installed plugins that can."""
     if (found := getattr(plugin, what)) is not None:
         return found
+    able = those(lambda cls: getattr(cls, what) is not None)
+    raise Unsupported(f"{plugin.name} cannot {ABLE[what]}; installed plugins that can: {', '.join(able) or 'none'}")
+
+
+def those(can: Callable[[type[Plugin]], bool]) -> list[str]:
+    """The installed plugins of which something holds; what cannot be imported is left out: somebody else's fault is not told here."""
     able = []
     for name, offer in registry.installed().items():
         if offer.allowed and not offer.broken:
-            with suppress(DiffgraftError):  # somebody else's fault is not told here
-                able += [name] if getattr(registry.find(name), what) is not None else []
-    raise Unsupported(f"{plugin.name} cannot {ABLE[what]}; installed plugins that can: {', '.join(able) or 'none'}")
+            with suppress(DiffgraftError):
+                able += [name] if can(registry.find(name)) else []
+    return able

@@ -10,7 +10,6 @@ import logging
 import os
 from typing import Any
 
-from diffusers import DiffusionPipeline
 from torch import nn
 
 from diffgraft.installed.anatomy import Target
@@ -18,6 +17,7 @@ from diffgraft.installed.errors import BrokenPlugin, ConfigError, Unsupported
 from diffgraft.installed.plugin import Need, Plugin
 from diffgraft.installed.registry import find_family
 from diffgraft.kernel.loading import read_pipeline
+from diffgraft.kernel.modular import PIPELINES
 from diffgraft.methods.artefacts import Artefact, Fingerprint
 from diffgraft.methods.decoding import ensure_decodes
 from diffgraft.methods.encoders import Encoder, follow, read_encoder
@@ -106,7 +106,7 @@ def fetch_pipeline(plugin: Plugin, need: Need, value: Any, target: Target) -> An
         second = read_pipeline(value, dtype=target.pipe.dtype).to(target.pipe.device)
         second.set_progress_bar_config(disable=True)
         _log.info("%s: %s = %s loaded", plugin.name, knob, value)
-    elif isinstance(value, DiffusionPipeline):
+    elif isinstance(value, PIPELINES):
         second = value
     else:
         raise ConfigError(

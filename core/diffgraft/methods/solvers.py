@@ -183,3 +183,9 @@ def unrounded(sample: Tensor, kept: Tensor | None, dtype: torch.dtype) -> tuple[
         return sample.to(dtype), torch.ones_like(sample, dtype=torch.bool)
     edited = sample != kept.to(sample.dtype)
     return torch.where(edited, sample.to(dtype), kept), edited
+
+
+def asks_once_a_step(scheduler: Any) -> bool:
+    """Whether each step asks the denoiser once, at its own level: not Heun's, KDPM2's, nor a Runge-Kutta beginning's (PNDM)."""
+    runge_kutta = hasattr(scheduler, "prk_timesteps") and not scheduler.config.skip_prk_steps
+    return getattr(scheduler, "order", 1) == 1 and not runge_kutta

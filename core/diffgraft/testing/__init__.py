@@ -26,9 +26,10 @@ from collections.abc import Iterable
 
 from diffgraft.installed import registry
 from diffgraft.installed.plugin import Plugin
-from diffgraft.testing import basics, compiling, crafted, inside, levels, repeats, sessions, surroundings
+from diffgraft.testing import basics, compiling, crafted, inside, levels, ranks, repeats, sessions, surroundings
 from diffgraft.testing.case import CHECKS, Case, cases_of
 from diffgraft.testing.cover import cover
+from diffgraft.testing.forms import Cell, form_cells
 from diffgraft.testing.pairs import Pair, pair_cases
 from diffgraft.testing.setting import Setting
 from diffgraft.testing.subject import Subject
@@ -36,6 +37,7 @@ from diffgraft.testing.subject import Subject
 __all__ = [
     "CHECKS",
     "Case",
+    "Cell",
     "Pair",
     "Setting",
     "Subject",
@@ -44,9 +46,11 @@ __all__ = [
     "contract_cases",
     "cover",
     "crafted",
+    "form_cells",
     "inside",
     "levels",
     "pair_cases",
+    "ranks",
     "repeats",
     "run_contract",
     "sessions",

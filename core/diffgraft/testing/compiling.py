@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -37,25 +38,44 @@ def whole(module: Any, backend: Any) -> Any:
     return torch.compile(module, backend=backend)
 
 
-def run_compiled(pipe: Any, family: Family, way: Way, run: Callable[[], Tensor]) -> tuple[Tensor, int]:
-    """What ``run`` gives with the denoisers of ``pipe`` compiled in this way, and into how many graphs."""
-    graphs: list[Any] = []
+class Tracing:
+    """What dynamo did since it was reset: how many graphs it handed to ``backend``, which runs them as they are; where it broke one."""
 
-    def backend(graph: Any, examples: Any) -> Any:
-        graphs.append(None)
+    def __init__(self) -> None:
+        self.graphs = 0
+
+    def backend(self, graph: Any, examples: Any) -> Any:
+        self.graphs += 1
         return graph.forward
 
+    @property
+    def breaks(self) -> int:
+        """How often dynamo came to what it may not trace: it ends the graph there, or, within a loop, leaves the whole frame to Python."""
+        counters = torch._dynamo.utils.counters
+        return sum(sum(counters[kind].values()) for kind in ("graph_break", "unimplemented"))
+
+
+@contextlib.contextmanager
+def tracing() -> Iterator[Tracing]:
+    """A dynamo that has compiled nothing yet, before and after."""
+    log = logging.getLogger("torch.__trace")  # under pytest it formats a record for every node
     torch._dynamo.reset()
-    for name in family.denoisers:
-        if (module := getattr(pipe, name, None)) is not None and (new := way(module, backend)) is not None:
-            setattr(pipe, name, new)
-    tracing = logging.getLogger("torch.__trace")  # under pytest it formats a record for every node
+    torch._dynamo.utils.counters.clear()
     try:
-        tracing.disabled = True
-        return run(), len(graphs)
+        log.disabled = True
+        yield Tracing()
     finally:
-        tracing.disabled = False
+        log.disabled = False
         torch._dynamo.reset()
+
+
+def run_compiled(pipe: Any, family: Family, way: Way, run: Callable[[], Tensor]) -> tuple[Tensor, int]:
+    """What ``run`` gives with the denoisers of ``pipe`` compiled in this way, and into how many graphs."""
+    with tracing() as made:
+        for name in family.denoisers:
+            if (module := getattr(pipe, name, None)) is not None and (new := way(module, made.backend)) is not None:
+                setattr(pipe, name, new)
+        return run(), made.graphs
 
 
 def expect_as_eager(s: Subject, pipe: Any, output: Tensor, how: str) -> None:

@@ -18,7 +18,10 @@ from diffgraft.testing.watch import plan_reader
 
 PACES = (("DDIM", "PNDM", "Heun", "KDPM2"), ("FlowMatchEuler", "FlowMatchHeun"))
 """Schedulers: one whose steps take one call, and others whose steps take more."""
-FURTHER = {"skip": {"skip_guidance_layers": (0,), "skip_layer_guidance_start": 0.0, "skip_layer_guidance_stop": 1.0}}
+FURTHER: dict[str, dict[str, Any]] = {
+    "skip": {"skip_guidance_layers": (0,), "skip_layer_guidance_start": 0.0, "skip_layer_guidance_stop": 1.0},
+    "uncond_stg": {"stg_scale": 1.0, "spatio_temporal_guidance_blocks": (1,)},
+}
 """Arguments that ask for the denoiser calls which families name as ``guidance.extra``."""
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from diffusers.modular_pipelines import PipelineState
 from torch import Tensor, nn
 
 from diffgraft.installed import registry
@@ -22,8 +23,11 @@ from diffgraft.kernel.stack import stack_of
 from diffgraft.lab.machine import threads
 from diffgraft.methods.artefacts import Artefact
 from diffgraft.methods.calibration import calibrate_call
-from diffgraft.methods.decoding import ensure_decodes
+from diffgraft.methods.decoding import ensure_decodes, to_pixels
 from diffgraft.methods.fitting import fit_call
+from diffgraft.methods.inputs import calling, pictures_in
+from diffgraft.methods.measurements import Mask
+from diffgraft.methods.problems import Problem, simulated
 from diffgraft.methods.search import search_call
 from diffgraft.testing.setting import BATCHED_INPUTS, NEGATIVES, PROMPTS, STEPS, Setting
 from diffgraft.testing.tiny import EMBED, Facts, add_lora, facts, prepared, quiet, tiny
@@ -32,7 +36,7 @@ from diffgraft.testing.tiny import EMBED, Facts, add_lora, facts, prepared, quie
 def arguments(family: Family, class_name: str, setting: Setting) -> dict[str, Any]:
     """The call's arguments."""
     known = facts(family, class_name)
-    kwargs = {**known.kwargs, "num_inference_steps": STEPS, "output_type": "np" if family.latents == "pixels" else "latent"}
+    kwargs = {**known.kwargs, "num_inference_steps": STEPS, "output_type": "latent" if known.gives_latents else "np"}
     kwargs.update(of_samples(known, setting.samples))
     kwargs.update(dict(setting.changes))
     seeds = [torch.Generator().manual_seed(100 + i) for i in setting.samples]
@@ -45,6 +49,10 @@ def arguments(family: Family, class_name: str, setting: Setting) -> dict[str, An
     return kwargs
 
 
+EMBEDS = ("image_embeds", "negative_image_embeds", "hint")
+"""Arguments [samples, ...] that say what to make (Kandinsky)."""
+
+
 def of_samples(known: Facts, samples: tuple[int, ...]) -> dict[str, Any]:
     """Conditions of the samples: a prompt, a class or a picture each."""
     kwargs = known.kwargs
@@ -53,12 +61,15 @@ def of_samples(known: Facts, samples: tuple[int, ...]) -> dict[str, Any]:
         chosen = [values[i % len(values)] for i in samples]
         return chosen if len(chosen) > 1 else chosen[0]
 
+    embeds = {name: torch.cat([kwargs[name] * (-1) ** i for i in samples]) for name in EMBEDS if name in kwargs}
     if "prompt" in kwargs:
         negative = {"negative_prompt": each(NEGATIVES)} if "negative_prompt" in kwargs else {}
-        return {"prompt": each(PROMPTS), **negative}
+        return {"prompt": each(PROMPTS), **negative, **embeds}
     batch = {"batch_size": len(samples)} if "batch_size" in known.arguments else {}
     if "class_labels" in kwargs:
         return {"class_labels": [(207, 3)[i % 2] for i in samples], **batch}
+    if embeds:
+        return embeds
     if "image" in kwargs:
         return {"image": each((kwargs["image"], kwargs["image"].rotate(180)))}
     return batch
@@ -84,7 +95,8 @@ def call(pipe: Any, family: Family, class_name: str, setting: Setting, **extra: 
     if not hasattr(pipe, "_progress_bar_config"):
         pipe.set_progress_bar_config(disable=True)
     with quiet():
-        output = pipe(**arguments(family, class_name, setting), **extra)[0]
+        output = calling(pipe)(**arguments(family, class_name, setting), **extra)
+        output = pictures_in(output) if isinstance(output, PipelineState) else output[0]
     if isinstance(output, Tensor):
         result = output.detach().clone()
     else:
@@ -95,7 +107,12 @@ def call(pipe: Any, family: Family, class_name: str, setting: Setting, **extra: 
 
 @functools.cache
 def partner(family: Family, class_name: str) -> Any:
-    """A second tiny pipeline of the same latent space and text encoders, whose denoisers have other weights; the same for all cases."""
+    """The same second pipeline for all cases."""
+    return new_partner(family, class_name)
+
+
+def new_partner(family: Family, class_name: str) -> Any:
+    """A second tiny pipeline of the same latent space and text encoders, whose denoisers have other weights."""
     first, second = tiny(family, class_name).pipe, tiny(family, class_name, seed=1).pipe
     for name, part in first.components.items():
         if name not in family.denoisers and name != "controlnet":
@@ -157,9 +174,10 @@ _artefacts: dict[tuple[Any, ...], Artefact] = {}
 
 def artefacts(plugin: type[Plugin], family: Family, class_name: str, setting: Setting) -> dict[str, Any]:
     """The artefacts that the plugin needs under ``setting``, by knob."""
+    found = {need.knob: measured(family, class_name, setting) for need in plugin.needs if need.kind == "problem"}
     needs = [need for need in plugin.needs if getattr(plugin, MADE_BY.get(need.kind, ""), None) is not None]
     if not needs:
-        return {}
+        return found
     if any(need.fits for need in needs):
         made_under = replace(setting, samples=(0,), cut=None)
     else:  # it is of the model alone, so one serves every run
@@ -167,12 +185,35 @@ def artefacts(plugin: type[Plugin], family: Family, class_name: str, setting: Se
     key = (plugin, family, class_name, made_under)
     if key not in _artefacts:
         _artefacts[key] = calibrated(*key)
-    return {need.knob: _artefacts[key] for need in needs}
+    return found | {need.knob: _artefacts[key] for need in needs}
 
 
-def calibrated(plugin: type[Plugin], family: Family, class_name: str, setting: Setting) -> Artefact:
-    """What the plugin's calibrator makes of one run under ``setting``, or an example of what a search or a fit gives."""
-    pipe = prepared(tiny(family, class_name).pipe, family, setting)
+SIZES = frozenset({"height", "width", "num_frames"})
+
+
+def measured(family: Family, class_name: str, setting: Setting) -> Problem:
+    """The problem of seeing a picture of the pipeline's size whose every second column is not seen; the same for all cases of a size."""
+    return _measured(family, class_name, Setting(changes=tuple((name, value) for name, value in setting.changes if name in SIZES)))
+
+
+@functools.cache
+def _measured(family: Family, class_name: str, setting: Setting) -> Problem:
+    pipe = tiny(family, class_name).pipe
+    output = plain(family, class_name, setting)
+    if not facts(family, class_name).gives_latents:
+        pixels = output.movedim(-1, 1) * 2 - 1
+    else:
+        with torch.no_grad():
+            pixels = to_pixels(pipe, family, output, arguments(family, class_name, setting))
+    seen = torch.ones(pixels.shape[-2:])
+    seen[:, ::2] = 0
+    return simulated(Mask(seen), pixels.float().clamp(-1, 1))
+
+
+def calibrated(plugin: type[Plugin], family: Family, class_name: str, setting: Setting, pipe: Any = None) -> Artefact:
+    """What the plugin's calibrator makes of one run under ``setting``, or an example of what a search or a fit gives; on a fresh tiny
+    pipeline, or on ``pipe``."""
+    pipe = prepared(tiny(family, class_name).pipe, family, setting) if pipe is None else pipe
     if plugin.search is not None:
         return search_call(pipe, plugin(**plugin.active), lambda: call(pipe, family, class_name, setting))
     if plugin.fitting is not None:
@@ -191,6 +232,8 @@ def works(family: Family, class_name: str, setting: Setting) -> bool:
     """Whether the plain pipeline runs under ``setting``."""
     if setting.scheduler is not None and ("flow" if setting.scheduler.startswith("FlowMatch") else "scheduler") != family.prediction:
         return False  # a flow scheduler builds happily from a diffusion scheduler's config, but the two mean different things
+    if setting.scheduler == "FlowMatchHeun" and class_name.endswith("ModularPipeline"):
+        return False  # once, but not again: a guider keeps a step beyond its last one, and the next call encodes no negative prompt
     try:
         plain(family, class_name, setting)
     except Exception:  # whatever plain diffusers raises here is its way of saying that it does not do this
@@ -217,10 +260,17 @@ def counting(models: list[nn.Module], stop_at: int | None = None, error: BaseExc
         if error is not None and work.calls == stop_at:
             raise error
 
-    leaves = [m for model in models for m in model.modules() if not list(m.children())]
-    handles = [leaf.register_forward_pre_hook(before) for leaf in leaves]
-    try:
+    with on_leaves(models, lambda path, leaf: leaf.register_forward_pre_hook(before)):
         yield work
+
+
+@contextlib.contextmanager
+def on_leaves(models: list[nn.Module], hook: Callable[[str, nn.Module], Any]) -> Iterator[None]:
+    """Put a hook on each leaf module of the denoisers, by ``hook(path, leaf)``, which returns its handle."""
+    named = [(f"{i}.{path}", m) for i, model in enumerate(models) for path, m in model.named_modules()]
+    handles = [hook(path, leaf) for path, leaf in named if not list(leaf.children())]
+    try:
+        yield
     finally:
         for handle in handles:
             handle.remove()

@@ -17,8 +17,8 @@ from diffgraft.testing.case import check
 from diffgraft.testing.subject import Subject, refused
 from diffgraft.testing.watch import neighbour
 
-Asked = tuple[int, str, str, Tensor, tuple[Any, ...], dict[str, Any], Tensor]
-"""(scheduler call, branch, denoiser, state of the generator, args, kwargs, answer) of a denoiser call."""
+Asked = tuple[int, str, str, Tensor, dict[str, Any], Tensor]
+"""(scheduler call, branch, denoiser, state of the generator, arguments, answer) of a denoiser call."""
 
 
 def tape(plugin: type[Plugin], asked: list[Asked]) -> Plugin:
@@ -27,15 +27,18 @@ def tape(plugin: type[Plugin], asked: list[Asked]) -> Plugin:
     def denoise(self: Plugin, call: DenoiseCall, next: Callable[[DenoiseCall], Tensor]) -> Tensor:
         drawn = call.generator.get_state()
         answer = next(call)
-        asked.append((call.step.call, call.branch or "cond", call.model_name, drawn, call.args, dict(call.kwargs), answer))
+        asked.append((call.step.call, call.branch or "cond", call.model_name, drawn, call.arguments(), answer))
         return answer
 
     return neighbour(plugin, "tape", ["denoise"], lambda point: denoise)
 
 
-@check("kind", when=lambda s: bool(INSIDE & set(s.plugin.points())))
+@check("kind", when=lambda s: bool(INSIDE & set(s.plugin.points())) and not s.family.guidance.bound)
 def session(s: Subject) -> None:
-    """The same denoiser calls through a session give the same predictions, bit for bit; a plugin that needs the loop is refused there."""
+    """The same denoiser calls through a session give the same predictions, bit for bit; a plugin that needs the loop is refused there.
+
+    Not where the pipeline itself changes layers for the time of a run.
+    """
     pipe = s.attach(s.make())
     if s.plugin.needs_loop():
         with refused(Unsupported, "a session took a plugin that needs the loop"), pipe.plugins.session():
@@ -50,9 +53,9 @@ def session(s: Subject) -> None:
     arguments = {s.family.guidance.scale: s.facts.kwargs.get(s.family.guidance.scale)} if s.has_guidance else {}
     apart, generator = [], torch.Generator()
     with torch.no_grad(), pipe.plugins.session(arguments, scheduler=scheduler, generator=generator) as entered:
-        for number, branch, denoiser, drawn, args, kwargs, answer in asked:
+        for number, branch, denoiser, drawn, given, answer in asked:
             entered.at(number)
             generator.set_state(drawn)  # the pipeline draws too, in between
-            if not torch.equal(entered.model(*args, **kwargs, branch=branch, denoiser=denoiser)[0], answer):
+            if not torch.equal(entered.predict(given, branch, denoiser), answer):
                 apart.append((number, branch))
     assert not apart, f"{len(apart)} of {len(asked)} predictions of a session are not those of the run, first at {apart[0]}"

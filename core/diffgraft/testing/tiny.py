@@ -16,7 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from diffgraft.installed.family import Family
+from diffgraft.kernel.modular import family_of
 from diffgraft.methods.extras import imported
+from diffgraft.methods.inputs import parameters
 from diffgraft.testing.setting import Setting
 
 SCHEDULERS: Mapping[str, tuple[str, dict[str, Any]]] = {
@@ -33,6 +35,10 @@ SCHEDULERS: Mapping[str, tuple[str, dict[str, Any]]] = {
 """Short name -> class and options. They are asked for only where the plain pipeline runs with them."""
 
 
+NO_LATENTS = ("StableDiffusionLDM3DPipeline", "QwenImageLayeredPipeline")
+"""Of those that know the output type "latent", those that fail with it."""
+
+
 @dataclass(frozen=True)
 class Facts:
     """What a tiny pipeline offers, read once."""
@@ -45,6 +51,9 @@ class Facts:
     has_ip_adapter: bool
     has_offload: bool
     has_stop: bool
+    has_from_pipe: bool
+    gives_latents: bool
+    """Else its pictures are compared."""
     components: tuple[str, ...]
 
 
@@ -54,16 +63,18 @@ def facts(family: Family, class_name: str) -> Facts:
     made = tiny(family, class_name)
     pipe: Any = made.pipe
     return Facts(
-        arguments=frozenset(inspect.signature(type(pipe).__call__).parameters),
+        arguments=frozenset(parameters(pipe)),
         kwargs=dict(made.kwargs),
         callback_inputs=tuple(getattr(pipe, "_callback_tensor_inputs", ())),
         has_lora=has_peft() and all(hasattr(model, "add_adapter") for model in denoisers(pipe, family)),
         has_processors=bool(attention_layers(pipe, family)),
         has_ip_adapter=all(type(model).__name__ == "UNet2DConditionModel" for model in denoisers(pipe, family))
-        and "ip_adapter_image_embeds" in inspect.signature(type(pipe).__call__).parameters,
+        and "ip_adapter_image_embeds" in parameters(pipe),
         has_stop=hasattr(type(pipe), "interrupt"),
+        has_from_pipe=hasattr(type(pipe), "from_pipe"),
+        gives_latents=family.latents != "pixels" and class_name not in NO_LATENTS and '"latent"' in inspect.getsource(type(pipe)),
         has_offload=getattr(pipe, "model_cpu_offload_seq", None) is not None,
-        components=tuple(pipe.components),
+        components=tuple(name for name, part in pipe.components.items() if part is not None),
     )
 
 
@@ -73,6 +84,15 @@ def tiny(family: Family, class_name: str, seed: int = 0) -> Any:
     module, _, function = family.tiny.partition(":")
     with quiet():
         return getattr(importlib.import_module(module), function)(class_name, seed)
+
+
+@functools.cache
+def as_run(family: Family, class_name: str) -> Family:
+    """The family as pipelines of this class run it: a modular one's guidance is its guider's."""
+    import diffusers
+
+    cls = getattr(diffusers, class_name.partition("@")[0], object)
+    return family_of(tiny(family, class_name).pipe) if diffusers.ModularPipeline in cls.__mro__ else family
 
 
 def denoisers(pipe: Any, family: Family) -> list[nn.Module]:

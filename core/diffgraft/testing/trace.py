@@ -91,13 +91,16 @@ def scratch(module: nn.Module) -> frozenset[str]:
     return frozenset() if code is None else frozenset(code.co_names)
 
 
+def changed(before: Trace, after: Trace) -> list[str]:
+    """What differs, by name."""
+    return sorted(key for key in {*before, *after} if before.get(key) != after.get(key))
+
+
 def expect_same_trace(before: Trace, after: Trace, what: str) -> None:
     """Raises AssertionError that names every difference."""
     lines = []
-    for key in sorted({*before, *after}):
+    for key in changed(before, after):
         old, new = before.get(key), after.get(key)
-        if old == new:
-            continue
         if isinstance(old, frozenset) and isinstance(new, frozenset):
             lines.append(f"{key}: new {sorted(new - old)}, gone {sorted(old - new)}")
         elif isinstance(old, dict) and isinstance(new, dict):
@@ -118,11 +121,12 @@ def only_new_objects() -> Iterator[None]:
         gc.unfreeze()
 
 
-def live_tensors(scheduler: Any) -> Counter[tuple[Any, ...]]:
-    """The tensors that somebody still holds, as a bag of (shape, dtype); the scheduler's own schedule is the pipeline's business."""
+def live_tensors(pipe: Any) -> Counter[tuple[Any, ...]]:
+    """The tensors that somebody still holds, as a bag of (shape, dtype); the scheduler's own schedule is the pipeline's business, and so is
+    the last time that a guider was told."""
     gc.collect()
     own: set[int] = set()
-    for value in vars(scheduler).values():
+    for value in (*vars(pipe.scheduler).values(), getattr(getattr(pipe, "guider", None), "_timestep", None)):
         for item in value if isinstance(value, (list, tuple)) else [value]:
             own |= {id(item), id(getattr(item, "_base", None))}
     kinds = (Tensor, nn.Parameter)  # torch.compile keeps tensors of other classes, without values

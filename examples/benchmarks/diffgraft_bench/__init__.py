@@ -5,6 +5,7 @@
     peers     an environment of its own for each other package
     models    the pipelines: bundled checkpoints, and real layouts with random weights
     bout      one process: a pipeline and some methods on it, measured in turn
+    cuda      what a GPU alone can tell, in minutes, and syncs: where the host waits for it
     rows      the raw results
     report    plots and page
 """

@@ -1,4 +1,4 @@
-"""``python -m diffgraft_bench run | worker | report | readme | find | truth``."""
+"""``python -m diffgraft_bench run | cuda | worker | report | readme | find | truth``."""
 
 from __future__ import annotations
 
@@ -11,13 +11,16 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import typer
 from diffgraft.installed.registry import find_bundled
 from diffgraft.lab.doctor import attention_backends
 from diffgraft.lab.judging import load_judge
+from diffgraft.lab.machine import cores
 from diffgraft.methods.files import write_atomic
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -26,6 +29,7 @@ from safetensors.torch import save
 from . import stacks
 from .bout import How, fight
 from .cases import SEARCHED, Bout, all_bouts
+from .cuda import GRACE, against_cpu, all_arms, row_of, run_arms
 from .find import find as find_steps
 from .peers import install, interpreter
 from .quality import TRUE_FEATURES, render_true_features
@@ -98,23 +102,33 @@ def one_bout(bout: Bout, how: How, store: Store, envs: Path, told: dict[str, str
     keys = {key_of(bout, method, how.circumstances): method for method in bout.methods}
     if all(store.has(key) for key in keys):
         return
-    failure = told.get(bout.env, "")
-    if not failure:
-        task = Path(how.out) / "bout.json"
-        write_atomic(task, json.dumps({"bout": bout.to_json(), "how": asdict(how)}).encode())
-        here = str(Path(__file__).parents[1])
-        environment = {**os.environ, "PYTHONPATH": here, "OMP_NUM_THREADS": str(how.threads), "PRUNA_TELEMETRY": "0", "HF_HUB_OFFLINE": "1"}
-        command = [str(interpreter(envs, bout.env)), "-m", "diffgraft_bench", "worker", str(task)]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-        name = f"{bout.pipeline}-{bout.env or 'own'}-{time.time():.0f}.log"
-        write_atomic(Path(how.out) / "logs" / name, (done.stdout + done.stderr).encode())
-        failure = "" if done.returncode == 0 else last_words(done.stderr)
+    failure = told.get(bout.env, "") or in_process(bout, how, envs)
     for key, method in keys.items():
         if not store.has(key):
-            reason = failure or "the process ended without a result"
-            row = {"arm": bout.arm, "pipeline": bout.pipeline, "env": bout.env, "steps_of_plain": bout.steps, **how.circumstances}
-            who = {"label": method.label, "kind": method.kind, "name": method.name, "setting": method.setting, "ours": method.ours}
-            store.put(key, {**row, **who, "steps": method.steps or bout.steps, "command": how.command, "error": reason})
+            store.put(key, row_of(bout, method, how, failure or "the process ended without a result"))
+
+
+def in_process(bout: Bout, how: How, envs: Path) -> str:
+    """Play a bout in a process of its own; "" or why it died."""
+    task = Path(how.out) / "bout.json"
+    write_atomic(task, json.dumps({"bout": bout.to_json(), "how": asdict(how)}).encode())
+    path = os.pathsep.join([str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": str(how.threads), "PRUNA_TELEMETRY": "0", "HF_HUB_OFFLINE": "1"}
+    command = [str(interpreter(envs, bout.env)), "-m", "diffgraft_bench", "worker", str(task)]
+    name = f"{bout.pipeline}-{bout.env or 'own'}-{time.time():.0f}.log"
+    left = how.until + GRACE - time.time() if how.until else None
+    try:
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=left and max(1.0, left))
+    except subprocess.TimeoutExpired:
+        return "left out: stopped when the time was up"
+    write_atomic(Path(how.out) / "logs" / name, (done.stdout + done.stderr).encode())
+    return "" if done.returncode == 0 else last_words(done.stderr)
+
+
+def play(bout: Bout, how: How) -> str:
+    """Play a bout in this process."""
+    (against_cpu if bout.arm == "device" else fight)(bout, how)
+    return ""
 
 
 def last_words(text: str) -> str:
@@ -130,7 +144,32 @@ def last_words(text: str) -> str:
 def worker(task: Path) -> None:
     """One bout (called by `run` in the environment that the bout needs)."""
     data = json.loads(task.read_text())
-    fight(Bout.from_json(data["bout"]), How(**data["how"]))
+    play(Bout.from_json(data["bout"]), How(**data["how"]))
+
+
+@app.command()
+def cuda(
+    out: Annotated[Path, typer.Option(help="cuda.json, cuda.png and the rows; a second call measures what is missing.")] = Path("out/cuda"),
+    seconds: Annotated[float, typer.Option(min=0, help="For everything.")] = 530,
+    dry: Annotated[bool, typer.Option("--dry", help="On the CPU: shrunken layouts, three steps, no other packages.")] = False,
+    one_process: Annotated[bool, typer.Option("--one-process", help="Nothing of its own for an arm.")] = False,
+) -> None:
+    """Layouts of real models in bfloat16 with our caches and others, on one GPU; what is left out when the time is up is said."""
+    began = time.time()
+    if not dry and not torch.cuda.is_available():
+        raise typer.BadParameter(f"torch {torch.__version__} finds no CUDA device; --dry goes through the same on the CPU")
+    command = shlex.join(["python", "-m", "diffgraft_bench", *sys.argv[1:]])
+    arms = all_arms(out, dry, threads=1 if dry else cores(), command=command)
+    Store(out).forget_failures()
+    peers = sorted({arm.bout.env for arm in arms} - {""})
+    missing = dict.fromkeys(peers, "not installed for a dry run")
+    if not dry:
+        missing = install(out / "envs", lambda name: console.print(f"installing {name}"), peers, limit_s=min(60.0, max(1.0, seconds / 8)))
+    run_bout = play if one_process else partial(in_process, envs=out / "envs")
+    record = run_arms(arms, seconds - (time.time() - began), run_bout, console.print, missing, command)
+    for arm in record.arms:
+        console.print(f"{arm['name']}: {arm['state']}, {arm['seconds']:.0f} s. {arm['why']}", markup=False)
+    console.print(f"{out / 'cuda.json'}, {out / 'cuda.png'}")
 
 
 @app.command()

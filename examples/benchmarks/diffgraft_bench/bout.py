@@ -10,7 +10,8 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from .methods import own_copy, put_on
 from .models import BundledModel, LayoutModel, Model
 from .quality import Quality
 from .rows import CIRCUMSTANCES, Row, Store, key_of
+from .syncs import Syncs
 
 PLAIN = "plain"
 SHOWN = 6
@@ -45,6 +47,9 @@ class How:
     reference_steps  of the plain pipeline, whose pictures tell a solver's error
     timed_batch      pictures in a timed call
     attention        diffusers' attention backend, of the plain pipeline and of all copies
+    brief            a GPU's few minutes: one call of each counts work, memory and waits, compiled means the repeated blocks
+    backend          of the compiler
+    until            seconds since 1970 after which nothing is begun; 0: no end
     """
 
     out: str
@@ -61,6 +66,14 @@ class How:
     attention: str = "native"
     threads: int = 1
     command: str = ""
+    brief: bool = False
+    backend: str = "inductor"
+    until: float = 0.0
+
+    def ensure_time(self, seconds: float = 0.0) -> None:
+        """Raises TimeoutError when something that takes so long would end too late."""
+        if self.until and time.time() + seconds > self.until:
+            raise TimeoutError("left out: the time is up")
 
     @property
     def circumstances(self) -> dict[str, Any]:
@@ -77,6 +90,8 @@ class Fighter:
     call: Callable[..., Any]
     seconds: list[float]
     row: Row
+    events: list[float] = field(default_factory=list)
+    """The same by the device's own clock, where it has one."""
 
 
 def fight(bout: Bout, how: How) -> None:
@@ -88,7 +103,7 @@ def fight(bout: Bout, how: How) -> None:
         return
     torch.set_num_threads(how.threads)
     model = open_model(bout, how)
-    with attention(model, how):
+    with attention(model, how), many_graphs(how):
         measure(bout, missing, keys, model, store, how)
 
 
@@ -106,7 +121,8 @@ def measure(bout: Bout, missing: Sequence[Method], keys: Mapping[int, str], mode
         row = {**common, "label": method.label, "kind": method.kind, "name": method.name, "setting": method.setting,
                "steps": method.steps or bout.steps, "ours": method.ours, "error": None}  # fmt: skip
         try:
-            pipe = own_copy(model.pipe)
+            how.ensure_time()
+            pipe = own_copy(model.pipe, share_weights=isinstance(model, LayoutModel))
             with all_threads(how):  # some calibrate
                 call = put_on(method, pipe, model)
             fighter = Fighter(method, getattr(call, "pipe", pipe), call, [], row)
@@ -118,7 +134,7 @@ def measure(bout: Bout, missing: Sequence[Method], keys: Mapping[int, str], mode
         return
     prepare(plain, model, how)
     run_rounds([plain, *fighters], model, how)
-    for fighter in (plain, *fighters):
+    for fighter in () if how.brief else (plain, *fighters):
         fighter.row["denoiser_share"] = denoiser_share(fighter, model, how)
     with all_threads(how):
         quality = Quality.of(model, how, bout.distilled) if isinstance(model, BundledModel) else None
@@ -148,8 +164,24 @@ def attention(model: Model, how: How) -> Iterator[None]:
 
 
 @contextmanager
+def many_graphs(how: How) -> Iterator[None]:
+    """Room for the graphs of all fighters: dynamo counts them by a block's code, which copies share, and gives up at eight."""
+    if not how.compile:
+        yield
+        return
+    import torch._dynamo
+
+    name = "recompile_limit" if hasattr(torch._dynamo.config, "recompile_limit") else "cache_size_limit"
+    with torch._dynamo.config.patch({name: 128}):
+        yield
+
+
+@contextmanager
 def all_threads(how: How) -> Iterator[None]:
-    """All of the processor, for what is not timed."""
+    """All of the processor, for what is not timed (on a GPU nothing of that is long)."""
+    if how.brief:
+        yield
+        return
     torch.set_num_threads(max(how.threads, os.cpu_count() or 1))
     try:
         yield
@@ -160,7 +192,7 @@ def all_threads(how: How) -> Iterator[None]:
 def open_model(bout: Bout, how: How) -> Model:
     """The pipeline of a bout."""
     if bout.arm == "speed":
-        return LayoutModel(bout.pipeline, bout.steps, how.device, getattr(torch, how.dtype), how.full, how.timed_batch)
+        return LayoutModel(bout.pipeline, bout.steps, how.device, getattr(torch, how.dtype), how.full, how.timed_batch, bout.shape)
     model = BundledModel(bout.pipeline, bout.steps, [], how.device, Path(how.out) / "kept" / how.device.replace(":", "-"))
     model.samples = make_samples(model.pipe, range(how.samples), model.bundled.prompts)
     return model
@@ -187,9 +219,12 @@ def prepare(fighter: Fighter, model: Model, how: How) -> None:
     """First calls: multiply-adds and memory, compilation, warm-up."""
     numbers = list(range(how.timed_batch))
 
-    def run() -> Any:
-        return model.run(fighter.call, fighter.method.steps, numbers)
+    def run(**more: Any) -> Any:
+        return model.run(partial(fighter.call, **more), fighter.method.steps, numbers)
 
+    if how.brief:
+        fighter.row |= first_look(fighter, model, how, run)
+        return
     with all_threads(how):
         run()  # what is built in the first call counts for nobody
         fighter.row |= kept_work(model, run) if fighter.method.label == PLAIN else work_of(model, fighter.pipe, run)
@@ -198,6 +233,38 @@ def prepare(fighter: Fighter, model: Model, how: How) -> None:
             denoiser.compile()
     for _ in range(how.warmup):
         run()
+
+
+def first_look(fighter: Fighter, model: Model, how: How, run: Callable[..., Any]) -> Row:
+    """One call, and one before it that compiles: multiply-adds (eager), bytes (CUDA: all, and those beside what was there before), and how
+    often the host waited for the device in each step but the first."""
+    device = torch.device(model.pipe.device)
+    cuda = device.type == "cuda"
+    if how.compile:
+        for denoiser in denoisers(fighter.pipe).values():
+            denoiser.compile_repeated_blocks(backend=how.backend)
+        run()
+    gc.collect()
+    before = 0
+    if cuda:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+    macs, syncs = None if how.compile else MacMode(), Syncs(device)
+    if how.compile and not cuda:  # under a mode nothing would be compiled
+        run()
+    else:
+        with macs or nullcontext(), syncs:
+            run(callback_on_step_end=syncs.mark)
+    peak = torch.cuda.max_memory_allocated() if cuda else None
+    steps = syncs.by_step
+    return {
+        "macs": macs and macs.macs,
+        "peak_bytes": peak,
+        "working_bytes": None if peak is None else peak - before,
+        "syncs_by_step": steps,
+        "syncs_per_step": statistics.mean(steps) if steps else None,
+    }
 
 
 def kept_work(model: Model, run: Callable[[], Any]) -> Row:
@@ -238,22 +305,39 @@ def work_of(model: Model, pipe: Any, run: Callable[[], Any]) -> Row:
 
 
 def run_rounds(fighters: Sequence[Fighter], model: Model, how: How) -> None:
-    """Every fighter once a round, every other round in reverse."""
+    """Every fighter once a round, every other round in reverse; at least one round."""
     device = torch.device(model.pipe.device)
+    began = time.perf_counter()
     for number in range(how.rounds):
+        if number:
+            try:
+                how.ensure_time((time.perf_counter() - began) / number)
+            except TimeoutError:
+                return
         gc.collect()
         for fighter in fighters if number % 2 == 0 else fighters[::-1]:
             numbers = [(number * how.timed_batch + i) % max(how.samples, 1) for i in range(how.timed_batch)]
             synchronize(device)
+            marks = [torch.cuda.Event(enable_timing=True) for _ in range(2)] if device.type == "cuda" else []
             started = time.perf_counter()
+            for mark in marks[:1]:
+                mark.record()
             model.run(fighter.call, fighter.method.steps, numbers)
+            for mark in marks[1:]:
+                mark.record()
             synchronize(device)
             fighter.seconds.append(time.perf_counter() - started)
+            if marks:
+                fighter.events.append(marks[0].elapsed_time(marks[1]) / 1e3)
 
 
 def timing(fighter: Fighter, plain: Fighter) -> Row:
     """The times of a row, and their ratios to the plain pipeline's of the same rounds."""
     ratios = [p / s for p, s in zip(plain.seconds, fighter.seconds, strict=True)]
+    mine, base = fighter.row.get("macs"), plain.row.get("macs")
+    named = ("peak_bytes", "working_bytes", "denoiser_share", "syncs_per_step")
+    beside = {f"plain_{name}": plain.row[name] for name in named if name in plain.row}
+    events = {"events": fighter.events, "plain_events": plain.events} if plain.events else {}
     return {
         "seconds": fighter.seconds,
         "plain_seconds": plain.seconds,
@@ -261,9 +345,9 @@ def timing(fighter: Fighter, plain: Fighter) -> Row:
         "speedup": statistics.median(ratios),
         "speedup_low": min(ratios),
         "speedup_high": max(ratios),
-        "mac_limit": plain.row["macs"] / fighter.row["macs"],
-        "plain_peak_bytes": plain.row["peak_bytes"],
-        "plain_denoiser_share": plain.row["denoiser_share"],
+        "mac_limit": base / mine if base and mine else None,
+        **beside,
+        **events,
     }
 
 

@@ -45,27 +45,30 @@ class Method:
         return ", ".join(parts) or "default"
 
 
-HIDDEN = frozenset({"artefact", "model"})
-"""Knobs that name a file: no setting."""
+HIDDEN = frozenset({"artefact", "model", "method", "warmup"})
+"""No setting: knobs that name a file or what the label names, and the one that makes cache-dit's setting the same as others'."""
 
 
 @dataclass(frozen=True)
 class Bout:
     """Methods on one pipeline in one process.
 
-    arm        "quality" (bundled checkpoint: time, fidelity, judge) or "speed" (real layout with random weights: time, work, memory)
+    arm        "quality" (bundled checkpoint: time, fidelity, judge), "speed" (real layout with random weights: time, work, memory) or
+               "device" (bundled checkpoint: its pictures on a device against those on the CPU)
     pipeline   bundled name, or a layout of ``models``
     env        the environment that it needs: "" for the project's own, else a peer's name
     steps      steps of the plain pipeline and of every method that names none
     distilled  a model that jumps: its many-step pictures are nothing to be near to
+    shape      what is different about a layout: "channels" (a share of them), and arguments of its call
     """
 
-    arm: Literal["quality", "speed"]
+    arm: Literal["quality", "speed", "device"]
     pipeline: str
     steps: int
     methods: tuple[Method, ...]
     env: str = ""
     distilled: bool = False
+    shape: Mapping[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """For a file."""
@@ -221,26 +224,29 @@ def transformer(pipeline: str, steps: int, quick: bool) -> list[Bout]:
     ]
 
 
+FAR = {"flux": 10.0, "wan": 0.3}
+"""Thresholds by layout: with random weights they say nothing about a trained model; each makes it skip some steps, and not all."""
+
+
 def speed(quick: bool) -> list[Bout]:
     """Layouts of real models, random weights."""
     steps, interval, few = (2, 2, 4) if quick else (6, 3, 8)
     unet = (plugin("deepcache", deepcache={"interval": interval}), peer("DeepCache", "deepcache", interval=interval))
     stitch = plugin("t_stitch", t_stitch={"model": "half", "fraction": 0.5})
     faster = () if quick else (plugin("faster_diffusion", faster_diffusion={}),)  # its key steps need a longer run
-    far = {"flux": 10.0, "wan": 0.3}  # with random weights only a threshold of its own makes each skip some steps, and not all
 
     def dit(name: str) -> tuple[Method, ...]:
-        erta = plugin("ertacache", ertacache={"artefact": "calibrate", "threshold": far[name]})
-        return erta, cache("FirstBlockCache", "FirstBlockCacheConfig", threshold=far[name])
+        erta = plugin("ertacache", ertacache={"artefact": "calibrate", "threshold": FAR[name]})
+        return erta, cache("FirstBlockCache", "FirstBlockCacheConfig", threshold=FAR[name])
 
     bouts = [Bout("speed", "sd15", steps, (*unet, stitch, *faster), "DeepCache")]
-    bouts += [Bout("speed", "flux", few, (*dit("flux"), peer("cache-dit", threshold=far["flux"])), "cache-dit")]
+    bouts += [Bout("speed", "flux", few, (*dit("flux"), peer("cache-dit", threshold=FAR["flux"])), "cache-dit")]
     bouts += [Bout("speed", "wan", few, dit("wan"))]
     if not quick:
         bouts += [Bout("speed", "sdxl", steps, (*unet, stitch, *faster), "DeepCache")]
         bouts += [Bout("speed", "sd15", steps, (peer("tomesd", ratio=0.5),), "tomesd")]
         bouts += [Bout("speed", "pixart", steps, (stitch,))]
-        bouts += [Bout("speed", name, few, (peer("para-attn", threshold=t),), "para-attn") for name, t in far.items()]
+        bouts += [Bout("speed", name, few, (peer("para-attn", threshold=t),), "para-attn") for name, t in FAR.items()]
     return bouts
 
 

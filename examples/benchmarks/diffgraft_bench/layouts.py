@@ -5,7 +5,7 @@ On a CPU they are made smaller than the real model; ``Case.scale`` says how.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,8 +13,23 @@ import diffusers
 import torch
 from torch import Tensor
 
-Noise = Callable[..., Tensor]
 PICTURES, VIDEOS = "num_images_per_prompt", "num_videos_per_prompt"
+
+
+@dataclass(frozen=True)
+class Maker:
+    """Makes models where they will run (a GPU draws Flux's weights in a second), and embeddings that are the same everywhere."""
+
+    device: str
+    dtype: torch.dtype
+    generator: torch.Generator
+
+    def __call__(self, *shape: int) -> Tensor:
+        return torch.randn(shape, generator=self.generator).to(self.device, self.dtype)
+
+    def model(self, cls: Any, **config: Any) -> Any:
+        with torch.device(self.device):
+            return cls(**config)
 
 
 @dataclass(frozen=True)
@@ -26,10 +41,12 @@ class Case:
     scale: str
 
 
-def sd15(noise: Noise, full: bool, width: float = 1.0) -> Case:
+def sd15(noise: Maker, full: bool, width: float = 1.0) -> Case:
     """Stable Diffusion 1.5's U-Net, guidance on."""
     channels = tuple(int(c * width) for c in (320, 640, 1280, 1280))
-    unet = diffusers.UNet2DConditionModel(sample_size=64, cross_attention_dim=768, attention_head_dim=8, block_out_channels=channels)
+    unet = noise.model(
+        diffusers.UNet2DConditionModel, sample_size=64, cross_attention_dim=768, attention_head_dim=8, block_out_channels=channels
+    )
     scheduler = diffusers.DDIMScheduler(
         beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=False, steps_offset=1
     )
@@ -42,11 +59,13 @@ def sd15(noise: Noise, full: bool, width: float = 1.0) -> Case:
     return Case(pipe, {**embeds, "height": size, "width": size}, "real size" if full else "256 px instead of 512")
 
 
-def flux(noise: Noise, full: bool, width: float = 1.0) -> Case:
+def flux(noise: Maker, full: bool, width: float = 1.0) -> Case:
     """Flux: double and single blocks, no true CFG."""
     double, single, heads, size = (19, 38, int(24 * width), 1024) if full else (2, 4, int(8 * width), 256)
-    transformer = diffusers.FluxTransformer2DModel(num_layers=double, num_single_layers=single, num_attention_heads=heads,
-                                                   pooled_projection_dim=768, joint_attention_dim=512, guidance_embeds=False)  # fmt: skip
+    transformer = noise.model(
+        diffusers.FluxTransformer2DModel, num_layers=double, num_single_layers=single, num_attention_heads=heads,
+        pooled_projection_dim=768, joint_attention_dim=512, guidance_embeds=False,
+    )  # fmt: skip
     pipe = diffusers.FluxPipeline(
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True), transformer=transformer,
         vae=None, text_encoder=None, tokenizer=None, text_encoder_2=None, tokenizer_2=None,
@@ -56,10 +75,11 @@ def flux(noise: Noise, full: bool, width: float = 1.0) -> Case:
     return Case(pipe, {**embeds, "height": size, "width": size}, scale)
 
 
-def wan(noise: Noise, full: bool, width: float = 1.0) -> Case:
+def wan(noise: Maker, full: bool, width: float = 1.0) -> Case:
     """Wan 2.1: sequential CFG."""
     layers, heads, height, frames = (30, int(12 * width), 480, 81) if full else (4, int(6 * width), 192, 9)
-    transformer = diffusers.WanTransformer3DModel(num_layers=layers, num_attention_heads=heads, ffn_dim=heads * 128 * 6, text_dim=512)
+    sizes = {"num_layers": layers, "num_attention_heads": heads, "ffn_dim": heads * 128 * 6, "text_dim": 512}
+    transformer = noise.model(diffusers.WanTransformer3DModel, **sizes)
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
     pipe = diffusers.WanPipeline(vae=None, text_encoder=None, tokenizer=None, transformer=transformer, scheduler=scheduler)
     embeds = {"prompt_embeds": noise(1, 64, 512), "negative_prompt_embeds": noise(1, 64, 512)}
@@ -67,10 +87,11 @@ def wan(noise: Noise, full: bool, width: float = 1.0) -> Case:
     return Case(pipe, {**embeds, "height": height, "width": 832 if full else height, "num_frames": frames}, scale)
 
 
-def sdxl(noise: Noise, full: bool, width: float = 1.0) -> Case:
+def sdxl(noise: Maker, full: bool, width: float = 1.0) -> Case:
     """Stable Diffusion XL's U-Net, guidance on."""
     channels = tuple(int(c * width) for c in (320, 640, 1280))
-    unet = diffusers.UNet2DConditionModel(
+    unet = noise.model(
+        diffusers.UNet2DConditionModel,
         sample_size=128, cross_attention_dim=2048, attention_head_dim=(5, 10, 20), block_out_channels=channels,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
@@ -88,10 +109,11 @@ def sdxl(noise: Noise, full: bool, width: float = 1.0) -> Case:
     return Case(pipe, {**embeds, **pooled, "height": size, "width": size}, scale)
 
 
-def pixart(noise: Noise, full: bool, width: float = 1.0) -> Case:
+def pixart(noise: Maker, full: bool, width: float = 1.0) -> Case:
     """PixArt-alpha's transformer, guidance on."""
     layers, heads, size = (28, int(16 * width), 1024) if full else (6, int(16 * width), 256)
-    transformer = diffusers.PixArtTransformer2DModel(
+    transformer = noise.model(
+        diffusers.PixArtTransformer2DModel,
         sample_size=size // 8, num_layers=layers, num_attention_heads=heads, cross_attention_dim=heads * 72, caption_channels=512,
         norm_type="ada_norm_single", use_additional_conditions=False,
     )  # fmt: skip
@@ -106,16 +128,18 @@ def pixart(noise: Noise, full: bool, width: float = 1.0) -> Case:
 CONFIGS: dict[str, Callable[..., Case]] = {"sd15": sd15, "sdxl": sdxl, "flux": flux, "wan": wan, "pixart": pixart}
 
 
-def make_case(config: str, device: str, dtype: torch.dtype, full: bool, steps: int, width: float = 1.0, batch: int = 1) -> Case:
-    """The case on its device, without progress bar; ``batch`` pictures a call."""
+def make_case(
+    config: str, device: str, dtype: torch.dtype, full: bool, steps: int, width: float = 1.0, batch: int = 1,
+    call: Mapping[str, Any] | None = None,
+) -> Case:  # fmt: skip
+    """The case on its device, without progress bar; ``batch`` pictures a call. ``call``: other arguments (a size, a number of frames)."""
     torch.manual_seed(0)
-    generator = torch.Generator().manual_seed(0)
-    case = CONFIGS[config](lambda *shape: torch.randn(shape, generator=generator).to(device, dtype), full, width)
+    case = CONFIGS[config](Maker(device, dtype, torch.Generator().manual_seed(0)), full, width)
     for name in ("unet", "transformer"):
         if (model := getattr(case.pipe, name, None)) is not None:
             model.eval().requires_grad_(False).to(device, dtype)
     case.pipe.set_progress_bar_config(disable=True)
-    case.arguments.update(num_inference_steps=steps, output_type="latent")
+    case.arguments.update({**(call or {}), "num_inference_steps": steps, "output_type": "latent"})
     if batch > 1:
         case.arguments[VIDEOS if "num_frames" in case.arguments else PICTURES] = batch
     return case

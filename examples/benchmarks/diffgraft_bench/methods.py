@@ -17,11 +17,13 @@ from .cases import SCHEDULERS, Method
 from .models import Model
 
 
-def own_copy(pipe: Any) -> Any:
-    """A pipeline with a denoiser and a scheduler of its own, the other parts shared."""
+def own_copy(pipe: Any, share_weights: bool = False) -> Any:
+    """A pipeline with a denoiser and a scheduler of its own, the other parts shared; and the denoiser's tensors where one asks for it."""
     new = type(pipe)(**{name: pipe.components[name] for name in pipe.components}, **optional(pipe))
     for name in denoisers_of(pipe, find_family(type(pipe))):
-        setattr(new, name, copy.deepcopy(getattr(pipe, name)))
+        model = getattr(pipe, name)
+        known = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())} if share_weights else {}
+        setattr(new, name, copy.deepcopy(model, known))
     new.scheduler = copy.deepcopy(pipe.scheduler)
     new.set_progress_bar_config(disable=True)
     return new
@@ -153,7 +155,8 @@ def cache_dit(pipe: Any, knobs: dict[str, Any]) -> Any:
     import cache_dit as package
 
     # its defaults are for models with more blocks than these; one block in front is also what FirstBlockCache computes
-    config = package.DBCacheConfig(Fn_compute_blocks=1, Bn_compute_blocks=0, residual_diff_threshold=knobs["threshold"])
+    more = {"max_warmup_steps": knobs["warmup"]} if "warmup" in knobs else {}
+    config = package.DBCacheConfig(Fn_compute_blocks=1, Bn_compute_blocks=0, residual_diff_threshold=knobs["threshold"], **more)
     package.enable_cache(pipe, cache_config=config)
     return pipe
 

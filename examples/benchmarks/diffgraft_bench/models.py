@@ -135,15 +135,19 @@ def mag_ratios(model: Model, run: Callable[[Any], Any]) -> list[float]:
 class LayoutModel(Model):
     """A denoiser of a real layout with random weights; only denoising is run."""
 
-    def __init__(self, name: str, steps: int, device: str, dtype: torch.dtype, full: bool, batch: int = 1) -> None:
-        self.name, self.steps, self.made = name, steps, (device, dtype, full, steps)
-        self.case = layouts.make_case(name, *self.made, batch=batch)
+    def __init__(
+        self, name: str, steps: int, device: str, dtype: torch.dtype, full: bool, batch: int = 1, shape: Mapping[str, Any] | None = None
+    ) -> None:
+        call = dict(shape or {})
+        width = call.pop("channels", 1.0)
+        self.name, self.steps, self.made, self.width = name, steps, (device, dtype, full, steps), width
+        self.case = layouts.make_case(name, *self.made, width=width, batch=batch, call=call)
         self.pipe = self.case.pipe
-        self.scale = self.case.scale
+        self.scale = ", ".join([self.case.scale, *(f"{key} {value}" for key, value in (shape or {}).items())])
 
     @cached_property
     def second(self) -> Any:
-        return layouts.make_case(self.name, *self.made, width=0.5).pipe
+        return layouts.make_case(self.name, *self.made, width=self.width / 2).pipe
 
     def half(self) -> Any:
         return self.second

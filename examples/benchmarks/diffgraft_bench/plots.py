@@ -65,3 +65,33 @@ def bars(rows: Sequence[Row], title: str) -> bytes:
     plot.tick_params(axis="y", labelsize=8)
     plot.legend(loc="lower right", fontsize=8)
     return png(figure)
+
+
+def by_layout(rows: Sequence[Row], title: str) -> bytes:
+    """A panel a layout, a bar a method: times as fast as the plain pipeline of the same kind (compiled ones are hatched)."""
+    speed = [row for row in rows if row["arm"] == "speed" and not row["error"]]
+    layouts = list(dict.fromkeys(row["pipeline"] for row in speed))
+    ordered = sorted(speed, key=lambda row: (row["compile"], row["speedup"]))
+    panels = {name: [row for row in ordered if row["pipeline"] == name] for name in layouts}
+    heights = [len(panel) + 1.5 for panel in panels.values()]
+    figure = Figure(figsize=(10, 0.28 * sum(heights) + 1), layout="constrained")
+    axes = figure.subplots(len(layouts), squeeze=False, height_ratios=heights)[:, 0]
+    colours = {"diffgraft": "tab:blue", "cache": "tab:orange", "peer": "tab:gray"}
+    for plot, (name, panel) in zip(axes, panels.items(), strict=True):
+        for place, row in enumerate(panel):
+            spread = [[row["speedup"] - row["speedup_low"]], [row["speedup_high"] - row["speedup"]]]
+            style = {"color": colours[row["kind"]], "hatch": "//" if row["compile"] else None, "edgecolor": "white"}
+            plot.barh(place, row["speedup"], xerr=spread, error_kw={"linewidth": 0.8}, **style)
+            facts = [f"{row['speedup']:.2f}x", f"{row['working_bytes'] / 2**30:.2f} GiB" if row.get("working_bytes") else ""]
+            facts += [f"{row['syncs_per_step']:.1f} waits a step" if row.get("syncs_per_step") is not None else ""]
+            plot.text(row["speedup_high"], place, "  " + ", ".join(filter(None, facts)), va="center", fontsize=7)
+        plain = {row["compile"]: row for row in panel}
+        times = [f"{min(row['plain_seconds']):.2f} s {'compiled' if compiled else 'eager'}" for compiled, row in plain.items()]
+        names = [f"{row['label']} ({', '.join(filter(None, (row['setting'], way(row))))})" for row in panel]
+        plot.set_yticks(range(len(panel)), names, fontsize=7)
+        plot.set_xlim(0, 1.35 * max(row["speedup_high"] for row in panel))
+        plot.axvline(1, color="black", linewidth=0.8)
+        plot.set_title(f"{name}, {panel[0]['steps']} steps; plain pipeline {', '.join(times)}", fontsize=9)
+    figure.suptitle(f"{title}: blue diffgraft, orange diffusers, grey other packages; hatched: compiled", fontsize=10)
+    figure.supxlabel("times as fast as the plain pipeline", fontsize=9)
+    return png(figure)

@@ -21,6 +21,7 @@ Row = dict[str, Any]
 def key_of(bout: Bout, method: Method, circumstances: Mapping[str, Any]) -> str:
     """What makes two rows the same measurement: pipeline, method, setting, and how it is measured."""
     what = [bout.arm, bout.pipeline, bout.steps, bout.env, asdict(method), dict(circumstances)]
+    what += [dict(bout.shape)] if bout.shape else []
     digest = hashlib.sha256(json.dumps(what, sort_keys=True, default=str).encode()).hexdigest()[:10]
     return "-".join([bout.arm, bout.pipeline, method.label.replace(" ", "_").replace("+", ""), digest])
 

@@ -11,24 +11,27 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from functools import cached_property
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import torch
 import typer
 from diffgraft import BlockGroup, Family, Guidance, Tiny
+from diffgraft.methods.inputs import parameters
 from torch import Tensor, nn
 
-from diffgraft_pipelines.runs import Forward, Seen, alike, embedded, first_axes, largest, same, tensors_of, watch
+from diffgraft_pipelines.running_blocks import find_blocks
+from diffgraft_pipelines.runs import Forward, Seen, embedded, first_axes, largest, parts_of, same, same_start, watch
 from diffgraft_pipelines.tiny import make as make_known
 
 SCALES = ("true_cfg_scale", "guidance_scale", "max_guidance_scale", "prior_guidance_scale", "decoder_guidance_scale")
 """Call arguments that scale guidance, the likeliest first."""
 ACTIVE = "do_classifier_free_guidance"
-LAYERS = ("resnets", "attentions")
-"""Of a U-Net's block, in running order; what changes the size comes last."""
+OPTIONAL = (("perturbed", "pag_scale", "do_perturbed_attention_guidance"),)
+"""Branches that run while a call argument is not 0, and the properties that say so."""
 NEGATIVE = ("negative_prompt", "negative_prompt_embeds")
 
 
@@ -44,19 +47,22 @@ class Observed:
 
 
 def other_condition(kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """Another prompt, class or start picture."""
+    """Another prompt, class, picture to go by or start picture."""
     if "prompt" in kwargs:
         return {"prompt": "two green dogs"}
     if "class_labels" in kwargs:
         return {"class_labels": [3]}
-    return {"image": kwargs["image"].rotate(180)} if hasattr(kwargs.get("image"), "rotate") else {}
+    if "image_embeds" in kwargs:
+        return {"image_embeds": -kwargs["image_embeds"]}
+    pictures = [name for name in ("example_image", "image") if hasattr(kwargs.get(name), "rotate")]
+    return {name: kwargs[name].rotate(180) for name in pictures[:1]}
 
 
 def doubled(kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """Two conditions for one."""
-    found = {key: [kwargs[key]] * 2 for key in ("prompt", "negative_prompt") if isinstance(kwargs.get(key), str)}
-    if "class_labels" in kwargs:
-        found["class_labels"] = list(kwargs["class_labels"]) * 2
+    found: dict[str, Any] = {key: [kwargs[key]] * 2 for key in ("prompt", "negative_prompt") if isinstance(kwargs.get(key), str)}
+    found |= {"class_labels": list(kwargs["class_labels"]) * 2} if "class_labels" in kwargs else {}
+    found |= {key: torch.cat([kwargs[key]] * 2) for key in ("image_embeds", "negative_image_embeds", "hint") if key in kwargs}
     return found or ({"batch_size": 2} if "batch_size" in kwargs else {})
 
 
@@ -67,8 +73,9 @@ class Observer:
         self.remarks: dict[str, str] = {}
         self.tiny = make()
         self.pipe: Any = self.tiny.pipe
-        self.call = inspect.signature(self.pipe.__call__).parameters
-        self.plain = self.run()
+        self.call = parameters(self.pipe)
+        self.plain = self.bare = self.run()
+        """As it is, and without guidance."""
         if not self.plain.steps:
             raise RuntimeError(f"{type(self.pipe).__name__} never calls scheduler.step: there is nothing to hook between its steps")
         self.denoisers = self.find_denoisers()
@@ -78,6 +85,7 @@ class Observer:
             sample, _ = self.find_sample()
             self.stepped = {**self.stepped, "sample": self.first.inputs[sample], "model_output": self.first.output}
             self.remarks.pop("sample", None)
+        self.optional = self.leave_out_optional()
 
     def run(self, **changes: Any) -> Seen:
         return watch(self.tiny, **changes)
@@ -115,9 +123,9 @@ class Observer:
         self.remarks["sample"] = "no input of the denoiser holds what is stepped: the largest that changes with the steps is taken"
         return max(sizes, key=lambda name: sizes[name]), None
 
-    def find_timestep(self, sample: str) -> tuple[str, float]:
-        """The parameter that moves with the scheduler's time, and by what factor."""
-        later = self.later()
+    def find_timestep(self, sample: str) -> tuple[str, float, float]:
+        """The parameter that moves with the scheduler's time, and by what factor and offset."""
+        later, straight = self.later(), None
         times = [largest(self.plain.steps[each.step]["timestep"]) for each in (self.first, later)]
         for name, value in self.first.inputs.items():
             if name == sample or not isinstance(value, (int, float, Tensor)) or isinstance(value, bool):
@@ -126,9 +134,24 @@ class Observer:
             if ratios and ratios[0] > 0 and max(ratios) - min(ratios) <= 1e-4 * ratios[0]:
                 if len(ratios) == 1 or same(value, later.inputs[name]):
                     self.remarks["timestep_scale"] = "the time did not move in these steps"
-                return name, snapped(ratios[0])
-        self.remarks["timestep"] = "no input of the denoiser is a multiple of the scheduler's time"
-        return "timestep", 1.0
+                return name, snapped(ratios[0]), 0.0
+            if straight is None and (found := self.line(name)):
+                straight = name, *found
+        if straight is None:
+            self.remarks["timestep"] = "no input of the denoiser is a multiple of the scheduler's time"
+        return straight or ("timestep", 1.0, 0.0)
+
+    def line(self, name: str) -> tuple[float, float] | None:
+        """(slope, value at 0) of an input that lies on a straight line over the scheduler's time."""
+        calls = [self.plain.of(self.denoisers, step)[0] for step in range(len(self.plain.steps)) if self.plain.of(self.denoisers, step)]
+        points = [(largest(self.plain.steps[each.step]["timestep"]), largest(each.inputs[name])) for each in calls if name in each.inputs]
+        (t, y), (end, last) = points[0], points[-1]
+        if len(points) < 3 or t == end or y == last:
+            return None
+        slope = (last - y) / (end - t)
+        offset = y - slope * t
+        apart = max(abs(offset + slope * t - y) for t, y in points)
+        return (snapped(slope), snapped(offset)) if apart < 1e-4 * abs(last - y) else None
 
     def find_latents(self) -> str:
         """The layout of the sample that is stepped."""
@@ -159,13 +182,22 @@ class Observer:
         if out.ndim != stepped.ndim:
             self.remarks["branch_prediction"] = f"{tuple(out.shape)} comes to the scheduler as {tuple(stepped.shape)}"
             return "unpacked_tail"
-        if out.shape[channels] == 2 * stepped.shape[channels]:
+        if out.shape[channels] == 2 * self.stepped["sample"].shape[channels]:
             return "drop_sigma"
         if out.ndim == 3 and out.shape[1] > stepped.shape[1]:
             return "first_tokens"
         if out.shape[1:] != stepped.shape[1:]:
             self.remarks["branch_prediction"] = f"{tuple(out.shape)} comes to the scheduler as {tuple(stepped.shape)}"
         return "same"
+
+    def find_turned(self) -> bool:
+        """Whether what is stepped without guidance points away from the denoiser's output."""
+        out, stepped = self.bare.of(self.denoisers)[0].output, self.bare.steps[0]["model_output"]
+        if not isinstance(out, Tensor) or out.ndim != stepped.ndim or self.plain.copies:
+            return False
+        for axis in range(out.ndim):
+            out = out.narrow(axis, 0, min(out.shape[axis], stepped.shape[axis]))
+        return out.shape == stepped.shape and float((out.float() * stepped.float()).sum()) < 0
 
     # conditions
 
@@ -213,16 +245,36 @@ class Observer:
             return ()
         both = many.of(self.denoisers)[0].inputs
         return tuple(name for name, value in self.first.inputs.items()
-                     if name != sample and (heads := first_axes(value)) and heads == first_axes(both.get(name))
+                     if name not in (sample, *self.find_layered()) and (heads := first_axes(value)) and heads == first_axes(both.get(name))
                      and all(isinstance(size, int) and size > 1 for size in heads))  # fmt: skip
 
+    def find_layered(self) -> tuple[str, ...]:
+        """Inputs whose second axis grows with the batch, not the first."""
+        if (many := self.twice) is None:
+            return ()
+        both = many.of(self.denoisers)[0].inputs
+        return tuple(name for name, value in self.first.inputs.items() if isinstance(value, Tensor) and value.ndim > 2
+                     and value.shape[0] == both[name].shape[0] and 2 * value.shape[1] == both[name].shape[1])  # fmt: skip
+
     # guidance
+
+    def leave_out_optional(self) -> tuple[tuple[str, str], ...]:
+        """The branches that run for an argument of their own; they are left out of all further runs."""
+        found: list[tuple[str, str]] = []
+        for branch, argument, said in OPTIONAL:
+            without = self.run(**{argument: 0.0}) if self.tiny.kwargs.get(argument) else self.plain
+            if len(without.of(self.denoisers)[0].inputs[self.find_sample()[0]]) < self.rows(self.plain, self.find_sample()[0]):
+                found.append((branch, said if hasattr(type(self.pipe), said) else argument))
+                self.tiny.kwargs[argument] = 0.0
+                self.plain = self.bare = without
+                self.first, self.stepped = without.of(self.denoisers)[0], without.steps[0]
+        return tuple(found)
 
     def find_guidance(self, sample: str) -> Guidance:
         """Which argument makes branches, how they run, in which order."""
         calls, rows = len(self.plain.of(self.denoisers)), self.rows(self.plain, sample)
-        for scale in [name for name in SCALES if name in self.call]:
-            off = self.tried("guidance", f"{scale} = 1", **{scale: 1.0})
+        for scale, value in [(name, value) for name in SCALES if name in self.call for value in (1.0, 0.0)]:
+            off = self.tried("guidance", f"{scale} = {value:g}", **{scale: value})
             if off is None or not off.steps:
                 continue
             fewer, less = len(off.of(self.denoisers)), self.rows(off, sample)
@@ -230,15 +282,33 @@ class Observer:
                 continue
             layout = "sequential" if fewer < calls else "batched"
             many = calls // fewer if layout == "sequential" else rows // less
-            own = inspect.getattr_static(type(self.pipe), ACTIVE, None)
+            own = isinstance(inspect.getattr_static(type(self.pipe), ACTIVE, None), property) and self.is_live(scale, value, sample)
             second = next((name for name in (f"{scale}_2",) if name in self.call and len(self.denoisers) > 1), None)
             twice = len(self.stepped["sample"]) > len(off.steps[0]["sample"])
-            return Guidance(layout, self.find_order(layout, many, sample), scale, ACTIVE if isinstance(own, property) else None,
-                            self.find_required(calls, rows, sample), second_scale=second, doubled=twice)  # type: ignore[arg-type] # fmt: skip
-        named = [name for name in SCALES if name in self.call]
-        if named:
+            self.bare = off
+            order = (*self.find_order(layout, many, sample), *(branch for branch, _ in self.optional))
+            return Guidance(layout, order, scale, ACTIVE if own else None, self.find_required(calls, rows, sample), second_scale=second,
+                            doubled=twice, over="uncond" if value else "cond", optional=self.optional,
+                            bound=bool(self.optional))  # type: ignore[arg-type] # fmt: skip
+        if named := [name for name in SCALES if name in self.call]:
             self.remarks["guidance"] = f"{', '.join(named)} changed no number of calls or rows: off here, or an input of the model"
         return Guidance("none")
+
+    def is_live(self, scale: str, off: float, sample: str) -> bool:
+        """Whether guidance that is cut off in mid-run stops, or breaks what was made for it: a pipeline may ask only once."""
+        names = [name for name in vars(self.pipe) if name.endswith(f"_{scale}")] or ["_guidance_scale"]  # of a sound, too
+
+        def cut(pipe: Any, *_: Any) -> dict[str, Any]:
+            vars(pipe).update(dict.fromkeys(names, off))
+            return {}
+
+        try:
+            seen = self.run(callback_on_step_end=cut)
+        except Exception:
+            return True
+        first, last = (seen.of(self.denoisers, step) for step in (0, len(seen.steps) - 1))
+        stepped = len({len(step["model_output"]) for step in seen.steps})
+        return len(first) != len(last) or len(first[0].inputs[sample]) != len(last[0].inputs[sample]) or stepped > 1
 
     def rows(self, seen: Seen, sample: str) -> int:
         return len(seen.of(self.denoisers)[0].inputs[sample])
@@ -251,15 +321,17 @@ class Observer:
         moved = [False] * many
         here, there = self.plain.of(self.denoisers), self.other.of(self.denoisers)
         if layout == "sequential":
-            for number in range(many):
+            apart = [name for name, value in here[0].inputs.items()
+                     if name != sample and not all(same(value, each.inputs.get(name)) for each in here[1:many])]  # fmt: skip
+            for number in range(many):  # what all branches share (a ControlNet's output) tells none from another
                 a, b = here[number].inputs, there[number].inputs
-                moved[number] = any(not same(a[name], b.get(name)) for name in a if name != sample)
+                moved[number] = any(not same(a.get(name), b.get(name)) for name in apart)
         else:
             for name, value in here[0].inputs.items():
-                if name == sample or not isinstance(value, Tensor) or not value.ndim or len(value) % many or len(value) < many:
+                if name == sample or name in self.find_layered() or (a := parts_of(value, many)) is None:
                     continue
-                if value.shape == (b := there[0].inputs[name]).shape:
-                    moved = [was or not same(x, y) for was, x, y in zip(moved, value.chunk(many), b.chunk(many), strict=True)]
+                if (b := parts_of(there[0].inputs[name], many)) is not None:
+                    moved = [was or not same_start(x, y) for was, x, y in zip(moved, a, b, strict=True)]
         if sum(moved) != 1:
             self.remarks["guidance"] = f"the order of the branches: another condition changes {sum(moved)} of {many}"
             return ("uncond", "cond")
@@ -283,92 +355,13 @@ class Observer:
             return ()
         return tuple(name for name in NEGATIVE if name in self.call)
 
-    # blocks
-
-    def find_blocks(self) -> tuple[BlockGroup, ...]:
-        """The lists that run, in running order, with what flows through their blocks."""
-        twice = self.twice.of(self.denoisers)[0].blocks if self.twice else None
-        if twice is None:
-            self.remarks["blocks"] = "what all rows of a batch share may be among what blocks take"
-        ran: dict[str, list[int]] = {}
-        for number, (path, _, _) in enumerate(self.first.blocks):
-            ran.setdefault(path.partition(".")[0], []).append(number)
-        groups = []
-        unet = hasattr(self.model(), "down_blocks")
-        for path, numbers in ran.items():
-            if not unet and (len(numbers) < 2 or not all(alike(self.first.blocks[k]) for k in numbers)):
-                continue
-            if unet and path not in ("down_blocks", "mid_block", "up_blocks"):
-                continue
-            if numbers != list(range(numbers[0], numbers[0] + len(numbers))):
-                self.remarks["blocks"] = f"{path} runs in turn with other lists"
-            takes, returns = self.flow(path, numbers, twice)
-            layers = lists_in(self.model(), path) if unet else ()
-            groups.append(BlockGroup(path, kind_of(path, ran), takes, returns, layers, "none" if unet else self.joined(numbers[0])))
-        return tuple(groups)
-
-    def joined(self, number: int) -> Literal["none", "front", "behind"]:
-        """Where in a block's stream the text is, by the outputs of the block before it or by the first block's inputs."""
-        x = self.first.blocks[number][1].get("hidden_states")
-        first = self.first.blocks[0][1].get("hidden_states")
-        if not isinstance(x, Tensor) or x.ndim != 3 or not isinstance(first, Tensor) or x.shape[1] == first.shape[1]:
-            return "none"
-        _, _, before = self.first.blocks[number - 1]
-        texts = [value for value in (before if isinstance(before, tuple) else (before,)) if isinstance(value, Tensor)]
-        texts = [value for value in texts if value.shape[1] == x.shape[1] - first.shape[1]]
-        for text in texts:
-            for place, part in (("front", x[:, : text.shape[1]]), ("behind", x[:, -text.shape[1] :])):
-                if torch.equal(part, text):
-                    return place  # type: ignore[return-value]
-        path = self.first.blocks[number][0]
-        self.remarks["blocks"] = f"{path} gets {x.shape[1]} tokens, the first block {first.shape[1]}: which are the sample's"
-        return "none"
-
-    def flow(self, path: str, numbers: list[int], twice: Any) -> tuple[tuple[str, ...], tuple[str, ...]]:
-        """What the blocks of a list take (the most that one takes) and return."""
-        takes: dict[str, None] = {}
-        wide = max(numbers, key=lambda number: len(tensors_of(self.first.blocks[number][1])))
-        widest = self.first.blocks[wide][1]
-        for name in tensors_of(widest):
-            if "rotary" not in name and (twice is None or first_axes(widest[name]) != first_axes(twice[wide][1].get(name))):
-                takes[name] = None
-        _, inputs, result = self.first.blocks[numbers[0]]
-        results = result if isinstance(result, tuple) else (result,)
-        returns = []
-        for value in results:
-            fits = [name for name in takes if isinstance(value, Tensor) and name not in returns and isinstance(inputs.get(name), Tensor)
-                    and inputs[name].shape == value.shape]  # fmt: skip
-            if isinstance(value, tuple):
-                returns.append("res_samples")
-            else:
-                if len(fits) > 1 and len(results) > 1:
-                    self.remarks["blocks"] = f"{path}: which output is which, as {' and '.join(fits)} have one shape"
-                returns.append(fits[0] if fits else "hidden_states")
-        return tuple(takes), tuple(returns)
-
-
-def lists_in(model: nn.Module, path: str) -> tuple[str, ...]:
-    """The lists of layers inside a U-Net's blocks."""
-    part = getattr(model, path)
-    found: dict[str, None] = {}
-    for block in part if isinstance(part, nn.ModuleList) else [part]:
-        found |= dict.fromkeys(name for name, child in block.named_children() if isinstance(child, nn.ModuleList))
-    order = [*LAYERS, *(name for name in found if name not in LAYERS and not name.endswith("samplers"))]
-    return tuple(sorted(found, key=lambda name: order.index(name) if name in order else len(order)))
-
-
-def kind_of(path: str, ran: Mapping[str, Any]) -> str:
-    """A short name for a list's blocks."""
-    kind = path.removesuffix("s").removesuffix("block").replace("transformer", "").strip("_")
-    return kind or ("double" if any(other.startswith("single") for other in ran) else "block")
-
 
 def snapped(ratio: float) -> float:
-    """1, or one over a whole number, where it is that."""
-    for number in (1, 1000):
-        if abs(ratio * number - 1) < 1e-3:
-            return 1 / number
-    return ratio
+    """0, 1, 1000 or one over it, or one of these with the other sign, where it is that."""
+    for number in (1.0, 1000.0, 1 / 1000):
+        if abs(abs(ratio) / number - 1) < 1e-3:
+            return math.copysign(number, ratio)
+    return 0.0 if abs(ratio) < 1e-6 else ratio
 
 
 def observe(make: Callable[[], Tiny], name: str = "observed") -> Observed:
@@ -379,29 +372,39 @@ def observe(make: Callable[[], Tiny], name: str = "observed") -> Observed:
     """
     o = Observer(make)
     sample, longer = o.find_sample()
-    timestep, factor = o.find_timestep(sample)
+    timestep, factor, offset = o.find_timestep(sample)
     seen: dict[str, Any] = {
         "name": name,
         "pipelines": (type(o.pipe).__name__,),
         "denoisers": o.denoisers,
         "kind": "unet" if hasattr(o.model(), "down_blocks") else "dit",
-        "blocks": o.find_blocks(),
+        "blocks": find_blocks(o),
         "guidance": o.find_guidance(sample),
         "sample": sample,
         "timestep": timestep,
         "timestep_scale": factor,
+        "timestep_offset": offset,
         "conditioning": tuple(each for each in o.find_conditioning(sample) if each != timestep),
         "prediction": prediction_of(o),
+        "listed": tuple(name for name, value in o.first.inputs.items() if name in o.first.lists or is_ragged(value)),
+        "layered": o.find_layered(),
+        "emptied": tuple(sorted(o.first.emptied)),
         "copied_scheduler": o.plain.copies,
+        "companion": o.plain.companion(o.first),
         "latents": o.find_latents(),
         "common": o.find_common(sample),
     }
     channels = Family(**seen).channel_axis % o.stepped["sample"].ndim
     if longer is not None:
         seen["appended"] = "channels" if longer == channels else "tokens"
-    seen["branch_prediction"] = o.find_branch_prediction(channels)
-    o.remarks["least, extra, packages, one_each, unit_start"] = "cannot be seen in these runs"
+    seen |= {"branch_prediction": o.find_branch_prediction(channels), "turned": o.find_turned()}
+    o.remarks["least, extra, packages, one_each, unit_start, companion_scale"] = "cannot be seen in these runs"
     return Observed(Family(**seen), o.remarks)
+
+
+def is_ragged(value: Any) -> bool:
+    """Whether it is a list of tensors with rows of their own length."""
+    return type(value) is list and bool(value) and all(isinstance(each, Tensor) and each.ndim == 2 for each in value)
 
 
 def prediction_of(o: Observer) -> str:
@@ -425,7 +428,7 @@ def written(value: Any, depth: int = 0) -> str:
         return f"{type(value).__name__}(\n" + "\n".join(rows) + f"\n{'    ' * depth})"
     if isinstance(value, tuple) and any(isinstance(each, BlockGroup) for each in value):
         return "(\n" + "".join(f"{pad}{written(each, depth + 1)},\n" for each in value) + f"{'    ' * depth})"
-    return "1 / 1000" if value == 1 / 1000 else repr(value).replace("'", '"')
+    return repr(value).replace("0.001", "1 / 1000") if isinstance(value, float) else repr(value).replace("'", '"')
 
 
 def main(

@@ -10,51 +10,67 @@ from typing import Any
 
 import torch
 from diffgraft import Tiny
+from diffgraft.methods.inputs import calling
 from torch import Tensor, nn
 
 
 @dataclass
 class Forward:
     """One forward of a component: its name, how many steps were over, inputs by parameter name, first output; of a denoiser also its blocks
-    in running order, as (path, inputs, output)."""
+    in running order, as (path, inputs, output). Pictures that came as a list, in ``lists``, are one tensor of rows here; ``emptied`` are
+    lists that were empty in the end."""
 
     component: str
     step: int
     inputs: dict[str, Any]
     output: Any = None
     blocks: list[tuple[str, dict[str, Any], Any]] = field(default_factory=list)
+    lists: frozenset[str] = frozenset()
+    emptied: frozenset[str] = frozenset()
 
 
 @dataclass
 class Seen:
-    """One run: the components' forwards and the scheduler's steps (sample, timestep, model_output)."""
+    """One run: the components' forwards and the scheduler's steps (sample, timestep, model_output); copies of it that step instead of it
+    (``copies``), or beside it (``beside``: the sample of the first such step)."""
 
     forwards: list[Forward]
     steps: list[dict[str, Any]]
     copies: bool = False
+    beside: Tensor | None = None
 
     def of(self, names: tuple[str, ...], step: int = 0) -> list[Forward]:
         """Forwards of these components in a step."""
         return [each for each in self.forwards if each.step == step and each.component in names]
+
+    def companion(self, first: Forward) -> str | None:
+        """The input of the denoiser that holds what a copy of the scheduler steps beside it."""
+        inputs = ((name, value) for name, value in first.inputs.items() if isinstance(value, Tensor) and value.is_floating_point())
+        return None if self.beside is None else next((name for name, value in inputs if embedded(self.beside, value) is not None), None)
 
 
 def watch(tiny: Tiny, **changes: Any) -> Seen:
     """Run a tiny pipeline and write down what its components and its scheduler get and give."""
     pipe: Any = tiny.pipe
     seen = Seen([], [])
-    open_forwards: list[Forward] = []
+    open_forwards: list[tuple[Forward, dict[str, Any]]] = []
     handles = []
 
     def enter(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        seen.forwards.append(Forward(name, len(seen.steps), kept(bound(module, args, kwargs))))
-        open_forwards.append(seen.forwards[-1])
+        raw = bound(module, args, kwargs)
+        given = kept(raw)
+        lists = {key: stacked for key, value in given.items() if (stacked := rows_of(value)) is not None}
+        seen.forwards.append(Forward(name, len(seen.steps), {**given, **lists}, lists=frozenset(lists)))
+        open_forwards.append((seen.forwards[-1], raw))
 
     def leave(_module: nn.Module, _args: tuple[Any, ...], result: Any) -> None:
-        open_forwards.pop().output = kept(first_of(result))
+        forward, raw = open_forwards.pop()
+        forward.output = kept(first_of(result))
+        forward.emptied = frozenset(name for name, value in raw.items() if type(value) is list and not value and len(forward.inputs[name]))
 
     def block(path: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
         if open_forwards:
-            open_forwards[-1].blocks.append((path, bound(module, args, kwargs), result))
+            open_forwards[-1][0].blocks.append((path, bound(module, args, kwargs), result))
 
     for name, component in pipe.components.items():
         if isinstance(component, nn.Module):
@@ -68,13 +84,16 @@ def watch(tiny: Tiny, **changes: Any) -> Seen:
     @wraps(original)
     def step(self: Any, *args: Any, **kwargs: Any) -> Any:
         given = dict(signature.bind(self, *args, **kwargs).arguments)
+        if self is not pipe.scheduler and seen.steps and not seen.copies:
+            seen.beside = kept(given["sample"]) if seen.beside is None else seen.beside
+            return original(self, *args, **kwargs)
         seen.copies |= self is not pipe.scheduler
         seen.steps.append(kept({name: given[name] for name in ("sample", "timestep", "model_output")}))
         return original(self, *args, **kwargs)
 
     scheduler.step = step  # on the class for the length of the run: pipelines may step copies
     try:
-        pipe(**{**tiny.kwargs, **changes}, generator=torch.Generator().manual_seed(0))
+        calling(pipe)(**{**tiny.kwargs, **changes}, generator=torch.Generator().manual_seed(0))
     finally:
         scheduler.step = original
         for handle in handles:
@@ -105,14 +124,36 @@ def kept(value: Any) -> Any:
         return value.detach().clone()
     if isinstance(value, dict):
         return {key: kept(each) for key, each in value.items()}
-    return value
+    return [kept(each) for each in value] if type(value) is list else value
 
 
 def first_of(result: Any) -> Any:
     """The first output of a model."""
     while isinstance(result, (tuple, list, dict)) and len(result):
+        if (stacked := rows_of(result)) is not None:
+            return stacked
         result = next(iter(result.values())) if isinstance(result, dict) else result[0]
     return result
+
+
+def rows_of(value: Any) -> Tensor | None:
+    """[rows, channels, height, width] of a list of pictures [channels, 1, height, width]."""
+    if type(value) is not list or not all(isinstance(each, Tensor) and each.ndim == 4 and each.shape[1] == 1 for each in value):
+        return None
+    return torch.stack(value).squeeze(2) if len({each.shape for each in value}) == 1 else None
+
+
+def parts_of(value: Any, many: int) -> list[Any] | None:
+    """A tensor, a list of rows, or a dict of such, in so many equal parts; None where it cannot be parted."""
+    if isinstance(value, dict) and value:
+        found = [parts_of(each, many) for each in value.values()]
+        return None if any(each is None for each in found) else [dict(zip(value, each, strict=True)) for each in zip(*found, strict=True)]  # type: ignore[arg-type]
+    if isinstance(value, Tensor) and value.ndim and len(value) >= many and len(value) % many == 0:
+        return list(value.chunk(many))
+    if isinstance(value, list) and len(value) >= many and len(value) % many == 0:
+        size = len(value) // many
+        return [value[k * size : (k + 1) * size] for k in range(many)]
+    return None
 
 
 def same(first: Any, second: Any) -> bool:
@@ -124,6 +165,15 @@ def same(first: Any, second: Any) -> bool:
     if isinstance(first, (tuple, list)) and isinstance(second, (tuple, list)):
         return len(first) == len(second) and all(map(same, first, second))
     return bool(type(first) is type(second) and not isinstance(first, Tensor) and first == second)
+
+
+def same_start(first: Any, second: Any) -> bool:
+    """Whether they are equal as far as both go: a text may be padded to the length of another."""
+    if isinstance(first, Tensor) and isinstance(second, Tensor) and first.ndim == second.ndim:
+        for axis in range(1, first.ndim):
+            size = min(first.shape[axis], second.shape[axis])
+            first, second = first.narrow(axis, 0, size), second.narrow(axis, 0, size)
+    return same(first, second)
 
 
 def first_axes(value: Any) -> list[int | None]:
@@ -152,6 +202,8 @@ def embedded(sample: Tensor, value: Tensor) -> tuple[int | None, float] | None:
 
 
 def largest(value: Any) -> float:
+    if isinstance(value, Tensor) and value.is_complex():
+        value = value.real
     return float(torch.as_tensor(value).float().max()) if torch.as_tensor(value).numel() else 0.0
 
 

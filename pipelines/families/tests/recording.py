@@ -14,6 +14,8 @@ import numpy as np
 import torch
 from diffgraft import BlockGroup, Family, Tiny
 from diffgraft.installed.anatomy import layers_in
+from diffgraft.kernel.speech import heard, prediction_of
+from diffgraft.methods.inputs import calling, pictures_in
 from diffgraft_pipelines.observe import other_condition
 from diffgraft_pipelines.runs import bound
 from diffgraft_pipelines.tiny import make
@@ -23,11 +25,11 @@ LAYOUTS = {"bchw": "bchw", "pixels": "bchw", "bcfhw": "bcfhw", "bfchw": "bfchw",
 
 
 def output(result: Any) -> np.ndarray:
-    return np.asarray(result.images if hasattr(result, "images") else result.frames)
+    return np.asarray(result.rgb if hasattr(result, "rgb") else pictures_in(result))
 
 
 def run(tiny: Tiny, **changes: object) -> np.ndarray:
-    return output(tiny.pipe(**{**tiny.kwargs, **changes}, generator=torch.Generator().manual_seed(0)))  # type: ignore[operator]
+    return output(calling(tiny.pipe)(**{**tiny.kwargs, **changes}, generator=torch.Generator().manual_seed(0)))
 
 
 def denoisers(family: Family, pipe: Any) -> list[nn.Module]:
@@ -41,12 +43,13 @@ def blocks(denoiser: nn.Module, group: BlockGroup) -> list[nn.Module]:
 
 @dataclass
 class Call:
-    """One forward of a denoiser."""
+    """One forward of a denoiser, as plugins see it."""
 
     denoiser: int
     inputs: dict[str, Any]
     step: int
     prediction: torch.Tensor | None = None
+    companion: torch.Tensor | None = None
     blocks: list[tuple[nn.Module, dict[str, Any], Any]] = field(default_factory=list)
 
 
@@ -59,22 +62,30 @@ class Record:
     calls: list[Call]
     steps: list[dict[str, Any]]
     layers: list[nn.Module]
+    beside: list[dict[str, Any]]
+    """Steps of the companion."""
 
 
 def record(family: Family, tiny: Tiny, **changes: object) -> Record:
     calls: list[Call] = []
+    inside: list[bool] = [False]  # a ControlNet may run blocks of the denoiser
     steps: list[dict[str, Any]] = []
+    beside: list[dict[str, Any]] = []
     layers: list[nn.Module] = []
     handles = []
 
     def enter(index: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        calls.append(Call(index, bound(module, args, kwargs), len(steps)))
+        given, inside[0] = bound(module, args, kwargs), True
+        given |= {name: list(value) for name, value in given.items() if name in family.emptied and value}
+        calls.append(Call(index, {**given, **heard(family, given)}, len(steps)))
 
     def leave(_module: nn.Module, _args: tuple[Any, ...], result: Any) -> None:
-        calls[-1].prediction = result[0]
+        calls[-1].prediction, inside[0] = prediction_of(family, result[0]), False
+        calls[-1].companion = result[1] if family.companion else None
 
     def block(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
-        calls[-1].blocks.append((module, bound(module, args, kwargs), result))
+        if inside[0]:
+            calls[-1].blocks.append((module, bound(module, args, kwargs), result))
 
     for index, denoiser in enumerate(denoisers(family, tiny.pipe)):
         handles.append(denoiser.register_forward_pre_hook(functools.partial(enter, index), with_kwargs=True))
@@ -94,6 +105,9 @@ def record(family: Family, tiny: Tiny, **changes: object) -> Record:
     @functools.wraps(original)
     def step(self: Any, *args: Any, **kwargs: Any) -> Any:
         given = dict(signature.bind(self, *args, **kwargs).arguments)
+        if family.companion and self is not scheduler:
+            beside.append(given)
+            return original(self, *args, **kwargs)
         assert (self is not scheduler) == family.copied_scheduler
         if self is scheduler:
             steps.append(given)
@@ -112,7 +126,7 @@ def record(family: Family, tiny: Tiny, **changes: object) -> Record:
         type(scheduler).step = original
         for handle in handles:
             handle.remove()
-    return Record(tiny, image, calls, steps, layers)
+    return Record(tiny, image, calls, steps, layers, beside)
 
 
 def side_by_side(frames: list[torch.Tensor]) -> torch.Tensor:
@@ -124,13 +138,19 @@ def side_by_side(frames: list[torch.Tensor]) -> torch.Tensor:
 def seen(family: Family, name: str, how: str = "on") -> Record:
     tiny = make(name)
     if how == "off" and family.guidance.layout != "none":
-        return record(family, tiny, **{family.guidance.scale: 1.0})
+        return record(family, tiny, **{family.guidance.scale: family.guidance.off})
     return record(family, tiny, **(other_condition(tiny.kwargs) if how == "different" else {}))
 
 
-def branches(family: Family, call_group: list[Call]) -> dict[str, torch.Tensor]:
+def running(family: Family, guided: bool) -> tuple[str, ...]:
+    """The branches of a tiny pipeline, which is asked for all optional ones."""
+    optional = dict(family.guidance.optional)
+    return tuple(name for name in family.guidance.order if guided or name == "cond" or name in optional)
+
+
+def branches(family: Family, call_group: list[Call], guided: bool = True) -> dict[str, torch.Tensor]:
     """Each branch's prediction in one step, in the layout of ``model_output``."""
-    order = family.guidance.order
+    order = running(family, guided)
     if family.guidance.layout == "batched":
         assert call_group[0].prediction is not None
         parts = call_group[0].prediction.chunk(len(order))
@@ -165,6 +185,8 @@ def changed(value: Any) -> Any:
     """Another value of the same kind for an input of the denoiser."""
     if isinstance(value, dict):
         return {key: changed(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(map(changed, value))
     if not isinstance(value, torch.Tensor):
         return value
     if value.dtype == torch.bool:

@@ -14,10 +14,15 @@ import diffusers
 import numpy as np
 import pytest
 import torch
+from cannot import EDITS, FOUR_STEPS, GUIDED, ONE_AREA, ONE_PROMPT, ONE_VIDEO, PICTURE_EACH
 from diffgraft import Family, Tiny
 from diffgraft.installed.anatomy import layers_in
+from diffgraft.methods.conditioning import ask, number_of_pictures
+from diffgraft.methods.inputs import parameters
+from diffgraft.testing.tiny import as_run
 from diffgraft_pipelines.families import FAMILIES
-from diffgraft_pipelines.observe import other_condition
+from diffgraft_pipelines.observe import doubled, other_condition
+from diffgraft_pipelines.runs import parts_of, same_start
 from diffgraft_pipelines.tiny import make
 from diffusers import (
     CMStochasticIterativeScheduler,
@@ -27,7 +32,7 @@ from diffusers import (
     FlowMatchHeunDiscreteScheduler,
     PNDMScheduler,
 )
-from recording import LAYOUTS, Call, blocks, branches, changed, denoisers, equal, layout, record, run, seen, stepped_frames
+from recording import LAYOUTS, Call, blocks, branches, changed, denoisers, equal, layout, record, run, running, seen, stepped_frames
 from torch import nn
 
 torch.set_num_threads(1)
@@ -38,55 +43,26 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:You have passed 2 text prompts:FutureWarning"),
 ]
 
-
 VARIANTS = {
     "StableDiffusionInpaintPipeline": ("9",),
+    "Flux2Pipeline": ("image",),
     "Flux2KleinPipeline": ("image",),
     "WanPipeline": ("2.2",),
     "WanImageToVideoPipeline": ("2.2",),
 }
 
-
 CASES = [
-    (family, name + variant)
+    (as_run(family, name), name + variant)
     for family in FAMILIES
     if family.tiny
     for name in family.pipelines
     for variant in ("", *("@" + v for v in VARIANTS.get(name, ())))
 ]
 
-
 every_class = pytest.mark.parametrize(("family", "name"), CASES, ids=[name for _, name in CASES])
 
 
 # What diffusers 0.42 itself cannot do, with or without plugins.
-ONE_PROMPT = (
-    "AnimateDiffVideoToVideoPipeline",
-    "AnimateDiffControlNetPipeline",
-    "CogVideoXImageToVideoPipeline",
-    "SkyReelsV2DiffusionForcingVideoToVideoPipeline",
-)
-
-
-ONE_VIDEO = (
-    "AnimateDiffPipeline",
-    "AnimateDiffVideoToVideoPipeline",
-    "AnimateDiffControlNetPipeline",
-    "CogVideoXPipeline",
-    "CogVideoXImageToVideoPipeline",
-    "CogVideoXVideoToVideoPipeline",
-    "WanVideoToVideoPipeline",
-    "WanImageToVideoPipeline",
-    "SkyReelsV2DiffusionForcingVideoToVideoPipeline",
-)
-
-
-PICTURE_EACH = ("StableDiffusionUpscalePipeline",)
-
-
-EDITS = ("StableDiffusionInstructPix2PixPipeline", "StableDiffusionXLInstructPix2PixPipeline")
-
-
 SCHEDULERS = {
     "StableDiffusionPipeline": (EulerDiscreteScheduler, DPMSolverMultistepScheduler, PNDMScheduler),
     "StableDiffusionXLPipeline": (DDIMScheduler, DPMSolverMultistepScheduler, PNDMScheduler),
@@ -138,7 +114,7 @@ def test_tiny_is_seeded_and_depends_on_its_inputs(family: Family, name: str) -> 
 @every_class
 def test_names_exist(family: Family, name: str) -> None:
     pipe: Any = seen(family, name).tiny.pipe
-    call = inspect.signature(pipe.__call__).parameters
+    call = parameters(pipe)
     guidance = family.guidance
     if guidance.layout != "none":
         assert guidance.scale in call
@@ -164,13 +140,15 @@ def test_names_exist(family: Family, name: str) -> None:
 @every_class
 @pytest.mark.parametrize("how", ["on", "off"])
 def test_denoiser_calls_match_guidance(family: Family, name: str, how: str) -> None:
+    if how == "off" and name in GUIDED:
+        return
     seen_run = seen(family, name, how)
     guided = how == "on" and family.guidance.layout != "none"
     rows = seen_run.steps[0]["sample"].shape[0]
     if guided and family.guidance.doubled:
         rows //= 2
     calls_a_step = 2 if guided and family.guidance.layout == "sequential" else 1
-    rows_a_call = rows * (len(family.guidance.order) if guided and family.guidance.layout == "batched" else 1)
+    rows_a_call = rows * (len(running(family, guided)) if family.guidance.layout == "batched" else 1)
     for index, step in enumerate(seen_run.steps):
         calls = [call for call in seen_run.calls if call.step == index]
         assert len(calls) == calls_a_step
@@ -178,6 +156,7 @@ def test_denoiser_calls_match_guidance(family: Family, name: str, how: str) -> N
             check_call(family, seen_run.tiny.pipe, call, step, rows_a_call)
         check_combination(family, seen_run.tiny, calls, step, guided)
     assert len(seen_run.calls) == calls_a_step * len(seen_run.steps)
+    assert number_of_pictures(seen_run.tiny.kwargs, family) == rows
     if name.endswith("@2.2"):
         assert [call.denoiser for call in seen_run.calls] == sorted(call.denoiser for call in seen_run.calls)
         assert {call.denoiser for call in seen_run.calls} == {0, 1}, "both transformers"
@@ -193,7 +172,7 @@ def check_call(family: Family, pipe: Any, call: Call, step: dict[str, Any], rows
     if family.copied_scheduler:
         assert given.shape == (rows, sample.shape[2]), "a time for each frame"
         sample = stepped_frames(family, sample, latents)
-    torch.testing.assert_close(given.max(), torch.as_tensor(step["timestep"]).float().max() * family.timestep_scale)
+    torch.testing.assert_close(given.max(), family.told(torch.as_tensor(step["timestep"]).float().max()))
     if family.branch_prediction == "unpacked_tail":
         sample = pipe._unpack_latents(sample, *(call.inputs[name] for name in ("num_frames", "height", "width")))
         sample = sample[:, :, 1:]
@@ -210,24 +189,33 @@ def check_combination(family: Family, tiny: Tiny, calls: list[Call], step: dict[
     """The branches, brought to ``model_output``'s layout, combine to ``model_output``."""
     pipe: Any = tiny.pipe
     fix = functools.partial(layout, family, pipe, calls[0], sample=step["sample"])
-    if not guided:
+    stepped = step["model_output"]
+    if family.branch_prediction == "drop_sigma" and stepped.shape[1] == 2 * step["sample"].shape[1]:  # the scheduler takes the variance
+        stepped, variance = stepped.chunk(2, dim=1)
+        assert equal(variance, branches(family, calls, guided)["cond"].chunk(2, dim=1)[1])
+    if not guided and not family.guidance.optional:
         assert calls[0].prediction is not None
-        assert equal(fix(calls[0].prediction), step["model_output"])
+        torch.testing.assert_close(fix(calls[0].prediction), stepped, rtol=0, atol=1e-5 if family.companion else 0)  # by way of x_0
         return
-    parts = {branch: fix(prediction) for branch, prediction in branches(family, calls).items()}
-    scale: Any = tiny.kwargs[family.guidance.scale]
+    parts = {branch: fix(prediction) for branch, prediction in branches(family, calls, guided).items()}
+    scale: Any = tiny.kwargs[family.guidance.scale] + 1 - family.guidance.off  # type: ignore[operator]
     if family.guidance.second_scale in tiny.kwargs and calls[0].denoiser == 1:
         scale = tiny.kwargs[family.guidance.second_scale]
     if family.name == "svd":
         scale = pipe.guidance_scale
-    expected = parts["uncond"] + scale * (parts["cond"] - parts.get("image", parts["uncond"]))
+    base = parts["uncond"] if guided else parts["cond"]
+    expected = base + scale * (parts["cond"] - parts.get("image", base))
+    if "perturbed" in parts:
+        expected = expected + tiny.kwargs["pag_scale"] * (parts["cond"] - parts["perturbed"])  # type: ignore[operator]
     if "image" in parts:
         expected = expected + tiny.kwargs["image_guidance_scale"] * (parts["image"] - parts["uncond"])  # type: ignore[operator]
-    if family.name == "qwen_image":
+    if family.name == "lumina":  # guides three channels of four
+        expected[:, 3:] = parts["cond"][:, 3:]
+    if family.name in ("qwen_image", "qwen_image_edit", "lumina2", "nucleus_moe") and tiny.kwargs.get("cfg_normalize", True):
         expected = expected * parts["cond"].norm(dim=-1, keepdim=True) / expected.norm(dim=-1, keepdim=True)
     if family.guidance.doubled:
         expected = torch.cat([expected, expected])
-    torch.testing.assert_close(expected, step["model_output"], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(expected, stepped, rtol=1e-4, atol=1e-5)
 
 
 @every_class
@@ -239,11 +227,27 @@ def test_branch_order(family: Family, name: str) -> None:
     first, second = (seen(family, name, how).calls for how in ("on", "different"))
     if family.guidance.layout == "batched":
         n = len(family.guidance.order)
-        pairs = list(zip(first[0].inputs[which].chunk(n), second[0].inputs[which].chunk(n), strict=True))
+        pairs = list(zip(*(parts_of(calls[0].inputs[which], n) or () for calls in (first, second)), strict=True))
     else:
         pairs = [(first[i].inputs[which], second[i].inputs[which]) for i in range(2)]
     for branch, pair in zip(family.guidance.order, pairs, strict=True):
-        assert equal(*pair) == (branch != "cond"), branch
+        assert same_start(*pair) == (branch not in ("cond", "perturbed")), branch
+
+
+@pytest.mark.parametrize(("family", "name"), [case for case in CASES if case[0].companion], ids=lambda case: str(case)[:15])
+def test_a_companion_is_stepped_beside_the_sample(family: Family, name: str) -> None:
+    assert family.companion
+    assert family.companion_scale
+    tiny = make(name)
+    run_seen = record(family, tiny, **{family.companion_scale: 5.0})
+    assert len(run_seen.steps) == len(run_seen.beside) == len(run_seen.calls) == 4
+    for call, step, beside in zip(run_seen.calls, run_seen.steps, run_seen.beside, strict=True):
+        assert call.companion is not None
+        assert torch.equal(torch.as_tensor(step["timestep"]), torch.as_tensor(beside["timestep"]))
+        assert equal(call.inputs[family.companion].chunk(2)[0], beside["sample"])
+        uncond, cond = call.companion.chunk(2)
+        torch.testing.assert_close(uncond + 5.0 * (cond - uncond), beside["model_output"], rtol=1e-4, atol=1e-4)
+    assert not np.array_equal(run_seen.image, seen(family, name).image), "the sound is heard in the picture"
 
 
 @pytest.mark.parametrize("name", EDITS)
@@ -291,7 +295,7 @@ def test_blocks(family: Family, name: str) -> None:
             if key == "res_samples":
                 assert isinstance(value, tuple)
             elif value is None:
-                assert (family.name, block, key) == ("sd3", expected[-1][1], "encoder_hidden_states")
+                assert (family.name[:3], block, key) == ("sd3", expected[-1][1], "encoder_hidden_states")
             elif family.kind == "dit":
                 assert value.shape == inputs[key].shape
     if len(expected[0][0].returns) == 2 and family.kind == "dit":
@@ -310,10 +314,11 @@ def test_prediction_depends_on_every_block_and_condition(family: Family, name: s
 
         def predict(denoiser: nn.Module = denoiser, call: Call = call, **changes: Any) -> torch.Tensor:
             with torch.no_grad():
-                return denoiser(**{**call.inputs, "return_dict": False, **changes})[0]
+                return ask(family, denoiser, {**call.inputs, **changes})
 
         base = predict()
-        assert equal(base, call.prediction)
+        if not family.guidance.bound:  # else the pipeline has perturbed some layers
+            assert equal(base, call.prediction)
         for key in (family.sample, *family.conditioning):
             if call.inputs.get(key) is not None:
                 assert not equal(base, predict(**{key: changed(call.inputs[key])})), key
@@ -329,18 +334,18 @@ def test_prediction_depends_on_every_block_and_condition(family: Family, name: s
 def test_sizes_and_batches(family: Family, name: str) -> None:
     tiny = make(name)
     first = seen(family, name).image
-    changes: dict[str, Any] = {"num_inference_steps": 2}
+    changes: dict[str, Any] = {} if name in FOUR_STEPS else {"num_inference_steps": 2}
     if "strength" in tiny.kwargs:
         changes["strength"] = 1.0
-    if "prompt" in tiny.kwargs and name not in ONE_PROMPT:
-        each = ("prompt", "negative_prompt", *(("image",) if name in PICTURE_EACH else ()))
-        prompts = {key: [tiny.kwargs[key]] * 2 for key in each if key in tiny.kwargs}
+    if {"prompt", "image_embeds"} & set(tiny.kwargs) and name not in ONE_PROMPT:
+        pictures = ("image", "original_image", "mask_image") if name in PICTURE_EACH else ()
+        prompts = doubled(tiny.kwargs) | {key: [tiny.kwargs[key]] * 2 for key in pictures if key in tiny.kwargs}
         assert len(run(tiny, **changes, **prompts)) == 2 * len(first), "batch"
-    call = inspect.signature(tiny.pipe.__call__).parameters  # type: ignore[operator]
+    call = parameters(tiny.pipe)
     many = {"num_images_per_prompt", "num_videos_per_prompt"} & set(call)
     if many and name not in ONE_VIDEO:
         changes[many.pop()] = 2
-    size: Any = tiny.kwargs.get("width", 0)
+    size: Any = 0 if name in ONE_AREA else tiny.kwargs.get("width", 0)
     if size:
         changes["width"] = 2 * size
     if size and "max_area" in tiny.kwargs:
@@ -427,6 +432,7 @@ def needed(cls: type) -> set[str]:
 def test_packages_are_what_diffusers_cannot_do_without(family: Family) -> None:
     found: dict[str, list[str]] = {}
     for name in family.pipelines:
-        for package in needed(getattr(diffusers, name)):
+        modular = "Modular" in name  # whose blocks' modules ask, also for those that a run may do without: a prompt is cleaned in each
+        for package in ["ftfy"] * (family.name == "wan_modular") if modular else needed(getattr(diffusers, name)):
             found.setdefault(package, []).append(name)
     assert {package: sorted(needy) for package, needy in family.packages.items()} == {p: sorted(names) for p, names in found.items()}

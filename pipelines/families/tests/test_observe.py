@@ -8,7 +8,9 @@ import sys
 import diffusers
 import pytest
 import torch
+from cannot import ALWAYS_GUIDED
 from diffgraft import Family, Guidance, Tiny
+from diffgraft.testing.tiny import as_run
 from diffgraft_pipelines.families import FAMILIES
 from diffgraft_pipelines.observe import observe, written
 from diffgraft_pipelines.tiny import make
@@ -20,12 +22,21 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:You have passed 2 text:FutureWarning"),
 ]
 
-CASES = [(family, name) for family in FAMILIES if family.tiny for name in family.pipelines]
+CASES = [(as_run(family, name), name) for family in FAMILIES if family.tiny for name in family.pipelines]
 
-CONTROLS = {"down_block_additional_residuals", "mid_block_additional_residual"}
-"""Of a ControlNet: conditioning that no plugin is to touch."""
-SHARED = {"image_only_indicator"}
-"""Taken by blocks, the same for all."""
+CONTROLS = {
+    "down_block_additional_residuals",
+    "mid_block_additional_residual",
+    "down_intrablock_additional_residuals",
+    "controlnet_block_samples",
+    "controlnet_single_block_samples",
+    "block_controlnet_hidden_states",
+}
+"""Of a ControlNet or an adapter: conditioning that no plugin is to touch."""
+CONTROL_BLOCKS = {"vace_blocks"}
+"""That make what is added behind others, of a control video."""
+SHARED = {"image_only_indicator", "additional_residuals"}
+"""Taken by blocks: the same for all; an adapter's features."""
 
 
 @pytest.mark.parametrize(("family", "name"), CASES, ids=lambda case: case if isinstance(case, str) else "")
@@ -35,20 +46,26 @@ def test_what_is_seen_is_what_the_family_says(family: Family, name: str, request
     observed = observe(lambda: make(name, 0))
     seen, remarks = observed.family, observed.remarks
     assert set(seen.denoisers) <= set(family.denoisers)
-    for fact in ("kind", "sample", "timestep", "timestep_scale", "prediction", "copied_scheduler", "latents"):
+    times = ("timestep", "timestep_scale", "timestep_offset")
+    for fact in ("kind", "sample", *times, "prediction", "turned", "copied_scheduler", "companion", "latents"):
         assert getattr(seen, fact) == getattr(family, fact), fact
     assert seen.branch_prediction in (family.branch_prediction, *(("same",) if seen.appended != family.appended else ()))
     assert seen.appended in ("none", family.appended)
     assert set(seen.common) <= set(family.common)
+    assert set(seen.listed) == set(family.listed)
+    assert set(seen.layered) == set(family.layered)
+    assert set(seen.emptied) <= set(family.emptied)
+    assert bool(seen.emptied) == any(word in name for word in ("DiTControlNet", "Adapter"))
     assert set(seen.conditioning) - CONTROLS <= set(family.conditioning)
     if "condition" not in remarks.get("conditioning", ""):
         assert set(family.conditioning[:1]) <= set(seen.conditioning)
-    for fact in ("layout", "order", "scale", "active", "requires", "doubled"):
-        if family.guidance.layout != "none" or fact == "layout":
+    for fact in ("layout", "order", "scale", "optional", "bound", "over", "active", "requires", "doubled"):
+        if name not in ALWAYS_GUIDED and (family.guidance.layout != "none" or fact == "layout"):
             assert getattr(seen.guidance, fact) == getattr(family.guidance, fact), fact
-    assert [group.path for group in seen.blocks] == [group.path for group in family.blocks]
-    for mine, said in zip(seen.blocks, family.blocks, strict=True):
-        assert (mine.kind, mine.returns, mine.joined) == (said.kind, said.returns, said.joined)
+    groups = [group for group in seen.blocks if group.path not in CONTROL_BLOCKS]
+    assert [group.path for group in groups] == [group.path for group in family.blocks]
+    for mine, said in zip(groups, family.blocks, strict=True):
+        assert (mine.kind, mine.returns, mine.joined, mine.rows) == (said.kind, said.returns, said.joined, said.rows)
         assert set(mine.takes) - SHARED == set(said.takes)
         if family.kind == "unet":
             assert mine.layers == tuple(name for name in said.layers if name in mine.layers)
@@ -66,7 +83,7 @@ def test_what_was_not_seen_is_said() -> None:
     assert "no input of the denoiser holds what is stepped" in remarks["sample"]
     assert "comes to the scheduler as" in remarks["branch_prediction"]
     assert "two conditions could not be tried" in observe(lambda: make("AnimateDiffControlNetPipeline", 0)).remarks["common"]
-    assert "least, extra, packages, one_each, unit_start" in remarks
+    assert "least, extra, packages, one_each, unit_start, companion_scale" in remarks
 
 
 def test_nothing_is_left_on_what_was_watched() -> None:

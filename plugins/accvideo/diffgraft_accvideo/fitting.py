@@ -131,8 +131,8 @@ class AccVideoFitter(LoraFitter):
                 f"accvideo: the trajectories have latents of {here}, and this call {size}: give the --height, --width and -a num_frames= "
                 "that they were collected with"
             )
-        call |= {family.sample: x.to(model.dtype), family.timestep: t * family.timestep_scale, "return_dict": False}
-        v = session.model(**call)[0]
+        call |= {family.sample: x.to(model.dtype), family.timestep: family.told(t)}
+        v = session.predict(call)
         return trajectory_loss(jump(x, v, self.sigmas[i], self.sigmas[i + 1]), there)
 
     def facts(self) -> dict[str, Any]:

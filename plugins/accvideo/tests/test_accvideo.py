@@ -617,7 +617,7 @@ def test_bad_files_and_knobs_are_refused(lora, tmp_path):
         load_pipeline(tiny().pipe, plugins=[AccVideo(lora=tmp_path / "bent.safetensors")])
     with pytest.raises(ConfigError, match="there is no such file"):
         load_pipeline(tiny().pipe, plugins=[AccVideo(lora=tmp_path / "none.safetensors")])
-    with pytest.raises(Unsupported, match="for no denoiser alone"):
+    with pytest.raises(ConfigError, match="names no denoiser"):
         load_pipeline(tiny().pipe, plugins=[AccVideo(lora={})])
     fused = tiny()
     fused.pipe.load_lora_weights(str(lora))

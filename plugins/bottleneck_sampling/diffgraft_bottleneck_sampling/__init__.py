@@ -171,7 +171,7 @@ class BottleneckSampling(Plugin):
     )
     families = ("sd", "latent_consistency", "sdxl", "animatediff", "pixart", "cogvideox", "sd3", "flux", "qwen_image", "wan", "ltx")
     not_on: ClassVar[dict[str, str]] = dict.fromkeys(
-        ("*Img2Img*", "*Inpaint*", "*VideoToVideo*"),
+        ("*Img2Img*", "*Depth2Img*", "*Inpaint*", "*VideoToVideo*", "*SparseControlNet*", "PIA*"),
         "it starts from a given picture, which belongs to one size; use the text-to-image pipeline",
     )
     Config = BottleneckSamplingConfig
@@ -339,11 +339,12 @@ class BottleneckSampling(Plugin):
     def control(self, call: ControlCall, next: Callable[[ControlCall], Any]) -> Any:
         """A ControlNet is asked before the denoiser; it must see what the stage begins from too."""
         if self._begins(call):
-            start, given = self._start(call), call["sample"]
+            start, given = self._start(call), call[call.family.sample]
             x = torch.cat([start] * (given.numel() // start.numel()))  # guidance copies
-            x = call.pipe.scheduler.scale_model_input(x, call.step.t)
+            if call.run.scale_model_input is not None:
+                x = call.run.scale_model_input(x, call.step.t)
             x = x.transpose(1, 2).flatten(0, 1) if start.ndim == 5 else x  # a video's frames are its batch
-            call = call.replace(sample=x.to(given.dtype))
+            call = call.replace(**{call.family.sample: x.to(given.dtype)})
         return next(call)
 
     def denoise(self, call: DenoiseCall, next: Callable[[DenoiseCall], Tensor]) -> Tensor:

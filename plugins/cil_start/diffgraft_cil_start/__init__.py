@@ -41,7 +41,8 @@ class CilStart(Plugin):
     paper = PAPER
     families = ("sd", "sdxl", "animatediff", "svd", "cogvideox", "wan", "ltx")
     not_on: ClassVar[dict[str, str]] = dict.fromkeys(
-        ("*Img2Img*", "*Inpaint*", "*VideoToVideo*"), "it begins in mid-schedule with a noised picture, which is where the data are already"
+        ("*Img2Img*", "*Depth2Img*", "*Inpaint*", "*VideoToVideo*"),
+        "it begins in mid-schedule with a noised picture, which is where the data are already"
     )
     Config = CilStartConfig
     neutral: ClassVar[dict[str, Any]] = {"start": 1.0, "init": "plain"}

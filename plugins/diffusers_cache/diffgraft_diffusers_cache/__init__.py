@@ -2,7 +2,7 @@
 
 The hooks are diffusers' own objects, and what they decide and compute is theirs. What is ours is who calls them: not patched ``forward``s
 that outlive the run, but the hook points of a stack, which know where a run begins, which of its steps and which guidance branch a
-denoiser call is, and what size it has. Each branch of each run gets hooks of its own, and nothing is ever written to the model.
+denoiser call is, and what size it has. Each run gets hooks of its own and each branch its state, and nothing is ever written to the model.
 """
 
 from __future__ import annotations
@@ -26,10 +26,18 @@ __all__ = ["DiffusersCache"]
 __version__ = "0.1.0"
 
 
+UNKNOWN = frozenset({
+    "allegro", "anima", "bria", "chronoedit", "cogview3", "easyanimate", "hunyuan_dit", "hunyuan_dit_pag", "longcat_image",
+    "longcat_image_edit", "ltx2", "ltx2_image", "lumina", "nucleus_moe", "ovis_image", "prx", "sana", "sana_pag", "sana_video", "skyreels",
+    "skyreels_df",
+})  # fmt: skip
+"""Families whose blocks diffusers' registry does not know."""
+
+
 @dataclass
 class Kept:
-    """Of a branch: its cache, for which denoiser and size it is, and which call was the last. Of the run: its times as numbers, and whether
-    it was found to be one that the method can serve."""
+    """Of a branch: its cache, for which denoiser and size it is, and which call was the last. Of the run: its times as numbers, whether it
+    was found to be one that the method can serve, and what its branches share."""
 
     cache: Cache | None = None
     now: Cache | None = None
@@ -37,6 +45,8 @@ class Kept:
     seen: Any = None
     at: int = -1
     served: bool = False
+    lent: tuple[Any, Cache] | None = None
+    """The last cache that was made, and for what: the next branch takes it too, where diffusers keeps the branches' states apart itself."""
     numbers: dict[str, tuple[Any, list[float]]] = field(default_factory=dict)
 
 
@@ -68,9 +78,9 @@ class DiffusersCache(Plugin):
 
     @classmethod
     def claims(cls, family: Family) -> bool:
-        """At every setting: all DiTs but SkyReels, whose blocks diffusers' registry does not know (methods for layers take that too), and
+        """At every setting: all DiTs but those whose blocks diffusers' registry does not know (methods for layers take them too), and
         those that put the text into the stream on the way."""
-        return super().claims(family) and family.name != "skyreels_df" and all(group.joined == "none" for group in family.blocks)
+        return super().claims(family) and family.name not in UNKNOWN and all(group.joined == "none" for group in family.blocks)
 
     @property
     def is_neutral(self) -> bool:
@@ -169,7 +179,7 @@ class DiffusersCache(Plugin):
             if not call.shared.served:
                 ensure_serves(call, self.config, times[begin : begin + step.calls])
                 call.shared.served = True
-            kept.cache, kept.seen = made(call, self.config, times, begin), seen
+            kept.cache, kept.seen = self.cache_of(call, seen, times, begin), seen
         kept.at = step.call
         cache = kept.now = kept.cache
         cache.begin(times[at])
@@ -177,15 +187,25 @@ class DiffusersCache(Plugin):
             cache.latents = lambda: volumes(call)
             sigma = self.numbers(call, "sigmas")[1][at]
             cache.tell(CacheContext(call.branch or "cond", step_index=step.call, num_inference_steps=step.calls, sigma=sigma))
+        else:
+            cache.tell(cache.contexts[call.branch])
         try:
             out = cache.denoised(call, next)
         except BaseException:
-            kept.cache = None  # a forward that fails half-way leaves nothing to reuse
+            kept.cache = call.shared.lent = None  # a forward that fails half-way leaves nothing to reuse
             raise
         finally:
             kept.now = cache.latents = None
         cache.report(call)
         return out
+
+    def cache_of(self, call: DenoiseCall, seen: Any, times: list[float], begin: int) -> Cache:
+        """The cache for a branch that begins. Hooks take about a millisecond to be made, so branches that begin together share them."""
+        at, lent = (*seen, call.step.call), call.shared.lent
+        if lent is None or lent[0] != at or call.branch in lent[1].contexts or not self.config.keeps_branches:
+            lent = call.shared.lent = at, made(call, self.config, times, begin)
+        lent[1].enter(call.branch, call.step.call)
+        return lent[1]
 
     def block(self, call: BlockCall, next: Any) -> Any:
         cache: Cache | None = call.state.now

@@ -13,7 +13,7 @@ from diffusers.hooks.mag_cache import FLUX_MAG_RATIOS, nearest_interp
 from torch import Tensor, nn
 
 from diffgraft_diffusers_cache.knobs import CONFIGS, SKIPS, STACK, DiffusersCacheConfig, knobs_of
-from diffgraft_diffusers_cache.shadow import ModelHook, Place, hooks_for, managers_of
+from diffgraft_diffusers_cache.shadow import ModelHook, Place, hooks_for, let_agree, managers_of
 
 LITE = "proj_out"
 """What TaylorSeer's lite mode extrapolates: the layer that makes the denoiser's output, but for the order of its values."""
@@ -35,6 +35,8 @@ class Cache:
     root: ModelHook | None = None
     """The hook on the denoiser itself."""
     managers: list[Any] = field(default_factory=list)
+    contexts: dict[str | None, CacheContext] = field(default_factory=dict)
+    """The branches that it serves, as diffusers is told them."""
     time: float = INFINITE
     latents: Callable[[], list[Tensor]] | None = None
     turn: int = -1
@@ -45,6 +47,15 @@ class Cache:
     what: str = "layers"
     """What its hooks stand for, in the report."""
     measures: bool = False
+    counts_calls: bool = False
+    """Whether its state is where in the schedule it is (MagCache's)."""
+
+    def enter(self, branch: str | None, late: int) -> None:
+        """A branch begins, at call number ``late`` of the run."""
+        self.contexts[branch] = context = CacheContext(branch or "cond")
+        if self.counts_calls:
+            self.tell(context)
+            self.managers[0].get_state().step_index = late
 
     def begin(self, time: float) -> None:
         """Before a denoiser call."""
@@ -144,7 +155,7 @@ def volumes(call: DenoiseCall) -> list[Tensor]:
 
 
 def made(call: DenoiseCall, knobs: DiffusersCacheConfig, times: list[float], begin: int) -> Cache:
-    """The cache of this branch, for a denoiser that is called for the first time in it.
+    """A cache, for a denoiser that is called for the first time in this branch.
 
     Args:
         times: the scheduler's timesteps; the run begins at number ``begin`` of them.
@@ -153,7 +164,7 @@ def made(call: DenoiseCall, knobs: DiffusersCacheConfig, times: list[float], beg
         ConfigError: MagCache has no ratios for this branch.
     """
     calls, late = call.step.calls, call.step.call  # a branch, or a second denoiser, may begin in mid-run
-    cache = Cache(what="blocks" if knobs.method in STACK else "layers", measures=knobs.measures)
+    cache = Cache(what="blocks" if knobs.method in STACK else "layers", measures=knobs.measures, counts_calls=knobs.method == "mag")
     told: dict[str, Any] = {"branches": len(call.branches), "calls": calls}
     if knobs.method == "mag" and not knobs.measures:
         told["ratios"] = ratios_for(knobs, call.branch or "cond", len(times), begin, calls)
@@ -161,13 +172,11 @@ def made(call: DenoiseCall, knobs: DiffusersCacheConfig, times: list[float], beg
     if knobs.method == "taylorseer" and knobs.disable_cache_after_step is not None:
         config.disable_cache_after_step = max(knobs.disable_cache_after_step - late, 1)
     hooks = hooks_for(knobs.method, call.model, config)
+    let_agree(hooks, call.agree)
     cache.managers = managers_of(hooks)
     (cache.root,) = hooks.pop("", [None])
     model = root_of(call.model)
     cache.places = {path: Place(model.get_submodule(path), group) for path, group in hooks.items()}
-    cache.tell(CacheContext(call.branch or "cond"))
-    if knobs.method == "mag":
-        cache.managers[0].get_state().step_index = late
     return cache
 
 

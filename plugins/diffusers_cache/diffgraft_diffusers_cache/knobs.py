@@ -175,6 +175,12 @@ class DiffusersCacheConfig(PluginConfig):
         return self.method == "mag" and self.mag_ratios == "measure"
 
     @property
+    def keeps_branches(self) -> bool:
+        """Whether one set of hooks has a state for each branch, so that branches can share it: by diffusers' contexts, which PAB and
+        FasterCache do not know, and not where ratios differ from branch to branch."""
+        return self.method not in ("pab", "faster") and not isinstance(self.mag_ratios, dict)
+
+    @property
     def options(self) -> dict[str, Any]:
         """What was set, as the fields of diffusers' config."""
         found = {name: getattr(self, name) for name in knobs_of(self.method) if getattr(self, name) is not None}

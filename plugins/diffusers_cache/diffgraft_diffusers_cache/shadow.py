@@ -38,6 +38,8 @@ APPLY: Mapping[str, Callable[[nn.Module, Any], None]] = {
 """method -> diffusers' function that puts its hooks on a model."""
 OWN = ("forward", "processor", "_diffusers_hook", "_compiled_call_impl", "_hf_hook", "_old_forward")
 """Attributes of a module that others put there to change what it runs."""
+DECISIONS = ("_should_compute_remaining_blocks", "resolve_gate")
+"""What First Block Cache's hook and SeaCache's shared state call their decision whether this step computes."""
 DEEP = 99
 
 
@@ -78,6 +80,19 @@ def managers_of(hooks: Mapping[str, list[ModelHook]]) -> list[StateManager]:
     """What holds the hooks' state, each once."""
     found = {id(v): v for group in hooks.values() for hook in group for v in vars(hook).values() if isinstance(v, StateManager)}
     return list(found.values())
+
+
+def let_agree(hooks: Mapping[str, list[ModelHook]], agree: Callable[[bool], bool]) -> None:
+    """Have every decision by data go through ``agree``: ranks that run a denoiser together see other tokens."""
+    deciding = {id(part): part for group in hooks.values() for hook in group for part in (hook, getattr(hook, "shared_state", None))}
+    for part in deciding.values():
+        for name in DECISIONS:
+            if own := getattr(part, name, None):
+                setattr(part, name, partial(agreed, agree, own))
+
+
+def agreed(agree: Callable[[bool], bool], own: Callable[..., bool], *args: Any) -> bool:
+    return agree(own(*args))  # check: allow host_sync because First Block Cache reads one value a step
 
 
 class Place:

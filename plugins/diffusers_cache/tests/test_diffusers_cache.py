@@ -13,8 +13,10 @@ import numpy as np
 import pytest
 import torch
 from diffgraft import ConfigError, Conflict, Effects, Paper, Plugin, PluginConfig, Unsupported, load_pipeline
+from diffgraft.installed import registry
+from diffgraft.testing.ranks import answered
 from diffgraft_diffusers_cache import DiffusersCache
-from diffgraft_diffusers_cache.cache import Cache, config_for
+from diffgraft_diffusers_cache.cache import Cache, config_for, made
 from diffgraft_diffusers_cache.knobs import CONFIGS, RANGES, SKIPS, TOLD, DiffusersCacheConfig, knobs_of
 from diffgraft_diffusers_cache.shadow import APPLY, hooks_for, shadow_of
 from diffgraft_pipelines.tiny import make
@@ -322,6 +324,79 @@ def test_attention_that_was_never_computed_is_not_reused():
     assert skipped(ours) > 0
 
 
+@pytest.mark.parametrize("method", ["first_block, all", "mag", "taylorseer"])
+def test_runs_of_every_kind_in_a_row(method):
+    """Other lengths, batches, guidance and sizes, with an interrupted run behind each."""
+    runs = [
+        {},
+        {"num_inference_steps": 5},
+        {"num_images_per_prompt": 2},
+        {"true_cfg_scale": 1.0},
+        {"height": 32, "width": 48},
+        {"prompt": ["a", "b c"], "negative_prompt": ["x", "y"]},
+        {},
+    ]
+
+    def broken(pipe, i, t, kwargs):
+        if i == 2:
+            raise KeyboardInterrupt
+        return kwargs
+
+    ours = tiny(**KNOBS[method])
+    for kwargs in runs:
+        fresh = theirs("FluxPipeline", KNOBS[method], steps=kwargs.get("num_inference_steps", STEPS))
+        assert (run(ours, **kwargs) == run(fresh, **kwargs)).all()
+        with pytest.raises(KeyboardInterrupt):
+            run(ours, **kwargs, callback_on_step_end=broken)
+
+
+@pytest.mark.parametrize("method", ["first_block, all", "mag", "pab"])
+def test_two_pipelines_on_one_denoiser_at_once(method):
+    """The second one runs in a callback of the first one's run."""
+    a, b = tiny(**KNOBS[method]), make("FluxImg2ImgPipeline")
+    b.pipe = FluxImg2ImgPipeline.from_pipe(a.pipe)
+    b.pipe.scheduler = type(a.pipe.scheduler).from_config(a.pipe.scheduler.config)
+    b.pipe.set_progress_bar_config(disable=True)
+    b.pipe = load_pipeline(b.pipe, {"diffusers_cache": KNOBS["taylorseer"]})
+    alone, inside = (run(a), run(b)), []
+
+    def within(pipe, i, t, kwargs):
+        if i == 4:
+            inside.append(run(b))
+        return kwargs
+
+    assert (run(a, callback_on_step_end=within) == alone[0]).all()
+    assert (inside[0] == alone[1]).all()
+
+
+def test_branches_share_their_hooks(monkeypatch):
+    """They take a millisecond to be made; where diffusers keeps no state for each branch, each has hooks of its own."""
+    made_for = []
+    monkeypatch.setattr("diffgraft_diffusers_cache.made", lambda *a: (made_for.append(1), made(*a))[1])
+    for method, times in (("first_block, all", 1), ("taylorseer", 1), ("pab", 2)):
+        made_for.clear()
+        run(tiny(**KNOBS[method]))
+        assert len(made_for) == times
+
+
+def test_what_branches_share_is_counted_once():
+    """First Block Cache holds the same for each of two branches, so guidance doubles it."""
+    ours, sizes = tiny(**KNOBS["first_block, all"]), []
+    for scale in (1.0, 3.0):
+        run(ours, true_cfg_scale=scale, negative_prompt="a red apple on the left")
+        sizes.append(told(ours).state_bytes)
+    assert sizes[0] > 0
+    assert sizes[1] - sizes[0] < 1.1 * sizes[0]
+
+
+def test_in_one_whole_graph_it_is_refused():
+    """diffusers' hooks end in an error of dynamo's there."""
+    ours = tiny(**KNOBS["first_block"])
+    ours.pipe.transformer.compile(fullgraph=True, backend="eager")
+    with pytest.raises(Unsupported, match="fullgraph"):
+        run(ours)
+
+
 # no trace ---------------------------------------------------------------------------------------------------------------------------------
 
 
@@ -626,3 +701,32 @@ def test_layers_compare_numbers():
 def test_a_seam_in_the_stream_is_refused(name, method):
     with pytest.raises(Unsupported, match=rf"{name} puts the text into the stream before single_transformer_blocks\.0"):
         load_pipeline(make(name).pipe, plugins={"diffusers_cache": {"method": method}})
+
+
+@pytest.mark.parametrize(("name", "method"), [("FluxPipeline", "first_block, all"), ("WanPipeline", "sea")])
+def test_ranks_decide_together(name, method):
+    """Whatever this rank sees, what was agreed on is done: here that every step is computed."""
+    ours = tiny(name, **KNOBS[method])
+    run(ours)
+    assert skipped(ours) > 0
+    asked = []
+    with answered(lambda value: (asked.append(value), True)[1]):
+        run(ours)
+    assert skipped(ours) == 0
+    assert asked
+
+
+JOINED_NOWHERE = [
+    family
+    for family in registry.families().values()
+    if family.tiny and family.is_among(("dits",)) and all(group.joined == "none" for group in family.blocks)
+]
+
+
+@pytest.mark.parametrize("family", JOINED_NOWHERE, ids=lambda family: family.name)
+def test_the_unknown_families_are_those_that_diffusers_does_not_know(family):
+    """It names them, because a claim is made of a family without a model; here a model of each is asked."""
+    made = make(family.pipelines[0])
+    known = contextlib.nullcontext() if DiffusersCache.claims(family) else pytest.raises(Unsupported, match="diffusers cannot put it on")
+    with known:
+        load_pipeline(made.pipe, plugins={"diffusers_cache": KNOBS["first_block, all"]})

@@ -17,7 +17,17 @@ from diffusers.guiders import BaseGuidance
 from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
-from diffgraft_diffusers_guider.guiders import build, checked_options, class_of, dropout_of, may_stop, perturbs
+from diffgraft_diffusers_guider.guiders import (
+    build,
+    checked_options,
+    class_of,
+    dropout_of,
+    ensure_axes,
+    may_stop,
+    perturbs,
+    remarks,
+    stays_zero,
+)
 from diffgraft_diffusers_guider.perturbed import ensure_layers, perturbed
 
 __all__ = ["DiffusersGuider"]
@@ -70,6 +80,10 @@ class Guiding:
     cond: Tensor | None = None
     extra: Tensor | None = None
     """This step's prediction of the conditional branch with layers perturbed, as the denoiser gave it."""
+    whole: bool = False
+    """Whether a batch of both branches is asked whole although the guider wants one: another plugin keeps what blocks return for it."""
+    asked: set[str] = field(default_factory=set)
+    """Every prediction that it has wanted in this run."""
 
 
 class DiffusersGuider(Plugin):
@@ -86,7 +100,7 @@ class DiffusersGuider(Plugin):
     )
     families = (
         *("sd", "sd_upscale", "sdxl", "animatediff", "dit", "pixart", "cogvideox", "sd3", "flux", "flux_kontext", "qwen_image"),
-        *("qwen_image_edit", "wan", "ltx", "ltx_image", "chroma"),
+        *("qwen_image_edit", "wan", "ltx", "ltx_image", "chroma", "sdxl_modular", "flux_modular", "wan_modular"),
     )
     Config = DiffusersGuiderConfig
     State = Guiding
@@ -131,6 +145,7 @@ class DiffusersGuider(Plugin):
             )
         if set(family.guidance.order) != {"cond", "uncond"}:
             raise Unsupported(f"diffusers_guider: {family.name} has the branches {', '.join(family.guidance.order)}; guiders know two")
+        ensure_axes(guider, {"packed": 3}.get(family.latents, len(family.latents)) if family.latents != "pixels" else 4)
         ensure_layers(guider, target)
 
     def run(self, call: RunCall, next: Any) -> Any:
@@ -153,10 +168,35 @@ class DiffusersGuider(Plugin):
         scale = call.family.guidance.scale
         if self.own_scale and call.get(scale) is not None:
             call.note(f"the call's {scale} only switches guidance on and off; {name} has its own scale")
+        call.shared.whole = self.ensure_place(call)
+        for remark in remarks(self.template):
+            call.note(remark)
         result = next(call)
-        if call.shared.call < 0:
+        shared: Guiding = call.shared
+        if shared.call < 0:
             call.note(f"inactive: guidance was off in this run, there was nothing to guide; {name} wants the call's {scale} above 1")
+        elif (self.perturbs or "pred_uncond") not in shared.asked:
+            what = "no layer was perturbed" if self.perturbs else "no step was guided"
+            total = shared.guider._num_inference_steps
+            call.note(f"{what}: {name}'s options want that in none of this run's {total} steps; widen the interval, or take more steps")
         return result
+
+    def ensure_place(self, call: RunCall) -> bool:
+        """Whether a batch of both branches must be asked whole, because another plugin keeps what blocks return for its rows.
+
+        Raises:
+            Unsupported: layers are to be perturbed in one branch alone, and a plugin further out works inside the forward of both.
+        """
+        if call.family.guidance.layout != "batched":
+            return False
+        entries = [entry for entry in call.run.entries if entry is call.entry or not entry.plugin.is_neutral]
+        outer = [e for e in entries[: entries.index(call.entry)] if {"block", "attention"} & set(e.plugin.points())]
+        if outer and self.perturbs:
+            raise Unsupported(
+                f"diffusers_guider: {outer[0].name} works inside the denoiser on the rows of both branches, and "
+                f"{type(self.template).__name__} asks for one alone, with layers perturbed; put diffusers_guider before {outer[0].name}"
+            )
+        return bool(outer) or any("blocks" in entry.plugin.effects.skips for entry in entries)
 
     # the denoiser's calls -----------------------------------------------------------------------------------------------------------
 
@@ -165,7 +205,8 @@ class DiffusersGuider(Plugin):
             return next(call)
         shared: Guiding = call.shared
         wanted = self.begin(call, call.run.guidance_scale(call.model_name))
-        if "pred_uncond" not in wanted and "uncond" in call.branches and (len(call.branches) > 1 or shared.cond is not None):
+        several = len(call.branches) > 1
+        if "pred_uncond" not in wanted and "uncond" in call.branches and (not shared.whole if several else shared.cond is not None):
             out = self.without_uncond(call, next)
         elif "pred_uncond" in wanted and self.perturbs == "pred_uncond" and "uncond" in call.branches:
             out = torch.cat([self.branch(call, name, next) for name in call.branches])
@@ -207,7 +248,7 @@ class DiffusersGuider(Plugin):
         """The names of the predictions that the guider wants at this step; its state is set at the step's first call."""
         shared, step = call.shared, call.step
         if shared.guider is None or step.call < shared.call:
-            shared.__init__(guider=deepcopy(self.template))
+            shared.__init__(guider=deepcopy(self.template), whole=shared.whole, asked=shared.asked)
         guider = shared.guider
         if step.call != shared.call:
             if not self.own_scale and isinstance(scale, (int, float)):
@@ -216,7 +257,9 @@ class DiffusersGuider(Plugin):
             if step.index != shared.index or not shared.wanted:  # a solver's second call in a step is no new one: what is kept stays
                 shared.wanted = guider.prepare_inputs({})
             shared.call, shared.index, shared.cond, shared.extra = step.call, step.index, None, None
-        return {getattr(batch, guider._identifier_key) for batch in shared.wanted}
+        wanted = {getattr(batch, guider._identifier_key) for batch in shared.wanted}
+        shared.asked |= wanted
+        return wanted
 
     # the formula --------------------------------------------------------------------------------------------------------------------
 
@@ -238,6 +281,8 @@ class DiffusersGuider(Plugin):
             said = predictions[getattr(batch, shared.guider._identifier_key)]
             batch.noise_pred = said.flatten(1) if flat else said
         pred = shared.guider(shared.wanted)[0].view_as(call.cond)
+        if stays_zero(shared.guider):
+            pred = torch.zeros_like(call.cond)
         for batch in shared.wanted:
             batch.noise_pred = None
         shared.cond = shared.extra = None

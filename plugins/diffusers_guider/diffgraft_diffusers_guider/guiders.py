@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, get_type_hints
 
 import diffusers
-from diffgraft import ConfigError, nearest
+from diffgraft import ConfigError, Unsupported, nearest
 from diffusers import guiders
 from diffusers.guiders import BaseGuidance
 from pydantic import ConfigDict, TypeAdapter, ValidationError
@@ -19,6 +19,12 @@ LAYERS = ("skip_layer_config", "auto_guidance_config", "seg_guidance_config")
 PERTURBED = {"pred_cond_skip", "pred_cond_seg"}
 """Predictions of the conditional branch with layers perturbed."""
 NOT_HERE = {"LTX2Guidance": "it works on clean samples of sound and picture that only the LTX-2 pipeline makes"}
+
+UNREAD = {"seg_blur_threshold_inf": "diffusers 0.42.1 reads it nowhere, the threshold of its blur is fixed at 9999.9"}
+"""Options that a class takes and nobody looks at."""
+MEAN_UP_TO = 9999.9
+"""The sigma of SmoothedEnergyGuidance up to which diffusers 0.42.1 takes the mean of all queries: its two cases are the wrong way round."""
+AXES = "adaptive_projected_guidance_norm_dim"
 
 NAMES = tuple(
     sorted(
@@ -58,15 +64,26 @@ def checked_options(cls: type[BaseGuidance], options: Mapping[str, Any]) -> dict
         hint = hint | None if parameters[name].default is None else hint
         if name.endswith("_config"):
             hint = hint | dict[str, Any] | list[dict[str, Any]]  # of all such options, whatever the signature says of each
-        try:
-            found[name] = TypeAdapter(hint, config=None if is_model(hint) else ConfigDict(arbitrary_types_allowed=True)).validate_python(
-                value, strict=True
-            )
-        except ValidationError as error:
-            raise ValueError(f"{name} = {value!r}: {error.errors()[0]['msg']}; {cls.__name__} takes {wording(hint)}") from None
+        adapter = TypeAdapter(hint, config=None if is_model(hint) else ConfigDict(arbitrary_types_allowed=True))
+        said: list[str] = []
+        for given in (value, *alike(value)):
+            try:
+                found[name] = adapter.validate_python(given, strict=True)
+                break
+            except ValidationError as error:
+                said.append(error.errors()[0]["msg"])
+        if name not in found:
+            raise ValueError(f"{name} = {value!r}: {said[0]}; {cls.__name__} takes {wording(hint)}")
+        if name in UNREAD:
+            raise ValueError(f"{name} = {value!r}: {UNREAD[name]}; leave it out")
         if any(isinstance(number, float) and not math.isfinite(number) for number in numbers_in(found[name])):
             raise ValueError(f"{name} = {value!r} is not finite")
     return found
+
+
+def alike(value: Any) -> tuple[Any, ...]:
+    """The same numbers as a tuple or as a list: JSON and the command line know lists alone, and signatures name either."""
+    return (tuple(value),) if isinstance(value, list) else (list(value),) if isinstance(value, tuple) else ()
 
 
 def is_model(hint: Any) -> bool:
@@ -100,6 +117,8 @@ def build(guider: str | BaseGuidance, options: Mapping[str, Any]) -> BaseGuidanc
             raise ConfigError(f"plugin 'diffusers_guider': options of {guider}: {error}") from error
     else:
         made = copy.deepcopy(guider)
+    if getattr(made, "seg_blur_sigma", 1.0) <= 0:
+        raise ConfigError(f"plugin 'diffusers_guider': options of {type(made).__name__}: seg_blur_sigma = {made.seg_blur_sigma}: above 0")
     unknown = set(made._input_predictions) - PERTURBED - {"pred_cond", "pred_uncond"}
     if unknown:
         raise ConfigError(
@@ -130,6 +149,32 @@ def perturbs(guider: BaseGuidance) -> str | None:
 def dropout_of(guider: BaseGuidance) -> bool:
     """Whether it draws noise: layers dropped with a probability between 0 and 1."""
     return any(0 < getattr(layers, "dropout", 1.0) < 1 for layers in layers_of(guider))
+
+
+def ensure_axes(guider: BaseGuidance, ndim: int) -> None:
+    """Raises Unsupported where norms are to be taken over axes that predictions of ``ndim`` axes have not, or over that of the samples."""
+    axes = getattr(guider, AXES, None)
+    if axes is None:
+        return
+    given = (axes,) if isinstance(axes, int) else tuple(axes)
+    if not given or len({axis % ndim for axis in given}) < len(given) or not all(-ndim < axis < ndim and axis for axis in given):
+        raise Unsupported(
+            f"diffusers_guider: {type(guider).__name__}: {AXES} = {axes!r}: predictions here have {ndim} axes, the first that of the "
+            f"samples; give one or more of 1 to {ndim - 1} (or -1 to {1 - ndim}), each once, or leave it out for all of them"
+        )
+
+
+def stays_zero(guider: BaseGuidance) -> bool:
+    """Whether this is a step of CFG-Zero*'s zero-init: diffusers' rescaling after it would divide zero by zero."""
+    return bool(guider._enabled and guider._step < getattr(guider, "zero_init_steps", 0))
+
+
+def remarks(guider: BaseGuidance) -> list[str]:
+    """What a user of these options ought to know of diffusers 0.42.1, for the report."""
+    sigma = getattr(guider, "seg_blur_sigma", None)
+    if sigma is None or sigma > MEAN_UP_TO:
+        return []
+    return [f"seg_blur_sigma = {sigma}: diffusers 0.42.1 blurs by the mean of all queries for every sigma up to {MEAN_UP_TO}"]
 
 
 def may_stop(guider: BaseGuidance) -> bool:

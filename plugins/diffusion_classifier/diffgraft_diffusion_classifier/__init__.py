@@ -68,7 +68,7 @@ class DiffusionClassifier(Plugin):
     not_on: ClassVar[dict[str, str]] = {
         f"*{word}*": "it takes more than a prompt, and what is scored is a text-to-image model: put the plugin on that pipeline of the "
         "same parts (AutoPipelineForText2Image.from_pipe)"
-        for word in ("Img2Img", "Inpaint", "ControlNet")
+        for word in ("Img2Img", "Depth2Img", "Inpaint", "ControlNet", "AdapterPipeline")
     }
     Config = DiffusionClassifierConfig
     neutral: ClassVar[dict[str, Any]] = {"scores": False}

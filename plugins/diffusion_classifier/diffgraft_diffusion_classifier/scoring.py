@@ -165,10 +165,10 @@ class Scorer:
         with self.pipe.plugins.session() as session:
             for index, (level, drawn) in enumerate(zip(self.levels, bank, strict=True)):
                 noise = drawn.to(self.device, non_blocking=True)[None]
-                told = torch.full_like(timestep, level.t * self.family.timestep_scale)
+                told = torch.full_like(timestep, self.family.told(level.t))
                 session.at(Step(index=index, total=len(self.levels), t=told, sigma=None))
                 arguments = {self.family.sample: noised(z, noise, level).to(sample.dtype), self.family.timestep: told}
-                prediction = session.model(**{**asked, **arguments})[0]
+                prediction = session.predict({**asked, **arguments})
                 found.append(error(prediction, target(self.kind, z, noise, level), self.config.norm))
         self.forwards += sum(session.report.forwards.values())
         return torch.stack(found, 1)

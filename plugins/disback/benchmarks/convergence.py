@@ -11,7 +11,7 @@ Arms, from the same seed, prompts, rates and batches, all of the same number of 
 
 Before some of the steps the student draws held-out captions, from the same noise in all arms: Frechet distance of the judge's features to
 true pictures (one object), and how many pictures the judge finds right (all of it; the object; pairs of objects). Finished runs are kept
-in --out.
+in --out; OUT.png shows them.
 """
 
 from __future__ import annotations
@@ -116,6 +116,7 @@ def main(
     batch: int = 8,
     one: Annotated[int, typer.Option(help="Held-out captions of one object.")] = 96,
     pairs: Annotated[int, typer.Option(help="And of two.")] = 64,
+    looks: Annotated[str, typer.Option(help="Steps before which it looks, comma-separated; else every 8th, later 16th.")] = "",
 ) -> None:
     """Train, look, and write one JSON a run; then the table."""
     out.mkdir(parents=True, exist_ok=True)
@@ -123,6 +124,8 @@ def main(
     pipe.set_progress_bar_config(disable=True)
     sight, examples = Sight(pipe, one, pairs), prompts()
     at = sorted({step for step in (*range(0, 73, 8), *range(72, steps, 16), steps) if step <= steps})
+    if looks:
+        at = sorted(set(map(int, looks.split(","))))
     for seed in map(int, seeds.split(",")):
         for arm in arms.split(","):
             path = out / f"{arm}-{seed}.json"
@@ -139,6 +142,34 @@ def main(
             path.write_text(json.dumps({**about, "curve": row}, indent=1))
             draw(out / f"{arm}-{seed}.png", sheet)
     print(table(out))
+    curves(out)
+
+
+def curves(out: Path) -> None:
+    """OUT.png: the Frechet distance over steps of the optimizer and of the student, seen in all seeds; bands are their range."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.2), constrained_layout=True)
+    for arm, points in ARMS.items():
+        if seen := looks_of(out, arm):
+            values = np.array([[each["frechet"] for each in looks] for looks in seen])
+            for axis, key in zip(axes, ("step", "students"), strict=True):
+                x = [looks[0][key] for looks in seen]
+                axis.plot(x, values.mean(1), "o-", markersize=3, label=f"N = {points} ({arm})")
+                axis.fill_between(x, values.min(1), values.max(1), alpha=0.25)
+    axes[0].set(xlabel="steps of the optimizer, first stage included", ylabel="Frechet distance")
+    axes[1].set(xlabel="steps of the student")
+    axes[0].legend()
+    figure.savefig(out.with_suffix(".png"), dpi=100)
+
+
+def looks_of(out: Path, arm: str) -> list[tuple[dict[str, float], ...]]:
+    """What the seeds of an arm saw at the steps before which all of them were looked at, by step."""
+    seen = [{look["step"]: look for look in json.loads(each.read_text())["curve"]} for each in sorted(out.glob(f"{arm}-*.json"))]
+    return [tuple(each[step] for each in seen) for step in sorted(set.intersection(*map(set, seen)))] if seen else []
 
 
 def draw(path: Path, sheet: list[Any]) -> None:
@@ -155,10 +186,9 @@ def draw(path: Path, sheet: list[Any]) -> None:
 
 def table(out: Path) -> str:
     """Means over seeds by total steps, least and greatest in brackets."""
-    runs = {arm: [json.loads(each.read_text())["curve"] for each in sorted(out.glob(f"{arm}-*.json"))] for arm in ARMS}
     lines = ["| arm | steps | of the student | Frechet | one object right | pairs right |", "|---|---|---|---|---|---|"]
-    for arm, curves in runs.items():
-        for looks in zip(*curves, strict=True):
+    for arm in ARMS:
+        for looks in looks_of(out, arm):
             cells = [
                 f"{np.mean(v):.2f} ({min(v):.2f} to {max(v):.2f})"
                 for key in ("frechet", "right", "pairs")

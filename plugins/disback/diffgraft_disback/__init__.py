@@ -64,7 +64,7 @@ class DisBack(Plugin):
     )
     families = ("sd", "sdxl")
     not_on: ClassVar[dict[str, str]] = dict.fromkeys(
-        ("*Img2Img*", "*Inpaint*", "*InstructPix2Pix*"), "its one step begins in pure noise, and not with a picture"
+        ("*Img2Img*", "*Depth2Img*", "*Inpaint*", "*InstructPix2Pix*"), "its one step begins in pure noise, and not with a picture"
     )
     Config = DisBackConfig
     neutral: ClassVar[dict[str, Any]] = {"one_step": False}

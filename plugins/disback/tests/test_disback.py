@@ -18,6 +18,7 @@ from diffgraft_disback.weights import LAYOUT
 from diffgraft_pipelines.tiny import make
 from diffusers import DDIMScheduler, EDMEulerScheduler, EulerDiscreteScheduler, LCMScheduler, UNet2DConditionModel
 from safetensors.torch import load_file
+from torch.overrides import TorchFunctionMode
 
 CASES = cover(contract_cases("disback"), seed=__version__)
 """Each check once and each family once; which meet changes with the version. All of them: ``diffgraft check``, or without ``cover``."""
@@ -354,6 +355,113 @@ def test_without_a_path_it_is_distribution_matching_bit_for_bit(tmp_path):
     assert mine.keys() == plain.keys()
     assert all(torch.equal(value, plain[key]) for key, value in mine.items())
     assert any(value.any() for key, value in mine.items() if "lora_B" in key or "lora.up" in key)
+
+
+class Draws(TorchFunctionMode):
+    """What is drawn, in order."""
+
+    def __init__(self):
+        super().__init__()
+        self.made = []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if func in (torch.randn, torch.rand):
+            self.made.append(out.clone())
+        return out
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
+def test_both_stages_are_the_loop_in_plain_torch(tmp_path, kind):
+    """Losses and the student's weights, by a loop written from the paper and the README: LoRA merged by hand, no peft, nothing of ours.
+
+    Given to it are the first weights of the two LoRA, the numbers that are drawn (z, the time's u, the noise e) and the prompts.
+    """
+    steps, N, record, stay, every, low, high, scale, rate, fake_rate = 8, 2, 3, 2, 2, 0.1, 0.9, 3.0, 1e-3, 2e-3
+    first, draws, prompts = {}, [], []
+
+    class Seen(DisBackFitter):
+        def loss(self, session, batch):
+            if not first:
+                first.update({n: p.detach().double() for n, p in self.trained.named_parameters() if ".fit." in n or ".fake." in n})
+            with Draws() as drawn:
+                losses = super().loss(session, batch)
+            draws.append([each.double() for each in drawn.made[-3:]])  # before them the pipeline draws its own
+            prompts.append([each.prompt for each in batch.examples])
+            return losses
+
+    class Seeing(DisBack):
+        fitting = Seen
+
+    made = make("StableDiffusionPipeline")
+    pipe = made.pipe
+    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, prediction_type=kind)
+    pipe.to(torch.float64)
+    knobs = {"path": N, "record": record, "stay": stay, "student_every": every, "t_low": low, "t_high": high}
+    knobs |= {"teacher_guidance": scale, "rate": rate, "fake_rate": fake_rate, "rank": 2}
+    out = tmp_path / "student.safetensors"
+    found = fit(pipe, Seeing(), EXAMPLES, SETTINGS, out, FitPlan(steps, 2), knobs=knobs)
+
+    base = {n: p.detach() for n, p in pipe.unet.named_parameters()}
+    abar = pipe.scheduler.alphas_cumprod.double()
+    live = {n: p.clone().requires_grad_() for n, p in first.items()}
+    groups = [{"params": [p for n, p in live.items() if f".{name}." in n], "lr": lr} for name, lr in (("fit", rate), ("fake", fake_rate))]
+    adam = torch.optim.Adam(groups, betas=(0.0, 0.999))
+
+    def words(texts):
+        ids = pipe.tokenizer(texts, padding="max_length", max_length=pipe.tokenizer.model_max_length, truncation=True, return_tensors="pt")
+        with torch.no_grad():
+            return pipe.text_encoder(ids.input_ids)[0]
+
+    def ask(x, t, text, name=None, lora=live):
+        weights = dict(base)
+        for key in lora:
+            if f".lora_A.{name}." in key:
+                layer, down, up = key.split(".lora_A.")[0] + ".weight", lora[key], lora[key.replace(".lora_A.", ".lora_B.")]
+                weights[layer] = base[layer] + (up.flatten(1) @ down.flatten(1)).view_as(base[layer])
+        return torch.func.functional_call(pipe.unet, weights, (x, t, text)).sample
+
+    def at(t):
+        return abar[t].sqrt().view(-1, 1, 1, 1), (1 - abar[t]).sqrt().view(-1, 1, 1, 1)
+
+    def clean(x, prediction, t):
+        a, s = at(t)
+        return (x - s * prediction) / a if kind == "epsilon" else a * x - s * prediction
+
+    theta, losses = {}, []
+    for step, ((z, u, e), texts) in enumerate(zip(draws, prompts, strict=True)):
+        for k in range(1, N):
+            if step == round(k * record / N):
+                theta[k] = {n: p.detach().clone() for n, p in live.items()}
+        text, last, moves = words(texts), torch.full((len(z),), len(abar) - 1), step >= record and (step - record) % every == 0
+        with torch.set_grad_enabled(moves):
+            x = clean(z, ask(z, last, text, "fit"), last)
+        t = ((low + (high - low) * u) * len(abar)).long()
+        a, s = at(t)
+        noisy = a * x.detach() + s * e
+        prediction = ask(noisy, t, text, "fake")
+        loss = (prediction - (e if kind == "epsilon" else a * e - s * x.detach())).square().mean()
+        if moves:
+            k = max(N - 1 - (step - record) // stay, 0)
+            with torch.no_grad():
+                target = [ask(noisy, t, each, "fake" if k else None, theta.get(k, {})) for each in (text, words([""] * len(z)))]
+                real = clean(noisy, target[1] + scale * (target[0] - target[1]), t)
+                gradient = (clean(noisy, prediction, t) - real) / (x - real).abs().mean((1, 2, 3), keepdim=True)
+            loss = loss + 0.5 * (x - (x - gradient).detach()).square().mean()
+        for group, largest in zip(adam.param_groups, (rate, fake_rate), strict=True):
+            group["lr"] = largest * min(1, (step + 1) / 20)
+        adam.zero_grad()
+        loss.backward()
+        adam.step()
+        losses.append(float(loss.detach()))
+    assert losses == pytest.approx(found.facts["fit"]["losses"], rel=2e-6)
+    learned = load_file(out)
+    for name, value in live.items():
+        if ".fit." in name:
+            key = next(key for key in learned if key.endswith(name.replace(".fit", "")))
+            assert torch.allclose(learned[key].double(), value.detach(), rtol=0, atol=5e-5), name
+    moved = max(float((value.detach() - first[name]).abs().max()) for name, value in live.items() if ".fit." in name)
+    assert moved > 4e-4  # of which the 5e-5 are a small part
 
 
 def test_a_perfect_student_is_left_alone():

@@ -31,10 +31,11 @@ from diffgraft import (
     denoisers_of,
 )
 from diffgraft.methods.adapters import adapter_layers, removable_layers, without_adapters
-from diffgraft.methods.conditioning import Conditioning, PromptWatch, same_text_encoders
+from diffgraft.methods.conditioning import Conditioning, PromptWatch, ask, same_text_encoders
 from diffgraft.methods.inputs import parameters
 from diffgraft.methods.predictions import known_kind
-from diffusers import DiffusionPipeline
+from diffgraft.methods.second import dtype_difference
+from diffusers import DiffusionPipeline, ModularPipeline
 from pydantic import Field
 from torch import Tensor
 
@@ -52,7 +53,7 @@ class DiversityDistillationConfig(PluginConfig):
     """Knobs of :class:`DiversityDistillation`."""
 
     steps: int = Field(1, ge=0, description="k: the base answers the first k steps of a run, the distilled model the others; 0 is off")
-    model: str | Path | DiffusionPipeline | None = Field(
+    model: str | Path | DiffusionPipeline | ModularPipeline | None = Field(
         None, description="B: the base pipeline (bundled name, folder, Hub id, live); none: the pipeline's own denoiser with its LoRA off"
     )
     guidance_scale: float = Field(
@@ -141,13 +142,8 @@ class DiversityDistillation(Plugin):
                 "base's own schedule would; leave base_steps out, then the base answers the first steps of this run"
             )
         base = target.given["model"]
-        for name, denoiser in target.denoisers.items():
-            model = getattr(base, name, None)
-            if model is not None and model.dtype != denoiser.dtype:
-                raise Unsupported(
-                    f"diversity_distillation: model: its {name} is in {model.dtype}, this one in {denoiser.dtype}; "
-                    f"bring it here with model.to({denoiser.dtype})"
-                )
+        if (why := dtype_difference(pipe, base, family)) is not None:
+            raise Unsupported(f"diversity_distillation: model = {type(base).__name__} does not fit: {why}")
 
     def run(self, call: RunCall, next: Callable[[RunCall], Any]) -> Any:
         config, shared = self.config, call.shared
@@ -256,7 +252,7 @@ class DiversityDistillation(Plugin):
         arguments = call.arguments()
         if getattr(model.config, "time_cond_proj_dim", None) is None:
             arguments.pop("timestep_cond", None)  # the guidance embedding of a consistency model, which its base does not know
-        return model(**arguments)[0]  # type: ignore[no-any-return]
+        return ask(call.family, model, arguments)
 
     def _heard(self, call: DenoiseCall) -> Conditioning:
         """What the base makes of the prompt; asked for at the first call that needs it."""

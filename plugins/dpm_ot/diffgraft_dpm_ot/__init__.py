@@ -41,6 +41,7 @@ class DpmOt(Plugin):
     name = "dpm_ot"
     paper = PAPER
     families = ("pixel", "dit")
+    not_on: ClassVar[dict[str, str]] = {"PNDMPipeline": "its scheduler follows no schedule but its own, so no run begins late"}
     Config = DpmOtConfig
     neutral: ClassVar[dict[str, Any]] = {"start": None}
     active: ClassVar[dict[str, Any]] = {"start": 400.0}

@@ -96,7 +96,10 @@ class DPMSolver(Plugin):
         omitted="the multistep solvers and dynamic thresholding, which diffusers has; the 'taylor' variants; inversion",
         licence="official code MIT, read for facts; written from the equations",
     )
-    families = ("sd", "sdxl", "animatediff", "dit", "pixart", "sd3", "flux", "flux_kontext", "flux_fill", "qwen_image", "wan", "ltx")
+    families = (
+        *("sd", "sdxl", "animatediff", "dit", "pixart", "sd3", "flux", "flux_kontext", "flux_fill", "qwen_image"),
+        *("wan", "ltx", "ltx2", "ltx2_image", "anima", "sdxl_modular", "flux_modular", "wan_modular"),
+    )
     Config = DPMSolverConfig
     State = Last
     neutral: ClassVar[dict[str, Any]] = {"order": 0}
@@ -124,6 +127,11 @@ class DPMSolver(Plugin):
         if not self.adapts:
             return
         name = type(target.pipe).__name__
+        if target.family.companion:
+            raise Unsupported(
+                f"dpm_solver: {name} denoises a sound at the picture's times, and with mode='adaptive' each would choose its own; take "
+                "mode='fast'"
+            )
         if len(target.denoisers) > 1:
             raise Unsupported(
                 f"dpm_solver: {name} takes one of two denoisers by the time of a step, and with mode='adaptive' each sample has its own; "
@@ -165,7 +173,7 @@ class DPMSolver(Plugin):
         if not self.adapts:
             return next(call)  # type: ignore[no-any-return]
         scheduler, last = call.pipe.scheduler, call.state
-        if scheduler.done and last.prediction is not None:
+        if call.agree(scheduler.done) and last.prediction is not None:
             call.count("skipped")
             return last.prediction  # type: ignore[no-any-return]
         last.prediction = next(told(call, scheduler.times(), call.family.timestep, call.sample.shape[0]))
@@ -216,5 +224,5 @@ def told(call: Any, times: Tensor | None, name: str, rows: int) -> Any:
         raise Unsupported("dpm_solver: this pipeline tells its denoiser a time for each token; take mode='fast'")
     if times is None:
         return call
-    own = (times * call.family.timestep_scale).to(old.dtype if old.is_floating_point() else torch.float32)
+    own = call.family.told(times).to(old.dtype if old.is_floating_point() else torch.float32)
     return call.replace(**{name: own.repeat(rows // len(own))})

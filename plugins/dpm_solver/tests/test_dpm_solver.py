@@ -10,6 +10,7 @@ import pytest
 import torch
 from diffgraft import ConfigError, Conflict, Effects, Unsupported, load_pipeline, unload
 from diffgraft.installed.planner import Part, plan
+from diffgraft.installed.registry import find_family
 from diffgraft.methods.noise_schedule import DeviceSchedule, Level, NoiseSchedule
 from diffgraft.testing import contract_cases
 from diffgraft_dpm_solver import DPMSolver, DPMSolverScheduler
@@ -791,3 +792,18 @@ def test_tolerances_are_refused_where_nothing_has_them(knobs):
         DPMSolver(**knobs)
     DPMSolver(**{**knobs, "mode": "adaptive"})
     DPMSolver(rtol=0.05)  # what it is anyway
+
+
+@pytest.mark.parametrize("name", ["LTX2Pipeline", "LTX2ImageToVideoPipeline"])
+def test_a_picture_and_its_sound_are_each_solved_as_by_the_scheduler_alone(name):
+    def both(built):
+        out = built.pipe(**{**built.kwargs, "num_inference_steps": 6, "output_type": "latent"}, generator=torch.Generator().manual_seed(0))
+        return out.frames, out.audio
+
+    plain, built = make(name), make(name)
+    plain.pipe.scheduler = DPMSolver(order=3).make_scheduler(plain.pipe.scheduler, find_family(type(plain.pipe)))
+    with pytest.raises(Unsupported, match="a sound at the picture's times"):
+        load_pipeline(built.pipe, plugins=[DPMSolver(mode="adaptive")])
+    load_pipeline(built.pipe, plugins=[DPMSolver(order=3)])
+    for ours, expected in zip(both(built), both(plain), strict=True):
+        assert torch.equal(ours, expected)

@@ -18,6 +18,7 @@ from diffgraft import (
     ConfigError,
     DenoiseCall,
     Effects,
+    Family,
     Need,
     Plugin,
     Schedule,
@@ -32,7 +33,7 @@ from torch import Tensor
 from diffgraft_ertacache.calibration import HOLDS, LEADING, Measure, channel_axis
 from diffgraft_ertacache.knobs import PAPER, ERTACacheConfig
 from diffgraft_ertacache.method import adjusted_sigmas, may_reuse, policy, rectification
-from diffgraft_ertacache.stream import STREAM, Stream, last_block
+from diffgraft_ertacache.stream import Stream, last_block
 
 __all__ = ["ERTACache"]
 __version__ = "0.1.0"
@@ -66,6 +67,11 @@ class ERTACache(Plugin):
     tune: ClassVar[dict[str, Any]] = {"threshold": (0.05, 0.1, 0.2, 0.4), "phi": ("off", "velocity")}
     config: ERTACacheConfig
 
+    @classmethod
+    def claims(cls, family: Family) -> bool:
+        """Not where rows end differently: what the blocks did to a row's own tokens is not known there."""
+        return super().claims(family) and all(group.joined != "mixed" for group in family.blocks)
+
     def check(self, target: Target) -> None:
         artefact, asked = target.given.get("artefact"), self.own_knobs.get("max_reuse", 0)
         if artefact is not None and asked > (W := artefact.tensors["error"].shape[1]):
@@ -74,10 +80,15 @@ class ERTACache(Plugin):
                 f"lower that; give at most {W}, or calibrate with -o ertacache.max_reuse={asked}"
             )
         for block in target.blocks:
-            if not block.is_layer and not ({STREAM} <= set(block.returns) <= set(block.takes)):
+            if block.joined == "mixed":
+                raise Unsupported(
+                    f"ertacache: {block.path} of {type(target.pipe).__name__} holds as many tokens of text in each row as that has, so the "
+                    "sample's are elsewhere in each, and a residual of one step cannot be laid over another's"
+                )
+            if not block.is_layer and not ({block.stream} <= set(block.returns) <= set(block.takes)):
                 raise Unsupported(
                     f"ertacache: {block.path} takes {', '.join(block.takes)} and returns {', '.join(block.returns)}: blocks can be left "
-                    f"out only where one stream ({STREAM!r}) runs through all of them and each returns nothing that it does not take"
+                    f"out only where one stream ({block.stream!r}) runs through all of them and each returns nothing that it does not take"
                 )
 
     def select_blocks(self, blocks: Any) -> Any:

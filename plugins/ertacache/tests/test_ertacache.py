@@ -267,6 +267,34 @@ def test_without_corrections_it_is_the_plain_residual_cache(family, tmp_path):
     assert all(counts["computed"][branch] == 3 and counts["skipped"][branch] == 2 for branch in counts["computed"])
 
 
+def test_a_picture_and_its_sound_reuse_each_its_own_residual(tmp_path):
+    def both(pipe):
+        out = pipe(**{**made.kwargs, "num_inference_steps": 5}, generator=torch.Generator().manual_seed(0))
+        return out.frames, out.audio
+
+    made, other = tiny("ltx2", "LTX2Pipeline"), tiny("ltx2", "LTX2Pipeline")
+    pipe = grafted(made, artefact_for(made, tmp_path), **PLAIN, max_reuse=2)
+    found = both(pipe)
+    first, last = other.pipe.transformer.transformer_blocks
+    kept, step = {}, {"at": -1}
+
+    def begin(hidden_states, audio_hidden_states, forward=first.forward, **kwargs):
+        step["at"] += 1
+        kept["start"] = hidden_states, audio_hidden_states
+        computed = step["at"] in {0, 3, 4}
+        return forward(hidden_states, audio_hidden_states, **kwargs) if computed else kept["start"]
+
+    def end(hidden_states, audio_hidden_states, forward=last.forward, **kwargs):
+        if step["at"] in {0, 3, 4}:
+            out = forward(hidden_states, audio_hidden_states, **kwargs)
+            kept["residual"] = tuple(x - y for x, y in zip(out, kept["start"], strict=True))
+            return out
+        return tuple(x + y for x, y in zip(kept["start"], kept["residual"], strict=True))
+
+    first.forward, last.forward = begin, end
+    assert all(torch.equal(x, y) for x, y in zip(found, both(other.pipe), strict=True))
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_blocks_run_at_the_computed_steps_only(family, tmp_path):
     made = tiny(family)
@@ -606,10 +634,14 @@ def test_unets_and_blocks_without_one_stream_are_refused():
     made = tiny("sd", "StableDiffusionPipeline")
     with pytest.raises(Unsupported, match="ertacache does not work on StableDiffusionPipeline"):
         load_pipeline(made.pipe, plugins=["ertacache"])
-    for takes, returns in ((("x",), ("x",)), (("hidden_states",), ("hidden_states", "skip"))):
-        block = SimpleNamespace(is_layer=False, path="blocks.0", takes=takes, returns=returns)
-        with pytest.raises(Unsupported, match=r"blocks\.0 takes"):
-            ERTACache().check(SimpleNamespace(blocks=[block], given={}))
+    for takes, returns, joined, why in (
+        (("x",), ("y",), "none", "takes x and returns y"),
+        (("hidden_states",), ("hidden_states", "skip"), "none", "returns hidden_states, skip"),
+        (("hidden_states",), ("hidden_states",), "mixed", "as many tokens of text in each row as that has"),
+    ):
+        block = SimpleNamespace(is_layer=False, path="blocks.0", takes=takes, returns=returns, stream=takes[0], joined=joined)
+        with pytest.raises(Unsupported, match=rf"blocks\.0 .*{why}"):
+            ERTACache().check(SimpleNamespace(pipe=made.pipe, blocks=[block], given={}))
 
 
 def test_the_artefact_is_not_changed_by_a_run(tmp_path):

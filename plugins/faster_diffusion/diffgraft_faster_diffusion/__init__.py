@@ -379,6 +379,8 @@ def why_serial(call: DenoiseCall) -> str:
     ]
     if around:
         return f"{', '.join(around)} works in the denoiser step by step"
+    if call.family.guidance.bound:
+        return "layers of this U-Net tell the guidance branches by their place in the batch"
     if not is_nominal(call):
         return "the U-Net is not given the scheduler's own timestep, so those of the next steps are not known"
     unknown = [name for name, value in others(call).items() if name not in WITH_ROWS and holds_tensors(value)]

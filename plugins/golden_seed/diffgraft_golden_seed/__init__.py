@@ -89,6 +89,7 @@ class GoldenSeed(Plugin):
         licence="no official code was found; written from the paper's description",
     )
     families = ("*",)
+    not_on: ClassVar[dict[str, str]] = {"*DiffEdit*": "it begins with latents that an inversion made, and draws no noise"}
     Config = GoldenSeedConfig
     State = State
     neutral: ClassVar[dict[str, Any]] = {"use": "none"}

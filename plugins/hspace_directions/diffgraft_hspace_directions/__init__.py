@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import torch
 from diffgraft import BlockCall, BlockInfo, ConfigError, DenoiseCall, Effects, Need, Plugin, Target, Unsupported
 from diffgraft.methods.artefacts import Artefact, make_again
+from diffgraft.methods.gradients import ensure_differentiable
 from diffgraft.methods.predictions import known_kind
 from diffusers import DDIMScheduler, EulerDiscreteScheduler
 from torch import Tensor
@@ -26,6 +27,9 @@ class HSpaceDirections(Plugin):
     name = "hspace_directions"
     paper = PAPER
     families = ("unets",)
+    not_on: ClassVar[dict[str, str]] = {
+        "StableDiffusionXLAdapterPipeline": "its U-Net adds the adapter's features to h in place, through which no gradient goes"
+    }
     Config = HSpaceDirectionsConfig
     State = Shared
     neutral: ClassVar[dict[str, Any]] = {"strength": 0.0}
@@ -156,6 +160,8 @@ class HSpaceDirections(Plugin):
         """Raises where this run cannot have what was asked for, before anything is computed."""
         config, total = self.config, call.step.total
         self.ensure_scheduler(call.family, call.pipe.scheduler)
+        if config.source == "jacobian":
+            ensure_differentiable(call)
         if self.of_artefact:
             self.ensure_component(call.given("artefact"))
         if idle := idle_knobs(config):

@@ -100,7 +100,7 @@ class InterpolantSDE(Plugin):
 
     def step(self, call: StepCall, next: Any) -> StepOutput:
         out: StepOutput = next(call)
-        kept: Path = call.shared
+        kept: Path = call.state  # the run's; of a sound, which is stepped beside the picture, its own
         kept.total = call.step.total
         noisy = self.is_noisy(call.step)
         own = kept.noisy and goes_back(call.scheduler)

@@ -448,3 +448,24 @@ def test_second_order_schedulers_are_refused_before_anything_runs():
 def test_bad_knobs(knobs, key):
     with pytest.raises(ConfigError, match=key):
         InterpolantSDE(**knobs)
+
+
+@pytest.mark.parametrize("scheduler", [FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler])
+def test_the_sound_beside_a_picture_gets_noise_of_its_own(scheduler):
+    """What is kept in the report is the picture's."""
+    made = make("LTX2Pipeline")
+    flow = {"prediction_type": "flow_prediction", "use_flow_sigmas": True} if scheduler is UniPCMultistepScheduler else {}
+    made.pipe.scheduler = scheduler.from_config(made.pipe.scheduler.config, **flow)
+
+    def both(seed=3):
+        kwargs = {**made.kwargs, "output_type": "latent", "num_inference_steps": 6}
+        out = made.pipe(**kwargs, generator=torch.Generator().manual_seed(seed))
+        return out.frames, out.audio
+
+    plain = both()
+    load_pipeline(made.pipe, plugins={"interpolant_sde": {"eta": 0.7, "record": True}})
+    noisy = both()
+    assert all(not torch.equal(x, y) for x, y in zip(plain, noisy, strict=True))
+    assert all(torch.equal(x, y) for x, y in zip(noisy, both(), strict=True))
+    records = made.pipe.plugins.report().plugins["interpolant_sde"].records
+    assert records["sample"].shape == (5, 1, 192, 4)

@@ -20,23 +20,24 @@ class Window:
     """Where a layer finds the negative text of a denoiser call.
 
     parts, at  of the batch's equal parts number ``at`` is the conditional one
+    rows       how many rows its layers have: a plugin further in may ask the denoiser for one part alone, which is not guided
     text       the negative text of that part's samples, as the layers of a U-Net take it; None: it comes with the positive one,
     positive, negative  of which so many tokens are, the negative ones behind
     """
 
     parts: int
     at: int
+    rows: int
     text: Tensor | None = None
     positive: int = 0
     negative: int = 0
 
 
 class Through:
-    """An attention module whose output projection begins with ``first``; everything else is the module's own."""
+    """An attention module with another output projection; everything else is the module's own."""
 
-    def __init__(self, attn: Any, first: Callable[..., Tensor], **changed: Any) -> None:
+    def __init__(self, attn: Any, **changed: Any) -> None:
         self.attn = attn
-        self.to_out = (first, *attn.to_out[1:])
         self.__dict__.update(changed)
 
     def __getattr__(self, name: str) -> Any:
@@ -46,7 +47,8 @@ class Through:
 def ask_twice(call: AttentionCall, next: Any, window: Window, combine: Combine) -> Any:
     """The layer's answer with Z+ replaced by ``combine(Z+, Z-)`` in the conditional rows; the other rows see their own text alone.
 
-    A layer that has no text, or another one than the widened one (another plugin's), is asked as it is.
+    A layer that has no text, or another one than the widened one (another plugin's), is asked as it is; one of other rows than the widened
+    call's, with the positive text alone.
     """
     given = call.get("encoder_hidden_states")
     text = given[0] if isinstance(given, tuple) else given  # behind it an IP-Adapter's picture
@@ -54,7 +56,9 @@ def ask_twice(call: AttentionCall, next: Any, window: Window, combine: Combine) 
     if text is None or text.shape[1] < both:
         return next(call)
     attn: Any = call["attn"]
-    positive: dict[str, Any] = {}
+    if len(text) != window.rows:
+        return next(call.replace(**without_negative(call, text, window))) if window.text is None else next(call)
+    positive: dict[str, Any] = {} if window.text is not None else without_negative(call, text, window)
     negative = {name: cut(value, text.shape[0], window) for name, value in call.arguments().items() if name != "attn"}
     if window.text is not None:
         behind = as_rows(window.text, len(text) // window.parts)
@@ -62,9 +66,7 @@ def ask_twice(call: AttentionCall, next: Any, window: Window, combine: Combine) 
         before = text.shape[1] - both  # of the start picture, in Wan
         middle = before + window.positive
         behind = cut(torch.cat([text[:, :before], text[:, middle:]], 1) if before else text[:, middle:], len(text), window)
-        positive["encoder_hidden_states"] = text[:, :middle]
-        if (mask := call.get("attention_mask")) is not None:
-            positive["attention_mask"] = mask[..., : window.positive]
+        if call.get("attention_mask") is not None:
             negative["attention_mask"] = negative["attention_mask"][..., window.positive :]
     tail = negative["encoder_hidden_states"]
     negative["encoder_hidden_states"] = (behind, *tail[1:]) if isinstance(tail, tuple) else behind
@@ -81,8 +83,16 @@ def ask_twice(call: AttentionCall, next: Any, window: Window, combine: Combine) 
         parts[window.at] = combine(parts[window.at], found[-1])
         return attn.to_out[0](parts[0] if len(parts) == 1 else torch.cat(parts), *rest)  # type: ignore[no-any-return]
 
-    next(call.replace(**negative, attn=Through(attn, keep, residual_connection=False)))
-    return next(call.replace(**positive, attn=Through(attn, project)))
+    next(call.replace(**negative, attn=Through(attn, to_out=(keep, *attn.to_out[1:]), residual_connection=False)))
+    return next(call.replace(**positive, attn=Through(attn, to_out=(project, *attn.to_out[1:]))))
+
+
+def without_negative(call: AttentionCall, text: Tensor, window: Window) -> dict[str, Tensor]:
+    """The lengthened text of a layer, and its mask, without the negative tokens."""
+    changes = {"encoder_hidden_states": text[:, : text.shape[1] - window.negative]}
+    if (mask := call.get("attention_mask")) is not None:
+        changes["attention_mask"] = mask[..., : window.positive]
+    return changes
 
 
 def cut(value: Any, rows: int, window: Window) -> Any:

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from typing import ClassVar
 
+import diffusers
 import pytest
 import torch
 from diffgraft import ConfigError, Effects, Paper, Plugin, Unsupported, load_pipeline, unload
+from diffgraft.installed import registry
 from diffgraft_nag import NAG
-from diffgraft_nag.method import extrapolated, guided, l1, normalized
+from diffgraft_nag.method import extrapolated, guided, length, normalized
 from diffgraft_pipelines.tiny import make
 
 SD, XL, WAN, LTX, PIXART = "StableDiffusionPipeline", "StableDiffusionXLPipeline", "WanPipeline", "LTXPipeline", "PixArtAlphaPipeline"
-LCM, MOTION = "LatentConsistencyModelPipeline", "AnimateDiffPipeline"
+LCM, MOTION, SANA, ALLEGRO = "LatentConsistencyModelPipeline", "AnimateDiffPipeline", "SanaPipeline", "AllegroPipeline"
+OLDER = ["StableDiffusionModelEditingPipeline", "StableUnCLIPPipeline", "StableDiffusionGLIGENPipeline", "LDMTextToImagePipeline",
+         "VersatileDiffusionTextToImagePipeline", "StableDiffusionUpscalePipeline"]  # fmt: skip
 KNOBS = {"negative_prompt": "a green dog", "scale": 6.0, "tau": 1.5, "alpha": 0.5}
 
 
@@ -33,7 +38,7 @@ def generate(pipe, kwargs, plugins=(), seed=0, **more):
     generators = [torch.Generator().manual_seed(seed + i) for i in range(count * each)]
     load_pipeline(pipe, plugins=plugins)
     try:
-        return pipe(**call, generator=generators if len(generators) > 1 else generators[0])[0]
+        return torch.as_tensor(pipe(**call, generator=generators if len(generators) > 1 else generators[0])[0])
     finally:
         unload(pipe)
 
@@ -67,8 +72,8 @@ def test_no_token_is_longer_than_tau_and_shorter_ones_are_left_alone():
     Zp, Zn = torch.randn(2, 4, 50, 8, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     far = extrapolated(Zp, Zn, 4.0)
     held = normalized(far, Zp, 2.5)
-    ratio = l1(held) / l1(Zp)
-    clipped = l1(far) > 2.5 * l1(Zp)
+    ratio = length(held) / length(Zp)
+    clipped = length(far) > 2.5 * length(Zp)
     assert 0 < int(clipped.sum()) < clipped.numel()
     assert float(ratio.max()) <= 2.5 + 1e-12
     assert torch.equal(held[(~clipped).expand_as(held)], far[(~clipped).expand_as(held)])
@@ -149,7 +154,32 @@ def test_wan_is_the_plain_reimplementation():
     torch.testing.assert_close(ours, generate(pipe, kwargs), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", [SD, XL, LCM, MOTION, WAN, LTX, PIXART])
+@pytest.mark.parametrize("guidance", [1.0, 4.5])
+def test_sana_is_the_plain_reimplementation(guidance):
+    """The negative text without its padding, through the model's own projection and norm."""
+    pipe, kwargs = tiny(SANA, guidance_scale=guidance)
+    ours = generate(pipe, kwargs, nag())
+    said = {key: kwargs[key] for key in ("max_sequence_length", "complex_human_instruction")}
+    raw, mask, *_ = pipe.encode_prompt("a green dog", do_classifier_free_guidance=False, device="cpu", **said)
+    model = pipe.transformer
+    text = model.caption_norm(model.caption_projection(raw[:, mask[0].bool()]))
+
+    class OfSana(Reference):
+        def features(self, attn, x, text):
+            q, k, v = (each.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for each in (attn.to_q(x), attn.to_k(text), attn.to_v(text)))
+            bias = self.bias[:, None] if text.shape[1] == self.bias.shape[-1] else 0
+            return ((q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5 + bias).softmax(-1) @ v).transpose(1, 2).flatten(2)
+
+        def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None):
+            self.bias = attention_mask
+            return super().__call__(attn, hidden_states, encoder_hidden_states)
+
+    for block in model.transformer_blocks:
+        block.attn2.processor = OfSana(text, slice(None) if guidance == 1 else slice(1, 2), 6.0, 1.5, 0.5)
+    torch.testing.assert_close(ours, generate(pipe, kwargs), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", [SD, XL, LCM, MOTION, WAN, LTX, PIXART, SANA, ALLEGRO, "ChronoEditPipeline", *OLDER])
 def test_the_positive_text_as_the_negative_one_changes_nothing(name):
     """Which also holds the widened text, its masks and its rows against the plain run."""
     pipe, kwargs = tiny(name)
@@ -158,7 +188,7 @@ def test_the_positive_text_as_the_negative_one_changes_nothing(name):
     assert float((generate(pipe, kwargs, nag(scale=9.0)) - same).abs().max()) > 1e-3  # it can fail
 
 
-@pytest.mark.parametrize("name", [LTX, PIXART])
+@pytest.mark.parametrize("name", [LTX, PIXART, SANA, ALLEGRO])
 def test_padding_of_the_negative_text_has_no_say(name):
     """Texts of other lengths have other masks: what the padding's embeddings are must not matter."""
     pipe, kwargs = tiny(name)
@@ -192,6 +222,38 @@ def test_scale_one_is_the_plain_pipeline_and_computes_nothing(name):
     assert "attention" not in report.fired
 
 
+def test_guidance_cut_off_in_mid_run_leaves_sana_the_mask_of_its_prompt():
+    """The pipeline hands on both branches' mask, whose first row is the other text's."""
+    pipe, kwargs = tiny(SANA, guidance_scale=4.5)
+
+    def cut(pipe, step, t, tensors):
+        pipe._guidance_scale = 0.0
+        return {"prompt_embeds": tensors["prompt_embeds"][-1:]}
+
+    kwargs |= {"callback_on_step_end": cut, "callback_on_step_end_tensor_inputs": ["prompt_embeds"]}
+    seen = []
+
+    class Look(Plugin):
+        name, paper, families = "look", Paper("a probe", "0000.00000", "looks"), ("*",)
+        neutral: ClassVar = {}
+
+        def denoise(self, call, next):
+            seen.append((len(call["encoder_hidden_states"]), call["encoder_attention_mask"]))
+            return next(call)
+
+    assert generate(pipe, kwargs, [NAG(**KNOBS), Look()]).isfinite().all()
+    (two, guided), (one, unguided) = seen
+    assert (two, one, len(unguided)) == (2, 1, 1)
+    assert torch.equal(unguided[0], guided[1])
+
+
+def test_pipelines_without_a_prompt_are_those_that_are_not_claimed():
+    for family in filter(NAG.claims, registry.families().values()):
+        for name in family.pipelines:
+            takes = "prompt" in inspect.signature(getattr(diffusers, name).__call__).parameters
+            assert takes == (NAG.why_not_on(name) is None), name
+
+
 def test_a_step_stays_one_denoiser_call():
     pipe, kwargs = tiny(SD, num_inference_steps=3)
     load_pipeline(pipe, plugins=nag())
@@ -223,7 +285,7 @@ def test_each_prompt_has_its_own_negative_one():
     both = generate(pipe, kwargs, nag(negative_prompt=("red", "blue")), prompt=["a cat", "a dog"], num_images_per_prompt=2)
     alone = generate(pipe, kwargs, nag(negative_prompt="blue"), seed=2, prompt="a dog", num_images_per_prompt=2)
     torch.testing.assert_close(both[2:], alone, rtol=1e-4, atol=1e-4)
-    with pytest.raises(ConfigError, match="2 texts for a call with 1"):
+    with pytest.raises(ConfigError, match="negative_prompt has 2 texts for a call with 1"):
         generate(pipe, kwargs, nag(negative_prompt=("red", "blue")))
 
 
@@ -267,6 +329,33 @@ def test_a_denoiser_that_is_asked_past_our_layers_must_be_asked_further_out():
     assert generate(pipe, kwargs, [Asks(), NAG(**KNOBS)]).isfinite().all()
 
 
+class AsksOnePart(Plugin):
+    """Asks the denoiser again, for the conditional rows alone."""
+
+    name, paper, families = "asks_one_part", Paper("a probe", "0000.00000", "asks"), ("*",)
+    neutral: ClassVar = {}
+    effects = Effects(edits={"prediction"}, needs={"extra_forwards"})
+    got: ClassVar[list] = []
+
+    def denoise(self, call, next):
+        prediction = next(call)
+        self.got.append(next(call.only("cond")))
+        return prediction
+
+
+@pytest.mark.parametrize("name", [SD, PIXART, MOTION])
+@pytest.mark.parametrize("prompts", [1, 2])
+def test_one_part_asked_for_further_in_is_not_guided(name, prompts):
+    """Nor cut into parts that it does not have, nor shown the negative text."""
+    pipe, kwargs = tiny(name, prompt=["a cat", "a dog"][:prompts], guidance_scale=4.0)
+    AsksOnePart.got.clear()
+    plain = generate(pipe, kwargs, [AsksOnePart()])
+    beside = generate(pipe, kwargs, [NAG(**KNOBS), AsksOnePart()])
+    assert torch.equal(beside, generate(pipe, kwargs, nag()))
+    assert not torch.equal(beside, plain)
+    torch.testing.assert_close(*AsksOnePart.got[::2], rtol=1e-4, atol=1e-4)  # of the first step, where the latents are the same
+
+
 def test_a_text_embedding_beside_the_layers_reads_the_positive_text_alone():
     """emoji-sd's U-Net pools the text for its time embedding: only the layers may see the negative one."""
     pipe = load_pipeline("emoji-sd-lcm")
@@ -296,6 +385,59 @@ def test_bad_knobs(knobs, key):
         NAG(**knobs)
 
 
-def test_joint_attention_is_refused():
+def test_models_without_a_text_are_refused():
     with pytest.raises(Unsupported):
-        load_pipeline(make("FluxPipeline").pipe, plugins=nag())
+        load_pipeline(make("DiTPipeline").pipe, plugins=nag())
+
+
+def test_start_and_end_without_a_step_between_them_are_refused_before_the_denoiser_runs():
+    pipe, kwargs = tiny(SD)
+    load_pipeline(pipe, plugins=nag(start=0.1, end=0.4))
+    with pytest.raises(ConfigError, match="none of the 2 steps"):
+        pipe(**kwargs)
+    assert not pipe.plugins.report().forwards
+    unload(pipe)
+
+
+# what a fresh reader of the joint part found --------------------------------------------------------------------------------------------
+
+
+def test_several_pictures_of_each_of_several_negative_texts_are_what_each_is_alone():
+    """Qwen-Image repeats the masks of several texts in another order than the texts."""
+    pipe, kwargs = tiny("QwenImagePipeline")
+    call = {**kwargs, "prompt": ["a small owl"] * 2, "true_cfg_scale": 1.0, "num_inference_steps": 2}
+    with_nag = nag(negative_prompt=("dull", "a long text of what is not wanted at all"), scale=9.0)
+    once = [generate(pipe, call, with_nag, seed=seed) for seed in (0, 10)]
+    load_pipeline(pipe, plugins=with_nag)
+    draws = [torch.Generator().manual_seed(seed) for seed in (0, 10, 1, 11)]  # two of each text
+    found = pipe(**call, num_images_per_prompt=2, generator=draws)[0]
+    unload(pipe)
+    wanted = [once[0][0], once[1][0], once[0][1], once[1][1]]
+    for got, want in zip(found, wanted, strict=True):
+        assert float((got - want).abs().max()) < 1e-5 * float(want.abs().max())
+
+
+@pytest.mark.parametrize("name", ["FluxPipeline", "StableDiffusion3Pipeline"])
+def test_the_calls_negative_texts_for_further_encoders_are_taken(name):
+    pipe, kwargs = tiny(name)
+    call = {**kwargs, "true_cfg_scale": 1.0} if name == "FluxPipeline" else kwargs
+    one, same, other = (
+        generate(pipe, call, nag(negative_prompt=None), negative_prompt="a green dog", **more)
+        for more in ({}, {"negative_prompt_2": "a green dog"}, {"negative_prompt_2": "three blue cars"})
+    )
+    assert torch.equal(one, same)
+    assert not torch.equal(one, other)
+    knob = generate(pipe, call, nag(), negative_prompt="a car", negative_prompt_2="three blue cars")
+    assert torch.equal(knob, one)  # the knob's text is for all encoders
+
+
+def test_models_that_part_the_rows_by_the_sizes_of_their_pictures():
+    pipe, kwargs = tiny("QwenImagePipeline")
+    config = {**pipe.transformer.config, "zero_cond_t": True}
+    torch.manual_seed(0)
+    pipe.register_modules(transformer=diffusers.QwenImageTransformer2DModel.from_config(config).eval())
+    call = {**kwargs, "prompt": ["a red apple", "a small owl"], "true_cfg_scale": 1.0}
+    plain = generate(pipe, call)
+    same = generate(pipe, call, nag(negative_prompt=("a red apple", "a small owl"), tau=100.0))
+    assert float((same - plain).abs().max()) < 1e-5
+    assert float((generate(pipe, call, nag()) - plain).abs().max()) > 1e-4

@@ -82,7 +82,7 @@ class OneMoreStep(Plugin):
     )
     families = ("sd", "sdxl", "latent_consistency")
     not_on: ClassVar[dict[str, str]] = dict.fromkeys(
-        ("*Img2Img*", "*Inpaint*"), "it begins with a noised picture, whose low frequencies are there already"
+        ("*Img2Img*", "*Depth2Img*", "*Inpaint*"), "it begins with a noised picture, whose low frequencies are there already"
     )
     Config = OneMoreStepConfig
     State = Said

@@ -209,8 +209,8 @@ class RBFSearch(Plugin):
                 call = call.with_latents(shared.start)
         if search is not None:
             search.asked = call.step.index
-            scale = call.pipe.scheduler.config.num_train_timesteps * call.family.timestep_scale
-            t = torch.tensor([level.t * scale for level in search.places()])
+            T = call.pipe.scheduler.config.num_train_timesteps
+            t = torch.tensor([call.family.told(level.t * T) for level in search.places()])
             call = call.replace(**{call.family.timestep: t.repeat(len(call.branches)).to(call.timestep)})
         return next(call)  # type: ignore[no-any-return]
 

@@ -89,10 +89,10 @@ class DCMFitter(LoraFitter):
         rows = len(texts[0][family.sample])
         copies = rows * len(texts) // len(x)
         x, t = x.repeat(copies, *[1] * (x.ndim - 1)), t.repeat(copies)
-        scale = self.probe.scheduler.config.num_train_timesteps * family.timestep_scale
+        t = family.told(self.probe.scheduler.config.num_train_timesteps * t)
         given = joined(texts, rows, family.common)
-        given |= {family.sample: x.to(texts[0][family.sample].dtype), family.timestep: (scale * t).to(x.device), "return_dict": False}
-        return session.model(**given)[0].float()  # type: ignore[no-any-return]
+        given |= {family.sample: x.to(texts[0][family.sample].dtype), family.timestep: t.to(x.device)}
+        return session.predict(given).float()  # type: ignore[no-any-return]
 
     @staticmethod
     def plain_attention(device: torch.device) -> contextlib.AbstractContextManager[Any]:

@@ -14,6 +14,7 @@ from typing import Annotated, Any, ClassVar
 import torch
 from diffgraft import ConfigError, DenoiseCall, Effects, Paper, Plugin, PluginConfig, RunCall, Unsupported
 from diffgraft.methods.decoding import ensure_decodes, to_latents
+from diffgraft.methods.gradients import ensure_differentiable
 from diffgraft.methods.predictions import known_kind, levels_after, levels_of
 from diffusers.image_processor import VaeImageProcessor
 from PIL.Image import Image
@@ -203,6 +204,8 @@ class ScoreGeometry(Plugin):
             if not -total <= step < total:
                 raise Unsupported(f"score_geometry: steps has {step}, of a run with {total} steps: 0 to {total - 1}, or -{total} to -1")
         levels_of(call)
+        if "plain_gradients" in self.effects.needs:
+            ensure_differentiable(call)
         centre, x = call.shared.centre, call.latents
         if centre is not None and (centre.shape[1:] != x.shape[1:] or len(centre) not in (1, len(x))):
             raise ConfigError(

@@ -164,8 +164,8 @@ class PreferenceFitter(LoraFitter):
                 f"segment_lora: this denoiser is given {tuple(asked.shape)} where the latents are {tuple(x.shape)}: what lies beside them "
                 "(a mask, a reference picture) no pair says"
             )
-        t = (t * family.timestep_scale).to(time.dtype)
-        found = session.model(**{**calls, family.sample: x.to(asked.dtype), family.timestep: t, "return_dict": False})[0]
+        t = family.told(t).to(time.dtype)
+        found = session.predict({**calls, family.sample: x.to(asked.dtype), family.timestep: t})
         return found.narrow(family.channel_axis, 0, x.shape[family.channel_axis])  # type: ignore[no-any-return]
 
 

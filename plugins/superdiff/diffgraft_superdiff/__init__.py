@@ -28,10 +28,10 @@ from diffgraft import (
     Unsupported,
 )
 from diffgraft.methods.conditioning import Conditioning, for_each_prompt, own_conditioning, with_prompt
-from diffgraft.methods.gradients import LossScale, latent_gradient, predict_alone
+from diffgraft.methods.gradients import LossScale, ensure_differentiable, latent_gradient, predict_alone
 from diffgraft.methods.predictions import SignalNoise, known_kind, levels_after, levels_of, noise_estimate, prediction_kind
-from diffgraft.methods.second import unhooked
-from diffusers import DiffusionPipeline
+from diffgraft.methods.second import dtype_difference, unhooked
+from diffusers import DiffusionPipeline, ModularPipeline
 from diffusers.utils.torch_utils import randn_tensor
 from pydantic import Field
 from torch import Tensor
@@ -50,7 +50,7 @@ class SuperDiffConfig(PluginConfig):
     prompt: str | tuple[str, ...] | None = Field(
         None, description="b: the second prompt, or one for each prompt of the call; the call's own prompt is a. none: off"
     )
-    model: str | Path | DiffusionPipeline | None = Field(
+    model: str | Path | DiffusionPipeline | ModularPipeline | None = Field(
         None, description="the model of b: a bundled name, folder, Hub id or live pipeline; none: the pipeline's own"
     )
     operation: Literal["or", "and", "average", "and_ode", "avg_ode"] = Field(
@@ -114,6 +114,8 @@ class SuperDiff(Plugin):
             raise Unsupported(f"superdiff: {type(call.pipe.scheduler).__name__} makes a step in two stages; use DDIM or Euler")
         known_kind(call.family, call.pipe.scheduler)
         second = call.given("model") or call.pipe
+        if (why := dtype_difference(call.pipe, second, call.family)) is not None:  # a quantised one does not follow the first one's
+            raise Unsupported(f"superdiff: model = {type(second).__name__} does not fit: {why}")
         arguments = call.arguments()
         shared.heard = own_conditioning(second, with_prompt(arguments, for_each_prompt(self.name, self.config.prompt, arguments)))
         result = next(call)
@@ -130,6 +132,8 @@ class SuperDiff(Plugin):
         if self.config.prompt is None:
             return next(call)
         shared = call.shared
+        if call.step.call == 0 and self.config.operation == "and_ode":
+            ensure_differentiable(call)
         if call.extra:  # skip-layer guidance asks for the conditional rows once more, with layers left out
             vb = self.second(call, shared.heard.put_into(call), next)
             shared.skipped = out = next(call), vb

@@ -200,6 +200,26 @@ def test_a_second_model():
     assert not torch.equal(call(made), with_other)
 
 
+def test_a_second_model_that_stays_in_another_dtype_is_refused():
+    made, other = make("StableDiffusionPipeline"), make("StableDiffusionPipeline", seed=1)
+    other.pipe.vae = made.pipe.vae
+    load_pipeline(made.pipe, plugins=[SuperDiff(prompt="two green dogs", model=other.pipe)])
+    other.pipe.unet.to(torch.bfloat16)
+    other.pipe.unet.conv_out.to(torch.float8_e4m3fn)  # some of it is in 8 bits: it stays
+    with pytest.raises(Unsupported, match=r"its unet is in torch.bfloat16, this one in torch.float32; convert it with"):
+        call(made)
+
+
+def test_weights_that_move_are_refused_before_the_denoiser_runs():
+    made, cpu, seen = make("StableDiffusionPipeline"), torch.device("cpu"), []
+    load_pipeline(made.pipe, plugins=[SuperDiff(prompt="two green dogs", operation="and_ode")])
+    made.pipe.unet.enable_group_offload(onload_device=cpu, offload_device=cpu, offload_type="leaf_level")
+    made.pipe.unet.conv_in.register_forward_pre_hook(lambda *given: seen.append(given))
+    with pytest.raises(Unsupported, match="superdiff needs gradients, but group_offloading"):
+        call(made)
+    assert not seen
+
+
 def test_schedulers_of_another_scale_give_the_same_sde():
     x, outputs = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0)), []
     for euler in (False, True):

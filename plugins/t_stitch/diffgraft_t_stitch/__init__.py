@@ -14,8 +14,9 @@ from typing import Any, Literal
 import torch
 from diffgraft import Call, ConfigError, ControlCall, DenoiseCall, Effects, Family, Need, Paper, Plugin, PluginConfig, RunCall, Target
 from diffgraft.methods.conditioning import Conditioning, PromptWatch
+from diffgraft.methods.conditioning import ask as asked
 from diffgraft.methods.second import unhooked
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, ModularPipeline
 from pydantic import Field, field_validator
 from torch import Tensor
 
@@ -49,7 +50,8 @@ class TStitchConfig(PluginConfig):
     @classmethod
     def _named_or_live(cls, value: Any) -> Any:
         models = list(value) if isinstance(value, (list, tuple)) else [value]
-        if value is not None and not (models and all(isinstance(model, (str, os.PathLike, DiffusionPipeline)) for model in models)):
+        kinds = (str, os.PathLike, DiffusionPipeline, ModularPipeline)
+        if value is not None and not (models and all(isinstance(model, kinds) for model in models)):
             raise ValueError("give a bundled name, a folder, a Hub id or a live diffusers pipeline, or a list of these")
         return value
 
@@ -145,7 +147,8 @@ class TStitch(Plugin):
         if network is None or network is call.model:
             return next(call)
         own = call.shared.of(number, ("cond",), call.family)
-        if own is not None and len(own["encoder_hidden_states"]) < len(call["encoder_hidden_states"]):  # not so in guess mode
+        text = call.family.conditioning[0]
+        if own is not None and len(own[text]) < len(call[text]):  # not so in guess mode
             own = call.shared.of(number, call.family.guidance.order, call.family)
         with unhooked():
             return network(**fitted(call, network, own).arguments())
@@ -166,7 +169,7 @@ class TStitch(Plugin):
         if model is call.model:  # stitched with itself
             return next(call)  # type: ignore[no-any-return]
         with unhooked():  # blocks that both models share serve the small one here: no hook of the large one may see them
-            return model(**call.arguments())[0]  # type: ignore[no-any-return]
+            return asked(call.family, model, call.arguments())
 
     def model_now(self, call: Call) -> int:
         """Number of the model that runs this step; all denoiser calls of a solver's step go to the same one."""

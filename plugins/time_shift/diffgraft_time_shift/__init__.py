@@ -84,7 +84,7 @@ class TimeShift(Plugin):
     )
     families = (
         *("pixel", "sd", "sdxl", "animatediff", "dit", "pixart", "cogvideox"),
-        *("sd3", "flux", "flux_fill", "qwen_image", "wan", "ltx"),
+        *("sd3", "flux", "flux_fill", "qwen_image", "wan", "ltx", "anima", "sdxl_modular", "flux_modular", "wan_modular"),
     )
     Config = TimeShiftConfig
     State = TimeShiftState

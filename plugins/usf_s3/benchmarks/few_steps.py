@@ -33,6 +33,7 @@ from diffgraft.lab.judging import load_judge
 from diffgraft.lab.metrics import share
 from diffgraft.methods.findings import Finding
 from diffgraft.methods.search import look
+from diffgraft.methods.variants import own_size
 from diffgraft_checkpoints.emoji import scenes
 from diffgraft_checkpoints.train.evaluate import held_out_labels
 from diffgraft_usf_s3 import USFS3, S3Searcher
@@ -94,8 +95,7 @@ def generate(pipe: Any, prompts: list[str], first_seed: int, steps: int, guidanc
 @torch.no_grad()
 def decode(pipe: Any, latents: torch.Tensor) -> list[Image.Image]:
     if latents.ndim == 3:
-        size = pipe.default_sample_size * pipe.vae_scale_factor
-        latents = pipe._unpack_latents(latents, size, size, pipe.vae_scale_factor)
+        latents = pipe._unpack_latents(latents, *own_size(pipe), pipe.vae_scale_factor)
     pixels = pipe.vae.decode(latents / pipe.vae.config.scaling_factor + (getattr(pipe.vae.config, "shift_factor", None) or 0.0)).sample
     return pipe.image_processor.postprocess(pixels, output_type="pil")  # type: ignore[no-any-return]
 

@@ -49,7 +49,7 @@ class USFS3(Plugin):
 
     name = "usf_s3"
     paper = PAPER
-    families = ("sd", "sdxl", "dit", "pixart", "sd3", "flux", "qwen_image", "wan")
+    families = ("sd", "sdxl", "dit", "pixart", "sd3", "flux", "qwen_image", "wan", "ltx2", "ltx2_image")
     Config = USFConfig
     neutral: ClassVar[dict[str, Any]] = {"solver": "off"}
     active: ClassVar[dict[str, Any]] = {"solver": "unipc"}

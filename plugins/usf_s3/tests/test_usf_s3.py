@@ -849,3 +849,17 @@ def test_a_file_whose_schedule_is_none_is_refused(tmp_path):
 
 def test_contract_has_cases():
     assert contract_cases("usf_s3", ["sd"])
+
+
+@pytest.mark.parametrize("name", ["LTX2Pipeline", "LTX2ImageToVideoPipeline"])
+@pytest.mark.parametrize("solver", ["unipc", "dpm++ 2s"])
+def test_a_picture_and_its_sound_are_each_solved_as_by_the_scheduler_alone(name, solver):
+    def both(built):
+        out = built.pipe(**{**built.kwargs, "num_inference_steps": 6, "output_type": "latent"}, generator=torch.Generator().manual_seed(0))
+        return out.frames, out.audio
+
+    plain, built = make(name), make(name)
+    plain.pipe.scheduler = USFS3(solver=solver).make_scheduler(plain.pipe.scheduler, find_family(type(plain.pipe)))
+    load_pipeline(built.pipe, plugins=[USFS3(solver=solver)])
+    for ours, expected in zip(both(built), both(plain), strict=True):
+        assert torch.equal(ours, expected)

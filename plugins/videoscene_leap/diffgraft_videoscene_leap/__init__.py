@@ -50,7 +50,8 @@ class VideosceneLeap(Plugin):
     paper = PAPER
     families = ("cogvideox", "wan", "ltx", "animatediff")
     not_on: ClassVar[dict[str, str]] = {
-        "*VideoToVideo*": "it begins in mid-schedule with a video of its own: its strength is the leap level there"
+        "*VideoToVideo*": "it begins in mid-schedule with a video of its own: its strength is the leap level there",
+        "*FunControl*": "its videos are as long as the one that controls them, which no draft may be otherwise",
     }
     Config = VideosceneLeapConfig
     State = Leap

@@ -127,9 +127,7 @@ def open_project(target: str) -> Project:
         return from_folder(path.resolve())
     known = registry.installed()
     if target not in known:
-        raise PluginNotFound(
-            f"{target!r} is neither a folder nor an installed plugin{choices(target, known, 'Installed')}"
-        )
+        raise PluginNotFound(f"{target!r} is neither a folder nor an installed plugin{choices(target, known, 'Installed')}")
     return from_installed(known[target])
 
 

@@ -1,4 +1,4 @@
-"""CogVideoX: text to video, image to video, video to video."""
+"""CogVideoX: text to video, image to video, video to video, a control video (Fun)."""
 
 from __future__ import annotations
 
@@ -8,13 +8,18 @@ TENSORS = ("hidden_states", "encoder_hidden_states")
 
 family = Family(
     name="cogvideox",
-    pipelines=("CogVideoXPipeline", "CogVideoXImageToVideoPipeline", "CogVideoXVideoToVideoPipeline"),
+    pipelines=(
+        "CogVideoXPipeline",
+        "CogVideoXImageToVideoPipeline",
+        "CogVideoXVideoToVideoPipeline",
+        "CogVideoXFunControlPipeline",
+    ),
     denoisers=("transformer",),
     kind="dit",
     blocks=(BlockGroup("transformer_blocks", "block", (*TENSORS, "temb"), TENSORS),),
     guidance=Guidance("batched"),
     latents="bfchw",
-    appended="channels",  # image to video: the start picture
+    appended="channels",  # image to video: the start picture; Fun: the control video
     common=("image_rotary_emb",),
     one_each=True,
     tiny="diffgraft_pipelines.tiny.cogvideox:make",

@@ -1,4 +1,4 @@
-"""Flux.1: text to image, image to image, inpainting; Kontext and Fill differ in facts and are families of their own."""
+"""Flux.1: text to image, image to image, inpainting; Kontext, Fill and Control differ in facts and are families of their own."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ RETURNS = ("encoder_hidden_states", "hidden_states")
 
 family = Family(
     name="flux",
-    pipelines=("FluxPipeline", "FluxImg2ImgPipeline", "FluxInpaintPipeline"),
+    pipelines=("FluxPipeline", "FluxImg2ImgPipeline", "FluxInpaintPipeline", "FluxControlNetPipeline"),
     denoisers=("transformer",),
     kind="dit",
     blocks=(
@@ -29,6 +29,9 @@ family = Family(
     tiny="diffgraft_pipelines.tiny.flux:make",
 )
 
+modular = replace(family, name="flux_modular", pipelines=("FluxModularPipeline",))
+"""Of its own: plugins that call methods of the standard pipeline find none here, so they say that they know it."""
+
 kontext = replace(
     family,
     name="flux_kontext",
@@ -40,7 +43,19 @@ kontext = replace(
 fill = replace(
     family,
     name="flux_fill",
-    pipelines=("FluxFillPipeline",),
+    pipelines=("FluxFillPipeline", "VisualClozeGenerationPipeline"),
     guidance=Guidance("none"),
     appended="channels",
+)
+
+control = replace(
+    fill,  # the control picture's channels; with a ControlNet none
+    name="flux_control",
+    pipelines=(
+        "FluxControlPipeline",
+        "FluxControlImg2ImgPipeline",
+        "FluxControlInpaintPipeline",
+        "FluxControlNetImg2ImgPipeline",
+        "FluxControlNetInpaintPipeline",
+    ),
 )

@@ -1,6 +1,8 @@
-"""FLUX.2 Klein: text to image, with pictures to go by, and inpainting. (FLUX.2 dev has the same blocks and another text encoder.)"""
+"""FLUX.2 Klein: text to image, with pictures to go by, and inpainting; FLUX.2 dev, which has the guidance scale for an input."""
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 from diffgraft import BlockGroup, Family, Guidance
 
@@ -26,4 +28,12 @@ klein = Family(
     appended="tokens",  # of pictures to go by
     branch_prediction="first_tokens",
     tiny="diffgraft_pipelines.tiny.flux2:make",
+)
+
+dev = replace(
+    klein,
+    name="flux2",
+    pipelines=("Flux2Pipeline",),
+    guidance=Guidance("none"),
+    conditioning=("encoder_hidden_states", "guidance"),
 )

@@ -8,7 +8,7 @@ from diffgraft_pipelines.families._unet import unet_blocks
 
 family = Family(
     name="pixel",
-    pipelines=("DDPMPipeline", "DDIMPipeline"),
+    pipelines=("DDPMPipeline", "DDIMPipeline", "PNDMPipeline"),
     denoisers=("unet",),
     kind="unet",
     blocks=unet_blocks("resnets", "attentions", text=False),

@@ -1,7 +1,4 @@
-"""Qwen-Image. The edit pipelines append the reference picture's tokens and are a family of their own.
-
-``edit`` has no tiny pipeline: every reference picture is scaled to 1024 x 1024, and its processor needs torchvision.
-"""
+"""Qwen-Image. The edit pipelines, and the one that parts layers, append the reference picture's tokens and are a family of their own."""
 
 from __future__ import annotations
 
@@ -11,7 +8,13 @@ from diffgraft import BlockGroup, Family, Guidance
 
 family = Family(
     name="qwen_image",
-    pipelines=("QwenImagePipeline", "QwenImageImg2ImgPipeline", "QwenImageInpaintPipeline"),
+    pipelines=(
+        "QwenImagePipeline",
+        "QwenImageImg2ImgPipeline",
+        "QwenImageInpaintPipeline",
+        "QwenImageControlNetPipeline",
+        "QwenImageControlNetInpaintPipeline",
+    ),
     denoisers=("transformer",),
     kind="dit",
     blocks=(
@@ -35,8 +38,7 @@ family = Family(
 edit = replace(
     family,
     name="qwen_image_edit",
-    pipelines=("QwenImageEditPipeline", "QwenImageEditPlusPipeline", "QwenImageEditInpaintPipeline"),
+    pipelines=("QwenImageEditPipeline", "QwenImageEditPlusPipeline", "QwenImageEditInpaintPipeline", "QwenImageLayeredPipeline"),
     appended="tokens",
     branch_prediction="first_tokens",
-    tiny=None,
 )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from diffgraft import Family, Guidance
 
 from diffgraft_pipelines.families._unet import unet_blocks
@@ -15,15 +17,23 @@ family = Family(
         "StableDiffusionControlNetPipeline",
         "StableDiffusionControlNetImg2ImgPipeline",
         "StableDiffusionControlNetInpaintPipeline",
+        "StableDiffusionDepth2ImgPipeline",
+        "StableDiffusionAdapterPipeline",
+        "AltDiffusionPipeline",
+        "AltDiffusionImg2ImgPipeline",
     ),
     denoisers=("unet",),
     kind="unet",
     blocks=unet_blocks("resnets", "attentions"),
     guidance=Guidance("batched", active="do_classifier_free_guidance"),
     sample="sample",
-    appended="channels",  # inpainting U-Nets with 9 channels: latents, mask, masked picture
+    emptied=("down_intrablock_additional_residuals",),  # an adapter's
+    appended="channels",  # inpainting U-Nets with 9 channels: latents, mask, masked picture; of depth to image with 5
     tiny="diffgraft_pipelines.tiny.sd:make",
 )
+
+ldm3d = replace(family, name="ldm3d", pipelines=("StableDiffusionLDM3DPipeline",))
+"""By itself, for its autoencoder makes a depth map with each picture: plugins that decode or encode do not know it."""
 
 latent_consistency = Family(
     name="latent_consistency",

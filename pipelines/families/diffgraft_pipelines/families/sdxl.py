@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from diffgraft import Family, Guidance
 
 from diffgraft_pipelines.families._unet import unet_blocks
@@ -15,6 +17,10 @@ family = Family(
         "StableDiffusionXLControlNetPipeline",
         "StableDiffusionXLControlNetImg2ImgPipeline",
         "StableDiffusionXLControlNetInpaintPipeline",
+        "StableDiffusionXLControlNetUnionPipeline",
+        "StableDiffusionXLControlNetUnionImg2ImgPipeline",
+        "StableDiffusionXLControlNetUnionInpaintPipeline",
+        "StableDiffusionXLAdapterPipeline",
     ),
     denoisers=("unet",),
     kind="unet",
@@ -22,8 +28,13 @@ family = Family(
     guidance=Guidance("batched", active="do_classifier_free_guidance"),
     sample="sample",
     conditioning=("encoder_hidden_states", "added_cond_kwargs"),
+    emptied=("down_intrablock_additional_residuals",),  # an adapter's
     appended="channels",  # inpainting U-Nets with 9 channels: latents, mask, masked picture
     tiny="diffgraft_pipelines.tiny.sdxl:make",
+)
+
+modular = replace(
+    family, name="sdxl_modular", pipelines=("StableDiffusionXLModularPipeline",), guidance=Guidance("sequential", ("cond", "uncond"))
 )
 
 edit = Family(

@@ -1,6 +1,8 @@
-"""SkyReels-V2 diffusion forcing: every latent frame has its own time and a copy of the scheduler."""
+"""SkyReels-V2: diffusion forcing, where every latent frame has its own time and a copy of the scheduler; and without it, as Wan does."""
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 from diffgraft import BlockGroup, Family, Guidance
 
@@ -22,4 +24,16 @@ family = Family(
     latents="bcfhw",
     packages={"ftfy": PIPELINES},
     tiny="diffgraft_pipelines.tiny.skyreels:make",
+)
+
+PLAIN = ("SkyReelsV2Pipeline", "SkyReelsV2ImageToVideoPipeline")
+
+plain = replace(
+    family,
+    name="skyreels",
+    pipelines=PLAIN,
+    conditioning=("encoder_hidden_states", "encoder_hidden_states_image"),
+    copied_scheduler=False,
+    appended="channels",  # image to video: mask and start picture
+    packages={"ftfy": PLAIN},
 )

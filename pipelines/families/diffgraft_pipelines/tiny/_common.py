@@ -6,10 +6,12 @@ import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import diffusers
 import numpy as np
 import torch
 from diffgraft import Tiny
-from diffusers import AutoencoderKL, AutoencoderKLWan, DiffusionPipeline, UniPCMultistepScheduler
+from diffgraft.methods.inputs import parameters
+from diffusers import AutoencoderKL, AutoencoderKLWan, DiffusionPipeline, ModularPipeline, UniPCMultistepScheduler
 from PIL import Image
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import (
@@ -51,13 +53,33 @@ def randomise(module: torch.nn.Module) -> None:
                 parameter.add_(torch.randn_like(parameter) * 0.1)
 
 
-def finish(pipe: DiffusionPipeline, **kwargs: object) -> Tiny:
+def silence(pipe: Any) -> None:
+    """No progress bars: of a modular pipeline, none of any block's either."""
+    pipe.set_progress_bar_config(disable=True)
+    todo = [pipe._blocks] if isinstance(pipe, ModularPipeline) else []
+    while todo:
+        block = todo.pop()
+        todo += getattr(block, "sub_blocks", {}).values()
+        if hasattr(block, "set_progress_bar_config"):
+            block.set_progress_bar_config(disable=True)
+
+
+def modular(name: str, standard: Tiny, **kwargs: object) -> Tiny:
+    """A modular pipeline of a standard one's parts, called with those of its arguments that there are, and ``kwargs``."""
+    made: Any = getattr(diffusers, name)()
+    parts = standard.pipe.components.items()  # type: ignore[attr-defined]
+    made.update_components(**{part: value for part, value in parts if value is not None and part in made._component_specs})
+    takes = {*parameters(made)}
+    return finish(made, **{key: value for key, value in {**standard.kwargs, **kwargs}.items() if key in takes})
+
+
+def finish(pipe: DiffusionPipeline | ModularPipeline, **kwargs: object) -> Tiny:
     """Randomise what was left constant, switch to inference and silence the progress bar."""
     for component in pipe.components.values():
         if isinstance(component, torch.nn.Module):
             randomise(component)
             component.eval().requires_grad_(False)
-    pipe.set_progress_bar_config(disable=True)
+    silence(pipe)
     return Tiny(pipe, {"num_inference_steps": 4, "output_type": "np", **kwargs})
 
 
@@ -204,6 +226,29 @@ def flow_unipc(shift: float) -> UniPCMultistepScheduler:
     return UniPCMultistepScheduler(
         prediction_type="flow_prediction", use_flow_sigmas=True, num_train_timesteps=1000, flow_shift=shift
     )
+
+
+MEAN = 64.0
+"""Of the latents of a :func:`still` autoencoder; the shift that its pipeline has to take away."""
+
+
+def still(model: Any) -> Any:
+    """Latents so large, and drawn so narrowly, that the draw is lost in rounding: some pipelines draw it from the global generator."""
+    half = model.quant_conv.bias.numel() // 2
+    with torch.no_grad():
+        model.quant_conv.weight[half:] = 0.0
+        model.quant_conv.bias[half:] = -30.0
+        model.quant_conv.bias[:half] += MEAN
+        model.post_quant_conv.bias -= MEAN * model.post_quant_conv.weight.flatten(1).sum(1)
+    return model
+
+
+def narrow(unet: Any) -> Any:
+    """A learned variance within -1 and 1, as trained models have it: it is an exponent."""
+    with torch.no_grad():
+        for weight in unet.conv_out.parameters():
+            weight[len(weight) // 2 :] *= 0.1
+    return unet
 
 
 def vae(channels: int = 4, **config: object) -> AutoencoderKL:

@@ -47,7 +47,7 @@ def _pipeline(name: str, in_channels: int = CHANNELS, **kwargs: object) -> Tiny:
         "snr_shift_scale": 3.0,
         "timestep_spacing": "trailing",
     }
-    scheduler = CogVideoXDPMScheduler if rotary else CogVideoXDDIMScheduler
+    scheduler = CogVideoXDPMScheduler if rotary and "Fun" not in name else CogVideoXDDIMScheduler
     pipe = getattr(diffusers, name)(
         tokenizer=tokenizer,
         text_encoder=c.t5_text(tokenizer),
@@ -79,10 +79,15 @@ def _video(name: str) -> Tiny:
     return _pipeline(name, video=c.video(FRAMES, SIDE), strength=0.8)
 
 
+def _control(name: str) -> Tiny:
+    return _pipeline(name, 2 * CHANNELS, control_video=c.video(FRAMES, SIDE))
+
+
 make = c.maker(
     {
         "CogVideoXPipeline": _text,
         "CogVideoXImageToVideoPipeline": _image,
         "CogVideoXVideoToVideoPipeline": _video,
+        "CogVideoXFunControlPipeline": _control,
     }
 )

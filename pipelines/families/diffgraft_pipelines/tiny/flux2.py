@@ -1,4 +1,4 @@
-"""Tiny FLUX.2 Klein pipelines: two double and two single blocks; ``@image`` has a picture to go by."""
+"""Tiny FLUX.2 pipelines, dev and Klein: two double and two single blocks; ``@image`` has a picture to go by."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ LAYERS = (1, 2)
 """Of the text encoder: what they give stands side by side."""
 
 
-def _pipeline(name: str, **kwargs: object) -> Tiny:
+def _pipeline(name: str, guidance_embeds: bool = False, **kwargs: object) -> Tiny:
     tokenizer = c.chat_tokenizer()
     vae = AutoencoderKLFlux2(
         block_out_channels=(8, 8, 16, 16), layers_per_block=1, latent_channels=CHANNELS, norm_num_groups=4, sample_size=c.SIDE
@@ -25,7 +25,7 @@ def _pipeline(name: str, **kwargs: object) -> Tiny:
         vae=vae,
         text_encoder=c.qwen3_text(tokenizer),
         tokenizer=tokenizer,
-        transformer=small("Flux2Transformer2DModel", num_layers=2, guidance_embeds=False, **sizes),
+        transformer=small("Flux2Transformer2DModel", num_layers=2, guidance_embeds=guidance_embeds, **sizes),
     )
     if "Inpaint" not in name:  # its size is the picture's
         kwargs |= {"height": c.SIDE, "width": c.SIDE}
@@ -33,8 +33,18 @@ def _pipeline(name: str, **kwargs: object) -> Tiny:
     return c.finish(pipe, prompt=c.PROMPT, guidance_scale=3.0, **texts, **kwargs)
 
 
+def _dev(name: str, **kwargs: object) -> Tiny:
+    """With a guidance scale for an input, and the small text encoder of Klein."""
+    tiny = _pipeline(name, guidance_embeds=True, **kwargs)
+    tiny.pipe.tokenizer.chat_template = "{% for turn in messages %}{{ turn['content'][0]['text'] }}{% endfor %}"  # type: ignore[attr-defined]
+    tiny.pipe.system_message = ""  # type: ignore[attr-defined]  # the tokenizer would spell it
+    return tiny
+
+
 make = c.maker(
     {
+        "Flux2Pipeline": _dev,
+        "Flux2Pipeline@image": lambda name: _dev(name, image=c.picture()),
         "Flux2KleinPipeline": _pipeline,
         "Flux2KleinPipeline@image": lambda name: _pipeline(name, image=c.picture()),
         "Flux2KleinInpaintPipeline": lambda name: _pipeline(name, image=c.picture(), mask_image=c.mask(), strength=0.8),

@@ -32,4 +32,4 @@ def _consistency(_name: str) -> Tiny:
     return c.finish(pipe, class_labels=[1])
 
 
-make = c.maker({"DDPMPipeline": _pipeline, "DDIMPipeline": _pipeline, "ConsistencyModelPipeline": _consistency})
+make = c.maker({**dict.fromkeys(("DDPMPipeline", "DDIMPipeline", "PNDMPipeline"), _pipeline), "ConsistencyModelPipeline": _consistency})

@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import diffusers
 from diffgraft import Tiny
-from diffusers import AutoencoderKL, ControlNetModel, DDIMScheduler, DDPMScheduler, LCMScheduler, UNet2DConditionModel
+from diffusers import AutoencoderKL, ControlNetModel, DDIMScheduler, DDPMScheduler, LCMScheduler, T2IAdapter, UNet2DConditionModel
+from diffusers.pipelines.deprecated.alt_diffusion.modeling_roberta_series import (
+    RobertaSeriesConfig,
+    RobertaSeriesModelWithTransformation,
+)
+from transformers import DPTConfig, DPTForDepthEstimation, DPTImageProcessorPil, XLMRobertaTokenizer
 
 from diffgraft_pipelines.tiny import _common as c
 
@@ -33,11 +38,26 @@ def ddim() -> DDIMScheduler:
     return DDIMScheduler(**BETAS, clip_sample=False, set_alpha_to_one=False, steps_offset=1)
 
 
+def _tongues() -> XLMRobertaTokenizer:
+    """Of the printable ASCII characters; its encoder is made for many languages."""
+    letters = [(chr(code), -3.0) for code in range(33, 127)]
+    special = [(token, 0.0) for token in ("<s>", "<pad>", "</s>", "<unk>")]
+    return XLMRobertaTokenizer(vocab=[*special, ("▁", -2.0), *letters, ("<mask>", 0.0)], model_max_length=77)
+
+
+def _many_tongues() -> dict[str, object]:
+    """The text encoder of AltDiffusion."""
+    tokenizer = _tongues()
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = RobertaSeriesConfig(vocab_size=len(tokenizer), project_dim=32, pad_token_id=1, max_position_embeddings=80, **sizes)
+    return {"tokenizer": tokenizer, "text_encoder": RobertaSeriesModelWithTransformation(config)}
+
+
 def _pipeline(name: str, in_channels: int = 4, **kwargs: object) -> Tiny:
     tokenizer = c.clip_tokenizer()
     lcm = name.startswith("LatentConsistency")
     parts = {
-        "vae": c.vae(),
+        "vae": c.vae(in_channels=6, out_channels=6) if "LDM3D" in name else c.vae(),  # colours, depth
         "text_encoder": c.clip_text(tokenizer),
         "tokenizer": tokenizer,
         "unet": unet(in_channels, 16 if lcm else None),
@@ -46,8 +66,14 @@ def _pipeline(name: str, in_channels: int = 4, **kwargs: object) -> Tiny:
         "feature_extractor": None,
         "requires_safety_checker": False,
     }
+    if "LDM3D" in name:
+        parts["image_encoder"] = None
+    if name.startswith("Alt"):
+        parts |= _many_tongues()
     if "ControlNet" in name:
         parts["controlnet"] = ControlNetModel.from_unet(parts["unet"], conditioning_embedding_out_channels=(4, 4, 8, 8))
+    if "Adapter" in name:
+        parts["adapter"] = T2IAdapter(3, [16, 32, 32], num_res_blocks=1, downscale_factor=8)
     if not lcm:
         kwargs["negative_prompt"] = c.NEGATIVE
     pipe = getattr(diffusers, name)(**parts)
@@ -94,6 +120,24 @@ def _upscale(name: str) -> Tiny:
     return c.finish(pipe, prompt=c.PROMPT, negative_prompt=c.NEGATIVE, guidance_scale=7.5, image=c.picture(16), noise_level=20)
 
 
+def _depth(name: str) -> Tiny:
+    """Of the picture's depth, which a model finds, one channel more."""
+    tokenizer = c.clip_tokenizer()
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 2}
+    picture = {"image_size": 32, "patch_size": 16, "is_hybrid": False}
+    head = {"backbone_out_indices": [0, 1, 2, 3], "neck_hidden_sizes": [8] * 4, "fusion_hidden_size": 8, "reassemble_factors": [1] * 4}
+    pipe = getattr(diffusers, name)(
+        vae=c.vae(),
+        text_encoder=c.clip_text(tokenizer),
+        tokenizer=tokenizer,
+        unet=unet(5),
+        scheduler=ddim(),
+        depth_estimator=DPTForDepthEstimation(DPTConfig(**sizes, **picture, **head)),
+        feature_extractor=DPTImageProcessorPil(size={"height": 32, "width": 32}),
+    )
+    return c.finish(pipe, prompt=c.PROMPT, negative_prompt=c.NEGATIVE, guidance_scale=7.5, image=c.picture(), strength=0.8)
+
+
 def _control(name: str) -> Tiny:
     return _pipeline(name, image=c.picture(seed=1), height=c.SIDE, width=c.SIDE)
 
@@ -115,6 +159,11 @@ make = c.maker(
         "StableDiffusionControlNetPipeline": _control,
         "StableDiffusionControlNetImg2ImgPipeline": _control_image,
         "StableDiffusionControlNetInpaintPipeline": _control_inpaint,
+        "StableDiffusionDepth2ImgPipeline": _depth,
+        "StableDiffusionAdapterPipeline": _control,
+        "StableDiffusionLDM3DPipeline": _text,
+        "AltDiffusionPipeline": _text,
+        "AltDiffusionImg2ImgPipeline": _image,
         "StableDiffusionInstructPix2PixPipeline": _edit,
         "StableDiffusionUpscalePipeline": _upscale,
         "LatentConsistencyModelPipeline": _text,

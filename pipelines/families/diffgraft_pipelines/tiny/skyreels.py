@@ -1,4 +1,4 @@
-"""Tiny SkyReels-V2 diffusion forcing pipelines: three latent frames, all at one time (``ar_step`` 0)."""
+"""Tiny SkyReels-V2 pipelines: three latent frames, with diffusion forcing all at one time (``ar_step`` 0)."""
 
 from __future__ import annotations
 
@@ -15,24 +15,29 @@ FRAMES = 9
 
 def _pipeline(name: str, **kwargs: object) -> Tiny:
     tokenizer = c.t5_tokenizer()
+    image = name == "SkyReelsV2ImageToVideoPipeline"  # mask, start picture and its CLIP features
     transformer = SkyReelsV2Transformer3DModel(
         num_attention_heads=2,
         attention_head_dim=12,
-        in_channels=CHANNELS,
+        in_channels=2 * CHANNELS + 4 if image else CHANNELS,
         out_channels=CHANNELS,
         text_dim=32,
         freq_dim=32,
         ffn_dim=48,
         num_layers=3,
         rope_max_seq_len=64,
+        image_dim=32 if image else None,
+        added_kv_proj_dim=24 if image else None,
     )
     vae = c.wan_vae(CHANNELS)
+    more = {"image_encoder": c.clip_vision(), "image_processor": c.clip_image_processor()} if image else {}
     pipe = getattr(diffusers, name)(
         tokenizer=tokenizer,
         text_encoder=c.umt5_text(tokenizer),
         transformer=transformer,
         vae=vae,
         scheduler=c.flow_unipc(8.0),
+        **more,
     )
     return c.finish(
         pipe,
@@ -49,6 +54,8 @@ def _pipeline(name: str, **kwargs: object) -> Tiny:
 
 make = c.maker(
     {
+        "SkyReelsV2Pipeline": _pipeline,
+        "SkyReelsV2ImageToVideoPipeline": lambda name: _pipeline(name, image=c.picture(SIDE)),
         "SkyReelsV2DiffusionForcingPipeline": _pipeline,
         "SkyReelsV2DiffusionForcingImageToVideoPipeline": lambda name: _pipeline(name, image=c.picture(SIDE)),
         "SkyReelsV2DiffusionForcingVideoToVideoPipeline": lambda name: _pipeline(
