@@ -182,10 +182,6 @@ class Family:
         """What the denoiser is told at the scheduler's time ``t`` (a number or a tensor)."""
         return t * self.timestep_scale + self.timestep_offset
 
-    def time_of(self, told: Any) -> Any:
-        """The scheduler's time at which the denoiser is told so."""
-        return (told - self.timestep_offset) / self.timestep_scale
-
     def is_among(self, families: Iterable[str]) -> bool:
         """Whether a plugin's ``families`` name it: by name, by kind in the plural ("unets", "dits"; "dit" is a family), or by "*".
 

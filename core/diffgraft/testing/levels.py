@@ -102,8 +102,8 @@ def answering(forward: Callable[..., Any], family: Family, scheduler: Any, seen:
         out = forward(*args, **kwargs)
         bound = signature.bind_partial(*args, **kwargs).arguments
         given = {**bound, **heard(family, bound)}
-        x, t = given[family.sample], float(torch.as_tensor(given[family.timestep]).flatten()[0])
-        a, s = level(family.time_of(t), scheduler, kind)
+        x, told = given[family.sample], float(torch.as_tensor(given[family.timestep]).flatten()[0])
+        a, s = level((told - family.timestep_offset) / family.timestep_scale, scheduler, kind)
         variance = a * a * VARIANCE + s * s
         seen.append((x.detach().float().std().item(), variance**0.5))
         x0, eps = a * VARIANCE / variance * x, s / variance * x

@@ -28,7 +28,7 @@ from diffgraft import (
     root_of,
 )
 from diffgraft.methods.decoding import ensure_decodes
-from diffgraft.methods.gradients import LossScale, checkpointed, predict_alone, vjp_of
+from diffgraft.methods.gradients import LossScale, checkpointed, ensure_differentiable, predict_alone, vjp_of
 from diffgraft.methods.measurements import Mask
 from diffgraft.methods.predictions import (
     SignalNoise,
@@ -184,6 +184,7 @@ class ObservationGuidance(Plugin):
 
     def _begin(self, call: DenoiseCall, observed: Observed) -> None:
         """What is compared with what, and which elements of it were seen."""
+        ensure_differentiable(call)  # a flow's first steps are not led
         problem = observed.problem = problem_of(call, self.name)
         n, like = len(call.latents), torch.zeros(problem.shape, device=call.latents.device)
         first_guess(call, problem, self.name, like)  # refuses another size than the run's
