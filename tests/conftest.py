@@ -19,7 +19,7 @@ LEFT_OUT: dict[str, tuple[int, int]] = {}
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--sample", metavar="SEED", help="a sample of what did not change (default: everything); see tests/sampling.py")
-    parser.addoption("--changed", metavar="A,B", default="", help="plugins that changed: of these the sample leaves nothing out")
+    parser.addoption("--changed", metavar="A,B", default="", help="plugins and families' files that changed, which come first")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Lint, types, floors, tests: at most 25 minutes on 2 cores, whatever the number of plugins (tests/sampling.py says how).
-#   bash tests/run.sh                all of the core, what changed, a sample of the rest
+#   bash tests/run.sh                all of the core, what changed of plugins and families, a sample of the rest
 #   bash tests/run.sh --thorough     everything (hours with many plugins)
 #   bash tests/run.sh ARGUMENTS...   exactly what the arguments to pytest say (-k deepcache, plugins/deepcache, -m cuda)
 set -euo pipefail
@@ -18,8 +18,8 @@ elif [ $# -eq 0 ]; then
   # what changed: since the branch left origin/main, or else in the last day's commits; and what is not committed
   base=$(git merge-base HEAD origin/main 2>/dev/null || true)
   [ -n "$base" ] && [ "$base" != "$(git rev-parse HEAD)" ] || base=$(git rev-list -1 --before="24 hours ago" HEAD 2>/dev/null || true)
-  changed=$({ git diff --name-only "${base:-HEAD}" -- plugins; git ls-files --others --exclude-standard plugins; } 2>/dev/null |
-    cut -d/ -f2 | sort -u | paste -sd, -)
+  changed=$({ git diff --name-only "${base:-HEAD}" -- plugins pipelines/families; git ls-files --others --exclude-standard plugins pipelines/families; } 2>/dev/null |
+    sed -nE 's|^plugins/([^/]+)/.*|\1|p; s|^pipelines/families/.*/([a-z0-9_]+)\.py$|\1|p' | sort -u | paste -sd, -)
   set -- --sample "$(git rev-parse --short HEAD 2>/dev/null || echo 0)" --changed "$changed"
 fi
 # one worker a core, one thread each: tiny tensors do not profit from more; neighbouring tests share references, so workers get stretches

@@ -10,20 +10,25 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
+from itertools import islice
 from pathlib import Path
 
 import pytest
+from diffgraft.installed import registry
+from diffgraft.installed.family import Family
 from diffgraft.testing import Case, Cell, Pair
-from diffgraft.testing.cover import cover, cover_pairs, shuffled
+from diffgraft.testing.cover import cover_pairs, covering, shuffled
 
-CASES, OWN_TESTS, LOOKED_AT = 600, 3600, 24
+CASES, OWN_TESTS, FACTS, LOOKED_AT = 600, 3600, 600, 24
 """Cases of the contract, tests of plugins' own (at present all of them: what a core changes shows there first, and they take a quarter of a
-second each), unchanged plugins whose behaviour is looked at."""
+second each), of families' facts, unchanged plugins whose behaviour is looked at."""
 LEAST = 6
 """Of a plugin at least."""
 OWN = re.compile(r"^plugins/([^/]+)/tests/")
 OWN_CONTRACT = re.compile(r"^plugins/[^/]+/tests/.*::test_contract\[")
 """A plugin's own copy of the contract, for who works on it alone: tests/test_contract.py has the same cases."""
+FACT = re.compile(r"^pipelines/families/tests/.*::(\w+)\[(.*)\]$")
+"""(the fact, the pipeline class)."""
 
 
 class Sample:
@@ -38,13 +43,13 @@ class Sample:
         self.left_out[part] = kept, total
 
     def contract(self, of_plugin: dict[str, list[Case]]) -> list[Case]:
-        """Of each plugin its part of a covering table."""
+        """Of each plugin its part of a covering table; ``of_plugin`` has its candidates."""
         if self.seed is None:
-            return [case for cases in of_plugin.values() for case in cases]
-        tables = {name: cover(cases, self.seed) for name, cases in of_plugin.items()}
-        most = self.parts(CASES, {name: len(table) for name, table in tables.items()})
-        kept = [case for name, table in tables.items() for case in shuffled(table, self.seed)[: most[name]]]
-        self.note("contract cases of plugins", len(kept), sum(map(len, of_plugin.values())))
+            return [case for cases in of_plugin.values() for case in cases if case.applies]
+        sizes = {name: len({case.check.name for case in cases} | {case.family.name for case in cases}) for name, cases in of_plugin.items()}
+        most = self.parts(CASES, sizes)
+        kept = [case for name, cases in of_plugin.items() for case in islice(covering(cases, self.seed), most[name])]
+        self.note("contract cases of plugins (or more than apply)", len(kept), sum(map(len, of_plugin.values())))
         return kept
 
     def parts(self, budget: int, sizes: Mapping[str, int]) -> dict[str, int]:
@@ -85,7 +90,7 @@ class Sample:
         return kept
 
     def beyond(self, items: list[pytest.Item]) -> set[str]:
-        """Ids of the plugins' own tests that are more than their part."""
+        """Ids of the tests of plugins and families that are more than their part."""
         if self.seed is None:
             return set()
         dropped = {item.nodeid for item in items if OWN_CONTRACT.match(item.nodeid)}
@@ -99,7 +104,25 @@ class Sample:
             beyond |= set(shuffled((item.nodeid for item in own), self.seed)[most[name] :])
         total = sum(map(len, of_plugin.values()))
         self.note("plugins' own tests", total - len(beyond), total)
-        return dropped | beyond
+        return dropped | beyond | self.facts_beyond([item.nodeid for item in items if FACT.match(item.nodeid)])
+
+    def facts_beyond(self, facts: list[str]) -> set[str]:
+        """Those of families that changed come first, then each fact and each class once, then others."""
+        words = {fact: set(FACT.findall(fact)[0]) for fact in facts}
+        changed = {name for family in registry.families().values() if stem(family) in self.changed for name in family.pipelines}
+        met: set[str] = set()
+        rank: dict[str, int] = {}
+        for fact in shuffled(facts, self.seed or ""):
+            rank[fact] = 0 if words[fact] & changed else 1 if words[fact] - met else 2
+            met |= words[fact]
+        kept = sorted(rank, key=rank.__getitem__)[:FACTS]
+        self.note("families' facts", len(kept), len(facts))
+        return {*facts} - {*kept}
+
+
+def stem(family: Family) -> str:
+    """The file that describes it, as its tiny pipelines' file, without its ending."""
+    return (family.tiny or "").partition(":")[0].rpartition(".")[2]
 
 
 def level(sizes: Iterable[int], budget: int) -> int:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from itertools import islice
 from typing import Any, ClassVar
 
 import pytest
 from diffgraft import Paper, Plugin
 from diffgraft.installed import registry
-from diffgraft.testing import Case, contract_cases
+from diffgraft.testing import Case, contract_candidates, contract_cases
 from diffgraft.testing.cover import cover
 from sampling import sample_of
 
@@ -77,11 +78,12 @@ def spread(cases: list[Case]) -> list[Case]:
         check = case.check
         place = seen[check.name] = seen.get(check.name, len(seen)) + 1
         repeated = check.scope in ("kind", "main", "every") and check.name not in EVERYWHERE
-        if not repeated or place % SHARE == 0 or case.class_name not in classes:
+        if (not repeated or place % SHARE == 0 or case.class_name not in classes) and case.applies:
             kept.append(case)
             classes.add(case.class_name)
-    lost = {case.check.name: case for case in cases} | {case.check.name: None for case in kept}
-    return kept + [case for case in lost.values() if case is not None]
+    for name in {*seen} - {case.check.name for case in kept}:
+        kept += islice((case for case in cases if case.check.name == name and case.applies), 1)
+    return kept
 
 
 def probe_cases(sampled: bool) -> list[Case]:
@@ -89,15 +91,15 @@ def probe_cases(sampled: bool) -> list[Case]:
     families = registry.families()
     guided = [name for name, family in families.items() if family.guidance.layout != "none" and NothingGuided.claims(family)]
     others = [name for name in families if name not in guided]
-    probes = contract_cases(NothingGuided, guided, TWO_DENOISERS, True) + contract_cases(Nothing, others, (), True)
-    probes = spread(probes) if sampled else probes
-    return [case for case in probes if case.family.name not in LIKE_SD or case.check.name in LAYOUT]
+    probes = contract_candidates(NothingGuided, guided, TWO_DENOISERS, True) + contract_candidates(Nothing, others, (), True)
+    probes = [case for case in probes if case.family.name not in LIKE_SD or case.check.name in LAYOUT]
+    return spread(probes) if sampled else [case for case in probes if case.applies]
 
 
 def all_cases(config: pytest.Config) -> list[Case]:
     names = [name for name, info in registry.installed().items() if info.allowed and not info.broken]
     sample = sample_of(config)
-    cases = probe_cases(sample.seed is not None) + sample.contract({name: contract_cases(name) for name in names})
+    cases = probe_cases(sample.seed is not None) + sample.contract({name: contract_candidates(name) for name in names})
     return sorted(cases, key=lambda case: case.class_name)  # neighbours share baselines, and a worker gets neighbours
 
 
@@ -108,7 +110,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 def test_a_covering_table_keeps_every_check_and_every_family_and_moves() -> None:
     for name in ("deepcache", "time_shift"):
-        everything = contract_cases(name)
+        everything = contract_cases(name, ["sd", "sdxl", "flux", "pixel"])
         tables = [cover(everything, seed) for seed in ("1", "2")]
         for table in tables:
             assert {case.check.name for case in table} == {case.check.name for case in everything}

@@ -220,6 +220,7 @@ assert np.array_equal(picture(pipe), before)
 print("stacked")
 """
 
+
 @pytest.mark.slow
 def test_a_new_plugin_of_this_repository_changes_its_own_folder_only(tmp_path):
     if not (ROOT / ".git").exists():

@@ -83,7 +83,8 @@ class Effects:
         "replaces": frozenset({"scheduler", "denoiser", "noise"}),
         "skips": frozenset({"denoiser", "blocks", "branches"}),
         "edits": frozenset({"timestep", "schedule", "latents", "prediction", "attention", "conditioning", "resolution", "weights"}),
-        "needs": frozenset("gradients plain_gradients determinism all_blocks extra_forwards calibrated_run one_size own_steps".split()),
+        "needs": frozenset({"gradients", "plain_gradients", "determinism", "all_blocks", "extra_forwards"})
+        | {"calibrated_run", "one_size", "own_steps"},
     }
 
     def __post_init__(self) -> None:

@@ -27,7 +27,7 @@ from collections.abc import Iterable
 from diffgraft.installed import registry
 from diffgraft.installed.plugin import Plugin
 from diffgraft.testing import basics, compiling, crafted, inside, levels, ranks, repeats, sessions, surroundings
-from diffgraft.testing.case import CHECKS, Case, cases_of
+from diffgraft.testing.case import CHECKS, Case, candidates
 from diffgraft.testing.cover import cover
 from diffgraft.testing.forms import Cell, form_cells
 from diffgraft.testing.pairs import Pair, pair_cases
@@ -43,7 +43,9 @@ __all__ = [
     "Subject",
     "basics",
     "compiling",
+    "contract_candidates",
     "contract_cases",
+    "contract_sample",
     "cover",
     "crafted",
     "form_cells",
@@ -69,11 +71,23 @@ def contract_cases(
         variants: further pipelines of the tiny factories that get the checks of a first class ("WanPipeline@2.2").
         thorough: on every family also what the core alone decides (offload, save, copy, pickle...), for tests of the core.
     """
+    return [case for case in contract_candidates(plugin, families, variants, thorough) if case.applies]
+
+
+def contract_candidates(
+    plugin: str | type[Plugin], families: Iterable[str] | None = None, variants: Iterable[str] = (), thorough: bool = False
+) -> list[Case]:
+    """The same and those that do not apply. Which do is asked of each ``case.applies`` alone: of all plugins it takes minutes."""
     cls = registry.find(plugin) if isinstance(plugin, str) else plugin
     known = registry.families()
     if families is None:
-        return cases_of(cls, known.values(), known.values(), variants, thorough)
-    return cases_of(cls, [known[name] for name in families], (), variants, thorough)
+        return candidates(cls, known.values(), known.values(), variants, thorough)
+    return candidates(cls, [known[name] for name in families], (), variants, thorough)
+
+
+def contract_sample(plugin: str | type[Plugin], seed: str) -> list[Case]:
+    """Of one plugin's cases a covering table: each check and each family once at least; which meet depends on the seed."""
+    return cover(contract_candidates(plugin), seed)
 
 
 def run_contract(plugin: str | type[Plugin], families: Iterable[str] | None = None) -> list[str]:

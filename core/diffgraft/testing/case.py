@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 from diffgraft.installed.errors import Unsupported
@@ -24,7 +25,7 @@ class Check:
            there and not the family (the core's own tests put a probe on every family); "main": on the first pipeline class of every
            claimed family; "every": on all its classes (image to image, inpainting, ControlNet); "foreign": on every family that the
            plugin does not claim
-    when   whether it applies; a case that does not is never made
+    when   whether it applies; it may have to try what plain diffusers can do
     """
 
     name: str
@@ -60,6 +61,11 @@ class Case:
         where = "" if self.check.scope == "plugin" else f"-{self.class_name}"
         return f"{self.plugin.name}{where}-{self.check.name}"
 
+    @cached_property
+    def applies(self) -> bool:
+        """Whether the check has something to hold here."""
+        return self.check.when(Subject(self.plugin, self.family, self.class_name))
+
     @threads(1)  # tiny tensors: more threads would wait for each other
     def run(self) -> list[str]:
         """Remarks for the record (graphs, "refused: ..."); raises AssertionError when the plugin breaks the contract."""
@@ -86,11 +92,11 @@ def one_of_each_kind(families: Iterable[Family]) -> list[Family]:
     return list({family.kind: family for family in reversed(known) if family.tiny is not None}.values())
 
 
-def cases_of(
+def candidates(
     plugin: type[Plugin], families: Iterable[Family], known: Iterable[Family], classes: Iterable[str] = (), thorough: bool = False
 ) -> list[Case]:
-    """The cases that apply: on those of ``families`` that the plugin claims; those of the ``known`` ones that it does not claim must be
-    refused. ``classes`` are further pipeline classes or variants.
+    """The cases that there may be: on those of ``families`` that the plugin claims; those of the ``known`` ones that it does not claim must
+    be refused. ``classes`` are further pipeline classes or variants. Which of them apply is not asked, which takes minutes for all plugins.
 
     ``thorough``: checks of scope "kind" on every family too.
     """
@@ -107,5 +113,5 @@ def cases_of(
         else:
             places = [(f, name) for f in claimed for name in (f.pipelines if one.scope == "every" else f.pipelines[:1])]
             places += [(f, name) for f in claimed for name in extra if name.partition("@")[0] in f.pipelines]
-        cases += [Case(plugin, f, name, one) for f, name in places if one.when(Subject(plugin, f, name))]
+        cases += [Case(plugin, f, name, one) for f, name in places]
     return cases

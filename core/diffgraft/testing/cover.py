@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from typing import TypeVar
 
 from diffgraft.installed.planner import Part, judge
@@ -24,20 +24,25 @@ def shuffled(items: Iterable[T], seed: str) -> list[T]:
 
 def cover(cases: Iterable[Case], seed: str) -> list[Case]:
     """A covering table instead of the product: each check once, and each family once at least; which meets which depends on the seed."""
+    return list(covering(cases, seed))
+
+
+def covering(cases: Iterable[Case], seed: str) -> Iterator[Case]:
+    """Its rows one by one. Cases that do not apply are left out, and no more of them are asked whether they do than is needed."""
     order = shuffled(cases, seed)
     by_check: dict[str, list[Case]] = {}
     for case in order:
         by_check.setdefault(case.check.name, []).append(case)
-    kept: list[Case] = []
     met: set[str] = set()
     for group in by_check.values():
-        kept.append(next((case for case in group if case.family.name not in met), group[0]))
-        met.add(kept[-1].family.name)
+        found = next((case for case in sorted(group, key=lambda case: case.family.name in met) if case.applies), None)
+        if found is not None:
+            met.add(found.family.name)
+            yield found
     for case in order:
-        if case.family.name not in met:
-            kept.append(case)
+        if case.family.name not in met and case.applies:
             met.add(case.family.name)
-    return kept
+            yield case
 
 
 def effect_class(plugin: type[Plugin]) -> tuple[frozenset[str], ...]:

@@ -13,7 +13,7 @@ from diffgraft.methods.calibration import calibrate
 from diffgraft.methods.examples import Example
 from diffgraft.methods.fitting import FitPlan, fit
 from diffgraft.methods.inputs import CallSettings, make_samples
-from diffgraft.testing import Case, contract_cases, cover
+from diffgraft.testing import Case, contract_sample
 from diffgraft_accvideo import AccVideo, __version__
 from diffgraft_accvideo.collection import HOLDS
 from diffgraft_accvideo.method import jump, key_points, linear, trajectory_loss, union
@@ -27,8 +27,8 @@ from diffusers import (
 )
 from safetensors.torch import load_file, save_file
 
-CASES = cover(contract_cases("accvideo"), seed=__version__)
-"""Each check once and each family once; which meet changes with the version. All of them: ``diffgraft check``, or without ``cover``."""
+CASES = contract_sample("accvideo", __version__)
+"""Each check once and each family once; which meet changes with the version. All of them: ``diffgraft check``, or ``contract_cases``."""
 PROMPTS = ["a red apple", "two green dogs"]
 
 

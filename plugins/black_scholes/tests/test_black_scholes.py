@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from diffgraft import ConfigError, Effects, Paper, Plugin, RewardError, StepOutput, Unsupported, load_pipeline
-from diffgraft.testing import Case, contract_cases, cover
+from diffgraft.testing import Case, contract_sample
 from diffgraft_black_scholes import BlackScholes, __version__, abar_of_flow
 from diffgraft_black_scholes.method import LEAST_VOLATILITY, call_price, log_call, official_value, takes_second, volatility
 from diffgraft_black_scholes.scorers import CLIP, ClipScore, clip, colours
@@ -24,8 +24,8 @@ from diffusers import (
 )
 from PIL import Image
 
-CASES = cover(contract_cases("black_scholes"), seed=__version__)
-"""Each check once and each family once; which meet changes with the version. All of them: ``diffgraft check``, or without ``cover``."""
+CASES = contract_sample("black_scholes", __version__)
+"""Each check once and each family once; which meet changes with the version. All of them: ``diffgraft check``, or ``contract_cases``."""
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

@@ -14,7 +14,7 @@ from diffgraft.methods.artefacts import Artefact
 from diffgraft.methods.calibration import calibrate_call
 from diffgraft.methods.late import left, spread
 from diffgraft.methods.published import Weights
-from diffgraft.testing import Case, contract_cases, cover
+from diffgraft.testing import Case, contract_sample
 from diffgraft.testing.watch import FirstLatents
 from diffgraft_cil_start import CilStart, __version__, measured_on
 from diffgraft_cil_start.method import UNIT, Moments, Sums, begin, divergence, official_svd, optimum
@@ -29,8 +29,8 @@ from diffusers import (
     TCDScheduler,
 )
 
-CASES = cover(contract_cases("cil_start"), seed=__version__)
-"""Each check once and each family once; which meet changes with the version. All of them: ``diffgraft check``, or without ``cover``."""
+CASES = contract_sample("cil_start", __version__)
+"""Each check once and each family once; which meet changes with the version. All of them: ``diffgraft check``, or ``contract_cases``."""
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

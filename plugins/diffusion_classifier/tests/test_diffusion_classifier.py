@@ -13,7 +13,7 @@ from diffgraft import ConfigError, Unsupported, load_pipeline
 from diffgraft.methods.conditioning import sibling
 from diffgraft.methods.decoding import to_latents
 from diffgraft.methods.rewards import find_reward
-from diffgraft.testing import Case, contract_cases, cover
+from diffgraft.testing import Case, contract_sample
 from diffgraft_diffusion_classifier import DiffusionClassifier, __version__, fit_weights, reward
 from diffgraft_diffusion_classifier.method import (
     Level,
@@ -45,7 +45,7 @@ from PIL import Image
 SD, SDXL, SD3, FLUX = "StableDiffusionPipeline", "StableDiffusionXLPipeline", "StableDiffusion3Pipeline", "FluxPipeline"
 NAMES = (SD, SDXL, SD3, FLUX)
 PROMPTS = ["a red apple on the left", "two green dogs", "a big panda", "a small frog"]
-CASES = cover(contract_cases("diffusion_classifier"), seed=__version__)
+CASES = contract_sample("diffusion_classifier", __version__)
 REWARD = "diffgraft_diffusion_classifier:reward"
 
 

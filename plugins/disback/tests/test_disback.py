@@ -10,7 +10,7 @@ from diffgraft.methods.fitting import FitPlan, fit
 from diffgraft.methods.inputs import CallSettings
 from diffgraft.methods.matching import matching_gradient
 from diffgraft.methods.published import Weights, spec_of
-from diffgraft.testing import Case, contract_cases, cover
+from diffgraft.testing import Case, contract_sample
 from diffgraft_disback import DisBack, OneStepScheduler, __version__
 from diffgraft_disback.fitting import LAYERS, DisBackFitter, point
 from diffgraft_disback.method import Path
@@ -20,8 +20,8 @@ from diffusers import DDIMScheduler, EDMEulerScheduler, EulerDiscreteScheduler, 
 from safetensors.torch import load_file
 from torch.overrides import TorchFunctionMode
 
-CASES = cover(contract_cases("disback"), seed=__version__)
-"""Each check once and each family once; which meet changes with the version. All of them: ``diffgraft check``, or without ``cover``."""
+CASES = contract_sample("disback", __version__)
+"""Each check once and each family once; which meet changes with the version. All of them: ``diffgraft check``, or ``contract_cases``."""
 EXAMPLES = [Example(text) for text in ("an apple", "a star", "a boat")]
 SETTINGS = CallSettings(steps=2, guidance_scale=2.0, height=32, width=32)
 KNOBS = {"rank": 2, "path": 2, "record": 4, "stay": 1, "student_every": 2}

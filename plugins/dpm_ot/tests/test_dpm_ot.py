@@ -12,7 +12,7 @@ from diffgraft.methods.artefacts import Artefact
 from diffgraft.methods.examples import Example
 from diffgraft.methods.fitting import FitPlan, fit, fit_call
 from diffgraft.methods.inputs import CallSettings
-from diffgraft.testing import Case, contract_cases, cover
+from diffgraft.testing import Case, contract_sample
 from diffgraft.testing.watch import FirstLatents
 from diffgraft_dpm_ot import DpmOt, __version__
 from diffgraft_dpm_ot import method as m
@@ -23,8 +23,8 @@ from diffusers import DDIMScheduler, EDMEulerScheduler, EulerDiscreteScheduler, 
 from PIL import Image
 from torch.distributions import Normal
 
-CASES = cover(contract_cases("dpm_ot"), seed=__version__)
-"""Each check once and each family once; which meet changes with the version. All of them: ``diffgraft check``, or without ``cover``."""
+CASES = contract_sample("dpm_ot", __version__)
+"""Each check once and each family once; which meet changes with the version. All of them: ``diffgraft check``, or ``contract_cases``."""
 STEPS, START = 8, 700.0
 NAMES = ("DDPMPipeline", "DDIMPipeline", "DiTPipeline")
 

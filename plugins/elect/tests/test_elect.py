@@ -12,7 +12,7 @@ import torch
 from diffgraft import ConfigError, Conflict, Effects, NotFinite, Paper, Plugin, Unsupported, load_pipeline
 from diffgraft.lab.instruments import LiveBytes
 from diffgraft.methods.decoding import to_pixels
-from diffgraft.testing import Case, contract_cases, cover
+from diffgraft.testing import Case, contract_sample
 from diffgraft_elect import Elect, __version__, best, share_of
 from diffgraft_elect.method import difference, inconsistency, scaled, step_map, weight
 from diffgraft_elect.seeds import starts_of
@@ -30,8 +30,8 @@ from diffusers import (
 
 SD, SDXL = "StableDiffusionInstructPix2PixPipeline", "StableDiffusionXLInstructPix2PixPipeline"
 ANCESTRAL = EulerAncestralDiscreteScheduler
-CASES = cover(contract_cases("elect"), seed=__version__)
-"""Each check once and each family once; which meet changes with the version. All of them: ``diffgraft check``, or without ``cover``."""
+CASES = contract_sample("elect", __version__)
+"""Each check once and each family once; which meet changes with the version. All of them: ``diffgraft check``, or ``contract_cases``."""
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

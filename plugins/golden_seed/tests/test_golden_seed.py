@@ -18,7 +18,7 @@ from diffgraft.methods.findings import Finding
 from diffgraft.methods.fitness import Fitness, FrechetFitness, RewardFitness, TrajectoryFitness
 from diffgraft.methods.inputs import CallSettings, Sample
 from diffgraft.methods.search import Plan, evolve, search
-from diffgraft.testing import Case, contract_cases, cover
+from diffgraft.testing import Case, contract_sample
 from diffgraft_golden_seed import GoldenSeed, __version__
 from diffgraft_golden_seed.method import border, chosen, colourfulness, default_k, generators, spread
 from diffgraft_golden_seed.scores import borderless, colourful
@@ -27,8 +27,8 @@ from diffgraft_pipelines.tiny import make
 from PIL import Image
 from typer.testing import CliRunner
 
-CASES = cover(contract_cases("golden_seed"), seed=__version__)
-"""Each check once and each family once; which meet changes with the version. All of them: ``diffgraft check``, or without ``cover``."""
+CASES = contract_sample("golden_seed", __version__)
+"""Each check once and each family once; which meet changes with the version. All of them: ``diffgraft check``, or ``contract_cases``."""
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

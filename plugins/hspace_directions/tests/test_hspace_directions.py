@@ -6,7 +6,7 @@ import pytest
 import torch
 from diffgraft import ArtefactMismatch, ConfigError, Plugin, Unsupported, load_pipeline, unload
 from diffgraft.methods.calibration import calibrate_call
-from diffgraft.testing import Case, contract_cases, cover
+from diffgraft.testing import Case, contract_sample
 from diffgraft_hspace_directions import HSpaceDirections, __version__, difference
 from diffgraft_hspace_directions.edit import random_unit
 from diffgraft_hspace_directions.method import direction_level, orthonormal, pca, same_sense, singular_directions, stretch
@@ -14,7 +14,7 @@ from diffgraft_pipelines.tiny import make
 from diffusers import DDIMScheduler, EulerDiscreteScheduler, PNDMScheduler
 
 NAME = "hspace_directions"
-CASES = cover(contract_cases(NAME), seed=__version__)
+CASES = contract_sample(NAME, __version__)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

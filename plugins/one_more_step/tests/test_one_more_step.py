@@ -13,7 +13,7 @@ from diffgraft.methods.fitting import FitPlan, fit, fit_call
 from diffgraft.methods.inputs import CallSettings
 from diffgraft.methods.layouts import Spec
 from diffgraft.methods.published import Weights
-from diffgraft.testing import Case, contract_cases, cover
+from diffgraft.testing import Case, contract_sample
 from diffgraft.testing.watch import FirstLatents
 from diffgraft_one_more_step import OneMoreStep, __version__
 from diffgraft_one_more_step.method import clean, guided, share_of_noise
@@ -22,8 +22,8 @@ from diffgraft_pipelines.tiny import make
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, EDMEulerScheduler, EulerDiscreteScheduler, PNDMScheduler
 from PIL import Image
 
-CASES = cover(contract_cases("one_more_step"), seed=__version__)
-"""Each check once and each family once; which meet changes with the version. All of them: ``diffgraft check``, or without ``cover``."""
+CASES = contract_sample("one_more_step", __version__)
+"""Each check once and each family once; which meet changes with the version. All of them: ``diffgraft check``, or ``contract_cases``."""
 
 MEAN = torch.tensor([0.9, -0.5, 0.7, -1.1])
 """Of toy latents, by channel."""

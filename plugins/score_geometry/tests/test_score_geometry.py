@@ -6,14 +6,14 @@ import pytest
 import torch
 from diffgraft import ConfigError, Unsupported, load_pipeline
 from diffgraft.methods.predictions import SignalNoise, levels_at
-from diffgraft.testing import Case, contract_cases, cover
+from diffgraft.testing import Case, contract_sample
 from diffgraft_pipelines.tiny import make
 from diffgraft_score_geometry import ScoreGeometry, __version__
 from diffgraft_score_geometry.method import asymmetry, leading, parts, score_dimension, score_spectrum, singular_values, trace_dimension
 from diffusers import DDIMScheduler, EulerDiscreteScheduler, HeunDiscreteScheduler
 from PIL import Image
 
-CASES = cover(contract_cases("score_geometry"), seed=__version__)
+CASES = contract_sample("score_geometry", __version__)
 NAME = "score_geometry"
 
 

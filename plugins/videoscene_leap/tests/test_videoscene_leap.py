@@ -13,7 +13,7 @@ from diffgraft import ConfigError, Effects, Paper, Plugin, Unsupported, find_fam
 from diffgraft.methods.decoding import to_pixels
 from diffgraft.methods.predictions import SignalNoise
 from diffgraft.methods.starts import at_level
-from diffgraft.testing import Case, contract_cases, cover
+from diffgraft.testing import Case, contract_sample
 from diffgraft_pipelines.tiny import make
 from diffgraft_videoscene_leap import VideosceneLeap, __version__, moving_square
 from diffgraft_videoscene_leap.drafts import Size, encode, ensure_size, grid_of, videos_of
@@ -32,8 +32,8 @@ from diffusers import (
 )
 from PIL import Image
 
-CASES = cover(contract_cases("videoscene_leap"), seed=__version__)
-"""Each check once and each family once; which meet changes with the version. All of them: ``diffgraft check``, or without ``cover``."""
+CASES = contract_sample("videoscene_leap", __version__)
+"""Each check once and each family once; which meet changes with the version. All of them: ``diffgraft check``, or ``contract_cases``."""
 FOUR = ("WanPipeline", "CogVideoXPipeline", "LTXPipeline", "AnimateDiffPipeline")
 
 

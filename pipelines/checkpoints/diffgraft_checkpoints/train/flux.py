@@ -56,12 +56,8 @@ from .unet import (
 NAME = "emoji-flux"
 
 
-
-
 CALL: dict[str, Any] = {"height": scenes.SIZE, "width": scenes.SIZE, "max_sequence_length": TOKENS}
 """What every call needs: `FluxPipeline` would draw 512 x 512 pixels and pad the prompt to 512 tokens."""
-
-
 
 
 HALF_EVERY = 5
@@ -76,8 +72,6 @@ HALF_SIZE_PROMPTS = 96
 
 
 GUIDANCES = (1.0, 1.5, 2.0, 3.0)
-
-
 
 
 def train_flux(

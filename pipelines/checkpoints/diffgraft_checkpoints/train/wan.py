@@ -36,8 +36,6 @@ BATCH = 64
 TEXT_WIDTH = 128
 
 
-
-
 CAPTION_DROPOUT = 0.1
 
 

@@ -34,6 +34,4 @@ fibo = replace(
     conditioning=("encoder_hidden_states", "text_encoder_layers", "joint_attention_kwargs"),  # the mask of the texts is in the last
 )
 
-edit = replace(
-    fibo, name="bria_fibo_edit", pipelines=("BriaFiboEditPipeline",), appended="tokens", branch_prediction="first_tokens"
-)
+edit = replace(fibo, name="bria_fibo_edit", pipelines=("BriaFiboEditPipeline",), appended="tokens", branch_prediction="first_tokens")

@@ -18,9 +18,7 @@ family = Family(
         BlockGroup("transformer_blocks", "double", TAKES, RETURNS),
         BlockGroup("single_transformer_blocks", "single", TAKES, RETURNS),
     ),
-    guidance=Guidance(
-        "sequential", ("cond", "uncond"), "true_cfg_scale", requires=("negative_prompt", "negative_prompt_embeds")
-    ),
+    guidance=Guidance("sequential", ("cond", "uncond"), "true_cfg_scale", requires=("negative_prompt", "negative_prompt_embeds")),
     timestep_scale=1 / 1000,
     conditioning=("encoder_hidden_states", "pooled_projections", "guidance"),
     prediction="flow",

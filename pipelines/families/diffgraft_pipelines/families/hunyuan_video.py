@@ -19,9 +19,7 @@ family = Family(
         BlockGroup("transformer_blocks", "double", TAKES, RETURNS),
         BlockGroup("single_transformer_blocks", "single", TAKES, RETURNS),
     ),
-    guidance=Guidance(
-        "sequential", ("cond", "uncond"), "true_cfg_scale", requires=("negative_prompt", "negative_prompt_embeds")
-    ),
+    guidance=Guidance("sequential", ("cond", "uncond"), "true_cfg_scale", requires=("negative_prompt", "negative_prompt_embeds")),
     conditioning=("encoder_hidden_states", "encoder_attention_mask", "pooled_projections", "guidance"),
     prediction="flow",
     latents="bcfhw",

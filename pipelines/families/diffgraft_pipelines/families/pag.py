@@ -19,9 +19,7 @@ ORDER = ("uncond", "cond", "perturbed")
 
 def _perturbed(family: Family, *pipelines: str) -> Family:
     guidance = Guidance("batched", ORDER, optional=(("perturbed", ON),), bound=True, active=family.guidance.active)
-    return replace(
-        family, name=f"{family.name}_pag", pipelines=pipelines, guidance=guidance, tiny="diffgraft_pipelines.tiny.pag:make"
-    )
+    return replace(family, name=f"{family.name}_pag", pipelines=pipelines, guidance=guidance, tiny="diffgraft_pipelines.tiny.pag:make")
 
 
 stable = _perturbed(

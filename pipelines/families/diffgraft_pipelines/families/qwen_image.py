@@ -25,9 +25,7 @@ family = Family(
             ("encoder_hidden_states", "hidden_states"),
         ),
     ),
-    guidance=Guidance(
-        "sequential", ("cond", "uncond"), "true_cfg_scale", requires=("negative_prompt", "negative_prompt_embeds")
-    ),
+    guidance=Guidance("sequential", ("cond", "uncond"), "true_cfg_scale", requires=("negative_prompt", "negative_prompt_embeds")),
     timestep_scale=1 / 1000,
     conditioning=("encoder_hidden_states", "encoder_hidden_states_mask"),
     prediction="flow",

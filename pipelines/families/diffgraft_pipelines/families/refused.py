@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-GUIDER = (
-    "guides by a part of its own (`guider`), which holds the scale and says which branches run: the scale is no argument of its call"
-)
+GUIDER = "guides by a part of its own (`guider`), which holds the scale and says which branches run: the scale is no argument of its call"
 KEPT = "the first step leaves keys and values for all later ones, which do not see what they were made of: no step can be left out"
 FRAME = "a start picture stands in the place of the first frame, and the scheduler steps the frames behind it alone"
 PARTS = "makes a video part by part, each from noise and with the end of the one before: one call is several samplings"

@@ -11,11 +11,7 @@ family = Family(
     pipelines=("SanaPipeline", "SanaControlNetPipeline"),
     denoisers=("transformer",),
     kind="dit",
-    blocks=(
-        BlockGroup(
-            "transformer_blocks", "block", ("hidden_states", "encoder_hidden_states", "encoder_attention_mask", "timestep")
-        ),
-    ),
+    blocks=(BlockGroup("transformer_blocks", "block", ("hidden_states", "encoder_hidden_states", "encoder_attention_mask", "timestep")),),
     guidance=Guidance("batched", active="do_classifier_free_guidance"),
     conditioning=("encoder_hidden_states", "encoder_attention_mask"),
     prediction="flow",

@@ -19,9 +19,7 @@ family = Family(
     denoisers=("transformer", "transformer_2"),
     kind="dit",
     blocks=(BlockGroup("blocks", "block", ("hidden_states", "encoder_hidden_states", "temb")),),
-    guidance=Guidance(
-        "sequential", ("cond", "uncond"), active="do_classifier_free_guidance", second_scale="guidance_scale_2"
-    ),
+    guidance=Guidance("sequential", ("cond", "uncond"), active="do_classifier_free_guidance", second_scale="guidance_scale_2"),
     conditioning=("encoder_hidden_states", "encoder_hidden_states_image"),
     prediction="flow",
     latents="bcfhw",

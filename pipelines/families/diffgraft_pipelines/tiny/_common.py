@@ -223,9 +223,7 @@ def wan_vae(channels: int) -> AutoencoderKLWan:
 
 def flow_unipc(shift: float) -> UniPCMultistepScheduler:
     """The scheduler that Wan and its relatives ship with."""
-    return UniPCMultistepScheduler(
-        prediction_type="flow_prediction", use_flow_sigmas=True, num_train_timesteps=1000, flow_shift=shift
-    )
+    return UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, num_train_timesteps=1000, flow_shift=shift)
 
 
 MEAN = 64.0

@@ -42,9 +42,7 @@ def _pipeline(name: str, in_channels: int = 4, **kwargs: object) -> Tiny:
         parts["controlnet"] = SparseControlNetModel(concat_conditioning_mask=False, use_simplified_condition_embedding=True, **SPARSE)
     elif "ControlNet" in name:
         parts["controlnet"] = ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=(4, 4, 8, 8))
-    return c.finish(
-        getattr(diffusers, name)(**parts), prompt=c.PROMPT, negative_prompt=c.NEGATIVE, guidance_scale=7.5, **kwargs
-    )
+    return c.finish(getattr(diffusers, name)(**parts), prompt=c.PROMPT, negative_prompt=c.NEGATIVE, guidance_scale=7.5, **kwargs)
 
 
 def _text(name: str) -> Tiny:

@@ -36,9 +36,7 @@ def _pipeline(name: str, in_channels: int = CHANNELS, **kwargs: object) -> Tiny:
         max_text_seq_length=TOKENS,
         use_rotary_positional_embeddings=rotary,
     )
-    vae = AutoencoderKLCogVideoX(
-        block_out_channels=(8, 8, 8, 8), latent_channels=CHANNELS, layers_per_block=1, norm_num_groups=4
-    )
+    vae = AutoencoderKLCogVideoX(block_out_channels=(8, 8, 8, 8), latent_channels=CHANNELS, layers_per_block=1, norm_num_groups=4)
     schedule = {
         "beta_start": 0.00085,
         "beta_end": 0.012,

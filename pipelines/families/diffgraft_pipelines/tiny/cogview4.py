@@ -35,9 +35,7 @@ def _pipeline(name: str, **kwargs: object) -> Tiny:
         text_encoder=_glm(len(tokenizer)),
         vae=_vae("Control" in name),
         transformer=small("CogView4Transformer2DModel", rope_axes_dim=(8, 8), **sizes),
-        scheduler=FlowMatchEulerDiscreteScheduler(
-            use_dynamic_shifting=True, base_shift=0.25, max_shift=0.75, time_shift_type="linear"
-        ),
+        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, base_shift=0.25, max_shift=0.75, time_shift_type="linear"),
     )
     size = {"height": c.SIDE, "width": c.SIDE, "max_sequence_length": 32}
     return c.finish(pipe, prompt=c.PROMPT, negative_prompt=c.NEGATIVE, guidance_scale=5.0, **size, **kwargs)

@@ -20,9 +20,7 @@ from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Q
 from diffgraft_pipelines.tiny import _common as c
 
 CHANNELS = 4
-SYSTEM = (
-    "system\nDescribe the image by detailing the color, shape, size, texture, quantity, text, spatial relationships"
-)
+SYSTEM = "system\nDescribe the image by detailing the color, shape, size, texture, quantity, text, spatial relationships"
 SYSTEM += " of the objects and background:\nuser\nassistant\n"
 
 

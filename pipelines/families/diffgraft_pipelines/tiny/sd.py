@@ -89,9 +89,7 @@ def _image(name: str) -> Tiny:
 
 
 def _inpaint(name: str, in_channels: int = 4) -> Tiny:
-    return _pipeline(
-        name, in_channels, image=c.picture(), mask_image=c.mask(), height=c.SIDE, width=c.SIDE, strength=0.8
-    )
+    return _pipeline(name, in_channels, image=c.picture(), mask_image=c.mask(), height=c.SIDE, width=c.SIDE, strength=0.8)
 
 
 def _edit(name: str) -> Tiny:

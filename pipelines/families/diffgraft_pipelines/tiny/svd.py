@@ -60,9 +60,7 @@ def _pipeline(_name: str) -> Tiny:
         scheduler=scheduler,
         feature_extractor=c.clip_image_processor(224),
     )
-    return c.finish(
-        pipe, image=c.picture(SIDE), height=SIDE, width=SIDE, num_frames=FRAMES, max_guidance_scale=3.0, fps=7
-    )
+    return c.finish(pipe, image=c.picture(SIDE), height=SIDE, width=SIDE, num_frames=FRAMES, max_guidance_scale=3.0, fps=7)
 
 
 make = c.maker({"StableVideoDiffusionPipeline": _pipeline})
