@@ -4,15 +4,15 @@
     python plugins/motion_guided/benchmarks/flicker.py img2img --out out/motion_guided     # emoji-sd: noisy frames, strength 0.5
 
 A clip is one emoji that goes in a straight line over a plain background, five frames of a combination that no checkpoint was shown in
-training, 3 to 7 pixels apart; the renderer knows each frame's mask and shift, so its flow is exact. Clip i runs in one call of its frames, from seed i in all
-arms. Figures of each arm, of 64 x 64 pixels in 0 to 1:
+training, 3 to 7 pixels apart; the renderer knows each frame's mask and shift, so its flow is exact. Clip i runs in one call of its frames,
+from the same noises in all arms. Figures of each arm, of 64 x 64 pixels in 0 to 1:
 
     psnr      to the true frames, in dB: fidelity
     flicker   rms of W(x_{i+1}, f_i) - x_i and of the way back, along the exact flow, where both frames see the same (255ths)
     sharp     rms of the differences of neighbouring pixels over that of the true frames: below 1 is blurred
 
 Beside the plugin stand two ways that need none: the same noise for all frames, and the plain frames averaged with their neighbours along
-the exact flow. Differences to the plain run are paired; means with a bootstrap's 95 % interval over clips.
+a flow. Differences to the plain run are paired; means with a bootstrap's 95 % interval over clips.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from diffgraft.installed.errors import Unsupported
 from diffgraft.lab.metrics import Mean
 from diffgraft_checkpoints.emoji import motion, scenes
 from diffgraft_motion_guided import MotionGuided
-from diffgraft_motion_guided.flows import Flows, opencv
+from diffgraft_motion_guided.flows import Flows, dis, estimated, opencv, read_clip, resized
 from diffgraft_motion_guided.method import occluded, warped, warping
 from diffusers import StableDiffusionImg2ImgPipeline
 from PIL import Image
@@ -65,14 +65,17 @@ class Clip:
         seen = 3 * (self.visible[0].sum() + self.visible[1].sum())
         return 255 * float(((there.square().sum() + back.square().sum()) / seen).sqrt())
 
-    def averaged(self, x: Tensor) -> Tensor:
-        """Each frame with its neighbours along the exact flow, where these see the same."""
-        total, weight = x.clone(), torch.ones_like(x[:, :1])
-        total[:-1] += self.visible[0] * warped(x[None, 1:], warping(self.flows.forward))[0]
-        total[1:] += self.visible[1] * warped(x[None, :-1], warping(self.flows.backward))[0]
-        weight[:-1] += self.visible[0]
-        weight[1:] += self.visible[1]
-        return total / weight
+
+def averaged(x: Tensor, flows: Flows) -> Tensor:
+    """Each frame with its neighbours along a flow, where these see the same."""
+    forward, backward = (resized(flow, *x.shape[-2:]) for flow in flows)
+    seen, back = (1 - each[:, None] for each in occluded(forward, backward, 0.01, 0.5))
+    total, weight = x.clone(), torch.ones_like(x[:, :1])
+    total[:-1] += seen * warped(x[None, 1:], warping(forward))[0]
+    total[1:] += back * warped(x[None, :-1], warping(backward))[0]
+    weight[:-1] += seen
+    weight[1:] += back
+    return total / weight
 
 
 def covered(scene: scenes.Scene) -> Tensor:
@@ -111,13 +114,13 @@ def made(pipe: Any, clip: Clip, seed: int, asked: dict[str, Any], knobs: dict[st
     return pixels(pipe(**asked, prompt=[clip.still] * frames, generator=draws).images)
 
 
-def found(kind: str) -> dict[str, Any] | None:
-    """OpenCV's flow, where it is installed."""
+def has_opencv() -> bool:
+    """Whether OpenCV's flow can be found here."""
     try:
         opencv()
     except Unsupported:
-        return None
-    return {"flow": kind}
+        return False
+    return True
 
 
 def arms(clip: Clip, source: list[Image.Image], strengths: list[float], **knobs: Any) -> dict[str, dict[str, Any]]:
@@ -125,7 +128,7 @@ def arms(clip: Clip, source: list[Image.Image], strengths: list[float], **knobs:
     runs: dict[str, dict[str, Any]] = {}
     for g in strengths:
         runs[f"exact flow, g {g:g}"] = {"flow": tuple(clip.flows), "g": g}
-        if found("dis"):
+        if has_opencv():
             runs[f"DIS of the given frames, g {g:g}"] = {"flow": "dis", "source": source, "g": g}
     middle = strengths[len(strengths) // 2]
     runs[f"no motion, g {middle:g}"] = {"flow": (0.0, 0.0), "g": middle}
@@ -157,7 +160,9 @@ def measured(
         note("given frames", clip, pixels(enlarged))
         plain = made(pipe, clip, number, asked, None)
         note("plain", clip, plain)
-        note("plain, averaged along the exact flow", clip, clip.averaged(plain))
+        note("plain, averaged along the exact flow", clip, averaged(plain, clip.flows))
+        if has_opencv():
+            note("plain, averaged along DIS", clip, averaged(plain, estimated(read_clip(frames), dis)))
         note("plain, same noise", clip, made(pipe, clip, number, asked, None, same=True))
         for arm, knobs in arms(clip, frames, strengths).items():
             note(arm, clip, made(pipe, clip, number, asked, knobs))
@@ -200,8 +205,10 @@ def drawn(told: dict[str, Any], strengths: list[float], shown: dict[str, Tensor]
             left.plot(*zip(*at, strict=True), mark, label=kind)
             for arm, place in zip(names, at, strict=True):
                 left.annotate(arm.rpartition("g ")[2], place, textcoords="offset points", xytext=(4, 4), fontsize=8)
-    others = ("plain", "plain, same noise", "plain, averaged along the exact flow", f"no motion, g {middle:g}", "given frames")
-    for arm, mark in zip(others, "*DPXv", strict=True):
+    others = ("plain", "plain, same noise", "plain, averaged along the exact flow", "plain, averaged along DIS", f"no motion, g {middle:g}")
+    for arm, mark in zip((*others, "given frames"), "*DPhXv", strict=True):
+        if arm not in told:
+            continue
         left.plot(told[arm]["flicker"][0], told[arm]["psnr"][0], mark, markersize=9, label=arm)
     left.axvline(told["truth"]["flicker"][0], color="grey", linewidth=0.8, linestyle=":", label="the truth's own flicker")
     left.set(xlabel="flicker along the exact flow (255ths)", ylabel="PSNR to the truth (dB)", title=f"{name}: numbers are g")

@@ -67,12 +67,7 @@ class MotionGuided(Plugin):
         if not self.config.on:
             call.note("inactive: g is 0" if self.config.g == 0 else "inactive: no flow is given; set flow")
             return next(call)
-        scheduler = type(call.pipe.scheduler).__name__
-        if hasattr(call.pipe.scheduler, "last_sample") or "Inverse" in scheduler:
-            why = (
-                "goes from the picture to noise" if "Inverse" in scheduler else "goes on from a sample of its own, not from the guided one"
-            )
-            raise Unsupported(f"motion_guided: {scheduler} {why}; use DDIM, DDPM, Euler, DPMSolverMultistep or FlowMatchEuler")
+        ensure_goes_on(call.pipe.scheduler)
         arguments = call.arguments()
         if call.family.latents != "bcfhw" and number_of_prompts(arguments) > 1 and (arguments.get("num_images_per_prompt") or 1) > 1:
             raise ConfigError(
@@ -169,6 +164,19 @@ class MotionGuided(Plugin):
         call.shared.losses.append(loss / unit)
         call.count("guided steps")
         return StepOutput(as_sample(z - unit * far * gradient, x), out.x0)
+
+
+def ensure_goes_on(scheduler: Any) -> None:
+    """Refuse a scheduler that does not go on from the sample that it is given, or goes the other way.
+
+    Raises:
+        Unsupported: with the way out.
+    """
+    name = type(scheduler).__name__
+    kept = hasattr(scheduler, "last_sample") or (hasattr(scheduler, "sample") and getattr(scheduler, "order", 1) == 1)
+    if kept or "Inverse" in name:
+        why = "goes from the picture to noise" if "Inverse" in name else "goes on from a sample of its own, not from the guided one"
+        raise Unsupported(f"motion_guided: {name} {why}; use DDIM, DDPM, Euler, DPMSolverMultistep or FlowMatchEuler")
 
 
 def power(levels: SignalNoise) -> Tensor:
