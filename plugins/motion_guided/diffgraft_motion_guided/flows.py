@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from importlib import import_module
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -143,12 +144,11 @@ def opencv() -> Any:
         Unsupported: it is not installed.
     """
     try:
-        import cv2
+        return import_module("cv2")
     except ImportError as error:
         raise Unsupported(
             f"motion_guided: flow = 'dis' needs OpenCV ({error}): pip install 'diffgraft-motion-guided[opencv]', or give the flow itself"
         ) from error
-    return cv2
 
 
 def dis(first: Tensor, second: Tensor) -> Tensor:
