@@ -73,7 +73,7 @@ class HpaFitter(Fitter):
         abar = scheduler.alphas_cumprod[t].to(x0).view(-1, 1, 1, 1)
         levels = SignalNoise(abar.sqrt(), (1 - abar).sqrt())
         x, told = levels.a * x0 + levels.s * noise, dict(self.conditioning(replace(batch, examples=tuple(said))))
-        if target.family.appended == "channels":
+        if target.denoisers["unet"].config["in_channels"] > x.shape[1]:
             x = torch.cat([x, self.beside(low, told, generator)], 1)
         session.at(0)
         dtype = target.denoisers["unet"].dtype
