@@ -84,7 +84,7 @@ class ConsisSR(Plugin):
     Config = ConsisSRConfig
     State = Seen
     neutral: ClassVar[dict[str, Any]] = {"start": 1.0, "scale": 0.0, "colour": "none"}
-    active: ClassVar[dict[str, Any]] = {"image": card(), "sr": "bicubic", "start": 0.6}
+    active: ClassVar[dict[str, Any]] = {"image": card(), "sr": "bicubic", "start": 0.6, "scale": 1.0, "colour": "adain"}
     effects = Effects(edits=frozenset({"schedule", "latents", "attention"}))
     needs = (Need("fit", "artefact", fits=frozenset(), holds=AsPublished()), Need("weights", "weights", holds=LAYOUT))
     fitting = HpaFitter
@@ -166,8 +166,8 @@ class ConsisSR(Plugin):
         if self.config.sr is not None and self.config.start == 1:
             call.note("inactive: at start = 1 a run is the plain one")
         else:
-            call.note("inactive: no super-resolved picture (sr), no adapter (artefact, weights), and no low-quality picture (image) whose "
-                      "colours might be taken, are given")  # fmt: skip
+            call.note("inactive: nothing is asked for: no super-resolved picture (sr), no adapter (artefact, weights), and no "
+                      "colours of a low-quality picture (image, colour)")  # fmt: skip
 
     def low(self, call: RunCall) -> Tensor | None:
         """The low-quality pictures [n, 3, height, width] in -1 to 1: the knob's, else those of an upscaler's call."""
