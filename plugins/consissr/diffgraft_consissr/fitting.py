@@ -46,7 +46,7 @@ class HpaFitter(Fitter):
     ema = 0.995
     trained: Adapter
     config: FitConfig
-    told: Told
+    heard: Told
 
     def build(self, probe: Any) -> nn.Module:
         target = probe.target
@@ -65,7 +65,7 @@ class HpaFitter(Fitter):
         x0 = self.latents(batch).float()
         low = smaller(batch.pixels, self.config.factor)
         state = dict(self.trained.named_parameters())
-        self.told = Told(image_tokens(state, seen(state, low)), [of_layer(state, i) for i in range(len(self.number))])
+        self.heard = Told(image_tokens(state, seen(state, low)), [of_layer(state, i) for i in range(len(self.number))])
         kept = torch.rand(len(x0), generator=generator) >= self.config.dropout
         said = [each if keep else replace(each, prompt="") for each, keep in zip(batch.examples, kept.tolist(), strict=True)]
         noise = torch.randn(x0.shape, generator=generator).to(x0)
@@ -94,6 +94,6 @@ class HpaFitter(Fitter):
         return pipe.low_res_scheduler.add_noise(low, noise, labels.long().cpu().expand(len(low)))  # type: ignore[no-any-return]
 
     def attention(self, call: AttentionCall, next: Any) -> Any:
-        told = self.told
-        assert told.tokens is not None
-        return ask_with_image(call, next, told.values[self.number[call.info.path]], told.tokens, 1.0)
+        heard = self.heard
+        assert heard.tokens is not None
+        return ask_with_image(call, next, heard.values[self.number[call.info.path]], heard.tokens, 1.0)
