@@ -222,7 +222,7 @@ class FasterDiffusion(Plugin):
                 return rows_of_step(*ready)
             cache.ready.clear()
             call.shared.serial = "the U-Net got other arguments than at the step before"
-        return self._decode(call, next, cache, self._together(call, cache))
+        return self._decode(call, next, cache, seen)
 
     def _encode(self, call: DenoiseCall, next: Callable[[DenoiseCall], Tensor], cache: Cache, seen: Any) -> Tensor:
         """A key step: the whole U-Net, whose encoder's outputs are kept."""
@@ -246,8 +246,9 @@ class FasterDiffusion(Plugin):
         key = next_key(step.index, step.total, self.config.keys)
         return call.start_of(key).call if key < step.total else step.calls
 
-    def _decode(self, call: DenoiseCall, next: Callable[[DenoiseCall], Tensor], cache: Cache, m: int) -> Tensor:
-        """The decoder at this place and the m - 1 after it."""
+    def _decode(self, call: DenoiseCall, next: Callable[[DenoiseCall], Tensor], cache: Cache, seen: Any) -> Tensor:
+        """The decoder at this place and, where they go together, at the m - 1 after it."""
+        m = self._together(call, cache)
         i, branches, rows = call.step.call, cache.branches, cache.sample.shape[0]
         cache.m = m
         changes = {call.family.sample: cache.sample, **adapters_off(call)}
@@ -256,8 +257,8 @@ class FasterDiffusion(Plugin):
             out = next(call.replace(**changes))
             if cache.reused:
                 return out
-            cache.features.clear()  # a plugin further in asked another model, which knows nothing of our features: with its own sample
-            return next(call)
+            # a plugin further in answered by itself or asked another model, with what is not this step's sample
+            return self._encode(call, next, cache, seen)
         of_rows = {name: value for name, value in call.arguments().items() if name in WITH_ROWS}
         changes = {name: repeat_all(value, branches, m) for name, value in (of_rows | changes).items()}
         times = torch.stack([call.step_at(k).t for k in range(m)]).to(cache.sample.device, non_blocking=True)

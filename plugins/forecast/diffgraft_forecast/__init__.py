@@ -53,6 +53,8 @@ class Path:
     """The last call that was answered."""
     nodes: list[float] = field(default_factory=list)
     values: list[Tensor] = field(default_factory=list)
+    measured: bool = False
+    """Whether an output of this branch was forecast and then computed."""
     # of the run
     timesteps: Any = None
     thetas: list[float] = field(default_factory=list)
@@ -77,7 +79,7 @@ class Path:
 class Forecast(Plugin):
     name = "forecast"
     paper = Paper(
-        title="none: a method of diffgraft's own (forecasts as in TaylorSeer, 2503.06923; step-size control as in ODE solvers)",
+        title="none: a method of diffgraft's own (forecasts as in TaylorSeer, which the number is of; step-size control as in ODE solvers)",
         arxiv="2503.06923",
         implemented="Lagrange forecasts of the whole denoiser's output over the angle of the noise level, and their error control",
         omitted="TaylorSeer's forecasts inside the blocks, and its fixed interval (see diffusers_cache)",
@@ -115,12 +117,12 @@ class Forecast(Plugin):
         x = call.sample
         key = (call.model_name, call.branches, x.shape, x.dtype, x.device)
         if key != path.key or call.step.call < path.at:  # the first call, guidance cut, another denoiser, window or size
-            path.key, path.nodes, path.values = key, [], []
+            path.key, path.nodes, path.values, path.measured = key, [], [], False
         if call.step.call != plan.at:
             self.decide(call, path, plan, theta)
         path.at = plan.at = call.step.call
         ready = len(path.nodes) == self.config.order + 1
-        if plan.forecasts and ready and theta not in path.nodes:
+        if plan.forecasts and self.expected(path, plan, theta) <= self.config.tolerance:
             call.count("steps skipped")
             out = extrapolated(path.nodes, path.values, theta)
             if call.family.companion is None:
@@ -135,6 +137,7 @@ class Forecast(Plugin):
             error = relative_error(extrapolated(path.nodes, path.values, theta), v)
             plan.errors.append(error / distance(path.nodes, theta))
             plan.told.append(error)
+            path.measured = True
         path.keep(theta, v, self.config.order + 1)
         return v  # type: ignore[no-any-return]
 
@@ -146,10 +149,15 @@ class Forecast(Plugin):
             measured = call.agree(float(torch.stack(plan.errors).max()))  # check: allow host_sync because the decision needs the number
             plan.constant = measured if math.isinf(plan.constant) else max(measured, FORGET * plan.constant)
             plan.errors = []
-        expected = plan.constant * distance(path.nodes, theta) if len(path.nodes) == self.config.order + 1 else math.inf
         allowed = not self.config.max_skip or plan.in_a_row < self.config.max_skip
-        plan.forecasts = expected <= self.config.tolerance and allowed
+        plan.forecasts = allowed and self.expected(path, plan, theta) <= self.config.tolerance
         plan.in_a_row = plan.in_a_row + 1 if plan.forecasts else 0
+
+    def expected(self, path: Path, plan: Path, theta: float) -> float:
+        """The error of a forecast for a branch. Each branch is asked: one that was away for some steps (guidance that is cut off and comes
+        back) has old nodes, and one that is new was never measured."""
+        known = path.measured and len(path.nodes) == self.config.order + 1 and theta not in path.nodes
+        return plan.constant * distance(path.nodes, theta) if known else math.inf
 
 
 def theta_of(call: DenoiseCall, plan: Path) -> float | None:

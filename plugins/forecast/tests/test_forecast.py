@@ -208,6 +208,40 @@ def test_branches_that_are_asked_one_by_one_are_forecast_together():
     assert skipped % 2 == 0, by_branch
 
 
+def test_a_branch_that_was_away_is_not_forecast_from_where_it_was():
+    made = tiny("WanPipeline", tolerance=0.3)
+    asked: dict[bool, list[int]] = {True: [], False: []}
+    at = 0
+    forward = made.pipe.transformer.forward
+
+    def watched(*args, **kwargs):
+        given = kwargs.get("encoder_hidden_states", args[2] if len(args) > 2 else None)
+        asked[torch.equal(given, made.kwargs["negative_prompt_embeds"].to(given))].append(at)
+        return forward(*args, **kwargs)
+
+    def cut(pipe, i, t, kwargs):
+        nonlocal at
+        at, pipe._guidance_scale = i + 1, 1.0 if 5 <= i < 11 else 5.0
+        return kwargs
+
+    made.pipe.transformer.forward = watched
+    if "negative_prompt_embeds" not in made.kwargs:
+        texts = made.pipe.encode_prompt(made.kwargs.pop("prompt"), made.kwargs.pop("negative_prompt", ""), max_sequence_length=8)
+        made.kwargs |= {"prompt_embeds": texts[0], "negative_prompt_embeds": texts[1]}
+    run(made, callback_on_step_end=cut)
+    back = [i for i in asked[True] if i >= 12]
+    assert back[:2] == [12, 13], f"its nodes are those of step 5 and before: {asked}"
+
+
+def test_beside_a_plugin_that_reuses_features_the_picture_is_made():
+    """Forecasts answer from inside what it meant for its own features: then the U-Net runs whole."""
+    made = make("StableDiffusionPipeline")
+    made.pipe.set_progress_bar_config(disable=True)
+    pytest.importorskip("diffgraft_faster_diffusion")
+    made.pipe = load_pipeline(made.pipe, {"faster_diffusion": {"parallel": 1}, "forecast": {"tolerance": 100.0, "order": 0}})
+    assert np.isfinite(run(made, num_inference_steps=30)).all()
+
+
 def test_another_denoiser_in_mid_run_begins_anew():
     made = tiny("WanPipeline")
     pipe = made.pipe
