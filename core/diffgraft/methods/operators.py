@@ -50,9 +50,9 @@ class Operator:
             Unsupported: A is not linear.
         """
         self._ensure_linear("adjoint")
-        with torch.enable_grad():
-            x = y.new_zeros(self.domain(tuple(y.shape)), requires_grad=True)
-            (given,) = torch.autograd.grad(self.A(x), x, y)
+        with torch.inference_mode(False), torch.enable_grad():  # of a linear map: no method that has none of its own loses anything
+            x = torch.zeros(self.domain(tuple(y.shape)), dtype=y.dtype, device=y.device, requires_grad=True)
+            (given,) = torch.autograd.grad(self.A(x), x, y.clone())
         return given
 
     def pinv(self, y: Tensor) -> Tensor:

@@ -214,11 +214,11 @@ class FasterDiffusion(Plugin):
         seen = (call.model_name, call.branch, sample.shape, sample.dtype, sample.device)
         if not cache.features or seen != cache.seen or i >= cache.next_key:
             return self._encode(call, next, cache, seen)
-        call.count("skipped")
         ready = cache.ready.pop(i, None)
         if ready is not None:
             untouched = versions(cache.made_with) == cache.versions
             if is_nominal(call) and untouched and same(others(call), cache.made_with):
+                call.count("skipped")
                 return rows_of_step(*ready)
             cache.ready.clear()
             call.shared.serial = "the U-Net got other arguments than at the step before"
@@ -256,6 +256,7 @@ class FasterDiffusion(Plugin):
             cache.reused = False
             out = next(call.replace(**changes))
             if cache.reused:
+                call.count("skipped")
                 return out
             # a plugin further in answered by itself or asked another model, with what is not this step's sample
             return self._encode(call, next, cache, seen)
@@ -263,6 +264,7 @@ class FasterDiffusion(Plugin):
         changes = {name: repeat_all(value, branches, m) for name, value in (of_rows | changes).items()}
         times = torch.stack([call.step_at(k).t for k in range(m)]).to(cache.sample.device, non_blocking=True)
         out = next(call.replace(**changes, **{call.family.timestep: repeat_times(times, branches, rows)}))
+        call.count("skipped")
         call.count("batches")
         cache.ready = {i + k: (out, branches, m, k) for k in range(1, m)}
         cache.made_with = others(call)
