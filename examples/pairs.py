@@ -1,6 +1,6 @@
 """Run every pair of installed plugins on the tiny pipelines and write the matrix of verdicts.
 
-    python examples/pairs.py           # writes examples/pairs.md; minutes
+python examples/pairs.py           # writes examples/pairs.md; minutes
 """
 
 from __future__ import annotations

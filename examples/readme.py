@@ -1,9 +1,9 @@
 """Fill the generated parts of README.md: the tables by goal from what the plugins say, the picture and its figures from a compare run.
 
-    bash examples/run.sh                       # makes out/compare.png and out/compare.json
-    python examples/readme.py out              # copies the picture and writes both parts
-    python examples/readme.py --check          # exit code 1 when a plugin's row is not what it says
-    python examples/readme.py --check --all    # or when the tables are not complete (a release; a new plugin edits nothing but its folder)
+bash examples/run.sh                       # makes out/compare.png and out/compare.json
+python examples/readme.py out              # copies the picture and writes both parts
+python examples/readme.py --check          # exit code 1 when a plugin's row is not what it says
+python examples/readme.py --check --all    # or when the tables are not complete (a release; a new plugin edits nothing but its folder)
 """
 
 from __future__ import annotations

@@ -328,3 +328,11 @@ def test_noise_is_of_the_generator() -> None:
 def test_gaussian_is_of_sum_one() -> None:
     assert float(gaussian(1.3).sum()) == pytest.approx(1)
     assert float(motion_blur(9, 45).kernel.sum()) == pytest.approx(1)
+
+
+def test_an_adjoint_by_autograd_is_there_in_inference_mode_too():
+    blur, y = Blur(1.0), torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    wanted = blur.AT(y)
+    with torch.inference_mode():
+        assert torch.equal(blur.AT(y), wanted)
+        assert torch.equal(blur.AT(y + 0), wanted)

@@ -210,6 +210,12 @@ def predict_alone(call: DenoiseCall) -> Tensor:
     return forwarded(call, forward)
 
 
+def ensure_graphs(call: DenoiseCall) -> None:
+    """Raises Unsupported where torch keeps nothing for a gradient, whatever it is of."""
+    if torch.is_inference_mode_enabled():
+        raise Unsupported(f"{call.entry.name} needs gradients, which torch.inference_mode() rules out: call the pipeline without it")
+
+
 def ensure_differentiable(call: DenoiseCall, model: nn.Module | None = None) -> None:
     """Raises Unsupported or Conflict where a backward pass would fail, or give something else than the gradient.
 
@@ -217,8 +223,7 @@ def ensure_differentiable(call: DenoiseCall, model: nn.Module | None = None) -> 
     """
     model = root_of(call.model) if model is None else model
     name, cls = call.entry.name, type(model).__name__
-    if torch.is_inference_mode_enabled():
-        raise Unsupported(f"{name} needs gradients, which torch.inference_mode() rules out: call the pipeline without it")
+    ensure_graphs(call)
     if any(parameter.is_meta for parameter in model.parameters()):
         raise Unsupported(
             f"{name} needs gradients, but sequential CPU offload takes each layer's weights away before its backward runs: use "

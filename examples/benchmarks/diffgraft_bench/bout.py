@@ -397,5 +397,3 @@ def save_strip(made: Pictures, path: Path) -> None:
     buffer = io.BytesIO()
     sheet.save(buffer, "PNG", optimize=True)
     write_atomic(path, buffer.getvalue())
-
-

@@ -48,9 +48,7 @@ def body(rows: Sequence[Row]) -> str:
         here = [row for row in good if row["pipeline"] == name and row["arm"] == "quality"]
         for row in findings.front(here, FIDELITY):
             label = f"**{row['label']}**" if row["kind"] == findings.OURS else row["label"]
-            parts.append(
-                f"| {name} | {label} | {row['setting']} | {speed(row)} | {row[FIDELITY]:.1f} | {row['right']}/{row['judged']} |"
-            )
+            parts.append(f"| {name} | {label} | {row['setting']} | {speed(row)} | {row[FIDELITY]:.1f} | {row['right']}/{row['judged']} |")
     parts += ["\n</details>\n", *goal(rows, good), ""]
     found = findings.duels(rows)
     if found:
@@ -90,9 +88,7 @@ def goal(rows: Sequence[Row], good: Sequence[Row]) -> list[str]:
     lines = [f"At each point that others reach ({others}), our fastest that is as near, and how many times as fast:\n"]
     for name in pipelines(good, "quality"):
         ratios = [(each.other, each.ours, each.ratio) for each in findings.against_others(rows, name, FIDELITY)]
-        told = [
-            f"{other['label']} ({other['setting']}) {'none' if math.isnan(ratio) else f'{ratio:.2f}x'}" for other, _, ratio in ratios
-        ]
+        told = [f"{other['label']} ({other['setting']}) {'none' if math.isnan(ratio) else f'{ratio:.2f}x'}" for other, _, ratio in ratios]
         lines.append(f"- {name}: {'; '.join(told)}")
     lines.append("\nThe fastest that the judge finds right as often as the plain pipeline:\n")
     for name in pipelines(good, "quality"):

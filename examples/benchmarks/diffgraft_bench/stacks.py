@@ -1,8 +1,8 @@
 """The fastest stacks by level: found by `diffgraft tune` on captions of the training set, measured on others beside everything else.
 
-    python -m diffgraft_bench tune-stacks        # the search, by pipeline; what is there is kept
-    python -m diffgraft_bench stacks             # the measurement, one picture and eight in a call
-    python -m diffgraft_bench stacks-readme      # the table in examples/stacks/README.md
+python -m diffgraft_bench tune-stacks        # the search, by pipeline; what is there is kept
+python -m diffgraft_bench stacks             # the measurement, one picture and eight in a call
+python -m diffgraft_bench stacks-readme      # the table in examples/stacks/README.md
 """
 
 from __future__ import annotations

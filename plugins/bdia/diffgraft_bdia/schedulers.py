@@ -109,7 +109,6 @@ class _BDIA(OwnScheduler):
         return OwnOutput(returned, x0.to(sample.dtype)) if return_dict else (returned, x0.to(sample.dtype))
 
 
-
 MOST_ERROR = 1e-2
 """Rounding error of a latent, relative to 1, above which an inversion is refused."""
 

@@ -42,7 +42,7 @@ class CilStart(Plugin):
     families = ("sd", "sdxl", "animatediff", "svd", "cogvideox", "wan", "ltx")
     not_on: ClassVar[dict[str, str]] = dict.fromkeys(
         ("*Img2Img*", "*Depth2Img*", "*Inpaint*", "*VideoToVideo*"),
-        "it begins in mid-schedule with a noised picture, which is where the data are already"
+        "it begins in mid-schedule with a noised picture, which is where the data are already",
     )
     Config = CilStartConfig
     neutral: ClassVar[dict[str, Any]] = {"start": 1.0, "init": "plain"}

@@ -50,7 +50,7 @@ class DiffusionMBIRConfig(PluginConfig):
         None, description="y = A(x) + noise, y[z] of slice z: a Problem, or a dict of operator, y and noise; none: off, bit for bit"
     )
     weight: float = Field(0.001, ge=0, le=1e6, description="lambda: of the total variation along z, over || AT A ||; 0: each slice alone")
-    rho: float = Field(0.05, gt=0, le=1e6, description="rho: of ADMM's coupling, over || AT A ||")
+    rho: float = Field(0.03, gt=0, le=1e6, description="rho: of ADMM's coupling, over || AT A ||")
     on: Literal["auto", "x0", "xt"] = Field(
         "auto",
         description="what ADMM works on: the denoiser's clean estimate, or the noisy volume (paper; in the unit x0 + sigma eps); auto: "

@@ -70,9 +70,7 @@ class DisBack(Plugin):
     neutral: ClassVar[dict[str, Any]] = {"one_step": False}
     active: ClassVar[dict[str, Any]] = {"one_step": True, "strict": False}  # any number of steps, any call
     scheduler = OneStepScheduler
-    effects = Effects(
-        replaces=frozenset({"scheduler"}), edits=frozenset({"weights", "schedule"}), needs=frozenset({"calibrated_run"})
-    )
+    effects = Effects(replaces=frozenset({"scheduler"}), edits=frozenset({"weights", "schedule"}), needs=frozenset({"calibrated_run"}))
     needs = (Need("adapter", "lora"), Need("weights", "weights", holds=LAYOUT))
     fitting = DisBackFitter
     config: DisBackConfig

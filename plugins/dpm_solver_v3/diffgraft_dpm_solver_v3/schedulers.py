@@ -331,5 +331,4 @@ class DPMSolverV3Scheduler(ODEScheduler):
         return alpha * original_samples + sigma * noise
 
 
-
 FACTORIAL: Sequence[int] = (1, 1, 2, 6)

@@ -28,6 +28,7 @@ from diffgraft import (
 )
 from diffgraft.methods.artefacts import Artefact
 from diffgraft.methods.decoding import ensure_decodes
+from diffgraft.methods.gradients import ensure_graphs
 from diffgraft.methods.operators import Rows
 from diffgraft.methods.predictions import levels_after, levels_of
 from diffgraft.methods.problems import Problem
@@ -127,6 +128,7 @@ class Flair(Plugin):
 
     def _begin(self, call: DenoiseCall, search: Search) -> None:
         """mu = pinv(y), and the pipeline's own noise on it."""
+        ensure_graphs(call)
         search.problem = problem_of(call, self.name)
         mu = first_guess(call, search.problem, self.name)
         search.rate = RATE / size_of(search.problem) if self.config.lr_data is None else self.config.lr_data

@@ -198,7 +198,10 @@ class ObservationGuidance(Plugin):
         if self.config.space == "latents":
             observed.y = first_guess(call, problem, self.name, problem.y)
             seen = seen.amin(1, keepdim=True)
-            seen = -torch.nn.functional.adaptive_max_pool2d(-seen, list(observed.y.shape[-2:]))  # all pixels under it
+            whole = -torch.nn.functional.adaptive_max_pool2d(-seen, list(observed.y.shape[-2:]))  # all pixels under it
+            if bool(seen.any()) and not bool(whole.any()):  # check: allow host_sync because it is once a run
+                raise ConfigError(f"{self.name}: space = 'latents': the mask sees no latent's pixels all: take space='pixels'")
+            seen = whole
         if self.config.loss == "pinball":
             K = self.config.quantiles or call.run.arguments.get("num_images_per_prompt") or n // len(problem.y)
             if n % K:
@@ -210,6 +213,10 @@ class ObservationGuidance(Plugin):
         ]
         led = torch.stack([is_told(each, self.config.noisiest) for each in levels])
         observed.led = led.tolist()  # check: allow host_sync because it is once a run
+        if observed.seen is None:
+            call.note("inactive: the operator sees nothing of the picture")
+        elif not any(observed.led):
+            call.note(f"inactive: every step is noisier than noisiest = {self.config.noisiest:g}")
 
     def _gradient(self, call: DenoiseCall, x: Tensor) -> Tensor:
         """grad_x E [n, ...] in float32 at ``x``, for the time of ``call``."""

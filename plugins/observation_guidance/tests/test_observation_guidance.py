@@ -253,6 +253,24 @@ def test_off_is_bit_equal(name: str, module: str, knobs: dict[str, Any]) -> None
     assert torch.equal(run(made, given.pop("problem"), **given), plain)
 
 
+@pytest.mark.parametrize(
+    ("mask", "knobs", "told"),
+    [
+        (Mask(torch.zeros(16, 16)), {}, "inactive: the operator sees nothing of the picture"),
+        (Mask(0.5), {"noisiest": 1e-6}, "inactive: every step is noisier than noisiest = 1e-06"),
+    ],
+)
+def test_a_run_that_nothing_leads_says_so(mask: Mask, knobs: dict[str, Any], told: str) -> None:
+    made = pixel()
+    run(made, Problem(mask, torch.zeros(1, 3, 16, 16)), **knobs)
+    assert told in made.report.plugins[NAME].notes
+
+
+def test_a_mask_that_sees_no_latent_whole_is_refused() -> None:
+    with pytest.raises(ConfigError, match="take space='pixels'"):
+        run(tiny("StableDiffusionPipeline", "sd"), Problem(Mask(0.5), torch.zeros(1, 3, 64, 64)), space="latents")
+
+
 def test_a_batch_is_its_samples_and_each_has_its_own_y() -> None:
     made, truth = pixel(), picture(n=2)
     together = run(made, simulated(Mask(0.5), truth), scale=0.3, batch_size=2)

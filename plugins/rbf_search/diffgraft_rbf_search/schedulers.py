@@ -119,7 +119,6 @@ class _FlowSDE(OwnScheduler):
         return (1 - t) * sample + t * noise
 
 
-
 class FlowSDEScheduler(_FlowSDE):
     """SDE sampling on the linear interpolant.
 

@@ -24,6 +24,7 @@ from diffgraft import (
     Target,
 )
 from diffgraft.methods.decoding import ensure_decodes
+from diffgraft.methods.gradients import ensure_graphs
 from diffgraft.methods.predictions import clean_estimate, known_kind, levels_after, levels_of, prediction_kind
 from diffgraft.methods.problems import Problem
 from diffgraft.methods.restoring import (
@@ -129,6 +130,7 @@ class RedDiff(Plugin):
 
     def _begin(self, call: DenoiseCall, search: Search) -> None:
         """mu = pinv(y), and the pipeline's own noise on it."""
+        ensure_graphs(call)
         search.problem = problem_of(call, self.name)
         search.mu = first_guess(call, search.problem, self.name)
         search.adam = torch.optim.Adam([search.mu], self.config.lr, BETAS)

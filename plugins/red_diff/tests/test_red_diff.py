@@ -275,5 +275,11 @@ def test_adam_is_the_official_one() -> None:
     assert (config.lr, config.weight, config.data_weight, config.weighting, config.spread) == (0.1, 0.25, 1.0, "linear", 0.0)
 
 
+def test_inference_mode_is_refused_before_the_denoiser_runs() -> None:
+    made = ddim()
+    with torch.inference_mode(), pytest.raises(Unsupported, match="inference_mode"):
+        restored(made, Problem(Mask(0.5), torch.zeros(1, 3, 16, 16)))
+
+
 def test_contract() -> None:
     run_contract("red_diff", families=["pixel"])
