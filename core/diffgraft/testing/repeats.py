@@ -100,8 +100,8 @@ def sample_alone(s: Subject) -> None:
     for i in PAIR.samples:
         alone = Setting(samples=(i,))
         plain = distance(s.baseline(PAIR)[i : i + 1], s.baseline(alone))
-        tolerance = max(1e-4, 10 * plain)
-        s.expect_near(s.fresh(PAIR).output[i : i + 1], s.fresh(alone).output, tolerance, f"sample {i} in a batch against alone")
+        wanted = s.fresh(alone).output
+        s.expect_near(s.fresh(PAIR).output[i : i + 1], wanted, rounding(plain, wanted), f"sample {i} in a batch against alone")
 
 
 @check("main", when=lambda s: s.has_guidance and s.supports(s.unguided))

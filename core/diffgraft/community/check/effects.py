@@ -46,7 +46,7 @@ def observe(project: Project, families: Iterable[Family]) -> Observed:
     from diffgraft.kernel.loading import load_pipeline
     from diffgraft.testing.repeats import PAIR
     from diffgraft.testing.setting import Setting
-    from diffgraft.testing.subject import Subject, distance
+    from diffgraft.testing.subject import Subject, distance, rounding
 
     cls = project.cls
     total = Observed({}, {}, {}, {}, {}, "", "", [])
@@ -77,7 +77,7 @@ def observe(project: Project, families: Iterable[Family]) -> Observed:
                 alone = Setting(samples=(i,))
                 noise = distance(subject.baseline(PAIR)[i : i + 1], subject.baseline(alone))
                 apart = distance(subject.fresh(PAIR).output[i : i + 1], subject.fresh(alone).output)
-                if apart > max(1e-4, 10 * noise):
+                if apart > rounding(noise, subject.fresh(alone).output):
                     total.couples = f"{family.name}: sample {i} alone differs from the same in a batch by {apart:.3g}"
     return total
 
