@@ -7,7 +7,7 @@ from typing import Any
 from diffgraft.testing.case import check
 from diffgraft.testing.runs import counting
 from diffgraft.testing.setting import ANOTHER, STEPS, USUAL, Setting
-from diffgraft.testing.subject import Subject, distance, refused
+from diffgraft.testing.subject import Subject, distance, refused, rounding
 from diffgraft.testing.tiny import denoisers
 from diffgraft.testing.trace import expect_same_trace, trace
 

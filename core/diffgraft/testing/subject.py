@@ -246,8 +246,8 @@ def distance(a: Tensor, b: Tensor) -> float:
 
 
 def rounding(plain: float, outputs: Tensor) -> float:
-    """How far apart two ways of computing ``outputs`` may be, where without the plugin they are ``plain`` apart: last bits of matrix products,
-    which of latents in the hundreds are more."""
+    """How far apart two ways of computing ``outputs`` may be, where without the plugin they are ``plain`` apart: the last bits of matrix
+    products, which of latents in the hundreds are more."""
     return max(1e-4, 10 * plain, 1e-6 * float(outputs.abs().max()))
 
 
