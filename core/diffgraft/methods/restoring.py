@@ -43,16 +43,25 @@ def ensure_one_call_a_step(plugin: str, family: Family, scheduler: Any) -> None:
         raise Unsupported(f"{plugin}: {name} goes from the picture to noise, and {plugin} the other way; use DDIM or Euler")
 
 
-def problem_of(call: DenoiseCall, plugin: str, key: str = "problem") -> Problem:
+def problem_of(call: DenoiseCall, plugin: str, key: str = "problem", volumes: bool = False) -> Problem:
     """The run's problem where its samples are, in float32.
 
+    Args:
+        volumes: whether the pictures of a run may be the frames of one "video".
+
     Raises:
-        ConfigError: it has another number of measurements than the run has pictures, or other channels than they.
+        ConfigError: it is of videos and the pipeline makes pictures, or the other way; it has another number of measurements than the run
+            has pictures, or other channels than they.
     """
     problem: Problem = call.given(key).to(call.latents.device, torch.float32)
     wanted, given = len(call.latents), len(problem.y)
     if given not in (1, wanted):
         raise ConfigError(f"{plugin}: {key} has {given} measurements for {wanted} pictures: give one, or one for each")
+    if not volumes and len(problem.shape) != (axes := 5 if call.family.latents in ("bcfhw", "bfchw") else 4):
+        raise ConfigError(
+            f"{plugin}: {key} is of {'videos' if axes == 4 else 'pictures'} {list(problem.shape)}, and {type(call.pipe).__name__} makes "
+            f"{'pictures' if axes == 4 else 'videos'}: take an operator of these"
+        )
     channels = picture_channels(call.pipe, call.family)
     if problem.shape[1] != channels:
         raise ConfigError(
@@ -74,8 +83,9 @@ def first_guess(call: DenoiseCall, problem: Problem, plugin: str, pixels: Tensor
     mu = latents_of(call, pixels)
     if mu.shape[1:] != x.shape[1:]:
         size = "x".join(map(str, problem.shape[-2:]))
+        of = f"{problem.shape[2]} frames of {size}" if len(problem.shape) == 5 else f"pictures of {size}"
         raise ConfigError(
-            f"{plugin}: problem is of pictures of {size} with {problem.shape[1]} channels, whose latents are {list(mu.shape[1:])}, and "
+            f"{plugin}: problem is of {of} with {problem.shape[1]} channels, whose latents are {list(mu.shape[1:])}, and "
             f"this run makes {list(x.shape[1:])}: ask the pipeline for that size"
         )
     return mu.expand_as(x).clone()

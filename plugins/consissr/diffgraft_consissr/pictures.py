@@ -96,6 +96,10 @@ def network_of(sr: Any) -> Callable[[Tensor], Tensor] | None:
     return find_callable("plugin 'consissr': sr", sr, GROUP, "network of super-resolution", ("pixels",))[1]
 
 
+BEYOND = 1.5
+"""How far a network's answer may be from grey: it is cut to -1 and 1."""
+
+
 @torch.no_grad()
 def enlarged(sr: Any, low: Tensor | None) -> Tensor:
     """The super-resolved pictures [n, 3, height, width] in -1 to 1, of the low-quality ones or as they were given.
@@ -115,7 +119,12 @@ def enlarged(sr: Any, low: Tensor | None) -> Tensor:
         told = f"a tensor of {list(found.shape)}" if isinstance(found, Tensor) else f"a {type(found).__name__}"
         raise ConfigError(f"plugin 'consissr': sr gave {told} for pixels of {list(low.shape)}; wanted is [{len(low)}, 3, height, width] "
                           "in -1 to 1")  # fmt: skip
-    return found.detach().float().to(low.device).clamp(-1, 1)
+    found = found.detach().float().to(low.device)
+    if not float(found.abs().max()) <= BEYOND:  # NaN is not either
+        raise ConfigError(
+            f"plugin 'consissr': sr gave pixels up to {float(found.abs().max()):.3g} in size; wanted is -1 to 1 (of bytes: y / 127.5 - 1)"
+        )
+    return found.clamp(-1, 1)
 
 
 # what comes out ------------------------------------------------------------------------------------------------------------------------

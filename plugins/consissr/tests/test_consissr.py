@@ -13,11 +13,11 @@ from diffgraft.methods.examples import Example
 from diffgraft.methods.fitting import FitPlan, fit, fit_call
 from diffgraft.methods.inputs import CallSettings
 from diffgraft.methods.published import Weights
-from diffgraft.testing import Case, contract_cases, cover
+from diffgraft.testing import Case, contract_sample
 from diffgraft_consissr import ConsisSR, __version__
 from diffgraft_consissr.adapter import KEYS, LAYOUT, Adapter, cross_layers, image_tokens, original_names, seen
 from diffgraft_consissr.method import adain, image_part, low_band, moments, resized, smaller, wavelet
-from diffgraft_consissr.pictures import card, pixels_of
+from diffgraft_consissr.pictures import card, enlarged, pixels_of
 from diffgraft_pipelines.tiny import make
 from diffusers import (
     DDIMScheduler,
@@ -30,8 +30,8 @@ from diffusers.models.attention_processor import Attention
 from PIL import Image
 from torch import nn
 
-CASES = cover(contract_cases("consissr"), seed=__version__)
-"""Each check once and each family once; which meet changes with the version. All of them: ``diffgraft check``, or without ``cover``."""
+CASES = contract_sample("consissr", __version__)
+"""Each check once and each family once; which meet changes with the version. All of them: ``diffgraft check``, or ``contract_cases``."""
 NAMES = ("StableDiffusionPipeline", "StableDiffusionUpscalePipeline", "StableDiffusionXLPipeline")
 
 
@@ -472,3 +472,9 @@ def test_smaller_is_the_mean_of_squares():
     x = pixels_of("image", card(16))
     assert smaller(x, 4).shape == (1, 3, 4, 4)
     torch.testing.assert_close(smaller(x, 4)[0, 0, 0, 0], x[0, 0, :4, :4].mean(), rtol=0, atol=0.5 / 127.5)
+
+
+@pytest.mark.parametrize("factor", [float("nan"), 255.0])
+def test_a_network_that_gives_no_pixels_is_refused(factor: float) -> None:
+    with pytest.raises(ConfigError, match="wanted is -1 to 1"):
+        enlarged(lambda x: x * factor, torch.ones(1, 3, 8, 8))

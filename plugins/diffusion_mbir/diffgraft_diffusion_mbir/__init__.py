@@ -144,7 +144,7 @@ class DiffusionMBIR(Plugin):
 
     def _begin(self, call: DenoiseCall, volume: Volume) -> None:
         """Hold the problem against the run, before anything is computed."""
-        problem, depth = problem_of(call, self.name), len(call.latents)
+        problem, depth = problem_of(call, self.name, volumes=True), len(call.latents)
         if len(problem.shape) == 5 and (len(problem.y) != 1 or problem.shape[2] != depth):
             raise ConfigError(
                 f"diffusion_mbir: problem is of {len(problem.y)} volume(s) of {problem.shape[2]} slices, and the run makes {depth} "

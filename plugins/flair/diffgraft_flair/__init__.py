@@ -103,7 +103,8 @@ class Flair(Plugin):
             residual = problem.residual(pixels_of(call, search.mu))
             call.record({"residual": residual})
             grey = problem.residual(torch.zeros((1, *problem.shape[1:]), device=problem.y.device))
-            if knobs.weight and knobs.data_weight and knobs.data_steps and not bool((residual <= grey).all()):
+            explained = residual <= torch.maximum(grey, torch.full_like(grey, problem.noise))
+            if knobs.weight and knobs.data_weight and knobs.data_steps and not bool(explained.all()):
                 call.note(f"what was found explains y worse than a grey picture: give a smaller lr_data than {search.rate:.3g}")
         return result
 

@@ -37,4 +37,7 @@ def even(scheduler: Any, own: Schedule, t: Tensor) -> Schedule:
     """The schedule that asks the denoiser at these t, whatever shift the scheduler has, and ends in a clean sample."""
     assert own.sigmas is not None  # of a flow scheduler
     t = t.to(own.sigmas)
-    return Schedule((t * scheduler.config.num_train_timesteps).to(own.timesteps), torch.cat([t, t.new_zeros(1)]))
+    timesteps = t * scheduler.config.num_train_timesteps
+    if not own.timesteps.is_floating_point():  # UniPC, DPM++
+        timesteps = timesteps.round()
+    return Schedule(timesteps.to(own.timesteps), torch.cat([t, t.new_zeros(1)]))

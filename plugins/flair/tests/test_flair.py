@@ -9,16 +9,16 @@ from typing import Any
 import diffgraft_flair
 import pytest
 import torch
-from diffgraft import ArtefactMismatch, ConfigError, Unsupported, load_pipeline
+from diffgraft import ArtefactMismatch, ConfigError, Schedule, Unsupported, load_pipeline
 from diffgraft.methods.artefacts import Artefact
 from diffgraft.methods.calibration import calibrate_call
-from diffgraft.methods.measurements import Blur, Identity, Mask, Phase, downsample
+from diffgraft.methods.measurements import Blur, Identity, Mask, Phase, TemporalMean, downsample
 from diffgraft.methods.problems import Problem, simulated
 from diffgraft.testing import run_contract
 from diffgraft_flair import Flair, measured_on, size_of
 from diffgraft_flair.method import adjusted, at, data_steps, prior_step, squared_norm, start_of, weights_of
-from diffgraft_flair.schedules import times
-from diffusers import DDIMScheduler, FlowMatchHeunDiscreteScheduler
+from diffgraft_flair.schedules import even, times
+from diffusers import DDIMScheduler, FlowMatchHeunDiscreteScheduler, UniPCMultistepScheduler
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 
@@ -456,3 +456,18 @@ def test_the_defaults_are_the_officials() -> None:
 
 def test_contract() -> None:
     run_contract("flair", families=["sd3"])
+
+
+def test_whole_timesteps_are_the_nearest() -> None:
+    scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True)
+    scheduler.set_timesteps(4)
+    t = times(8, 0.18)
+    made = even(scheduler, Schedule(scheduler.timesteps, scheduler.sigmas), t)
+    assert float((made.timesteps - 1000 * t).abs().max()) <= 0.5
+
+
+def test_a_problem_of_videos_is_refused() -> None:
+    made = tiny()
+    load_pipeline(made.pipe, plugins={"flair": {"problem": Problem(TemporalMean(3), torch.zeros(1, 3, 3, 64, 64))}})
+    with pytest.raises(ConfigError, match="is of videos"):
+        made.pipe(**made.kwargs)

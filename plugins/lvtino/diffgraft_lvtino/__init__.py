@@ -193,7 +193,7 @@ class Lvtino(Plugin):
         dtype = out.sample.dtype
         if after is None:
             call.record({"residual": found.problem.residual(pixels_of(call, z))})
-            return StepOutput(z.to(dtype), x0.to(dtype))
+            return StepOutput(z.to(dtype), z.to(dtype))  # latent consistency pipelines decode the second
         return StepOutput((after.a * z + after.s * call.noise()).to(dtype), x0.to(dtype))
 
     def _end(self, call: StepCall) -> str:

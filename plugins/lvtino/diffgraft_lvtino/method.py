@@ -66,12 +66,13 @@ def schedule_at(
         timesteps, sigmas: of the scheduler's own schedule, whose dtypes, devices and end these get.
     """
     made = torch.tensor(times, dtype=torch.float64)
+    told = (made if timesteps.is_floating_point() else made.round()).to(timesteps.device, timesteps.dtype)
     if sigmas is None:
-        return made.to(timesteps.device, timesteps.dtype), None
+        return told, None
     if flow:
         levels = made / scheduler.config.num_train_timesteps
     else:
         abar = scheduler.alphas_cumprod.double().cpu()[made.long()]
         levels = ((1 - abar) / abar).sqrt()
     levels = torch.cat([levels.to(sigmas.device, sigmas.dtype), sigmas[-1:]])
-    return made.to(timesteps.device, timesteps.dtype), levels
+    return told, levels

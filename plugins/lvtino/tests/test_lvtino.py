@@ -483,3 +483,10 @@ def test_defaults() -> None:
 
 def test_contract() -> None:
     run_contract("lvtino", families=["pixel"])
+
+
+def test_the_last_proximal_step_reaches_pipelines_that_decode_the_schedulers_second_answer() -> None:
+    made = tiny("LatentConsistencyModelPipeline", "sd", output_type="latent")
+    problem = simulated(downsample(4), drawn(1, 3, 64, 64))
+    ends = [restored(made, problem, end=end) for end in ("prox", "prediction")]
+    assert float((ends[0] - ends[1]).abs().max()) > 1e-3

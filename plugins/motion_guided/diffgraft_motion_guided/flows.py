@@ -85,6 +85,10 @@ def flow_in(value: Any, what: str) -> Tensor:
     return flow
 
 
+UNDERSHOOT = -0.05
+"""The least value of a clip in 0 to 1 that was resampled."""
+
+
 def read_clip(value: Any) -> Tensor:
     """Frames [T, 3, H, W] in 0 to 1 of a clip: a list of pictures, an array [T, H, W, 3] or a tensor [T, 3, H, W], in 0 to 1, -1 to 1 or
     uint8.
@@ -109,7 +113,7 @@ def read_clip(value: Any) -> Tensor:
     low, high = float(x.min()), float(x.max())
     if not (low >= -1.001 and high <= 1.001):
         raise ValueError(f"its values go from {low:.3g} to {high:.3g}; give 0 to 1, -1 to 1, or uint8")
-    return (x + 1) / 2 if low < 0 else x
+    return (x + 1) / 2 if low < UNDERSHOOT else x.clamp(0, 1)
 
 
 # from frames ------------------------------------------------------------------------------------------------------------------------
@@ -151,8 +155,19 @@ def opencv() -> Any:
         ) from error
 
 
+LEAST = 12
+"""Pixels of a side that OpenCV's search takes."""
+
+
 def dis(first: Tensor, second: Tensor) -> Tensor:
-    """OpenCV's dense inverse search (preset medium) on grey pictures of 8 bits, pair by pair."""
+    """OpenCV's dense inverse search (preset medium) on grey pictures of 8 bits, pair by pair.
+
+    Raises:
+        ConfigError: the pictures are smaller than it takes.
+    """
+    if min(first.shape[-2:]) < LEAST:
+        size = "x".join(map(str, first.shape[-2:]))
+        raise ConfigError(f"motion_guided: flow = 'dis': the clip's frames are {size}, and it takes {LEAST} pixels at least: enlarge them")
     cv2 = opencv()
     search = cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
     weights = torch.tensor([0.299, 0.587, 0.114]).view(3, 1, 1)

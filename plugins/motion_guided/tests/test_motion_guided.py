@@ -12,7 +12,7 @@ import pytest
 import torch
 from diffgraft import ConfigError, DiffgraftError, Effects, Unsupported, load_pipeline, unload
 from diffgraft.methods.predictions import SignalNoise
-from diffgraft.testing import Case, contract_cases, cover
+from diffgraft.testing import Case, contract_sample
 from diffgraft_motion_guided import MotionGuided, __version__, as_clips, as_sample, power
 from diffgraft_motion_guided.flows import Flows, dis, estimated, pan, read_clip, read_flow, resized
 from diffgraft_motion_guided.method import (
@@ -41,7 +41,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import grid_sample, interpolate
 
-CASES = cover(contract_cases("motion_guided"), seed=__version__)
+CASES = contract_sample("motion_guided", __version__)
 
 
 def drawn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -644,3 +644,10 @@ def test_the_emoji_upscaler_flickers_less() -> None:
         frames = pipe([""] * 4, image=[picture] * 4, num_inference_steps=8, generator=draws, output_type="np").images
         spread.append(float(frames.std(0).mean()))
     assert spread[1] < 0.85 * spread[0]
+
+
+def test_a_clip_that_dis_cannot_take_is_named_and_an_undershoot_is_none_of_minus_one() -> None:
+    with pytest.raises(ConfigError, match="12 pixels at least"):
+        dis(torch.rand(1, 3, 4, 4), torch.rand(1, 3, 4, 4))
+    clip = torch.linspace(-0.001, 1, 2 * 3 * 16 * 16).view(2, 3, 16, 16)
+    assert torch.equal(read_clip(clip), clip.clamp(0, 1))

@@ -161,7 +161,7 @@ class RedDiff(Plugin):
         call.acted()
         if call.step.ends_schedule:
             search.ended = True
-            return StepOutput(mu.to(out.sample.dtype), x0.to(out.sample.dtype))
+            return StepOutput(mu.to(out.sample.dtype), mu.to(out.sample.dtype))
         after = levels_after(call)
         search.asked = self._around(call, mu)
         return StepOutput((after.a * search.asked + after.s * call.noise()).to(out.sample.dtype), x0.to(out.sample.dtype))
