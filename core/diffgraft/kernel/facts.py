@@ -43,10 +43,7 @@ class Step:
 
     @property
     def ends_schedule(self) -> bool:
-        """Whether this is the last call of the schedule, which leads to the clean sample.
-
-        A run may end before it (``denoising_end``, one stage of several), and then hands over noisy latents.
-        """
+        """Whether this is the schedule's last call, to the clean sample; a run that ends before (``denoising_end``) gives noisy latents."""
         return self.behind == 0
 
     @property

@@ -128,8 +128,11 @@ def step_result(chain: Chain, call: StepCall) -> Any:
     if raw and out.sample is _sample_of(raw[-1]):
         return raw[-1]
     if call.get("return_dict", True):
-        return type(raw[-1])(**{**raw[-1], "prev_sample": out.sample}) if raw else SchedulerOutput(prev_sample=out.sample)
-    return (out.sample, *(raw[-1][1:] if raw else ()))
+        old = raw[-1] if raw else SchedulerOutput(prev_sample=out.sample)
+        new = {"prev_sample": out.sample} | ({} if out.x0 is None else dict.fromkeys(CLEAN, out.x0))
+        return type(old)(**{name: new.get(name, value) for name, value in old.items()})
+    rest = raw[-1][1:] if raw else ()
+    return (out.sample, *(rest if out.x0 is None or not rest else (out.x0, *rest[1:])))
 
 
 def _remember(inner: Callable[..., Any], raw: list[Any]) -> Callable[..., Any]:
@@ -140,6 +143,9 @@ def _remember(inner: Callable[..., Any], raw: list[Any]) -> Callable[..., Any]:
     return stepping
 
 
+CLEAN = ("pred_original_sample", "denoised")  # the clean sample in schedulers' output; latent consistency pipelines decode it
+
+
 def _sample_of(raw: Any) -> Tensor:
     return raw[0] if isinstance(raw, tuple) else raw.prev_sample  # type: ignore[no-any-return]
 
@@ -147,13 +153,9 @@ def _sample_of(raw: Any) -> Tensor:
 def step_terminal(call: StepCall) -> StepOutput:
     """The middle of the ``step`` onion: the scheduler's own step, in one form."""
     raw = call_inner(call)
-    if isinstance(raw, tuple):
-        x0 = raw[1] if len(raw) > 1 else None
-    else:
-        x0 = getattr(raw, "pred_original_sample", None)
-    sample = _sample_of(raw)
-    call.run.forms["step"] = sample.dtype
-    return StepOutput(sample, x0)
+    x0 = next(iter(raw[1:]), None) if isinstance(raw, tuple) else next((raw[name] for name in CLEAN if name in raw), None)
+    call.run.forms["step"] = _sample_of(raw).dtype
+    return StepOutput(_sample_of(raw), x0)
 
 
 def schedule_terminal(call: ScheduleCall) -> Schedule:
