@@ -5,15 +5,18 @@ from __future__ import annotations
 import functools
 import inspect
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import ClassVar
 
 import pytest
 import torch
-from diffgraft import load_pipeline, unload
+from diffgraft import StepOutput, load_pipeline, unload
 from diffgraft.installed import registry
-from diffusers import (
-    EulerDiscreteScheduler,
-)
+from diffgraft.kernel.onion import step_result
+from diffusers import EulerDiscreteScheduler
+from diffusers.schedulers.scheduling_ddim import DDIMSchedulerOutput
+from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteSchedulerOutput
+from diffusers.schedulers.scheduling_lcm import LCMSchedulerOutput
 from probes import Effects, Everything, PluginConfig, Probe, generate, tiny, trace
 
 BATCHED = ("StableDiffusionPipeline", "PixArtAlphaPipeline")
@@ -362,3 +365,35 @@ def test_a_plugin_may_give_itself_fewer_points():
     generate(pipe, kwargs)
     assert {"block", "attention", "step"} <= set(pipe.plugins.report().plugins["fewer"].fired)
     assert {"block", "attention"} <= set(Fewer.points())
+
+
+X = torch.zeros(1, 4, 8, 8)
+
+
+@pytest.mark.parametrize(
+    ("raw", "clean"),
+    [
+        (DDIMSchedulerOutput(prev_sample=X, pred_original_sample=X), "pred_original_sample"),
+        (LCMSchedulerOutput(prev_sample=X, denoised=X), "denoised"),
+        ((X, X), 1),
+        ((X,), None),
+        (FlowMatchEulerDiscreteSchedulerOutput(prev_sample=X), None),
+    ],
+    ids=["ddim", "lcm", "two", "one", "flow"],
+)
+def test_the_clean_sample_of_a_step_reaches_the_pipeline(raw, clean):
+    """Latent consistency pipelines decode it."""
+    given = StepOutput(X + 1, X + 2)
+    call = SimpleNamespace(inner=lambda: raw, get=lambda name, default: not isinstance(raw, tuple))
+
+    def chain(call):
+        call.inner()
+        return given
+
+    result = step_result(chain, call)
+    assert type(result) is type(raw)
+    assert len(result) == len(raw)
+    assert result[0] is given.sample
+    assert clean is None or result[clean] is given.x0
+    given = StepOutput(X + 1)
+    assert clean is None or step_result(chain, call)[clean] is X, "a plugin that says none leaves the scheduler's"
