@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from diffgraft.installed import registry
 import torch
 from diffgraft import load_pipeline
 from diffgraft.cli import app
@@ -25,7 +26,7 @@ from typer.testing import CliRunner
 ROOT = Path(__file__).resolve().parent.parent
 READMES = {"project": ROOT / "README.md", **{path.parent.name: path for path in sorted((ROOT / "plugins").glob("*/README.md"))}}
 PAGES = [*READMES.values(), *sorted((ROOT / "docs").glob("**/*.md"))]
-SHIPS = tuple(f"emoji-{name}" for name in ("dit", "edit", "flux", "flux-4step", "pixel", "sd", "sd-lcm", "wan", "wan-4step"))
+SHIPS = tuple(registry.bundled_names())
 BLOCK = re.compile(r"```(python|bash)\n(.*?)```", re.DOTALL)
 STANDS_IN = {
     "runwayml/stable-diffusion-v1-5": "emoji-sd",
