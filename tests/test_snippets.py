@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from diffgraft.installed import registry
 import torch
 from diffgraft import load_pipeline
 from diffgraft.cli import app
+from diffgraft.installed import registry
 from diffgraft.kernel import loading
 from diffgraft.kernel.defaults import give_defaults, own_defaults
 from diffgraft_pipelines.tiny import make
