@@ -81,7 +81,8 @@ def spread(cases: list[Case]) -> list[Case]:
         if (not repeated or place % SHARE == 0 or case.class_name not in classes) and case.applies:
             kept.append(case)
             classes.add(case.class_name)
-    for name in {*seen} - {case.check.name for case in kept}:
+    met = {case.check.name for case in kept}
+    for name in (name for name in seen if name not in met):  # in order: workers must collect alike
         kept += islice((case for case in cases if case.check.name == name and case.applies), 1)
     return kept
 

@@ -395,5 +395,7 @@ def test_the_clean_sample_of_a_step_reaches_the_pipeline(raw, clean):
     assert len(result) == len(raw)
     assert result[0] is given.sample
     assert clean is None or result[clean] is given.x0
+    given = StepOutput(X, X + 2)
+    assert clean is None or step_result(chain, call)[clean] is given.x0, "also where it is all that a plugin changed"
     given = StepOutput(X + 1)
     assert clean is None or step_result(chain, call)[clean] is X, "a plugin that says none leaves the scheduler's"

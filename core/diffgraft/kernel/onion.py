@@ -8,6 +8,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from operator import is_
 from typing import Any
 
 from diffusers.schedulers.scheduling_utils import SchedulerOutput
@@ -60,6 +61,7 @@ def compose(entries: Sequence[Entry], point: str, terminal: Chain, finite: bool 
     return watched(chain, point, inner=False) if finite else chain
 
 
+CLEAN = ("pred_original_sample", "denoised")  # the clean sample in schedulers' output; latent consistency pipelines decode it
 _UNASKED: Any = object()
 
 
@@ -125,7 +127,7 @@ def step_result(chain: Chain, call: StepCall) -> Any:
     raw: list[Any] = []
     call.inner = _remember(call.inner, raw)
     out = chain(call)
-    if raw and out.sample is _sample_of(raw[-1]):
+    if raw and all(map(is_, (out.sample, out.x0), _parts_of(raw[-1]))):
         return raw[-1]
     if call.get("return_dict", True):
         old = raw[-1] if raw else SchedulerOutput(prev_sample=out.sample)
@@ -143,19 +145,17 @@ def _remember(inner: Callable[..., Any], raw: list[Any]) -> Callable[..., Any]:
     return stepping
 
 
-CLEAN = ("pred_original_sample", "denoised")  # the clean sample in schedulers' output; latent consistency pipelines decode it
-
-
-def _sample_of(raw: Any) -> Tensor:
-    return raw[0] if isinstance(raw, tuple) else raw.prev_sample  # type: ignore[no-any-return]
+def _parts_of(raw: Any) -> tuple[Tensor, Tensor | None]:
+    if isinstance(raw, tuple):
+        return raw[0], next(iter(raw[1:]), None)
+    return raw.prev_sample, next((raw[name] for name in CLEAN if name in raw), None)
 
 
 def step_terminal(call: StepCall) -> StepOutput:
     """The middle of the ``step`` onion: the scheduler's own step, in one form."""
-    raw = call_inner(call)
-    x0 = next(iter(raw[1:]), None) if isinstance(raw, tuple) else next((raw[name] for name in CLEAN if name in raw), None)
-    call.run.forms["step"] = _sample_of(raw).dtype
-    return StepOutput(_sample_of(raw), x0)
+    sample, x0 = _parts_of(call_inner(call))
+    call.run.forms["step"] = sample.dtype
+    return StepOutput(sample, x0)
 
 
 def schedule_terminal(call: ScheduleCall) -> Schedule:

@@ -94,12 +94,12 @@ def first_guess(call: DenoiseCall, problem: Problem, plugin: str, pixels: Tensor
 @torch.no_grad()
 def latents_of(call: Any, pixels: Tensor) -> Tensor:
     """mu of pixels, in float32; of any call of a run."""
-    return to_latents(call.pipe, call.family, pixels, float32=_needs_float32(call.pipe)).float()
+    return to_latents(call.pipe, call.family, pixels, float32=needs_float32(call.pipe)).float()
 
 
 def pixels_of(call: Any, mu: Tensor) -> Tensor:
     """Pixels of mu, in float32; gradients flow where the caller has them on. ``call`` is any call of the run."""
-    return to_pixels(call.pipe, call.family, mu, call.run.arguments, float32=_needs_float32(call.pipe)).float()
+    return to_pixels(call.pipe, call.family, mu, call.run.arguments, float32=needs_float32(call.pipe)).float()
 
 
 def unit_noise(call: DenoiseCall) -> Tensor:
@@ -108,7 +108,7 @@ def unit_noise(call: DenoiseCall) -> Tensor:
     return call.latents.float() / scaled
 
 
-def _needs_float32(pipe: Any) -> bool:
+def needs_float32(pipe: Any) -> bool:
     """Whether the autoencoder is kept in float16, which gradients leave: it is copied then."""
     vae = getattr(pipe, "vae", None)
     return vae is not None and vae.dtype == torch.float16

@@ -12,6 +12,7 @@ from diffgraft.methods.conditioning import ask, for_each_prompt, number_of_promp
 from diffgraft.methods.decoding import picture_channels, to_latents, to_pixels
 from diffgraft.methods.predictions import SignalNoise, clean_estimate, known_kind
 from diffgraft.methods.problems import Problem
+from diffgraft.methods.restoring import needs_float32
 from diffgraft.methods.second import unhooked
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
@@ -91,13 +92,13 @@ class ImageModel:
         found = []
         with unhooked():
             for frame in frames:
-                z = to_latents(pipe, self.family, frame, float32=half(pipe)).float()
+                z = to_latents(pipe, self.family, frame, float32=needs_float32(pipe)).float()
                 if noise is None:
                     noise = randn_tensor(z.shape, generator=call.generator, device=z.device, dtype=torch.float32)
                 noisy = level.a * z + level.s * noise
                 said = ask(self.family, pipe.unet, self.arguments(noisy.to(pipe.unet.dtype), t)).float()
                 z0 = clean_estimate(noisy, said, level, kind)
-                found.append(to_pixels(pipe, self.family, z0, {}, float32=half(pipe)).float())
+                found.append(to_pixels(pipe, self.family, z0, {}, float32=needs_float32(pipe)).float())
         call.count("image", len(frames))
         return joined(found, x), level
 
@@ -114,8 +115,3 @@ class ImageModel:
 
         kept = {name: rows(value) if name in self.conditioning else value for name, value in self.asked.items()}
         return {**kept, self.family.sample: noisy, self.family.timestep: t}
-
-
-def half(pipe: Any) -> bool:
-    """Whether the autoencoder is kept in float16: it is copied then."""
-    return bool(pipe.vae.dtype == torch.float16)
