@@ -122,7 +122,7 @@ def judge(outer: Part, inner: Part) -> tuple[list[str], list[str]]:
                 "remove one"
             )
         elif "resolution" in x.effects.edits and "one_size" in y.effects.needs:
-            conflicts.append(f"{y.name} goes by a measurement of the call's size, and {x.name} begins with smaller pictures: remove one")
+            conflicts.append(f"{y.name} was given something of the call's size, and {x.name} begins with smaller pictures: remove one")
         elif "resolution" in x.effects.edits and "blocks" in y.effects.skips:  # it reuses features of an earlier step
             warnings.append(f"{x.name} changes the resolution in mid-run: {y.name} starts its cache again at each change")
     if ("denoiser" in a.skips and "blocks" in b.skips) or ("blocks" in a.skips and "denoiser" in b.skips):

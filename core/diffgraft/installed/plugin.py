@@ -66,7 +66,7 @@ class Effects:
     edits      "timestep", "schedule", "latents", "prediction", "attention", "conditioning", "resolution", "weights"
     needs      "gradients", "determinism", "all_blocks", "extra_forwards", "calibrated_run" (the steps and size of its artefact),
                "own_steps" (its calls are no successive steps of one path, so that nothing may be edited from one to the next),
-               "one_size" (its measurement, or mask, is of the call's own size),
+               "one_size" (what it was given, a measurement, mask or start, is of the call's own size),
                "plain_gradients" (of the denoiser itself, taken past all other plugins: `latent_gradient`; "gradients": through them)
     stochastic  draws noise of its own
     couples_batch  sample i in a batch may differ from sample i alone

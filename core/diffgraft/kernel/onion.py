@@ -178,7 +178,7 @@ def denoise_terminal(call: DenoiseCall) -> Tensor:
 
 def stream_terminal(call: BlockCall | AttentionCall) -> Any:
     """The middle of the onions of a block and of an attention layer."""
-    return remember(call, call.info, call_inner(call))
+    return remember(call, call.info, call.inner(*call.args, **call.kwargs))
 
 
 def control_terminal(call: ControlCall) -> Any:

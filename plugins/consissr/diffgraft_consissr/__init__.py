@@ -85,7 +85,7 @@ class ConsisSR(Plugin):
     State = Seen
     neutral: ClassVar[dict[str, Any]] = {"start": 1.0, "scale": 0.0, "colour": "none"}
     active: ClassVar[dict[str, Any]] = {"image": card(), "sr": "bicubic", "start": 0.6, "scale": 1.0, "colour": "adain"}
-    effects = Effects(edits=frozenset({"schedule", "latents", "attention"}))
+    effects = Effects(edits=frozenset({"schedule", "latents", "attention"}), needs=frozenset({"one_size"}))
     needs = (Need("fit", "artefact", fits=frozenset(), holds=AsPublished()), Need("weights", "weights", holds=LAYOUT))
     fitting = HpaFitter
     config: ConsisSRConfig
@@ -93,7 +93,8 @@ class ConsisSR(Plugin):
     def __init__(self, **knobs: Any) -> None:
         super().__init__(**knobs)
         edits = {"schedule", "latents"} if self.config.starts else set()
-        self.effects = Effects(edits=frozenset(edits | ({"attention"} if self.config.adapts else set())))
+        needs = {"one_size"} if self.config.starts else set()
+        self.effects = Effects(edits=frozenset(edits | ({"attention"} if self.config.adapts else set())), needs=frozenset(needs))
 
     def check(self, target: Target) -> None:
         ensure_there("image", self.config.image)

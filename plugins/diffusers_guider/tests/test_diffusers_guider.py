@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
 from typing import Any, ClassVar
 
 import diffusers
@@ -420,9 +419,10 @@ def test_more_samples_and_lists_of_prompts():
     tiny.graft(**layers("skip", tiny.name))
     alone = tiny()
     both = tiny(prompt=[tiny.call["prompt"], "a blue car"], negative_prompt=["blurry", "dark"], generator=generators(2))
-    torch.testing.assert_close(both[:1], alone, rtol=0, atol=2e-5)
+    last_bits = 1e-5 * float(alone.abs().max())  # a batch of four is another matrix product than one of two, on every CPU another
+    torch.testing.assert_close(both[:1], alone, rtol=0, atol=last_bits)
     two = tiny(num_images_per_prompt=2, generator=generators(2))
-    torch.testing.assert_close(two[:1], alone, rtol=0, atol=2e-5)
+    torch.testing.assert_close(two[:1], alone, rtol=0, atol=last_bits)
 
 
 def generators(n: int) -> list[torch.Generator]:
@@ -526,13 +526,12 @@ def test_compiled_layers_are_refused():
         tiny()
 
 
-@pytest.mark.skipif(importlib.util.find_spec("kornia") is not None, reason="kornia is there")
-def test_frequencies_without_kornia():
+def test_frequencies_without_kornia(monkeypatch):
+    monkeypatch.setattr("diffusers.guiders.frequency_decoupled_guidance._CAN_USE_KORNIA", False)
     with pytest.raises(ConfigError, match="pip install kornia"):
         DiffusersGuider(guider="FrequencyDecoupledGuidance")
 
 
-@pytest.mark.skipif(importlib.util.find_spec("kornia") is None, reason="needs kornia")
 def test_frequencies():
     """Two equal scales are plain guidance; on packed latents it is refused."""
     tiny = Tiny("StableDiffusionPipeline")

@@ -57,7 +57,7 @@ class VideosceneLeap(Plugin):
     State = Leap
     neutral: ClassVar[dict[str, Any]] = {"level": 1.0}
     active: ClassVar[dict[str, Any]] = {"draft": moving_square, "level": 0.6}
-    effects = Effects(edits=frozenset({"latents", "schedule"}))
+    effects = Effects(edits=frozenset({"latents", "schedule"}), needs=frozenset({"one_size"}))
     config: VideosceneLeapConfig
 
     def __init__(self, **knobs: Any) -> None:
