@@ -25,7 +25,7 @@ second each), of families' facts, unchanged plugins whose behaviour is looked at
 LEAST = 6
 """Of a plugin at least."""
 OWN = re.compile(r"^plugins/([^/]+)/tests/")
-OWN_CONTRACT = re.compile(r"^plugins/[^/]+/tests/.*::test_contract\[")
+OWN_CONTRACT = re.compile(r"^plugins/[^/]+/tests/.*::test_contract(\[|$)")
 """A plugin's own copy of the contract, for who works on it alone: tests/test_contract.py has the same cases."""
 FACT = re.compile(r"^pipelines/families/tests/.*::(\w+)\[(.*)\]$")
 """(the fact, the pipeline class)."""

@@ -43,6 +43,7 @@ class RunView(Protocol):
     rows: int
     in_step: tuple[str, ...]
     heard: list[Any]
+    check_finite: bool
 
     def answered(self, entry: Entry, point: str) -> None: ...
     def ran(self, branch: str | None) -> None: ...

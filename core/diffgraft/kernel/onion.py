@@ -50,14 +50,15 @@ def leave(run: RunView) -> None:
         _thread.run = None
 
 
-def compose(entries: Sequence[Entry], point: str, terminal: Chain, finite: bool = False) -> Chain:
-    """The onion of one hook point: first entry outermost, ``terminal`` in the middle. Without entries it is ``terminal`` itself.
+def compose(run: RunView, entries: Sequence[Entry], point: str, terminal: Chain) -> Chain:
+    """The onion of one hook point in ``run``: first entry outermost, ``terminal`` in the middle. Without entries it is ``terminal`` itself.
 
-    ``finite``: whether every value that passes is looked at (``pipe.plugins.check_finite``).
+    Where ``run.check_finite`` says so, every value that passes is looked at.
     """
+    finite = run.check_finite
     chain = watched(terminal, point, inner=True) if finite else terminal
     for entry in reversed(entries):
-        chain = _layer(entry, point, getattr(entry.plugin, point), chain, finite)
+        chain = _layer(run, entry, point, getattr(entry.plugin, point), chain)
     return watched(chain, point, inner=False) if finite else chain
 
 
@@ -65,15 +66,13 @@ CLEAN = ("pred_original_sample", "denoised")  # the clean sample in schedulers' 
 _UNASKED: Any = object()
 
 
-def _layer(entry: Entry, point: str, method: Callable[[Any, Chain], Any], inner: Chain, finite: bool) -> Chain:
-    form = FORMS[point]
+def _layer(run: RunView, entry: Entry, point: str, method: Callable[[Any, Chain], Any], inner: Chain) -> Chain:
+    form, finite, fired = FORMS[point], run.check_finite, run.report_of(entry).fired
 
     def around(call: Call) -> Any:
-        run = call.run
         if run.alone is not None and run.alone is not entry:  # a gradient pass of another plugin
             return inner(call)
         outer, call.entry = call.entry, entry  # whose ``call.state`` and ``call.config`` it is
-        fired = run.report_of(entry).fired
         fired[point] = fired.get(point, 0) + 1
         is_open, came, foreign = True, _UNASKED, None
 
@@ -194,15 +193,15 @@ def guide_terminal(call: GuideCall) -> Tensor:
 class Onions:
     """The composed onions of one stack; None where no plugin implements the point, so that its cost is nothing."""
 
-    def __init__(self, entries: Sequence[Entry], finite: bool = False) -> None:
+    def __init__(self, run: RunView, entries: Sequence[Entry]) -> None:
         def at(point: str) -> list[Entry]:
             return [entry for entry in entries if point in entry.plugin.points()]
 
-        self.schedule = compose(at("schedule"), "schedule", schedule_terminal, finite)
-        self.control = compose(at("control"), "control", control_terminal, finite)
-        self.denoise = compose(at("denoise"), "denoise", denoise_terminal, finite)
-        self.guide = compose(at("guide"), "guide", guide_terminal, finite) if at("guide") else None
-        self.step = compose(at("step"), "step", step_terminal, finite) if at("step") else None
+        self.schedule = compose(run, at("schedule"), "schedule", schedule_terminal)
+        self.control = compose(run, at("control"), "control", control_terminal)
+        self.denoise = compose(run, at("denoise"), "denoise", denoise_terminal)
+        self.guide = compose(run, at("guide"), "guide", guide_terminal) if at("guide") else None
+        self.step = compose(run, at("step"), "step", step_terminal) if at("step") else None
 
 
 @contextmanager

@@ -388,7 +388,7 @@ class PluginStack:
                 whole = filled(self.pipe, args, kwargs)
                 call = RunCall(run, lambda *a, **k: function(self.pipe, *a, **k), positions, args, whole)
                 call.said = frozenset([*positions][: len(args)]) | kwargs.keys()
-                result = compose([entry for entry in entries if "run" in entry.plugin.points()], "run", one_pass, self.check_finite)(call)
+                result = compose(run, [entry for entry in entries if "run" in entry.plugin.points()], "run", one_pass)(call)
             ensure_fired(run, result)
             self._warn_of_idle(run)
             run.report.completed = True

@@ -45,7 +45,7 @@ class Wiring:
         ``loop``: whether the pipeline's loop runs, so that the scheduler is asked.
         """
         points = {point for entry in entries for point in entry.plugin.points()}
-        onions = Onions(entries, run.check_finite)
+        onions = Onions(run, entries)
         self._used = {}
         slots = self._scheduler(run, onions, entries) if loop else []
         # a session counts; what a run is bound to is held against the first call; exchanged modules ask where they are (`now`)
@@ -59,13 +59,13 @@ class Wiring:
             run.promise("control", bool(networks))
         denoisers = denoisers_of(self.pipe, self.family)
         if "block" in points:
-            chosen = _select(entries, "block", blocks_of(self.family, denoisers), denoisers, run.check_finite)
+            chosen = _select(run, entries, "block", blocks_of(self.family, denoisers), denoisers)
             lead = partial(run.inside, "block", BlockCall)
             for info, chain, graph in chosen:
                 slots.append(self._method(info.module, "forward", partial(lead, chain, info), True, info.takes, graph))
             run.promise("block", bool(chosen))
         if "attention" in points:
-            layers = _select(entries, "attention", attention_of(denoisers), denoisers, run.check_finite)
+            layers = _select(run, entries, "attention", attention_of(denoisers), denoisers)
             lead = partial(run.inside, "attention", AttentionCall)
             slots += [self._processor(info, partial(lead, chain, info), graph) for info, chain, graph in layers]
             run.promise("attention", bool(layers))
@@ -168,7 +168,7 @@ class Wiring:
 
 
 def _select(
-    entries: Sequence[Entry], point: str, infos: Sequence[Any], denoisers: Mapping[str, nn.Module], finite: bool
+    run: Run, entries: Sequence[Entry], point: str, infos: Sequence[Any], denoisers: Mapping[str, nn.Module]
 ) -> list[tuple[Any, Chain, Any]]:
     """(info, onion, graph that it breaks up) for each block or layer that at least one plugin selects."""
     wanted: dict[int, list[Entry]] = {}
@@ -181,7 +181,7 @@ def _select(
     for info in infos:
         if its := wanted.get(info.order):
             graph = graph_around(denoisers[info.model], info.path, its[0].name, point)
-            chosen.append((info, compose(its, point, stream_terminal, finite), graph))
+            chosen.append((info, compose(run, its, point, stream_terminal), graph))
     return chosen
 
 
