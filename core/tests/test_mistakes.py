@@ -25,7 +25,7 @@ from diffgraft.installed.errors import (
 )
 from diffgraft.installed.registry import find_need
 from diffgraft.kernel.loading import refuse_near_misses
-from diffgraft.kernel.report import PluginReport
+from diffgraft.stacks.report import PluginReport
 from diffgraft.lab import machine
 from diffgraft.methods.named import find_callable
 from diffgraft.testing import runs
