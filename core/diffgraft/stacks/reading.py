@@ -128,9 +128,10 @@ def in_repository(repository: str, folder: str, name: str) -> Path:
 
 
 def class_at(folder: str | os.PathLike[str]) -> list[str]:
-    """The pipeline class that a folder's index names, to be asked before any weight is read; none where that is not known yet."""
-    index = Path(folder) / "model_index.json"
+    """The pipeline class that the index of a folder or Hub id names, to be asked before any weight is read; none where there is none."""
+    index, text = Path(folder) / "model_index.json", os.fspath(folder)
     try:
+        index = hub_file(f"{text}/{index.name}") if not index.is_file() and text.count("/") == 1 else index
         return [str(json.loads(index.read_text(encoding="utf-8"))["_class_name"])]
-    except (OSError, ValueError, KeyError, TypeError):  # loading says why
+    except (ConfigError, OSError, ValueError, KeyError, TypeError):  # loading says why
         return []

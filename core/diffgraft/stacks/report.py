@@ -82,7 +82,8 @@ class Report:
     disabled: tuple[str, ...] = ()
 
     def _repr_html_(self) -> str:
-        return report_html(self)
+        did = {name: (str(part).split("; "), part.notes) for name, part in self.plugins.items()}
+        return report_html(str(self).partition("\n")[0], did, self.disabled)
 
     def log(self) -> None:
         """Tell the logger: each plugin's notes at INFO, the whole at DEBUG."""

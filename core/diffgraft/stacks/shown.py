@@ -4,13 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from diffgraft.installed.foreign import brief, plain
 from diffgraft.installed.plugin import Plugin
-
-if TYPE_CHECKING:
-    from diffgraft.stacks.report import Report
 
 CELL = "text-align:left;vertical-align:top;padding:.2em .8em .2em 0"
 LONGEST = 120
@@ -26,17 +23,10 @@ def stack_html(pipeline: str, plugins: Sequence[tuple[Plugin, bool]]) -> str:
     return table_html(f"plugins of {pipeline}", ("", "plugin", "knobs", "hook points", "paper", ""), rows, "none")
 
 
-def report_html(report: Report) -> str:
-    """What each plugin did in a run."""
-    head = str(report).partition("\n")[0]
-    rows = [(name, *[lines(each) for each in parts]) for name, parts in parts_of(report).items()]
-    rows += [(name, "switched off", "") for name in report.disabled]
-    return table_html(head, ("plugin", "what it did", "notes"), rows, "")
-
-
-def parts_of(report: Report) -> Mapping[str, tuple[list[str], list[str]]]:
-    """Name -> (what a plugin did, its notes), line by line."""
-    return {name: (str(part).split("; "), part.notes) for name, part in report.plugins.items()}
+def report_html(title: str, plugins: Mapping[str, tuple[Sequence[str], Sequence[str]]], disabled: Iterable[str]) -> str:
+    """What each plugin did in a run: name -> (what, notes), line by line."""
+    rows: list[Sequence[Any]] = [(name, lines(did), lines(notes)) for name, (did, notes) in plugins.items()]
+    return table_html(title, ("plugin", "what it did", "notes"), [*rows, *((name, "switched off", "") for name in disabled)], "")
 
 
 def knobs_html(knobs: Mapping[str, Any]) -> Lines:

@@ -142,8 +142,8 @@ def ensure_same(plugin: Plugin, kinds: Mapping[str, str]) -> None:
     for knob, value in plugin.own_knobs.items():
         if not alike(value, anew.get(knob)):
             raise ConfigError(
-                f"plugin {plugin.name!r}: knob {knob!r} = {brief(value)} would come back from a file as {brief(anew.get(knob))}: give it in "
-                "a form that YAML has (numbers, texts, lists, mappings)"
+                f"plugin {plugin.name!r}: knob {knob!r} = {brief(value)} would come back from a file as {brief(anew.get(knob))}: give it "
+                "in a form that YAML has (numbers, texts, lists, mappings)"
             )
 
 
