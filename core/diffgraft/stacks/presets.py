@@ -21,6 +21,15 @@ def folder_of(module: str) -> Path | None:
     return next((place for place in places if place.is_dir()), None)
 
 
+def parsed(path: Path) -> Preset:
+    """The preset in a file.
+
+    Raises:
+        ConfigError: it is none.
+    """
+    return parse(content_of(path), f"{FOLDER}/{path.name} of {path.parent.parent.name}", Preset, PRESET)
+
+
 def read_presets(folder: Path | None) -> dict[str, Preset]:
     """Name -> preset of each file in a folder.
 
@@ -28,7 +37,7 @@ def read_presets(folder: Path | None) -> dict[str, Preset]:
         ConfigError: one of them is no preset.
     """
     found = sorted(folder.glob("*.yaml")) if folder else []
-    return {path.stem: parse(content_of(path), f"{FOLDER}/{path.name} of {path.parent.parent.name}", Preset, PRESET) for path in found}
+    return {path.stem: parsed(path) for path in found}
 
 
 def presets_of(plugin: str) -> dict[str, Preset]:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import posixpath
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -49,13 +50,14 @@ class Stack:
             PluginNotFound: plugins that are not installed, all of them, and where to get them.
             ConfigError, ArtefactMismatch: a file that a knob names is not there, or is another one.
         """
-        if missing := [member for member in self.file.plugins if member.name not in registry.installed()]:
+        here = {member.name: registry.by_name(PLUGINS, member.name).get(member.name) for member in self.file.plugins}
+        if missing := [member for member in self.file.plugins if here[member.name] is None]:
             raise PluginNotFound(f"{self.source}: {'; '.join(map(not_here, missing))}")
         specs = []
         for member in self.file.plugins:
-            here = registry.installed()[member.name].version
-            if member.version not in (None, here):
-                _log.warning("%s: made with %s %s, here is %s", self.source, member.name, member.version, here)
+            offer = here[member.name]
+            if offer is not None and member.version not in (None, offer.version):
+                _log.warning("%s: made with %s %s, here is %s", self.source, member.name, member.version, offer.version)
             where = f"{self.source}: {member.name}."
             specs.append((member.name, {knob: resolved(value, self.find, where + plain(knob)) for knob, value in member.knobs.items()}))
         return specs
@@ -121,10 +123,10 @@ def content_of(path: Path) -> str:
 
 def in_repository(repository: str, folder: str, name: str) -> Path:
     """A file of the repository on the Hub that the stack file is in; nothing outside of it."""
-    parts = [part for part in f"{folder}/{name}".split("/") if part not in ("", ".")]
-    if ".." in parts:
+    path = posixpath.normpath(posixpath.join(folder, name))
+    if path.startswith(".."):
         raise ConfigError(f"{brief(name)} leads out of the repository {repository}")
-    return hub_file(f"{repository}/{'/'.join(parts)}")
+    return hub_file(f"{repository}/{path}")
 
 
 def class_at(folder: str | os.PathLike[str]) -> list[str]:

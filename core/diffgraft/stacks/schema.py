@@ -152,6 +152,16 @@ class Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+class Dumper(yaml.SafeDumper):
+    """Texts with signs that YAML takes for line ends are quoted, so that they come back as they are."""
+
+    def text(self, value: str) -> Any:
+        return self.represent_scalar("tag:yaml.org,2002:str", value, style=None if value.isprintable() else '"')
+
+
+Dumper.add_representer(str, Dumper.text)
+
+
 def parse(text: str, source: str, model: type[M], key: str) -> M:
     """The text of a file as a ``model``.
 
@@ -160,7 +170,7 @@ def parse(text: str, source: str, model: type[M], key: str) -> M:
     """
     what = "stack file" if key == STACK else "preset"
     try:
-        value = yaml.load(text, Loader)  # a SafeLoader
+        value = from_yaml(text)
     except (yaml.YAMLError, RecursionError, ValueError) as error:
         raise ConfigError(f"{source} is no {what}: {said(error)}") from None
     if not isinstance(value, dict) or key not in value:
@@ -184,7 +194,17 @@ def written(model: Strict) -> str:
     """The text of a file: what is not said stays out, the innermost lists and mappings in one line."""
     data = {**model.model_dump(mode="python", exclude_defaults=True)}
     key = STACK if isinstance(model, StackFile) else PRESET
-    return str(yaml.safe_dump({key: SCHEMA, **listed(data)}, sort_keys=False, allow_unicode=True, default_flow_style=None, width=120))
+    return as_yaml({key: SCHEMA, **data})
+
+
+def as_yaml(value: Any) -> str:
+    """Plain data as YAML, keys in their order."""
+    return str(yaml.dump(listed(value), Dumper=Dumper, sort_keys=False, allow_unicode=True, default_flow_style=None, width=120))
+
+
+def from_yaml(text: str) -> Any:
+    """And back; raises YAMLError, or ValueError (a date that is none)."""
+    return yaml.load(text, Loader)  # a kind of SafeLoader
 
 
 def listed(value: Any) -> Any:

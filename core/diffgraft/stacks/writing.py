@@ -14,12 +14,12 @@ from pydantic import BaseModel
 from diffgraft.installed import registry
 from diffgraft.installed.errors import ConfigError, DiffgraftError
 from diffgraft.installed.foreign import brief, said
-from diffgraft.installed.offers import core_version
+from diffgraft.installed.offers import PLUGINS, core_version
 from diffgraft.installed.plugin import Plugin
 from diffgraft.stacks.atomic import write_atomic
 from diffgraft.stacks.reading import SUFFIXES
 from diffgraft.stacks.references import FILE, FOLDER, refer, referred
-from diffgraft.stacks.schema import Loader, Measured, Member, StackFile, listed, written
+from diffgraft.stacks.schema import Measured, Member, StackFile, as_yaml, from_yaml, written
 
 HEAD = "# A stack of diffgraft plugins: load_pipeline(..., plugins=THIS FILE), or `diffgraft run PIPELINE --stack THIS FILE`.\n"
 
@@ -73,7 +73,7 @@ def write_stack(
 
 def member_of(plugin: Plugin, enabled: bool, refer_to: Refer) -> Member:
     """One plugin as it stands in a stack file."""
-    offer = registry.installed().get(plugin.name)
+    offer = registry.by_name(PLUGINS, plugin.name).get(plugin.name)
     if offer is None or registry.find(plugin.name) is not type(plugin):
         raise ConfigError(
             f"plugin {plugin.name!r} was given as a class that no installed package offers by this name; a stack file names plugins: "
@@ -136,7 +136,7 @@ def ensure_same(plugin: Plugin, kinds: Mapping[str, str]) -> None:
 
     plain = {knob: stored(value, kinds.get(knob), remember) for knob, value in plugin.own_knobs.items()}
     try:
-        anew = type(plugin)(**recalled(yaml.load(yaml.safe_dump(listed(plain)), Loader))).own_knobs  # a SafeLoader
+        anew = type(plugin)(**recalled(from_yaml(as_yaml(plain)))).own_knobs
     except (DiffgraftError, yaml.YAMLError) as error:
         raise ConfigError(f"plugin {plugin.name!r}: its knobs cannot be written and read again: {error}") from error
     for knob, value in plugin.own_knobs.items():

@@ -47,7 +47,7 @@ def write_winner(result: Tuning, pipeline: str, command: str, out: Path) -> Path
             result.settings.goal.measure: (near.mean, near.low, near.high),
         },
         command=command,
-        versions=result.environment["versions"],
+        versions={name: number for name, number in result.environment["versions"].items() if number is not None},
     )
     found = registry.family_of([result.pipeline])
     plugins = [(build_plugin(spec), True) for spec in winner.candidate.plugins.items()]
