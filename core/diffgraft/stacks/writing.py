@@ -107,7 +107,7 @@ def stored(value: Any, kind: str | None, refer_to: Refer) -> Any:
         key = referred(value, kind)
         return os.fspath(value) if key is None else refer_to(value, key)
     if isinstance(value, BaseModel):
-        return {name: stored(getattr(value, name), kind, refer_to) for name in value.model_fields_set}
+        return {name: stored(getattr(value, name), kind, refer_to) for name in type(value).model_fields if name in value.model_fields_set}
     if isinstance(value, Mapping):
         if odd := [key for key in value if type(key) not in (str, int) or str(key).startswith("$")]:
             raise TypeError(f"a mapping with the key {brief(odd[0])}")
