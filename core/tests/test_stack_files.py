@@ -276,6 +276,21 @@ def test_another_version_is_told(site, caplog):
     assert "made with stk_holder 9.9.1, here is 1.2" in caplog.text
 
 
+def test_what_was_measured_is_held_against_its_fields(sd, site):
+    pipe = load_pipeline(sd[0], plugins="stk_holder")
+    for measured in ({"speed": 2}, {"figures": {"speed": [1]}}, {"call": {"image": object()}}, {"command": "a\nb"}, 3):
+        with pytest.raises(ConfigError, match=r"measured: .*; its fields: pipeline, call, figures, command"):
+            pipe.plugins.save("stack.yaml", measured=measured)
+    assert not Path("stack.yaml").exists()
+
+
+def test_a_stack_file_stands_alone(sd, site):
+    with pytest.raises(ConfigError, match=r"stack\.yaml stands in a list; a stack file stands alone"):
+        load_pipeline(sd[0], plugins=["stk_holder", "stack.yaml"])
+    with pytest.raises(ConfigError, match=r"stack= is no keyword of load_pipeline; did you mean plugins=\?"):
+        load_pipeline("emoji-sd", stack="stack.yaml")
+
+
 def test_no_such_file(site):
     Path("near.yaml").write_text("x")
     with pytest.raises(ConfigError, match=r"there is no stack file nowhere\.yaml; there is near\.yaml"):

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 OWN = ("plugins", "attention_backend")
 """Keywords that are ours and not diffusers'."""
-ALIAS = {"backend": "attention_backend", "plug": "plugins"}
+ALIAS = {"backend": "attention_backend", "plug": "plugins", "stack": "plugins"}
 """What a keyword has in it when one of ours is meant, however far its spelling is; nothing of diffusers is called so."""
 
 

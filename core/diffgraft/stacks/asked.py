@@ -58,7 +58,12 @@ def build(plugins: Any, pipeline: Any = None) -> Asked:
         plugins = saved_with(pipeline)
     if not is_stack(plugins):
         model = os.fspath(pipeline) if isinstance(pipeline, (str, os.PathLike)) else str(getattr(pipeline, "name_or_path", ""))
-        return Asked([build_plugin(with_preset(spec, model)) for spec in as_specs(plugins)])
+        specs = as_specs(plugins)
+        if files := [spec for spec in specs if is_stack(spec)]:
+            raise ConfigError(
+                f"plugins: {files[0]} stands in a list; a stack file stands alone, and pipe.plugins.add(...) puts more inside it"
+            )
+        return Asked([build_plugin(with_preset(spec, model)) for spec in specs])
     file = read_stack(plugins)
     if isinstance(pipeline, (str, os.PathLike)) and (found := registry.family_of(class_at(registry.resolve(pipeline)))):
         file.ensure_for(*found)  # before any weight is read

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 
 from diffgraft.installed import registry
 from diffgraft.installed.errors import ConfigError, DiffgraftError
@@ -49,8 +49,8 @@ def write_stack(
             nothing is written.
     """
     path = Path(path).expanduser()
-    if path.suffix not in SUFFIXES:
-        raise ConfigError(f"{path}: the name of a stack file ends in .yaml or .yml")
+    if path.suffix not in SUFFIXES or path.is_dir():
+        raise ConfigError(f"{path}: the name of a stack file ends in .yaml or .yml, and it is no folder")
     home, copies = path.parent, dict[Path, Path]()
 
     def refer_to(value: Any, key: str) -> dict[str, str]:
@@ -61,14 +61,25 @@ def write_stack(
         return {**refer(source, key, source.parent), key: target.name}
 
     members = [member_of(plugin, enabled, refer_to) for plugin, enabled in plugins]
-    facts = measured if isinstance(measured, Measured) or measured is None else Measured.model_validate(dict(measured))
-    made = StackFile(family=family, pipeline=pipeline, diffgraft=core_version(), plugins=tuple(members), measured=facts)
+    made = StackFile(family=family, pipeline=pipeline, diffgraft=core_version(), plugins=tuple(members), measured=as_measured(measured))
     text = HEAD + written(made)
     home.mkdir(parents=True, exist_ok=True)
     for source, target in copies.items():
         copied(source, target)
     write_atomic(path, text.encode())
     return path
+
+
+def as_measured(measured: Measured | Mapping[str, Any] | None) -> Measured | None:
+    """Raises ConfigError for what is none, or cannot be written."""
+    if measured is None:
+        return None
+    try:
+        facts = measured if isinstance(measured, Measured) else Measured.model_validate(dict(measured))
+        as_yaml(facts.model_dump())
+    except (ValidationError, yaml.YAMLError, TypeError, ValueError) as error:
+        raise ConfigError(f"measured: {said(error)}; its fields: {', '.join(Measured.model_fields)}") from None
+    return facts
 
 
 def member_of(plugin: Plugin, enabled: bool, refer_to: Refer) -> Member:

@@ -9,6 +9,7 @@ from typing import Any
 from rich.table import Table
 
 from diffgraft.installed import registry
+from diffgraft.installed.foreign import plain
 from diffgraft.installed.specs import build_plugin
 from diffgraft.lab.compare_picture import seconds_text
 from diffgraft.lab.metrics import Mean
@@ -36,17 +37,17 @@ def write_winner(result: Tuning, pipeline: str, command: str, out: Path) -> Path
     if winner is None:
         path.unlink(missing_ok=True)
         return None
-    against, plain, near = winner.against_fewer, winner.of_plain, winner.fidelity
+    against, alone, near = winner.against_fewer, winner.of_plain, winner.fidelity
     assert against is not None
     measured = Measured(
         pipeline=pipeline,
         call=arguments_of(winner.candidate, result.settings.call),
         figures={
             f"times as fast as {result.fewer_steps.candidate.steps} plain steps": (against.p50, against.low, against.high),
-            f"times as fast as {result.settings.steps} plain steps": (1 / plain.p50, 1 / plain.high, 1 / plain.low),
+            f"times as fast as {result.settings.steps} plain steps": (1 / alone.p50, 1 / alone.high, 1 / alone.low),
             result.settings.goal.measure: (near.mean, near.low, near.high),
         },
-        command=command,
+        command=plain(command)[:1000],
         versions={name: number for name, number in result.environment["versions"].items() if number is not None},
     )
     found = registry.family_of([result.pipeline])
