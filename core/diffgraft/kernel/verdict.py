@@ -57,7 +57,7 @@ def warn_of_idle(run: Run, warned: set[Entry]) -> None:
     for entry, note in idle(run):
         if entry not in warned:
             warned.add(entry)
-            warnings.warn(f"{entry.name}: {note}", UserWarning, stacklevel=5)
+            warnings.warn(f"{entry.name}: {note}", UserWarning, stacklevel=4)
 
 
 def idle(run: Run) -> list[tuple[Entry, str]]:

@@ -57,7 +57,7 @@ def build(plugins: Any, pipeline: Any = None) -> Asked:
     if plugins is True:
         plugins = saved_with(pipeline)
     if not is_stack(plugins):
-        model = os.fspath(pipeline) if isinstance(pipeline, (str, os.PathLike)) else str(getattr(pipeline, "name_or_path", ""))
+        model = os.fspath(pipeline) if isinstance(pipeline, (str, os.PathLike)) else str(getattr(pipeline, "name_or_path", None) or "")
         specs = as_specs(plugins)
         if files := [spec for spec in specs if is_stack(spec)]:
             raise ConfigError(
