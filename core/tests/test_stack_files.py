@@ -193,6 +193,13 @@ def test_files_may_go_along(sd, site):
     pipe.plugins.clear()
 
 
+def test_what_is_no_name_of_a_file_stays_a_text(sd, site):
+    Path("notes.txt").write_text("n")
+    path = saved(sd, {"anything": "notes.txt", "notes": Path("a/b/gone.txt")})
+    knobs = yaml.safe_load(path.read_text())["plugins"][0]["knobs"]
+    assert knobs == {"anything": "notes.txt", "notes": "a/b/gone.txt"}
+
+
 def test_a_tampered_file_is_refused(sd, site):
     pipe, before = sd[0], trace(sd[0])
     made = artefact(pipe, Path("home/a.safetensors"))

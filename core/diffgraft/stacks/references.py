@@ -60,7 +60,7 @@ def referred(value: Any, kind: str | None) -> str | None:
         return FILE
     if path.is_dir() and FOLDER in allowed:
         return FOLDER
-    return HUB if FILE in allowed and is_hub_file(text) else None
+    return HUB if kind is not None and FILE in allowed and is_hub_file(text) else None
 
 
 def refer(value: Any, key: str, home: Path) -> dict[str, str]:
