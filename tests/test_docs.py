@@ -149,6 +149,7 @@ def wrong_in(words: list[str]) -> str:
         names = [told[key] for key in ("plugin", "plugins", "name") if told.get(key)]
         flat = [name for each in names for name in (each if isinstance(each, list) else each.split(","))]
         given = [option for option in told.get("option") or [] if option.split(".")[0] in registry.installed()]
+        flat += [option.split(".")[0] for option in given if told.get("stack")]  # whose plugins the page's own run knows
         for name, knobs in plugin_specs(flat, given):
             for knob in knobs:
                 if knob not in registry.find(name).Config.model_fields:

@@ -11,8 +11,8 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 LONGEST = 450
 """Lines of a file ("about 400")."""
-FLOORS = {"kernel": 4448, "installed": 1801}
-"""Lines of the two lowest floors, docstrings included: each can be read in one sitting."""
+FLOORS = {"kernel": 4362, "stacks": 1044, "installed": 1801}
+"""Lines of the three lowest floors, docstrings included: each can be read in one sitting."""
 
 
 def tracked(*patterns: str) -> list[Path]:

@@ -12,6 +12,7 @@ from diffgraft.installed.errors import ConfigError, PluginNotFound
 from typer.testing import CliRunner
 from workshop import carded, helper, in_hook
 
+PRESET = "diffgraft_preset: 1\nmodels: m-.*\nknobs: %s\nsource: {kind: paper, where: x}\ntested: false\n"
 STATIC = {
     # rule: breaks it, each with a word of the reason
     "names": [
@@ -39,6 +40,13 @@ STATIC = {
     "readme_knobs": [
         ([("README.md", "| `0.1` |", "| `0.2` |")], "not what Config says"),
         ([("README.md", "<!-- knobs:begin", "<!-- begin"), ("README.md", "`strength`", "strength")], "does not name strength"),
+    ],
+    "presets": [
+        ([("preset", "append", PRESET % "{strength: 7}")], "strength = 7"),
+        ([("preset", "append", PRESET % "{weight: 0.5}")], "unknown knob 'weight'"),
+        ([("preset", "append", "diffgraft_preset: 1\n")], "models"),
+        ([("preset", "append", PRESET.replace("m-.*", "'('") % "{strength: 0.5}")], "no regular expression"),
+        ([("preset", "append", PRESET.replace("paper, where: x", "paper") % "{strength: 0.5}")], "source.where"),
     ],
     "state_on_self": [
         (in_hook("self.last = prediction"), "self.last"),
@@ -172,6 +180,11 @@ def build(x: Any) -> Layer:
 MyStore = Store
 Store.kind = "a store"
 """
+
+
+def test_a_preset_that_holds_is_no_finding(workshop):
+    verdict = workshop.check([("preset", "append", PRESET % "{strength: 0.5}")])
+    assert verdict.ok, str(verdict)
 
 
 def test_what_is_the_plugins_own_may_be_written(workshop):

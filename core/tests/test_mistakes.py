@@ -25,9 +25,9 @@ from diffgraft.installed.errors import (
 )
 from diffgraft.installed.registry import find_need
 from diffgraft.kernel.loading import refuse_near_misses
-from diffgraft.kernel.report import PluginReport
 from diffgraft.lab import machine
 from diffgraft.methods.named import find_callable
+from diffgraft.stacks.report import PluginReport
 from diffgraft.testing import runs
 from diffgraft.testing.setting import USUAL
 from probes import generate, tiny

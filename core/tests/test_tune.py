@@ -18,8 +18,9 @@ from diffgraft.lab.metrics import psnr
 from diffgraft.lab.tune.goal import Candidate, Goal, Trial, ready_line
 from diffgraft.lab.tune.space import find_plugins
 from diffgraft.lab.tune.tuner import Tuner
-from diffgraft.lab.tune.view import draw, print_tuning, verdict
+from diffgraft.lab.tune.view import draw, print_tuning, verdict, write_winner
 from diffgraft.methods.inputs import Sample, make_pictures
+from diffgraft.stacks.reading import read_stack
 from probes import trace
 from tuning import CALL, PLUGINS, SAMPLES, SETTINGS, Gain, IdleTuned, SparseTuned, Wants, run
 from typer.testing import CliRunner
@@ -262,6 +263,21 @@ def test_a_budget_is_kept(pipe, tmp_path, monkeypatch, budget, pace):
     made = run(pipe, tmp_path / "out", settings=replace(SETTINGS, trials=40, budget=budget, final_rounds=7))
     assert made.spent <= 1.1 * budget
     assert made.exhausted or len(made.trials) == 40 or made.spent >= 0.5 * budget
+
+
+def test_a_winner_is_written_as_a_stack_file(pipe, tmp_path, clock, call):
+    high = replace(SETTINGS, goal=Goal("psnr", 99))
+    made = run(pipe, tmp_path / "a", [IdleTuned()], high)
+    path = write_winner(made, "here", "diffgraft tune here", tmp_path / "a")
+    file = read_stack(path).file
+    assert ([member.name for member in file.plugins], file.family, file.plugins[0].knobs) == (["idle"], "sd", {"off": False})
+    assert file.measured.call == {"num_inference_steps": 4, "guidance_scale": 5.0, "height": 32, "width": 32}
+    assert file.measured.figures["times as fast as 4 plain steps"] == (2.0, 2.0, 2.0)
+    assert file.measured.command == "diffgraft tune here"
+    load_pipeline(pipe, plugins=path).plugins.clear()
+    made.winner = None
+    assert write_winner(made, "here", "diffgraft tune here", tmp_path / "a") is None
+    assert not path.exists(), "that of an earlier tuning is not this one's"
 
 
 def test_a_winner_is_faster_in_every_round(pipe, tmp_path, clock, monkeypatch, capsys):

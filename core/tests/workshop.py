@@ -20,10 +20,12 @@ class Workshop:
         self.home = home
 
     def make(self, changes=(), hook="denoise", name=None):
-        """A folder. ``changes``: (file, old, new); the file "py" is the package's, "toml" its quality.toml, "append" adds at the end."""
+        """A folder. ``changes``: (file, old, new); the file "py" is the package's, "toml" its quality.toml, "preset" one of its
+        presets, "append" adds at the end."""
         name = name or f"chk{next(NUMBERS)}"
         folder = write_plugin(Answers(name, hook, "2401.00000", "A title"), self.home / name)
         short = {"py": f"diffgraft_{name}/__init__.py", "toml": f"diffgraft_{name}/quality.toml"}
+        short["preset"] = f"diffgraft_{name}/presets/fast.yaml"
         for file, old, new in changes:
             path = folder / short.get(file, file)
             text = path.read_text() if path.exists() else ""
@@ -32,6 +34,7 @@ class Workshop:
             else:
                 assert old in text, (file, old)
                 text = text.replace(old, new)
+            path.parent.mkdir(exist_ok=True)
             path.write_text(text)
         return folder
 

@@ -1,5 +1,5 @@
-"""The command line: ``diffgraft list | show | search | run | again | restore | compare | tune | calibrate | evolve | invert | fit |
-weights | doctor | new | check``.
+"""The command line: ``diffgraft list | show | search | presets | run | again | restore | compare | tune | calibrate | evolve | invert |
+fit | weights | doctor | new | check``.
 
 Torch is imported inside the commands that need it.
 """
@@ -19,6 +19,7 @@ from diffgraft.cli.listing import doctor, list_plugins, show
 from diffgraft.cli.making import calibrate, evolve, fit, invert
 from diffgraft.cli.measuring import compare, tune
 from diffgraft.cli.mistakes import Command, Group
+from diffgraft.cli.presets import presets
 from diffgraft.cli.restoring import restore
 from diffgraft.cli.running import again, run
 from diffgraft.cli.weights import weights
@@ -93,7 +94,7 @@ def main(
 
 
 app.command("list", cls=Command)(list_plugins)
-for command in (show, run, again, restore, compare, tune, calibrate, evolve, invert, fit, doctor, new, check, search):
+for command in (show, run, again, restore, compare, tune, calibrate, evolve, invert, fit, doctor, new, check, search, presets):
     app.command(cls=Command)(command)
 app.add_typer(weights, name="weights")
 

@@ -26,6 +26,7 @@ from diffgraft.cli.options import (
     PluginNames,
     PromptFile,
     PromptTexts,
+    StackFile,
     Steps,
     Threads,
     Width,
@@ -52,6 +53,7 @@ def compare(
     ] = None,
     out: Annotated[Path, typer.Option("--out", help="Folder for compare.png and compare.json.")] = Path("out"),
     option: KnobValues = None,
+    stack: StackFile = None,
     prompt: PromptTexts = None,
     prompts: PromptFile = None,
     num_prompts: Annotated[
@@ -97,9 +99,9 @@ def compare(
         specs_for,
     )
 
-    specs = specs_for(pipeline, plugins, option)
+    specs = specs_for(pipeline, plugins, option, stack)
     if not specs:
-        raise ConfigError("nothing to compare: give --plugins a,b")
+        raise ConfigError("nothing to compare: give --plugins a,b or --stack FILE")
     imported("torchmetrics", "`diffgraft compare`")  # said before anything is loaded
     extra = parse_assignments(arg, "-a")
     texts = read_prompts(prompt, prompts)
@@ -169,7 +171,9 @@ def tune(
         typer.Option("--plugin", "--plugins", "-p", metavar="NAME", help="A candidate (default: all that say what to tune and fit)."),
     ] = None,
     option: KnobValues = None,
-    out: Annotated[Path, typer.Option("--out", help="Folder for tune.json and tune.png; OUT.partial is for going on.")] = Path("out"),
+    out: Annotated[Path, typer.Option("--out", help="Folder for tune.json, .png and stack.yaml; OUT.partial is for going on.")] = Path(
+        "out"
+    ),
     prompt: PromptTexts = None,
     prompts: PromptFile = None,
     num_prompts: Annotated[
@@ -199,7 +203,7 @@ def tune(
     from diffgraft.lab.tune import tune as look
     from diffgraft.lab.tune.goal import Goal, TuneSettings, parse_budget
     from diffgraft.lab.tune.space import find_plugins
-    from diffgraft.lab.tune.view import print_tuning, write_plot
+    from diffgraft.lab.tune.view import print_tuning, write_plot, write_winner
 
     started = time.monotonic()
     for module in ("optuna", "matplotlib.figure", "torchmetrics"):  # said before anything is loaded
@@ -238,6 +242,7 @@ def tune(
     with steady(threads) as warning, progress() as on_progress:
         result = look(pipe, found, settings, out, name=pipeline, on_progress=on_progress, **more)
     kept(lambda place: write_plot(result, pipeline, place), out)
+    stack = kept(lambda place: write_winner(result, pipeline, more["command"], place), out)
     print_tuning(result)
     tell(warning)
-    say(f"wrote {out / 'tune.png'} and {out / 'tune.json'}")
+    say(f"wrote {out / 'tune.png'} and {out / 'tune.json'}" + (f", and the winner as a stack file: {stack}" if stack else ""))

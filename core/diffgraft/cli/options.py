@@ -31,12 +31,16 @@ PluginNames = Annotated[
         "--plugins",
         "-p",
         metavar="NAME",
-        help="A plugin; several: repeat or a,b. The first is outermost.",
+        help="A plugin, or plugin:preset; several: repeat or a,b. The first is outermost.",
         autocompletion=plugin_names,
     ),
 ]
 KnobValues = Annotated[
     list[str] | None, typer.Option("--option", "-o", metavar="PLUGIN.KNOB=VALUE", help="A plugin's knob: deepcache.interval=5.")
+]
+StackFile = Annotated[
+    str | None,
+    typer.Option("--stack", metavar="FILE", help="A stack file (a path, or owner/name on the Hub); --plugin adds more, inside it."),
 ]
 NegativePrompt = Annotated[str | None, typer.Option(help="What the picture should not show.")]
 ClassLabels = Annotated[

@@ -21,6 +21,7 @@ from diffgraft.cli.options import (
     NegativePrompt,
     Pipeline,
     PluginNames,
+    StackFile,
     Steps,
     Width,
 )
@@ -40,6 +41,7 @@ def run(
     negative_prompt: NegativePrompt = None,
     plugin: PluginNames = None,
     option: KnobValues = None,
+    stack: StackFile = None,
     out: Annotated[
         Path, typer.Option("--out", help="File to write: .png, .jpg, .webp, .gif. A video becomes an animation or a contact sheet.")
     ] = Path("out.png"),
@@ -71,7 +73,7 @@ def run(
     from diffgraft.cli.mistakes import kept
     from diffgraft.cli.values import parse_assignments, specs_for
 
-    specs, extra = specs_for(pipeline, plugin, option), parse_assignments(arg, "-a")
+    specs, extra = specs_for(pipeline, plugin, option, stack), parse_assignments(arg, "-a")
     from diffgraft.lab.pictures import STILL, save_pictures
     from diffgraft.lab.recipes import Recipe
 

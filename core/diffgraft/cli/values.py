@@ -5,19 +5,25 @@ from __future__ import annotations
 import json
 import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diffgraft.installed import registry
 from diffgraft.installed.errors import ConfigError, choices, nearest
 from diffgraft.installed.foreign import brief
+from diffgraft.stacks.presets import find_preset
+from diffgraft.stacks.reading import class_at, read_stack
 
 if TYPE_CHECKING:
     from diffgraft.installed.family import Bundled
     from diffgraft.installed.plugin import Plugin
     from diffgraft.methods.fitness import Fitness
     from diffgraft.methods.inputs import CallSettings
+
+
+Spec = tuple[str, dict[str, Any]]
+"""A plugin's name and its knobs."""
 
 
 def parse_value(text: str) -> Any:
@@ -63,14 +69,17 @@ def parse_assignments(items: list[str] | None, option: str) -> dict[str, Any]:
     return found
 
 
-def plugin_specs(names: list[str] | None, options: list[str] | None) -> list[tuple[str, dict[str, Any]]]:
-    """(plugin, knobs) in the order given.
+def plugin_specs(names: list[str] | None, options: list[str] | None, stack: Sequence[Spec] = ()) -> list[Spec]:
+    """(plugin, knobs) in the order given, inside those of a stack file; ``name:preset`` brings the knobs of a preset.
 
     Raises:
-        ConfigError: an option that is not ``plugin.knob=value``, or for a plugin that is not in the list.
+        ConfigError: an option that is not ``plugin.knob=value``, or for a plugin that is not in the list; one that the stack file has too.
     """
-    listed = [name.strip() for item in names or [] for name in item.split(",") if name.strip()]
-    specs: list[tuple[str, dict[str, Any]]] = [(name, {}) for name in listed]
+    said = [name.strip().partition(":") for item in names or [] for name in item.split(",") if name.strip()]
+    specs = [*stack, *((name, {**find_preset(name, preset).knobs} if colon else {}) for name, colon, preset in said)]
+    listed = [name for name, _ in specs]
+    if twice := {name for name, *_ in said} & {name for name, _ in stack}:
+        raise ConfigError(f"--plugin {min(twice)}: it is in the stack file already; -o {min(twice)}.KNOB=VALUE changes its knobs")
     for key, value in parse_assignments(options, "-o").items():
         plugin, dot, knob = key.partition(".")
         if not dot or not plugin or not knob:
@@ -84,16 +93,23 @@ def plugin_specs(names: list[str] | None, options: list[str] | None) -> list[tup
     return specs
 
 
-def specs_for(pipeline: str, names: list[str] | None, options: list[str] | None) -> list[tuple[str, dict[str, Any]]]:
+def specs_for(pipeline: str, names: list[str] | None, options: list[str] | None, stack: str | None = None) -> list[Spec]:
     """As `plugin_specs`, of plugins that are installed and for a pipeline that is known: looked up before seconds go by in loading torch.
+
+    Args:
+        stack: a stack file; of its plugins those that are switched on.
 
     Raises:
         PluginNotFound, PipelineNotFound: nothing of that name is here.
+        ConfigError, ArtefactMismatch, Unsupported: the stack file is none, of another family, or names a file that is not there as it was.
     """
-    specs = plugin_specs(names, options)
+    file = None if stack is None else read_stack(stack)
+    specs = plugin_specs(names, options, [spec for spec in file.specs() if spec[0] not in file.disabled] if file else ())
     for name, _ in specs:
         registry.named(name)
-    registry.resolve(pipeline)
+    folder = registry.resolve(pipeline)
+    if file is not None and (found := registry.family_of(class_at(folder))):
+        file.ensure_for(*found)
     return specs
 
 

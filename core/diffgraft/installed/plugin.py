@@ -201,8 +201,8 @@ class Plugin:
 
     @property
     def own_knobs(self) -> dict[str, Any]:
-        """The knobs that were set, as given (live objects stay the same objects)."""
-        return {name: getattr(self.config, name) for name in self.config.model_fields_set}
+        """The knobs that were set, as given (live objects stay the same objects), in the order of `Config`."""
+        return {name: getattr(self.config, name) for name in self.Config.model_fields if name in self.config.model_fields_set}
 
     @classmethod
     def why_not_on(cls, pipeline_class: str) -> str | None:

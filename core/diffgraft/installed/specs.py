@@ -9,10 +9,10 @@ from diffgraft.installed import registry
 from diffgraft.installed.errors import ConfigError
 from diffgraft.installed.plugin import Plugin
 
-Spec = str | tuple[str, Mapping[str, Any]] | type[Plugin] | Plugin
-Specs = Spec | Iterable[Spec] | Mapping[str, Mapping[str, Any] | None]
+Spec = str | tuple[str, Mapping[str, Any]] | tuple[str, str] | tuple[str, str, Mapping[str, Any]] | type[Plugin] | Plugin
+Specs = Spec | Iterable[Spec] | Mapping[str, Mapping[str, Any] | str | tuple[str, Mapping[str, Any]] | None]
 
-FORMS = "a name, a (name, {knob: value}) pair, a plugin class, an instance, a list of those, or a {name: {knob: value}} mapping"
+FORMS = "a name, a stack file, a (name, {knob: value} or preset) pair, a plugin class, an instance, a list of those, or a mapping"
 
 
 def as_specs(plugins: Any) -> list[Spec]:

@@ -21,8 +21,8 @@ from diffgraft.installed.family import Family
 from diffgraft.installed.plugin import Plugin
 from diffgraft.kernel.entry import Entry
 from diffgraft.kernel.facts import Step
-from diffgraft.kernel.report import PluginReport
 from diffgraft.kernel.speech import Rows, accompanied, companion_of
+from diffgraft.stacks.report import PluginReport
 
 
 class RunView(Protocol):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any, Protocol
 
 from torch import nn
@@ -15,6 +16,7 @@ from torch import nn
 from diffgraft.kernel.defaults import plain_class
 from diffgraft.kernel.slots import class_for_one, plain_state, reduced_as, uncover, underneath, wraps_method
 from diffgraft.kernel.surgery import Surgery, follow
+from diffgraft.stacks.reading import NAME
 
 STACK = "_diffgraft_stack"
 
@@ -28,6 +30,8 @@ class GraftedStack(Protocol):
     def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
 
     def copy_to(self, pipe: Any) -> None: ...
+
+    def save(self, path: Path, *, copy_files: bool = False) -> Path: ...
 
 
 def class_with(stack: GraftedStack) -> type:
@@ -65,8 +69,10 @@ def class_with(stack: GraftedStack) -> type:
         pipe.plugins.clear()
         return pipe
 
-    def save_pretrained(pipe: Any, *args: Any, **kwargs: Any) -> Any:
-        return base.save_pretrained(copy.copy(bare(pipe)), *args, **kwargs)  # type: ignore[attr-defined]
+    def save_pretrained(pipe: Any, save_directory: Any, *args: Any, plugins: bool = False, **kwargs: Any) -> Any:
+        if plugins:  # first: what cannot be saved is said before anything is written
+            stack.save(Path(save_directory) / NAME, copy_files=True)
+        return base.save_pretrained(copy.copy(bare(pipe)), save_directory, *args, **kwargs)  # type: ignore[attr-defined]
 
     def __reduce_ex__(pipe: Any, protocol: Any) -> Any:  # noqa: N807
         return reduced_as(bare(pipe), plain_class(base), protocol)

@@ -6,7 +6,7 @@ import difflib
 import importlib.util
 import os
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any, overload
 
 import diffusers
 from diffusers import DiffusionPipeline, ModularPipeline
@@ -16,22 +16,41 @@ from safetensors import SafetensorError
 from diffgraft.installed import registry
 from diffgraft.installed.errors import BrokenPlugin, ConfigError, DiffgraftError, PipelineNotFound, Unsupported
 from diffgraft.installed.planner import Part, plan
-from diffgraft.installed.specs import Specs, as_specs, build_plugin
 from diffgraft.installed.unread import pickles_instead, why_not_loaded
 from diffgraft.kernel.backends import use_attention_backend
 from diffgraft.kernel.defaults import give_defaults
-from diffgraft.kernel.modular import PIPELINES, read_modular
-from diffgraft.kernel.stack import attach, stack_of
+from diffgraft.kernel.modular import PIPELINES, family_of, read_modular
+from diffgraft.kernel.stack import PluginStack, attach, stack_of
+from diffgraft.stacks.asked import Plugins, build
+
+if TYPE_CHECKING:
+
+    class GraftedPipeline(DiffusionPipeline):
+        """What ``load_pipeline`` gives, for annotations: at run time a pipeline is of its own class, a standard diffusers one."""
+
+        @property
+        def plugins(self) -> PluginStack: ...
+
+        def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
+
 
 OWN = ("plugins", "attention_backend")
 """Keywords that are ours and not diffusers'."""
-ALIAS = {"backend": "attention_backend", "plug": "plugins"}
+ALIAS = {"backend": "attention_backend", "plug": "plugins", "stack": "plugins"}
 """What a keyword has in it when one of ours is meant, however far its spelling is; nothing of diffusers is called so."""
 
 
+@overload
+def load_pipeline(
+    pipeline: str | os.PathLike[str], plugins: Plugins = (), *, attention_backend: str | None = None, **from_pretrained: Any
+) -> GraftedPipeline: ...
+@overload
+def load_pipeline(
+    pipeline: DiffusionPipeline | ModularPipeline, plugins: Plugins = (), *, attention_backend: str | None = None
+) -> GraftedPipeline: ...
 def load_pipeline(
     pipeline: str | os.PathLike[str] | DiffusionPipeline | ModularPipeline,
-    plugins: Specs = (),
+    plugins: Plugins = (),
     *,
     attention_backend: str | None = None,
     **from_pretrained: Any,
@@ -42,7 +61,8 @@ def load_pipeline(
         pipeline: a bundled name ("emoji-sd"), a folder, a Hub id, or a live pipeline. A bundled pipeline brings its own size, steps and
             guidance: its calls take them for what they do not name, and its signature shows them.
         plugins: names, ``(name, {knob: value})`` pairs, a ``{name: {knob: value}}`` mapping, plugin classes or instances;
-            the first is outermost.
+            the first is outermost. ``{name: "preset"}`` takes the knobs of one of its presets. A stack file: a path, ``"stack.yaml"``,
+            ``"owner/name"`` on the Hub. ``True``: the stack that ``save_pretrained(..., plugins=True)`` wrote with this pipeline.
         attention_backend: a name of diffusers' attention dispatcher ("native", "xformers", "flash"...); undone by ``unload``.
         from_pretrained: handed to ``DiffusionPipeline.from_pretrained`` (``dtype=...``, ``variant=...``). Weights are read from
             safetensors; ``use_safetensors=None`` also reads pickles, which run code of whoever made them.
@@ -52,12 +72,13 @@ def load_pipeline(
 
     Raises:
         PluginNotFound, BrokenPlugin, ConfigError, Conflict: before anything is loaded.
+        ArtefactMismatch: a file that a stack file names is not the one that it was saved with; likewise.
         PipelineNotFound: no such bundled name, or the folder or Hub id cannot be read, with the reason.
         Unsupported: the pipeline's family is not known or a plugin cannot work on it; the pipeline is as it was.
     """
     refuse_near_misses(from_pretrained)
-    made = [build_plugin(spec) for spec in as_specs(plugins)]
-    plan([Part.of(plugin) for plugin in made]).ensure()
+    asked = build(plugins, pipeline)
+    plan([Part.of(plugin) for plugin in asked.enabled]).ensure()
     if isinstance(pipeline, (str, os.PathLike)):
         pipe = read_pipeline(pipeline, **from_pretrained)
     elif from_pretrained:
@@ -67,12 +88,13 @@ def load_pipeline(
     else:
         raise Unsupported(f"{type(pipeline).__name__} is no diffusers pipeline: give a name, a folder, a Hub id or a DiffusionPipeline")
     fresh = stack_of(pipe) is None
-    stack = attach(pipe, made)
+    asked.ensure_for(family_of(pipe), type(pipe).__name__)
+    stack = attach(pipe, asked.plugins, asked.disabled)
     if attention_backend is not None:
         try:
             stack.on_clear(use_attention_backend(pipe, stack.family, attention_backend))
         except DiffgraftError:
-            stack.clear() if fresh else stack.remove(*[plugin.name for plugin in made])
+            stack.clear() if fresh else stack.remove(*asked.plugins)
             raise
     return pipe
 

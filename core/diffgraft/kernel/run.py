@@ -16,10 +16,10 @@ from diffgraft.kernel.facts import Pace, RunBound, ScheduledCopy, Step, pace_of
 from diffgraft.kernel.guidance import branches_on, fill_rows, guided, without_variance
 from diffgraft.kernel.onion import Chain, Onions, active_run, call_inner, step_result
 from diffgraft.kernel.ranks import STAND_IN, groups_of, of_the_first
-from diffgraft.kernel.report import PluginReport, Report, tensor_bytes
 from diffgraft.kernel.slots import interrupt, left_behind, set_alike, striding, write_schedule
 from diffgraft.kernel.speech import answer, companion_for, heard
 from diffgraft.kernel.units import Replaced, begin_of
+from diffgraft.stacks.report import PluginReport, Report, tensor_bytes
 
 
 class Run:

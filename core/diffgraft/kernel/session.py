@@ -21,9 +21,9 @@ from diffgraft.installed.errors import ConfigError, Unsupported, choices
 from diffgraft.kernel.entry import Entry
 from diffgraft.kernel.facts import Step
 from diffgraft.kernel.onion import running
-from diffgraft.kernel.report import Report
 from diffgraft.kernel.run import Run
 from diffgraft.kernel.speech import ask
+from diffgraft.stacks.report import Report
 
 
 class SessionRun(Run):

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import copy
 import logging
+import os
 import time
-import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from diffgraft.installed.anatomy import Target, denoisers_of
@@ -17,7 +18,7 @@ from diffgraft.installed.errors import ConfigError, Conflict, DiffgraftError, Pl
 from diffgraft.installed.family import Family
 from diffgraft.installed.planner import Part, Plan, plan
 from diffgraft.installed.plugin import Plugin
-from diffgraft.installed.specs import Specs, as_specs, build_plugin, names_of
+from diffgraft.installed.specs import names_of
 from diffgraft.kernel.beside import foreign_parts
 from diffgraft.kernel.calls import RunCall
 from diffgraft.kernel.claim import Claim, clean_in_children
@@ -28,14 +29,17 @@ from diffgraft.kernel.given import describe, ensure_family, fetch
 from diffgraft.kernel.grafted import STACK, class_with
 from diffgraft.kernel.modular import arguments_of, call_plain, family_of, signature_of
 from diffgraft.kernel.onion import call_inner, compose, leave, outside, running
-from diffgraft.kernel.report import Report
 from diffgraft.kernel.run import Run
 from diffgraft.kernel.seen import follow_device, follow_dtypes, seconds_in, see
 from diffgraft.kernel.session import Session, SessionRun, begin, ensure_no_loop
 from diffgraft.kernel.slots import Slot, close_all, free_the_gate, set_class, shown_on, surely
 from diffgraft.kernel.surgery import Surgery
-from diffgraft.kernel.verdict import ensure_fired, idle
+from diffgraft.kernel.verdict import ensure_fired, warn_of_idle
 from diffgraft.kernel.wiring import Wiring
+from diffgraft.stacks.asked import Plugins, build_for
+from diffgraft.stacks.report import Report
+from diffgraft.stacks.shown import stack_html
+from diffgraft.stacks.writing import write_stack
 
 _log = logging.getLogger(__name__)
 SECOND = "Make a second one with copy.deepcopy(pipe)"
@@ -115,6 +119,9 @@ class PluginStack:
     def __repr__(self) -> str:
         parts = [entry.name + ("" if entry.enabled else " (disabled)") for entry in self._entries]
         return f"<plugins of {self.base_class.__name__}: {', '.join(parts) or 'none'}>"
+
+    def _repr_html_(self) -> str:
+        return stack_html(self.base_class.__name__, [(entry.plugin, entry.enabled) for entry in self._entries])
 
     def list(self) -> tuple[str, ...]:
         """Names, outermost first."""
@@ -208,13 +215,18 @@ class PluginStack:
 
     # attaching --------------------------------------------------------------------------------------------------------------------
 
-    def add(self, *plugins: Specs) -> None:
+    def add(self, *plugins: Plugins) -> None:
         """Check plugins against this pipeline and against those that are there, then put them innermost.
 
         Args:
             plugins: each in any form that ``load_pipeline(plugins=...)`` takes.
         """
-        self.put([build_plugin(spec) for given in plugins for spec in as_specs(given)])
+        self.put(*build_for(self.pipe, self.family, plugins))
+
+    def save(self, path: str | os.PathLike[str], *, measured: Mapping[str, Any] | None = None, copy_files: bool = False) -> Path:
+        """Write the plugins, their knobs and which are off to a file for ``load_pipeline(plugins=path)``: see :func:`write_stack`."""
+        plugins = [(entry.plugin, entry.enabled) for entry in self._entries]
+        return write_stack(path, plugins, self.family.name, self.base_class.__name__, measured=measured, copy_files=copy_files)
 
     def put(self, new: Sequence[Plugin], disabled: Collection[str] = ()) -> None:
         """:meth:`add` of plugins that are built; ``disabled`` names those that are switched off from the beginning."""
@@ -227,10 +239,7 @@ class PluginStack:
                 )
         self._ensure_fit([entry.plugin for entry in self._enabled()] + [plugin for plugin in new if plugin.name not in disabled])
         target = describe(self.pipe, self.family)
-        given = []
-        for plugin in new:
-            ensure_family(plugin, self.family, self.base_class)
-            given.append(self._fetch(plugin, target, {}))
+        given = [self._fetch(plugin, target, {}) for plugin in new]
         before = self._entries
         try:
             for plugin, things in zip(new, given, strict=True):
@@ -251,6 +260,7 @@ class PluginStack:
 
     def _fetch(self, plugin: Plugin, target: Target, known: Mapping[str, Any]) -> dict[str, Any]:
         """What the plugin needs, after it and the core have found nothing against this pipeline."""
+        ensure_family(plugin, self.family, self.base_class)
         given = fetch(plugin, target, known)
         plugin.check(replace(target, given=given))
         return given
@@ -390,7 +400,7 @@ class PluginStack:
                 call.said = frozenset([*positions][: len(args)]) | kwargs.keys()
                 result = compose(run, [entry for entry in entries if "run" in entry.plugin.points()], "run", one_pass)(call)
             ensure_fired(run, result)
-            self._warn_of_idle(run)
+            warn_of_idle(run, self._warned)
             run.report.completed = True
             return result
         finally:
@@ -438,10 +448,3 @@ class PluginStack:
             self._busy.release()
 
         return Session(enter, end)
-
-    def _warn_of_idle(self, run: Run) -> None:
-        """Warn of each plugin that saved nothing, once."""
-        for entry, note in idle(run):
-            if entry not in self._warned:
-                self._warned.add(entry)
-                warnings.warn(f"{entry.name}: {note}", UserWarning, stacklevel=4)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 from diffgraft.installed.errors import NeverFired
@@ -49,6 +50,14 @@ def _why(run: Run, entry: Entry, point: str) -> str:
         f"{entry.name}: its {point!r} hook was never reached in this run, so it did nothing there. The picture is in this error's "
         "`result`. Something replaced what diffgraft wraps during the run (a callback? another library?)."
     )
+
+
+def warn_of_idle(run: Run, warned: set[Entry]) -> None:
+    """Warn of each plugin that saved nothing, once."""
+    for entry, note in idle(run):
+        if entry not in warned:
+            warned.add(entry)
+            warnings.warn(f"{entry.name}: {note}", UserWarning, stacklevel=4)
 
 
 def idle(run: Run) -> list[tuple[Entry, str]]:

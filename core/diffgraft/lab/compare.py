@@ -22,7 +22,6 @@ from diffgraft.installed.errors import ConfigError
 from diffgraft.installed.plugin import Plugin
 from diffgraft.kernel.defaults import own_defaults
 from diffgraft.kernel.loading import load_pipeline
-from diffgraft.kernel.report import Report
 from diffgraft.kernel.stack import PluginStack, ensure_bare
 from diffgraft.lab.figures import fidelity_of, fit_steps, latency_of, macs_of
 from diffgraft.lab.instruments import DenoiseClock, MacCounter, synchronize
@@ -42,6 +41,7 @@ from diffgraft.lab.results import (
 )
 from diffgraft.methods.extras import imported
 from diffgraft.methods.inputs import CallSettings, Pictures, make_pictures
+from diffgraft.stacks.report import Report
 
 OnProgress = Callable[[str, int, int], None]
 """Called with (phase, calls done, calls in this phase)."""

@@ -10,9 +10,9 @@ import numpy as np
 from PIL import Image
 
 from diffgraft.installed.errors import ConfigError
-from diffgraft.kernel.report import Report
 from diffgraft.lab.metrics import Mean, Share, Spread
 from diffgraft.methods.inputs import CallSettings, Pictures, Sample
+from diffgraft.stacks.report import Report
 
 Kind = Literal["baseline", "plugin", "stack", "fewer_steps"]
 

@@ -10,20 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from diffgraft.installed.errors import ConfigError
-
-
-def write_atomic(path: Path, data: bytes) -> None:
-    """Write beside the target, then rename: nobody ever sees half a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        part.write_bytes(data)
-        os.replace(part, path)
-    except OSError as error:
-        error.filename = error.filename or str(path)  # a full disk names no file
-        raise
-    finally:
-        part.unlink(missing_ok=True)
+from diffgraft.stacks.atomic import write_atomic as write_atomic
 
 
 def write_json(path: str | os.PathLike[str], value: Any) -> None:

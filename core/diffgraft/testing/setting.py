@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from diffgraft.kernel.report import PluginReport
+from diffgraft.stacks.report import PluginReport
 
 STEPS = 4
 

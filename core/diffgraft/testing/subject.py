@@ -18,8 +18,8 @@ from diffgraft.installed.errors import ConfigError
 from diffgraft.installed.family import Family
 from diffgraft.installed.plugin import Plugin
 from diffgraft.kernel.loading import load_pipeline
-from diffgraft.kernel.report import PluginReport
 from diffgraft.kernel.verdict import IDLE
+from diffgraft.stacks.report import PluginReport
 from diffgraft.testing.runs import adapter, artefacts, call, counting, has_plugin, measured, partner, plain, stranger, works
 from diffgraft.testing.setting import USUAL, Outcome, Setting, under
 from diffgraft.testing.tiny import Facts, as_run, denoisers, facts, prepared, tiny

@@ -4,9 +4,9 @@
     verdict = check(open_project("plugins/deepcache"), contract=False)
     assert verdict.ok, verdict
 
-The static rules read the source (``packaging``, ``readme``, ``source``) and the class (``declared``); ``effects`` runs the plugin on tiny
-pipelines between two neighbours that see what it does (``watch``) and runs the contract suite; ``claims`` holds all that against what the
-plugin says of itself in ``quality.toml``.
+The static rules read the source (``packaging``, ``readme``, ``source``) and the class (``declared``, ``presets``); ``effects`` runs the
+plugin on tiny pipelines between two neighbours that see what it does (``watch``) and runs the contract suite; ``claims`` holds all that
+against what the plugin says of itself in ``quality.toml``.
 
 A line that breaks a rule on purpose carries ``# check: allow RULE because REASON``, which is shown.
 """
@@ -17,7 +17,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from diffgraft.community.check import declared, packaging, readme, source
+from diffgraft.community.check import declared, packaging, presets, readme, source
 from diffgraft.community.check.claims import claim_problems, quality_of, two_families
 from diffgraft.community.check.effects import contract_problems, effects_problems, families_to_run
 from diffgraft.community.check.project import Project, open_project
@@ -36,6 +36,7 @@ __all__ = [
     "declared",
     "open_project",
     "packaging",
+    "presets",
     "readme",
     "rule",
     "source",

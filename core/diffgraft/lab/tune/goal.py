@@ -249,10 +249,15 @@ def front_of(trials: Sequence[Trial]) -> list[Trial]:
     return front
 
 
+def arguments_of(candidate: Candidate, call: CallSettings) -> dict[str, Any]:
+    """The arguments that a candidate was called with here, without what was drawn anew for each picture."""
+    names = ("guidance_scale", "negative_prompt", "height", "width")
+    said = {"num_inference_steps": candidate.steps, **{name: getattr(call, name) for name in names}, **call.extra}
+    return {name: value for name, value in said.items() if value is not None}
+
+
 def ready_line(pipeline: str, candidate: Candidate, call: CallSettings) -> str:
     """Python that loads a candidate and calls it as it was called here."""
     plugins = f", plugins={candidate.plugins!r}" if candidate.plugins else ""
-    names = ("guidance_scale", "negative_prompt", "height", "width")
-    said = {"num_inference_steps": candidate.steps, **{name: getattr(call, name) for name in names}, **call.extra}
-    arguments = ", ".join(f"{name}={value!r}" for name, value in said.items() if value is not None)
+    arguments = ", ".join(f"{name}={value!r}" for name, value in arguments_of(candidate, call).items())
     return f"pipe = load_pipeline({pipeline!r}{plugins}); pipe(..., {arguments})"

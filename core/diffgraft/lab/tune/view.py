@@ -8,12 +8,18 @@ from typing import Any
 
 from rich.table import Table
 
+from diffgraft.installed import registry
+from diffgraft.installed.foreign import plain
+from diffgraft.installed.specs import build_plugin
 from diffgraft.lab.compare_picture import seconds_text
 from diffgraft.lab.metrics import Mean
 from diffgraft.lab.terminal import console, say
-from diffgraft.lab.tune.goal import MOST_DB, Final, Trial, Tuning
+from diffgraft.lab.tune.goal import MOST_DB, Final, Trial, Tuning, arguments_of
 from diffgraft.methods.extras import imported
 from diffgraft.methods.files import write_atomic
+from diffgraft.stacks.reading import NAME
+from diffgraft.stacks.schema import Measured
+from diffgraft.stacks.writing import write_stack
 
 COLOURS = ("#d95f02", "#7570b3", "#e7298a", "#1b9e77", "#e6ab02", "#a6761d", "#66a61e", "#0072b2", "#999933")
 
@@ -23,6 +29,30 @@ def write_plot(result: Tuning, pipeline: str, out: Path) -> None:
     buffer = io.BytesIO()
     draw(result, pipeline).savefig(buffer, format="png", dpi=120)
     write_atomic(out / "tune.png", buffer.getvalue())
+
+
+def write_winner(result: Tuning, pipeline: str, command: str, out: Path) -> Path | None:
+    """``stack.yaml``: the stack that is worth it, with what it was measured at; where there is none, none is left from before."""
+    path, winner = out / NAME, result.winner
+    if winner is None:
+        path.unlink(missing_ok=True)
+        return None
+    against, alone, near = winner.against_fewer, winner.of_plain, winner.fidelity
+    assert against is not None
+    measured = Measured(
+        pipeline=pipeline,
+        call=arguments_of(winner.candidate, result.settings.call),
+        figures={
+            f"times as fast as {result.fewer_steps.candidate.steps} plain steps": (against.p50, against.low, against.high),
+            f"times as fast as {result.settings.steps} plain steps": (1 / alone.p50, 1 / alone.high, 1 / alone.low),
+            result.settings.goal.measure: (near.mean, near.low, near.high),
+        },
+        command=plain(command)[:1000],
+        versions={name: number for name, number in result.environment["versions"].items() if number is not None},
+    )
+    found = registry.family_of([result.pipeline])
+    plugins = [(build_plugin(spec), True) for spec in winner.candidate.plugins.items()]
+    return write_stack(path, plugins, found[0].name if found else None, result.pipeline, measured=measured)
 
 
 def draw(result: Tuning, pipeline: str) -> Any:

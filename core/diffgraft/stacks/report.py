@@ -9,6 +9,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from diffgraft.stacks.shown import report_html
+
 _log = logging.getLogger(__name__)
 
 
@@ -78,6 +80,10 @@ class Report:
     completed: bool = False
     plugins: dict[str, PluginReport] = field(default_factory=dict)
     disabled: tuple[str, ...] = ()
+
+    def _repr_html_(self) -> str:
+        did = {name: (str(part).split("; "), part.notes) for name, part in self.plugins.items()}
+        return report_html(str(self).partition("\n")[0], did, self.disabled)
 
     def log(self) -> None:
         """Tell the logger: each plugin's notes at INFO, the whole at DEBUG."""
