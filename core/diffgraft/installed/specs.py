@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, TypeGuard
 
 from diffgraft.installed import registry
 from diffgraft.installed.errors import ConfigError
@@ -30,7 +30,7 @@ def as_specs(plugins: Any) -> list[Spec]:
     return list(plugins)
 
 
-def is_pair(spec: Any) -> bool:
+def is_pair(spec: Any) -> TypeGuard[tuple[str, Mapping[str, Any]]]:
     return isinstance(spec, tuple) and len(spec) == 2 and isinstance(spec[0], str) and isinstance(spec[1], Mapping)
 
 

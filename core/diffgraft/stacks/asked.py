@@ -67,9 +67,9 @@ def build(plugins: Any, pipeline: Any = None) -> Asked:
     file = read_stack(plugins)
     if isinstance(pipeline, (str, os.PathLike)) and (found := registry.family_of(class_at(registry.resolve(pipeline)))):
         file.ensure_for(*found)  # before any weight is read
-    specs = file.specs()
+    named = file.specs()
     try:
-        return Asked([build_plugin(spec) for spec in specs], file)
+        return Asked([build_plugin(spec) for spec in named], file)
     except ConfigError as error:
         raise ConfigError(f"{file.source}: {error}") from None
 
