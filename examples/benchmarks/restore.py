@@ -1,12 +1,14 @@
 """One benchmark for all methods that restore pictures: five problems on held-out renders, ours beside deepinv's with the same denoiser.
 
     python -m pip install deepinv                                     # brings torchvision; without it only ours are measured
-    python examples/benchmarks/restore.py [--pictures 100] [--nfe 50] # emoji-pixel: about 50 minutes of a core
+    python examples/benchmarks/restore.py [--pictures 100] [--nfe 50] # emoji-pixel: about 70 minutes of a core
+    python examples/benchmarks/restore.py --only 1 --only 2           # these problems alone, say beside another process with the rest
     python examples/benchmarks/restore.py --pictures 4 --tuned 2 --nfe 10   # a look: half a minute
 
 All ask emoji-pixel's U-Net equally often (``--nfe`` forwards a picture) and get the same operators and measurements. The knobs of each
 method are the best of its grid (GRIDS) by mean PSNR on other pictures than the measured ones, for each problem. Writes restore.json,
-restore.md and restore.png to ``--out``.
+restore.md and restore.png to ``--out``; what a problem gave is kept there and not measured again with the same settings, so a run that was
+stopped goes on.
 """
 
 from __future__ import annotations
@@ -38,6 +40,7 @@ from rich.progress import track
 from torch import Tensor, nn
 
 SIDE = 32
+AT_ONCE = 20
 PROBLEMS = (
     "mask(0.5) + noise(0.02)",
     "downsample(4) + noise(0.02)",
@@ -46,8 +49,8 @@ PROBLEMS = (
     "motion_blur(9, angle=30) + noise(0.02)",
 )
 GRIDS: dict[str, dict[str, tuple[Any, ...]]] = {
-    "red_diff": {"lr": (0.1, 0.2), "weight": (0.03, 0.1, 0.25)},
-    "observation_guidance": {"scale": (4.0, 8.0, 16.0, 32.0)},
+    "red_diff": {"lr": (0.05, 0.1, 0.2), "weight": (0.03, 0.1, 0.25)},
+    "observation_guidance": {"scale": (1.0, 2.0, 4.0, 8.0, 16.0)},
     "diffusion_mbir": {"cg_steps": (1, 2, 3)},
     "deepinv DPS": {"weight": (10.0, 30.0, 100.0, 300.0)},
     "deepinv DiffPIR": {"lambda_": (1.0, 7.0), "zeta": (0.5, 1.0)},
@@ -191,10 +194,12 @@ class Found:
 
 
 def timed(way: Way, problem: Problem, knobs: Mapping[str, Any], nfe: int, seed: int) -> Found:
-    """With processor seconds of a picture."""
-    began = time.process_time()
-    x, forwards = way(problem, knobs, nfe, seed)
-    return Found(x, forwards, (time.process_time() - began) / len(problem.y))
+    """With processor seconds of a picture; so many at once, each of which is restored by itself."""
+    began, found, forwards = time.process_time(), [], 0.0
+    for i, y in enumerate(problem.y.split(AT_ONCE)):
+        x, forwards = way(Problem(problem.operator, y, problem.noise), knobs, nfe, seed + i)
+        found.append(x)
+    return Found(torch.cat(found), forwards, (time.process_time() - began) / len(problem.y))
 
 
 def scores(x: Tensor, truth: Tensor) -> list[float]:
@@ -253,6 +258,7 @@ def main(
     pictures: Annotated[int, typer.Option(min=2)] = 100,
     tuned: Annotated[int, typer.Option(min=2, help="other pictures that knobs are chosen on")] = 8,
     nfe: Annotated[int, typer.Option(min=4, help="denoiser forwards a picture")] = 50,
+    only: Annotated[list[int] | None, typer.Option(min=1, max=len(PROBLEMS), help="numbers of problems, 1 the first")] = None,
     out: Annotated[Path, typer.Option()] = Path("out/restore"),
 ) -> None:
     torch.set_num_threads(1)
@@ -267,15 +273,19 @@ def main(
     truth, captions = rendered(900, pictures, held_out=True)
     other, _ = rendered(700, tuned, held_out=False)
     out.mkdir(parents=True, exist_ok=True)
-    rows: list[dict[str, Any]] = []
-    strips: list[Tensor] = []
-    noises: dict[str, float] = {}
-    for text in track(PROBLEMS, "problems", console=Console(stderr=True)):
+    settings = {"pictures": pictures, "tuned": tuned, "nfe": nfe, "grids": {name: GRIDS[name] for name in ways}}
+    parts: list[dict[str, Any]] = []
+    chosen = [text for i, text in enumerate(PROBLEMS, 1) if not only or i in only]
+    for text in track(chosen, "problems", console=Console(stderr=True)):
+        file = out / f"{text.partition('(')[0]}.json"
+        if file.exists() and (kept := json.loads(file.read_text()))["settings"] == json.loads(json.dumps(settings)):
+            parts.append(kept)
+            continue
         operator, noise = read_operator(text)
-        noises[text] = noise
         problem = simulated(operator, truth, noise, torch.Generator().manual_seed(2))
         aside = simulated(operator, other, noise, torch.Generator().manual_seed(4))
         found = {"pseudo-inverse": (Found(problem.operator.pinv(problem.y), 0, 0), {})}
+        rows = []
         for name, way in ways.items():
             knobs = best_of(name, way, aside, other, nfe)
             found[name] = (timed(way, problem, knobs, nfe, 3), knobs)
@@ -287,9 +297,13 @@ def main(
                 "forwards": made.forwards, "seconds": made.seconds,
             })  # fmt: skip
         shown = [truth, *(made.x.clamp(-1, 1) for made, _ in found.values())]
-        strips += [torch.cat([part[i] for part in shown], -1) for i in range(2)]
-        (out / "restore.json").write_text(json.dumps(rows, indent=1))
-    sheet = ((torch.cat(strips, -2) + 1) * 127.5).round().clamp(0, 255).byte().permute(1, 2, 0).numpy()
+        strip = torch.cat([torch.cat([part[i] for part in shown], -1) for i in range(2)], -2)
+        parts.append({"settings": settings, "noise": noise, "rows": rows, "strip": ((strip + 1) * 127.5).round().tolist()})
+        file.write_text(json.dumps(parts[-1]))
+    rows = [row for part in parts for row in part["rows"]]
+    noises = {part["rows"][0]["problem"]: part["noise"] for part in parts}
+    (out / "restore.json").write_text(json.dumps(rows, indent=1))
+    sheet = torch.cat([torch.tensor(part["strip"]) for part in parts], -2).clamp(0, 255).byte().permute(1, 2, 0).numpy()
     Image.fromarray(sheet).resize((sheet.shape[1] * 3, sheet.shape[0] * 3), Image.Resampling.NEAREST).save(out / "restore.png")
     command = f"python examples/benchmarks/restore.py --pictures {pictures} --tuned {tuned} --nfe {nfe}"
     (out / "restore.md").write_text(page(rows, command, noises))

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from diffgraft.installed.errors import Unsupported
+from diffgraft.kernel.slots import is_strided
 from diffgraft.kernel.units import LEAST
 from diffgraft.kernel.units import is_exploding as is_exploding
 
@@ -136,7 +137,17 @@ def levels_of(call: DenoiseCall | StepCall) -> SignalNoise:
 
 
 def levels_after(call: DenoiseCall | StepCall) -> SignalNoise:
-    """The levels of what ``scheduler.step`` makes of them at this step.
+    """The levels of what ``scheduler.step`` itself makes of them at this step: for plugins that change what it makes.
+
+    DDIM's kind goes to t - T // N, which is the schedule's next timestep of some spacings and numbers of steps only; the last steps of LCM
+    and TCD have ends of their own. Of all others, and where a plugin edited the schedule, they are those of :func:`levels_next`.
+    """
+    abar = _own_abar(call)
+    return levels_next(call) if abar is None else _levels_of_abar(call.pipe.scheduler, abar)
+
+
+def levels_next(call: DenoiseCall | StepCall) -> SignalNoise:
+    """The levels at which the next step asks the denoiser: for plugins that make the next sample themselves.
 
     Behind the last step they are those of the schedule's own end (``sigmas[-1]``, ``final_alpha_cumprod``), which need not be noise-free,
     and where a run stops before that (``denoising_end``) those of the schedule's next step.
@@ -148,3 +159,28 @@ def levels_after(call: DenoiseCall | StepCall) -> SignalNoise:
         return levels_at(call.family, scheduler, step.t, scheduler.sigmas[-1], call.sample.device)
     abar = torch.as_tensor(getattr(scheduler, "final_alpha_cumprod", 1.0), dtype=torch.float32, device=call.sample.device)
     return _levels_of_abar(scheduler, abar)
+
+
+STRIDED = frozenset({"CogVideoXDPMScheduler", "RePaintScheduler"})
+"""Schedulers beside DDIM's and PNDM that go from t to t - T // N, whatever their timesteps are."""
+
+
+def _own_abar(call: DenoiseCall | StepCall) -> Tensor | None:
+    """abar of where the scheduler's step goes, where that is not the schedule's next timestep."""
+    scheduler, step, device = call.pipe.scheduler, call.step, call.sample.device
+    names = {cls.__name__ for cls in type(scheduler).__mro__}
+    ends, pndm = step.ends_schedule and names & {"LCMScheduler", "TCDScheduler"}, "PNDMScheduler" in names
+    strided = (pndm or is_strided(scheduler) or names & STRIDED) and not getattr(call.run, "strides", None)
+    if not (ends or strided):
+        return None
+    table = scheduler.alphas_cumprod.to(device, torch.float32)
+    if ends:  # TCD goes to timestep 0; LCM gives its clean sample
+        return table[0] if "TCDScheduler" in names else torch.ones_like(table[0])
+    stride = int(scheduler.config.num_train_timesteps // scheduler.num_inference_steps)
+    if pndm and not scheduler.config.skip_prk_steps and step.call < len(scheduler.prk_timesteps):
+        stride = 0 if step.call % 2 else stride // 2
+    elif pndm and step.call == 1:  # makes the first step once more, which ends at this one's timestep
+        stride = 0
+    t = step.t.to(device, torch.long, non_blocking=True) - stride
+    end = torch.as_tensor(scheduler.final_alpha_cumprod, dtype=torch.float32, device=device)
+    return torch.where(t >= 0, table.take(t.clamp(min=0)), end)

@@ -29,7 +29,7 @@ from diffgraft import (
 )
 from diffgraft.methods.decoding import ensure_decodes
 from diffgraft.methods.distilled import ensure_own_levels, in_steps, unguided
-from diffgraft.methods.predictions import SignalNoise, clean_estimate, is_flow, known_kind, levels_after, levels_of, prediction_kind
+from diffgraft.methods.predictions import SignalNoise, clean_estimate, is_flow, known_kind, levels_next, levels_of, prediction_kind
 from diffgraft.methods.problems import Problem
 from diffgraft.methods.restoring import (
     begins_with_its_own,
@@ -186,7 +186,7 @@ class Lvtino(Plugin):
         levels, kind = levels_of(call), prediction_kind(call.family, call.scheduler)
         z = x0 = clean_estimate(call.sample.float(), call.model_output.float(), levels, kind)
         ends = call.step.ends_schedule
-        after = None if ends else levels_after(call)
+        after = None if ends else levels_next(call)
         if not ends or self._end(call) == "prox":
             z = self._measured(call, x0, levels, after)
         call.acted()

@@ -25,7 +25,7 @@ from diffgraft import (
 )
 from diffgraft.methods.decoding import ensure_decodes
 from diffgraft.methods.gradients import ensure_graphs
-from diffgraft.methods.predictions import clean_estimate, known_kind, levels_after, levels_of, prediction_kind
+from diffgraft.methods.predictions import clean_estimate, known_kind, levels_next, levels_of, prediction_kind
 from diffgraft.methods.problems import Problem
 from diffgraft.methods.restoring import (
     begins_with_its_own,
@@ -162,7 +162,7 @@ class RedDiff(Plugin):
         if call.step.ends_schedule:
             search.ended = True
             return StepOutput(mu.to(out.sample.dtype), mu.to(out.sample.dtype))
-        after = levels_after(call)
+        after = levels_next(call)
         search.asked = self._around(call, mu)
         return StepOutput((after.a * search.asked + after.s * call.noise()).to(out.sample.dtype), x0.to(out.sample.dtype))
 
