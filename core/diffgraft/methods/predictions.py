@@ -101,11 +101,14 @@ def is_flow(family: Family, scheduler: Any) -> bool:
     return family.prediction == "flow" or bool(scheduler.config.get("use_flow_sigmas"))
 
 
-def levels_at(family: Family, scheduler: Any, t: Tensor, sigma: Tensor | None, device: torch.device) -> SignalNoise:
+def levels_at(
+    family: Family, scheduler: Any, t: Tensor, sigma: Tensor | None, device: torch.device, plugin: str | None = None
+) -> SignalNoise:
     """The levels of the pipeline's latents at one step (0-dim, float32), as ``scheduler.step`` gets them.
 
     Args:
         t, sigma: of the step (``call.step.t``, ``call.step.sigma``).
+        plugin: who asks, for the refusal.
 
     Raises:
         Unsupported: the scheduler does not say how noisy its samples are.
@@ -120,7 +123,11 @@ def levels_at(family: Family, scheduler: Any, t: Tensor, sigma: Tensor | None, d
         return SignalNoise(a, s * a)
     abar = getattr(scheduler, "alphas_cumprod", None)
     if family.prediction == "flow" or abar is None:
-        raise Unsupported(f"{type(scheduler).__name__} has neither sigmas nor alphas_cumprod, so the noise level of a step is not known")
+        who = f"{plugin}: " if plugin else ""
+        raise Unsupported(
+            f"{who}{type(scheduler).__name__} has neither sigmas nor alphas_cumprod, so the noise level of a step is not known; use DDIM "
+            "or Euler"
+        )
     return _levels_of_abar(scheduler, abar.to(device, torch.float32).take(t.to(device, torch.long, non_blocking=True)))
 
 
@@ -133,7 +140,13 @@ def _levels_of_abar(scheduler: Any, abar: Tensor) -> SignalNoise:
 def levels_of(call: DenoiseCall | StepCall) -> SignalNoise:
     """The levels of the pipeline's latents at the step of a denoiser's or scheduler's call, before it."""
     step = call.step
-    return levels_at(call.family, call.pipe.scheduler, step.t, step.sigma, call.sample.device)
+    return levels_at(call.family, call.pipe.scheduler, step.t, step.sigma, call.sample.device, _asking(call))
+
+
+def _asking(call: DenoiseCall | StepCall) -> str | None:
+    """The plugin that a call is shown to; None of the core's own."""
+    entry = getattr(call, "entry", None)
+    return None if entry is None else entry.name
 
 
 def levels_after(call: DenoiseCall | StepCall) -> SignalNoise:
@@ -154,7 +167,7 @@ def levels_next(call: DenoiseCall | StepCall) -> SignalNoise:
     """
     scheduler, step, after = call.pipe.scheduler, call.step, call.step_at(1)
     if after.call != step.call:
-        return levels_at(call.family, scheduler, after.t, after.sigma, call.sample.device)
+        return levels_at(call.family, scheduler, after.t, after.sigma, call.sample.device, _asking(call))
     if step.sigma is not None:
         return levels_at(call.family, scheduler, step.t, scheduler.sigmas[-1], call.sample.device)
     abar = torch.as_tensor(getattr(scheduler, "final_alpha_cumprod", 1.0), dtype=torch.float32, device=call.sample.device)

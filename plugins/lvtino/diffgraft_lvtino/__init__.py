@@ -43,7 +43,7 @@ from diffgraft.methods.restoring import (
 from torch import Tensor
 
 from diffgraft_lvtino.frames import FAMILIES, ImageModel, ensure_image_model
-from diffgraft_lvtino.knobs import PAPER, LvtinoConfig, Several
+from diffgraft_lvtino.knobs import PAPER, LvtinoConfig, Several, idle_knobs, too_long
 from diffgraft_lvtino.method import at_step, gamma_of, schedule_at
 
 __all__ = ["Lvtino"]
@@ -127,6 +127,8 @@ class Lvtino(Plugin):
             ensure_own_levels(call, "times=None")
             call = in_steps(call, len(self.config.times), "times=None")
         call.shared.__init__()  # an outer plugin may run the pipeline several times
+        if idle := idle_knobs(self.config):
+            call.note(f"without effect here: {', '.join(idle)} (image = {self.config.image!r}, gamma = {self.config.gamma!r})")
         self._remark(call, call.pipe, "this pipeline")
         second = call.given("image")
         if second is not None:
@@ -170,6 +172,8 @@ class Lvtino(Plugin):
     def _start(self, call: DenoiseCall, found: Found) -> Tensor:
         """a E(prox(0; y)) + s eps, with the pipeline's own noise."""
         problem = problem_of(call, self.name)
+        if long := too_long(self.config, call.step.total, self._end(call)):
+            call.note(f"longer than a run of {call.step.total} steps: {', '.join(long)}")
         zero = torch.zeros(problem.shape, device=problem.y.device)
         pixels = problem.operator.prox(zero, problem.y, self.config.start_gamma).clamp(-1, 1)
         z = first_guess(call, problem, self.name, pixels)
@@ -196,7 +200,7 @@ class Lvtino(Plugin):
             return StepOutput(z.to(dtype), z.to(dtype))  # latent consistency pipelines decode the second
         return StepOutput((after.a * z + after.s * call.noise()).to(dtype), x0.to(dtype))
 
-    def _end(self, call: StepCall) -> str:
+    def _end(self, call: DenoiseCall | StepCall) -> str:
         return self.config.end or ("prediction" if call.family.latents == "bcfhw" else "prox")
 
     def _measured(self, call: StepCall, x0: Tensor, levels: SignalNoise, after: SignalNoise | None) -> Tensor:

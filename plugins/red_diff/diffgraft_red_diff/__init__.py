@@ -26,7 +26,7 @@ from diffgraft import (
 from diffgraft.methods.decoding import ensure_decodes
 from diffgraft.methods.gradients import ensure_graphs
 from diffgraft.methods.predictions import clean_estimate, known_kind, levels_next, levels_of, prediction_kind
-from diffgraft.methods.problems import Problem
+from diffgraft.methods.problems import Problem, ProblemKnob
 from diffgraft.methods.restoring import (
     begins_with_its_own,
     ensure_one_call_a_step,
@@ -51,7 +51,7 @@ BETAS = (0.9, 0.99)
 class RedDiffConfig(PluginConfig):
     """Knobs of RED-diff."""
 
-    problem: Problem | dict[str, Any] | None = Field(
+    problem: ProblemKnob = Field(
         None, description="y = A(x) + noise: a Problem, or a dict of operator, y and noise; none: off, bit for bit"
     )
     weight: float = Field(0.25, ge=0, le=1e6, description="lambda: of the prior; 0: the measurement alone")
