@@ -84,15 +84,19 @@ def prediction_kind(family: Family, scheduler: Any) -> str:
     return f"EDM's {word}" if hasattr(scheduler, "precondition_outputs") else word  # between noise and clean sample, by the level
 
 
-def known_kind(family: Family, scheduler: Any) -> str:
+def known_kind(family: Family, scheduler: Any, plugin: str | None = None) -> str:
     """What the denoiser predicts, where it is one of :data:`KINDS`: for plugins that need x0 or the noise.
+
+    Args:
+        plugin: who asks, for the refusal.
 
     Raises:
         Unsupported: it is something else.
     """
     kind = prediction_kind(family, scheduler)
     if kind not in KINDS:
-        raise Unsupported(f"{type(scheduler).__name__} wants {kind!r} of a denoiser; known is what {', '.join(KINDS)} mean")
+        who = f"{plugin}: " if plugin else ""
+        raise Unsupported(f"{who}{type(scheduler).__name__} wants {kind!r} of a denoiser; known is what {', '.join(KINDS)} mean")
     return kind
 
 

@@ -33,10 +33,7 @@ def ensure_one_call_a_step(plugin: str, family: Family, scheduler: Any) -> None:
         Unsupported: with the way out.
     """
     name = type(scheduler).__name__
-    try:
-        known_kind(family, scheduler)
-    except Unsupported as error:
-        raise Unsupported(f"{plugin}: {error}") from None
+    known_kind(family, scheduler, plugin)
     if getattr(scheduler, "sigmas", None) is None and getattr(scheduler, "alphas_cumprod", None) is None:
         raise Unsupported(f"{plugin}: {name} does not say how noisy its samples are; use DDIM, Euler or FlowMatchEuler, as the model is")
     if not asks_once_a_step(scheduler):

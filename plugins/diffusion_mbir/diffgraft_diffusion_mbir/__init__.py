@@ -106,7 +106,7 @@ class DiffusionMBIR(Plugin):
         if self.config.problem is None:
             return
         ensure_decodes(target.pipe, target.family)
-        known_kind(target.family, target.pipe.scheduler)
+        known_kind(target.family, target.pipe.scheduler, self.name)
         problem: Problem = target.given["problem"]
         if not problem.operator.linear:
             raise Unsupported(f"diffusion_mbir: {type(problem.operator).__name__} is not linear, and ADMM needs its adjoint; take red_diff")

@@ -98,7 +98,7 @@ class Lvtino(Plugin):
             return
         pipe, family = target.pipe, target.family
         ensure_decodes(pipe, family, float32=True)
-        known_kind(family, pipe.scheduler)
+        known_kind(family, pipe.scheduler, self.name)
         if not problem.operator.linear:
             raise Unsupported(
                 f"lvtino: {type(problem.operator).__name__} is not linear, and has no proximal map: take red_diff, which asks A and its "

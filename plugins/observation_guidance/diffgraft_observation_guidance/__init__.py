@@ -142,7 +142,7 @@ class ObservationGuidance(Plugin):
         self._ensure_fits(target.family, target.pipe.scheduler)
 
     def _ensure_fits(self, family: Any, scheduler: Any) -> None:
-        known_kind(family, scheduler)
+        known_kind(family, scheduler, self.name)
         if self.config.form == "ddpm" and (is_exploding(scheduler) or is_flow(family, scheduler)):
             raise Unsupported(
                 f"{self.name}: form = 'ddpm' is of variance-preserving samples, and those of {type(scheduler).__name__} are not: take "

@@ -105,7 +105,7 @@ class RedDiff(Plugin):
     def check(self, target: Target) -> None:
         if self.config.problem is not None:
             ensure_decodes(target.pipe, target.family)
-            known_kind(target.family, target.pipe.scheduler)
+            known_kind(target.family, target.pipe.scheduler, self.name)
 
     def run(self, call: RunCall, next: Any) -> Any:
         if self.config.problem is None:
