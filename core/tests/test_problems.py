@@ -256,9 +256,10 @@ def test_every_operator_that_ships_is_registered() -> None:
     }  # fmt: skip
 
 
+@pytest.mark.peer
 @pytest.mark.parametrize("side", [33, 65])
 def test_radon_is_scikit_images(side: int) -> None:
-    """Where that is installed (tests/requirements.txt): the same turns and sums, the other way round, on an odd side."""
+    """The same turns and sums, the other way round, on an odd side."""
     transform = pytest.importorskip("skimage.transform")
     y, x = (np.mgrid[:side, :side] - side // 2) * 33 / side
     picture = np.exp(-((x - 5) ** 2 / 18 + (y + 2) ** 2 / 32)) + 0.7 * np.exp(-((x + 4) ** 2 + (y - 6) ** 2) / 12)

@@ -69,11 +69,11 @@ INTRO = """All ask emoji-pixel's U-Net equally often and get the same operators 
 each method are the best of its grid by mean PSNR on other pictures than the measured ones, for each problem; diffusion_mbir stands at
 `weight=0`, where it solves picture by picture. In brackets: deviation of the noise in y, in pictures from -1 to 1. Mean over pictures with
 1.96 standard errors; *right*: pictures in which emoji-sd's judge sees the object that was rendered; seconds of processor time a picture."""
-INTRO_OTHERS = """Held-out renders of 64 x 64 pixels with their captions as prompts, guidance off; all get the same operators and measurements.
-What asks emoji-sd asks it equally often; lvtino asks a distilled model (emoji-sd-lcm, emoji-wan-4step), in so many steps as the table says.
-The knobs of each method are the best of its grid by mean PSNR on training renders. In brackets: deviation of the noise in y, in pictures
-from -1 to 1. Mean over pictures or clips with 1.96 standard errors; *right*: pictures in which emoji-sd's judge sees the object that was
-rendered; seconds of processor time a picture."""
+INTRO_OTHERS = """Held-out renders of 64 x 64 pixels with their captions as prompts, guidance off; all get the same operators and
+measurements. What asks emoji-sd asks it equally often; lvtino asks a distilled model (emoji-sd-lcm, emoji-wan-4step), in so many steps as
+the table says. The knobs of each method are the best of its grid by mean PSNR on training renders. In brackets: deviation of the noise in
+y, in pictures from -1 to 1. Mean over pictures or clips with 1.96 standard errors; *right*: pictures in which emoji-sd's judge sees the
+object that was rendered; seconds of processor time a picture."""
 Way = Callable[[Problem, Mapping[str, Any], int, int, list[str]], tuple[Tensor, float]]
 """(problem, knobs, forwards that are wanted, seed, captions) -> (pictures [n, 3, ...] in [-1, 1], forwards a picture that there were)."""
 
