@@ -76,15 +76,12 @@ def problem_of(call: DenoiseCall, plugin: str, key: str = "problem", volumes: bo
 def first_guess(call: DenoiseCall, problem: Problem, plugin: str, pixels: Tensor | None = None) -> Tensor:
     """mu of ``pixels``: where None of the pseudo-inverse, of a measurement that is not linear of a grey picture. In float32, a copy.
 
-    The pseudo-inverse is cut to [-1, 1]: that of a blur makes noise many times as large as any picture, and the way back is long.
-
     Raises:
         ConfigError: the problem is of pictures of another size than this run's.
     """
     x = call.latents
     if pixels is None:
-        linear = problem.operator.linear
-        pixels = problem.operator.pinv(problem.y).clamp(-1, 1) if linear else torch.zeros(problem.shape, device=x.device)
+        pixels = problem.operator.pinv(problem.y) if problem.operator.linear else torch.zeros(problem.shape, device=x.device)
     mu = latents_of(call, pixels)
     if mu.shape[1:] != x.shape[1:]:
         size = "x".join(map(str, problem.shape[-2:]))

@@ -129,10 +129,14 @@ class RedDiff(Plugin):
         return next(call)  # type: ignore[no-any-return]
 
     def _begin(self, call: DenoiseCall, search: Search) -> None:
-        """mu = pinv(y), and the pipeline's own noise on it."""
+        """mu = pinv(y) within [-1, 1], and the pipeline's own noise on it.
+
+        The pseudo-inverse of a blur makes noise many times as large as any picture, and Adam's way back is long.
+        """
         ensure_graphs(call)
-        search.problem = problem_of(call, self.name)
-        search.mu = first_guess(call, search.problem, self.name)
+        problem = search.problem = problem_of(call, self.name)
+        guess = problem.operator.pinv(problem.y).clamp(-1, 1) if problem.operator.linear else None
+        search.mu = first_guess(call, problem, self.name, guess)
         search.adam = torch.optim.Adam([search.mu], self.config.lr, BETAS)
         a, s = levels_of(call)
         search.asked = self._around(call, search.mu)
