@@ -256,6 +256,46 @@ def test_every_operator_that_ships_is_registered() -> None:
     }  # fmt: skip
 
 
+@pytest.mark.peer
+@pytest.mark.parametrize("side", [33, 65])
+def test_radon_is_scikit_images(side: int) -> None:
+    """The same turns and sums, the other way round, on an odd side."""
+    transform = pytest.importorskip("skimage.transform")
+    y, x = (np.mgrid[:side, :side] - side // 2) * 33 / side
+    picture = np.exp(-((x - 5) ** 2 / 18 + (y + 2) ** 2 / 32)) + 0.7 * np.exp(-((x + 4) ** 2 + (y - 6) ** 2) / 12)
+    picture[x**2 + y**2 > 16**2] = 0
+    theirs = transform.radon(picture, theta=-np.arange(12) * 180 / 12, circle=True) / side
+    ours = Radon(12).A(torch.from_numpy(picture)[None, None])[0, 0]
+    np.testing.assert_allclose(ours.numpy().T, theirs, rtol=0, atol=1e-12)
+    assert theirs.max() > 0.3
+
+
+@pytest.mark.parametrize(("h", "w"), [(33, 32), (32, 30), (7, 3)])
+@pytest.mark.parametrize("kernel", ["area", "bicubic"])
+def test_a_size_that_the_factor_does_not_divide_is_refused_at_the_measurement(h: int, w: int, kernel: str) -> None:
+    """What is cut off at the edges could not be found again, and the picture would be of another size."""
+    with pytest.raises(ConfigError, match=f"downsample: factor = 4: .*{h}x{w}"):
+        simulated(downsample(4, kernel), torch.zeros(1, 3, h, w))
+
+
+def test_the_nearest_size_is_told() -> None:
+    with pytest.raises(ConfigError, match=r"or pictures of 32x28$"):
+        simulated(downsample(4), torch.zeros(1, 3, 33, 31))
+
+
+@pytest.mark.parametrize(("h", "w"), [(7, 5), (1, 1), (9, 16)])
+def test_masks_of_odd_sizes(h: int, w: int) -> None:
+    x = drawn((2, 3, h, w), 0).clamp(-1, 1)
+    seen = (drawn((h, w), 1) > 0).double()
+    for mask in (Mask(0.5), Mask(seen)):
+        problem = simulated(mask, x)
+        assert problem.shape == (2, 3, h, w)
+        assert problem.operator.pinv(problem.y).equal(problem.y)
+        assert dot_test(mask, (1, 3, h, w)) < 1e-12
+    with pytest.raises(ConfigError, match=f"mask: it is {h}x{w}, and the pictures are {h}x{w + 1}"):
+        Mask(seen).A(torch.zeros(1, 3, h, w + 1))
+
+
 @pytest.mark.parametrize(
     ("text", "told"),
     [
@@ -291,6 +331,8 @@ def test_text_that_is_no_problem(text: str, told: str) -> None:
         (Identity(), torch.zeros(1, 3, 4, 4), -1.0, "standard deviation, 0 or more"),
         (FalseAdjoint(), torch.zeros(1, 3, 4, 3), 0.0, "AT of FalseAdjoint is not the adjoint"),
         (TemporalMean(2), torch.zeros(1, 3, 4, 4), 0.0, "videos"),
+        (Grey(), torch.zeros(1, 3, 4, 4), 0.0, "grey: y = 3 channels: give a grey measurement, of one"),
+        (Radon(4) @ Grey(), torch.zeros(1, 3, 4, 4), 0.0, "grey: y = 3 channels"),
     ],
 )
 def test_a_measurement_that_is_none(operator: Operator, y: torch.Tensor, noise: float, told: str) -> None:

@@ -87,6 +87,14 @@ class Smaller(Operator):
     def __init__(self, factor: int) -> None:
         self.factor = factor
 
+    def ensure_divides(self, x: Tensor) -> None:
+        """Raises ConfigError for pictures of which the last row or column would be cut off, and never found again."""
+        h, w = x.shape[-2:]
+        fits = h % self.factor == w % self.factor == 0
+        near = "x".join(str(side // self.factor * self.factor) for side in (h, w))
+        told = f"one that divides the size of the pictures, {h}x{w}" + ("" if near.startswith("0") else f", or pictures of {near}")
+        wanted("downsample: factor", fits, self.factor, told)
+
     def domain(self, y: Shape) -> Shape:
         return (*y[:-2], y[-2] * self.factor, y[-1] * self.factor)
 
@@ -102,8 +110,7 @@ class Downsample(Smaller, Rows):
         self.c = 1 / factor**2
 
     def A(self, x: Tensor) -> Tensor:
-        fits = x.shape[-1] % self.factor == x.shape[-2] % self.factor == 0
-        wanted("downsample: factor", fits, self.factor, f"one that divides the size of the pictures, {x.shape[-2]}x{x.shape[-1]}")
+        self.ensure_divides(x)
         small = F.avg_pool2d(flat(x), self.factor)
         return small.reshape(*x.shape[:-2], *small.shape[-2:])
 
@@ -115,6 +122,7 @@ class Bicubic(Smaller):
     """``factor`` times smaller by bicubic interpolation without aliasing, as PIL does it."""
 
     def A(self, x: Tensor) -> Tensor:
+        self.ensure_divides(x)
         size = (x.shape[-2] // self.factor, x.shape[-1] // self.factor)
         return F.interpolate(flat(x), size=size, mode="bicubic", antialias=True, align_corners=False).reshape(*x.shape[:-2], *size)
 
@@ -170,7 +178,8 @@ def motion_blur(length: int, angle: float = 0.0) -> Operator:
 
 class Radon(Operator):
     """Tomography with parallel beams: at each of ``views`` angles in [0, 180) the picture is turned and summed along its columns, over the
-    number of rows. y [n, c, (f,) views, w]; outside of the picture is 0."""
+    number of rows. y [n, c, (f,) views, w]; outside of the picture is 0. With an odd side it is scikit-image's ``radon`` at the negative
+    angles, over the side and transposed; of an even one that turns around another point."""
 
     def __init__(self, views: int) -> None:
         wanted("radon: views", type(views) is int and views >= 1, views, "a whole number of angles, 1 or more")
@@ -209,7 +218,8 @@ class Grey(Rows):
         return y.repeat_interleave(self.channels, 1) / self.channels
 
     def domain(self, y: Shape) -> Shape:
-        return (y[0], self.channels * y[1], *y[2:])
+        wanted("grey: y", y[1] == 1, f"{y[1]} channels", "a grey measurement, of one: of a coloured one y.mean(1, keepdim=True)")
+        return (y[0], self.channels, *y[2:])
 
 
 class TemporalMean(Rows):

@@ -14,12 +14,15 @@ from diffgraft.installed.foreign import said
 from diffgraft.installed.plugin import Plugin
 
 
-def find_callable(knob: str, value: Any, group: str, what: str, takes: Sequence[str]) -> tuple[str, Callable[..., Any]]:
+def find_callable(
+    knob: str, value: Any, group: str, what: str, takes: Sequence[str], words: Sequence[str] = ()
+) -> tuple[str, Callable[..., Any]]:
     """(name, callable) that a setting stands for: a callable, the name of an entry point in ``group``, or "package.module:attribute".
 
     Args:
         what: it is, for errors ("reward").
         takes: the arguments that it will be called with.
+        words: that the plugin itself reads, for errors.
 
     Raises:
         ConfigError: it is none of them, or its signature cannot take these arguments.
@@ -33,7 +36,7 @@ def find_callable(knob: str, value: Any, group: str, what: str, takes: Sequence[
         module, colon, attribute = name.partition(":")
         if not colon:
             raise ConfigError(
-                f"{knob} = {value!r} is no {what}{choices(name, registry.by_name(group), 'Installed')} "
+                f"{knob} = {value!r} is no {what}{choices(name, [*words, *registry.by_name(group)], 'Known' if words else 'Installed')} "
                 "Or give a callable or 'package.module:name'."
             )
         try:

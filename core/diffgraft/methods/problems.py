@@ -12,9 +12,10 @@ import ast
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import BeforeValidator
 from torch import Tensor
 
 from diffgraft.installed import registry
@@ -192,3 +193,18 @@ def fetch_problem(plugin: Any, need: Any, value: Any, target: Any) -> Problem:
         operator, told_noise = read_operator(operator)
         noise = value.get("noise", told_noise)
     return Problem(as_operator(operator, knob), value["y"], noise)
+
+
+def _no_text(value: Any) -> Any:
+    """Raises ValueError for what people write where a problem is wanted, and is none."""
+    if value is None or isinstance(value, (Problem, Mapping)):
+        return value
+    told = "text says the operator alone, and the measurement y is missing" if isinstance(value, str) else f"a {type(value).__name__}"
+    raise ValueError(
+        f"{told}: give Problem(operator, y, noise), or a dict {{'operator': 'mask(0.5)', 'y': y, 'noise': 0.02}}; a measurement in a file "
+        "is for `diffgraft restore --problem TEXT --measurement FILE`"
+    )
+
+
+ProblemKnob = Annotated[Problem | dict[str, Any] | None, BeforeValidator(_no_text)]
+"""Of a plugin's ``problem`` knob."""

@@ -32,8 +32,10 @@ def ensure_one_call_a_step(plugin: str, family: Family, scheduler: Any) -> None:
     Raises:
         Unsupported: with the way out.
     """
-    known_kind(family, scheduler)
     name = type(scheduler).__name__
+    known_kind(family, scheduler, plugin)
+    if getattr(scheduler, "sigmas", None) is None and getattr(scheduler, "alphas_cumprod", None) is None:
+        raise Unsupported(f"{plugin}: {name} does not say how noisy its samples are; use DDIM, Euler or FlowMatchEuler, as the model is")
     if not asks_once_a_step(scheduler):
         raise Unsupported(
             f"{plugin}: {name} asks more than once for a step, and {plugin} takes a step at each question; use a first-order scheduler "
@@ -93,7 +95,16 @@ def first_guess(call: DenoiseCall, problem: Problem, plugin: str, pixels: Tensor
 
 @torch.no_grad()
 def latents_of(call: Any, pixels: Tensor) -> Tensor:
-    """mu of pixels, in float32; of any call of a run."""
+    """mu of pixels, in float32; of any call of a run.
+
+    Raises:
+        ConfigError: the autoencoder would cut off what is beside a whole number of its squares.
+    """
+    side = getattr(call.pipe, "vae_scale_factor", 1) if call.family.latents != "pixels" else 1
+    if isinstance(side, int) and any(length % side for length in pixels.shape[-2:]):
+        size, near = ("x".join(map(str, (f(length) for length in pixels.shape[-2:]))) for f in (int, lambda n: n // side * side))
+        name = type(call.pipe).__name__
+        raise ConfigError(f"{call.entry.name}: pictures of {size}, and those of {name} have multiples of {side}: {near}, say")
     return to_latents(call.pipe, call.family, pixels, float32=needs_float32(call.pipe)).float()
 
 

@@ -8,6 +8,7 @@ their own. At the end the colours are those of the low-quality picture.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
@@ -272,7 +273,7 @@ def sized(call: RunCall, size: tuple[int, int]) -> tuple[RunCall, tuple[int, int
     if call.family.name == UPSCALER:
         height, width = pipe.image_processor.preprocess(call["image"]).shape[-2:]
         return call, (height * pipe.vae_scale_factor, width * pipe.vae_scale_factor)
-    side = pipe.vae_scale_factor
+    side = math.lcm(8, pipe.vae_scale_factor)  # diffusers takes multiples of 8, whatever the autoencoder's factor is
     known = {name: call.get(name) for name in ("height", "width") if name in parameters(pipe)}
     asked = {name: value or max(of // side, 1) * side for (name, value), of in zip(known.items(), size, strict=True)}
     return call.replace(**asked), (asked["height"], asked["width"])

@@ -93,7 +93,7 @@ def network_of(sr: Any) -> Callable[[Tensor], Tensor] | None:
         return lambda low: resized(low, (4 * low.shape[-2], 4 * low.shape[-1]))
     if is_picture(sr):
         return None
-    return find_callable("plugin 'consissr': sr", sr, GROUP, "network of super-resolution", ("pixels",))[1]
+    return find_callable("plugin 'consissr': sr", sr, GROUP, "network of super-resolution", ("pixels",), (PLAIN,))[1]
 
 
 BEYOND = 1.5

@@ -220,6 +220,65 @@ def test_several_pictures_of_several_prompts():
     assert not torch.allclose(x[0], x[2], atol=1e-2)
 
 
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+def test_a_spread_start_of_the_upscaler_is_the_loop_of_plain_diffusers(guidance):
+    """x_ts = sqrt(abar) z + sqrt(1 - abar) n at t_s, the call's steps evenly below it, DDIM's formula; nothing of the plugin is asked."""
+    made = make("StableDiffusionUpscalePipeline")
+    pipe, image, steps, t_s = made.pipe, card(16), 4, 0.6
+    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False)
+    call = {"image": image, "num_inference_steps": steps, "guidance_scale": guidance, "prompt": "a", "negative_prompt": "b"}
+    mine = run("", made, call=call, sr=as_sr(large(64)), start=t_s, colour="none")
+
+    draws, abar = torch.Generator().manual_seed(0), pipe.scheduler.alphas_cumprod.double()
+    low = pipe.image_processor.preprocess(image)
+    noisy = torch.randn(low.shape, generator=draws)
+    level = torch.tensor([made.kwargs.get("noise_level", 20)])
+    low = pipe.low_res_scheduler.add_noise(low, noisy, level)
+    z = pipe.vae.encode(large(side_of_upscaled(pipe))).latent_dist.mode() * pipe.vae.config.scaling_factor
+    n = torch.randn(z.shape, generator=draws)
+    text, without = pipe.encode_prompt("a", "cpu", 1, True, "b")
+    T, gap = 1000, t_s * 1000 / steps
+    times = [round(t_s * T - i * gap) - 1 for i in range(steps)]
+    assert times == [599, 449, 299, 149]
+    x = abar[599].sqrt() * z.double() + (1 - abar[599]).sqrt() * n.double()
+    for i, t in enumerate(times):
+        with torch.no_grad():
+            said = [
+                pipe.unet(torch.cat([x.float(), low], 1), t, encoder_hidden_states=words, class_labels=level).sample.double()
+                for words in ((text, without) if guidance > 1 else (text,))
+            ]
+        out = said[0] if guidance <= 1 else said[1] + guidance * (said[0] - said[1])
+        a, s = abar[t].sqrt(), (1 - abar[t]).sqrt()
+        x0, eps = (
+            (a * x - s * out, s * x + a * out) if pipe.scheduler.config.prediction_type == "v_prediction" else ((x - s * out) / a, out)
+        )
+        after = abar[times[i + 1]] if i + 1 < steps else torch.as_tensor(pipe.scheduler.final_alpha_cumprod).double()
+        x = after.sqrt() * x0 + (1 - after).sqrt() * eps
+    torch.testing.assert_close(mine.double(), x, rtol=0, atol=1e-4 * float(x.abs().max()))
+
+
+def side_of_upscaled(pipe: Any) -> int:
+    return 16 * pipe.vae_scale_factor
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 3), (5, 20)])
+@pytest.mark.parametrize("name", NAMES)
+def test_pictures_of_any_size_are_brought_to_one_that_diffusers_takes(name, size):
+    """A multiple of 8, whatever the autoencoder's factor is; of an upscaler its own."""
+    picture = torch.rand(3, *size, generator=torch.Generator().manual_seed(0))
+    made = make(name)
+    call = {"output_type": "pt"}
+    if name == "StableDiffusionUpscalePipeline":
+        call["image"] = made.kwargs["image"]
+    else:
+        made.kwargs.pop("height", None)
+        made.kwargs.pop("width", None)
+    out = run(name, made, call=call, image=picture, sr="bicubic", start=0.5)
+    assert bool(out.isfinite().all())
+    if name != "StableDiffusionUpscalePipeline":
+        assert tuple(out.shape[-2:]) == tuple(max(4 * side // 8, 1) * 8 for side in size)
+
+
 # colours ------------------------------------------------------------------------------------------------------------------------------
 
 
@@ -277,6 +336,57 @@ def test_the_image_part_is_a_softmax_over_its_tokens():
         part = slice(h * d, (h + 1) * d)
         weights = torch.softmax(q[..., part] @ k[..., part].transpose(1, 2) / d**0.5, -1)
         torch.testing.assert_close(found[..., part], weights @ v[..., part] @ W.T + b)
+
+
+READ = ("to_q", "to_k", "out")
+
+
+def test_the_adapter_s_layer_is_the_papers_equation_from_its_first_number_to_its_last():
+    """A run's layers, each afresh in numpy and float64: c_img = MLP(features), K' and V' of it, both softmaxes, W by heads, their sum."""
+    made = make("StableDiffusionPipeline")
+    state = {key: value.double().numpy() for key, value in trained(made).tensors.items()}
+    layers, lam, kept = cross_layers(made.pipe.unet), 0.7, {}
+
+    def keep(path, part):
+        def hook(module, given):
+            kept.setdefault((path, part), given[0].detach().double().numpy())
+
+        return hook
+
+    parts = [(path, part, attn.to_out[0] if part == "out" else getattr(attn, part)) for path, attn in layers.items() for part in READ]
+    hooks = [module.register_forward_pre_hook(keep(path, part)) for path, part, module in parts]
+    run("", made, call={"num_inference_steps": 1, "guidance_scale": 3.0}, image=card(16), weights=trained(made), scale=lam, colour="none")
+    for hook in hooks:
+        hook.remove()
+
+    def softmax(x):
+        e = np.exp(x - x.max(-1, keepdims=True))
+        return e / e.sum(-1, keepdims=True)
+
+    def gelu(x):
+        return x * 0.5 * (1 + torch.erf(torch.from_numpy(x) / 2**0.5).numpy())
+
+    eye = Adapter([*layers.values()], 4, 16).eye.double()
+    eye.load_state_dict({key.removeprefix("eye."): torch.from_numpy(value) for key, value in state.items() if key.startswith("eye.")})
+    f = eye(pixels_of("image", card(16)).double()).detach().numpy()
+    f = (f - f.mean(-1, keepdims=True)) / np.sqrt(f.var(-1, keepdims=True) + 1e-5) * state["tokens.0.weight"] + state["tokens.0.bias"]
+    for key, then in (("tokens.1", gelu), ("tokens.4", gelu), ("tokens.6", lambda x: x)):
+        f = then(f @ state[f"{key}.weight"].T + state[f"{key}.bias"])
+    assert f.shape[:2] == (1, 16)
+    for i, (path, attn) in enumerate(layers.items()):
+        own = {part: getattr(attn, part).weight.detach().double().numpy() for part in ("to_q", "to_k", "to_v")}
+        x, text = kept[path, "to_q"], kept[path, "to_k"]
+        heads = []
+        d = own["to_q"].shape[0] // attn.heads
+        for h in range(attn.heads):
+            at = slice(h * d, (h + 1) * d)
+            q = x @ own["to_q"][at].T
+            said = softmax(q @ (text @ own["to_k"][at].T).transpose(0, 2, 1) / d**0.5) @ (text @ own["to_v"][at].T)
+            k, v = (f @ state[f"layers.{i}.{part}.weight"][at].T for part in ("to_k_ip", "to_v_ip"))
+            shown = softmax(q @ k.transpose(0, 2, 1) / d**0.5) @ v
+            heads.append(said + lam * (shown @ state[f"layers.{i}.to_out_ip.0.weight"].T + state[f"layers.{i}.to_out_ip.0.bias"]))
+        np.testing.assert_allclose(kept[path, "out"], np.concatenate(heads, -1), rtol=0, atol=1e-4 * np.abs(heads[0]).max())
+    assert len(kept) == 3 * len(layers)
 
 
 def test_one_token_is_the_same_for_every_pixel():
@@ -424,6 +534,8 @@ def test_what_cannot_be_done_is_told(tmp_path):
         run(name, weights=trained(make(name)), colour="none")
     with pytest.raises(ConfigError, match="is no network of super-resolution"):
         load_pipeline(make(name).pipe, plugins=[ConsisSR(sr="nothing_of_the_kind")])
+    with pytest.raises(ConfigError, match=r"'bicubik' is no network of super-resolution.*did you mean 'bicubic'.*Known: bicubic"):
+        load_pipeline(make(name).pipe, plugins=[ConsisSR(sr="bicubik")])
     with pytest.raises(ConfigError, match="no such file"):
         load_pipeline(make(name).pipe, plugins=[ConsisSR(sr=str(tmp_path / "a.png"))])
     with pytest.raises(ConfigError, match="3 pictures, and the call has 1 prompts"):

@@ -28,7 +28,7 @@ from diffgraft import (
 )
 from diffgraft.methods.decoding import ensure_decodes
 from diffgraft.methods.predictions import clean_estimate, is_exploding, known_kind, levels_after, levels_of, prediction_kind
-from diffgraft.methods.problems import Problem
+from diffgraft.methods.problems import Problem, ProblemKnob
 from diffgraft.methods.restoring import begins_with_its_own, ensure_one_call_a_step, first_guess, latents_of, pixels_of, problem_of
 from pydantic import Field
 from torch import Tensor
@@ -46,7 +46,7 @@ OWN_SAMPLES = ("last_sample", "cur_sample", "sample")
 class DiffusionMBIRConfig(PluginConfig):
     """Knobs of DiffusionMBIR."""
 
-    problem: Problem | dict[str, Any] | None = Field(
+    problem: ProblemKnob = Field(
         None, description="y = A(x) + noise, y[z] of slice z: a Problem, or a dict of operator, y and noise; none: off, bit for bit"
     )
     weight: float = Field(0.001, ge=0, le=1e6, description="lambda: of the total variation along z, over || AT A ||; 0: each slice alone")
@@ -106,7 +106,7 @@ class DiffusionMBIR(Plugin):
         if self.config.problem is None:
             return
         ensure_decodes(target.pipe, target.family)
-        known_kind(target.family, target.pipe.scheduler)
+        known_kind(target.family, target.pipe.scheduler, self.name)
         problem: Problem = target.given["problem"]
         if not problem.operator.linear:
             raise Unsupported(f"diffusion_mbir: {type(problem.operator).__name__} is not linear, and ADMM needs its adjoint; take red_diff")

@@ -30,7 +30,7 @@ from diffgraft.methods.artefacts import Artefact
 from diffgraft.methods.decoding import ensure_decodes
 from diffgraft.methods.gradients import ensure_graphs
 from diffgraft.methods.operators import Rows
-from diffgraft.methods.predictions import levels_after, levels_of
+from diffgraft.methods.predictions import levels_next, levels_of
 from diffgraft.methods.problems import Problem
 from diffgraft.methods.restoring import begins_with_its_own, first_guess, pixels_of, problem_of, unit_noise
 from torch import Tensor
@@ -156,7 +156,7 @@ class Flair(Plugin):
         if call.step.ends_schedule:
             search.ended = True
             return StepOutput(mu.to(dtype), mu.to(dtype))
-        after = levels_after(call).s
+        after = levels_next(call).s
         search.n = adjusted(n_hat, call.noise(), knobs.adjust * (1 - after))
         return StepOutput(noisy(search, after).to(dtype), mu.to(dtype))
 

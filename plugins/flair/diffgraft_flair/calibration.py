@@ -21,7 +21,7 @@ from diffgraft import (
     Target,
 )
 from diffgraft.methods.artefacts import Artefact
-from diffgraft.methods.predictions import levels_after, levels_of
+from diffgraft.methods.predictions import levels_next, levels_of
 from diffgraft.methods.restoring import latents_of, unit_noise
 from diffgraft.methods.schema import Holds, Values
 from diffgraft.methods.watching import made_for, watching
@@ -125,7 +125,7 @@ class Measure(Calibrator):
         shared.losses.append((call.model_output.float() - (shared.noise - shared.clean)).square().mean())
         if call.step.is_last:
             return StepOutput(shared.clean.to(out.sample.dtype))
-        t, shared.noise = levels_after(call).s, call.noise()
+        t, shared.noise = levels_next(call).s, call.noise()
         return StepOutput(((1 - t) * shared.clean + t * shared.noise).to(out.sample.dtype))
 
     def collect(self, call: Any) -> dict[str, Tensor]:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from diffgraft import Paper, PluginConfig
 from diffgraft.methods.artefacts import Artefact
-from diffgraft.methods.problems import Problem
+from diffgraft.methods.problems import ProblemKnob
 from pydantic import Field
 
 PAPER = Paper(
@@ -23,7 +22,7 @@ PAPER = Paper(
 class FlairConfig(PluginConfig):
     """Knobs of FLAIR."""
 
-    problem: Problem | dict[str, Any] | None = Field(
+    problem: ProblemKnob = Field(
         None, description="y = A(x) + noise: a Problem, or a dict of operator, y and noise; none: off, bit for bit"
     )
     artefact: str | Path | Artefact | None = Field(

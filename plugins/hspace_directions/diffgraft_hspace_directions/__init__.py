@@ -10,12 +10,12 @@ import torch
 from diffgraft import BlockCall, BlockInfo, ConfigError, DenoiseCall, Effects, Need, Plugin, Target, Unsupported
 from diffgraft.methods.artefacts import Artefact, make_again
 from diffgraft.methods.gradients import ensure_differentiable
-from diffgraft.methods.predictions import known_kind
+from diffgraft.methods.predictions import known_kind, levels_after, levels_of
 from diffusers import DDIMScheduler, EulerDiscreteScheduler
 from torch import Tensor
 
 from diffgraft_hspace_directions.calibration import HOLDS, Measure, difference, directions_of, mid_blocks
-from diffgraft_hspace_directions.edit import Edit, MidJacobian, Shared, levels_there, random_rows, random_unit
+from diffgraft_hspace_directions.edit import Edit, MidJacobian, Shared, random_rows, random_unit
 from diffgraft_hspace_directions.knobs import PAPER, HSpaceDirectionsConfig, idle_knobs
 from diffgraft_hspace_directions.method import direction_level, same_sense, singular_directions, stretch
 
@@ -171,7 +171,7 @@ class HSpaceDirections(Plugin):
 
     def asymmetric(self, call: DenoiseCall, edited: Tensor, plain: Tensor) -> Tensor:
         """The one prediction whose step is a' P_t(edited) + d D_t(plain)."""
-        now, after = levels_there(call)
+        now, after = levels_of(call), levels_after(call)
         eta = float(call.run.arguments.get("eta") or 0.0) if isinstance(call.pipe.scheduler, DDIMScheduler) else 0.0
         k = stretch(now.a, now.s, after.a, direction_level(now.a, now.s, after.a, after.s, eta))
         axis, channels = call.family.channel_axis, call.latents.shape[call.family.channel_axis]

@@ -9,9 +9,8 @@ from dataclasses import dataclass, field
 import torch
 from diffgraft import ConfigError, DenoiseCall, Unsupported
 from diffgraft.methods.gradients import alone, jvp_of, predict_alone, vjp_of
-from diffgraft.methods.predictions import SignalNoise, known_kind, levels_after, levels_of, noise_estimate
+from diffgraft.methods.predictions import known_kind, levels_of, noise_estimate
 from diffgraft.methods.solvers import at_least_float32
-from diffusers import DDIMScheduler
 from torch import Tensor
 
 
@@ -57,23 +56,6 @@ class Edit:
 def shape_of(unit: Sequence[int]) -> tuple[int, ...]:
     """Of h of one sample, of [samples, R, C, H, W]: with frames only where there are several."""
     return tuple(unit[2:] if unit[1] == 1 else unit[1:])
-
-
-def levels_there(call: DenoiseCall) -> tuple[SignalNoise, SignalNoise]:
-    """The levels before a step of DDIM or Euler, and where the scheduler's step goes.
-
-    DDIM's goes to t - T // n, which is not always the schedule's next timestep; where a plugin edited the schedule, it does go there.
-    """
-    now, after, scheduler = levels_of(call), levels_after(call), call.pipe.scheduler
-    if not isinstance(scheduler, DDIMScheduler) or getattr(call.run, "strides", None):
-        return now, after
-    abar = scheduler.alphas_cumprod.to(now.a.device, torch.float32)
-    end = torch.as_tensor(scheduler.final_alpha_cumprod, dtype=torch.float32, device=now.a.device)
-    t = call.step.t.to(now.a.device, torch.long, non_blocking=True)
-    before = t - scheduler.config.num_train_timesteps // scheduler.num_inference_steps
-    levels = [torch.where(before >= 0, abar.take(before.clamp(min=0)), end) for before in (t, before)]
-    one, other = (SignalNoise(each.sqrt(), (1 - each).sqrt()) for each in levels)
-    return one, other
 
 
 @dataclass

@@ -29,7 +29,7 @@ from diffgraft import (
 )
 from diffgraft.methods.decoding import ensure_decodes
 from diffgraft.methods.distilled import ensure_own_levels, in_steps, unguided
-from diffgraft.methods.predictions import SignalNoise, clean_estimate, is_flow, known_kind, levels_after, levels_of, prediction_kind
+from diffgraft.methods.predictions import SignalNoise, clean_estimate, is_flow, known_kind, levels_next, levels_of, prediction_kind
 from diffgraft.methods.problems import Problem
 from diffgraft.methods.restoring import (
     begins_with_its_own,
@@ -43,7 +43,7 @@ from diffgraft.methods.restoring import (
 from torch import Tensor
 
 from diffgraft_lvtino.frames import FAMILIES, ImageModel, ensure_image_model
-from diffgraft_lvtino.knobs import PAPER, LvtinoConfig, Several
+from diffgraft_lvtino.knobs import PAPER, LvtinoConfig, Several, idle_knobs, too_long
 from diffgraft_lvtino.method import at_step, gamma_of, schedule_at
 
 __all__ = ["Lvtino"]
@@ -98,7 +98,7 @@ class Lvtino(Plugin):
             return
         pipe, family = target.pipe, target.family
         ensure_decodes(pipe, family, float32=True)
-        known_kind(family, pipe.scheduler)
+        known_kind(family, pipe.scheduler, self.name)
         if not problem.operator.linear:
             raise Unsupported(
                 f"lvtino: {type(problem.operator).__name__} is not linear, and has no proximal map: take red_diff, which asks A and its "
@@ -127,6 +127,8 @@ class Lvtino(Plugin):
             ensure_own_levels(call, "times=None")
             call = in_steps(call, len(self.config.times), "times=None")
         call.shared.__init__()  # an outer plugin may run the pipeline several times
+        if idle := idle_knobs(self.config):
+            call.note(f"without effect here: {', '.join(idle)} (image = {self.config.image!r}, gamma = {self.config.gamma!r})")
         self._remark(call, call.pipe, "this pipeline")
         second = call.given("image")
         if second is not None:
@@ -170,6 +172,8 @@ class Lvtino(Plugin):
     def _start(self, call: DenoiseCall, found: Found) -> Tensor:
         """a E(prox(0; y)) + s eps, with the pipeline's own noise."""
         problem = problem_of(call, self.name)
+        if long := too_long(self.config, call.step.total, self._end(call)):
+            call.note(f"longer than a run of {call.step.total} steps: {', '.join(long)}")
         zero = torch.zeros(problem.shape, device=problem.y.device)
         pixels = problem.operator.prox(zero, problem.y, self.config.start_gamma).clamp(-1, 1)
         z = first_guess(call, problem, self.name, pixels)
@@ -186,7 +190,7 @@ class Lvtino(Plugin):
         levels, kind = levels_of(call), prediction_kind(call.family, call.scheduler)
         z = x0 = clean_estimate(call.sample.float(), call.model_output.float(), levels, kind)
         ends = call.step.ends_schedule
-        after = None if ends else levels_after(call)
+        after = None if ends else levels_next(call)
         if not ends or self._end(call) == "prox":
             z = self._measured(call, x0, levels, after)
         call.acted()
@@ -196,7 +200,7 @@ class Lvtino(Plugin):
             return StepOutput(z.to(dtype), z.to(dtype))  # latent consistency pipelines decode the second
         return StepOutput((after.a * z + after.s * call.noise()).to(dtype), x0.to(dtype))
 
-    def _end(self, call: StepCall) -> str:
+    def _end(self, call: DenoiseCall | StepCall) -> str:
         return self.config.end or ("prediction" if call.family.latents == "bcfhw" else "prox")
 
     def _measured(self, call: StepCall, x0: Tensor, levels: SignalNoise, after: SignalNoise | None) -> Tensor:

@@ -7,7 +7,7 @@ from itertools import pairwise
 from typing import Any, Literal
 
 from diffgraft import Paper, PluginConfig
-from diffgraft.methods.problems import Problem
+from diffgraft.methods.problems import ProblemKnob
 from diffusers import DiffusionPipeline
 from pydantic import Field, field_validator
 
@@ -25,7 +25,7 @@ Several = float | tuple[float, ...]
 class LvtinoConfig(PluginConfig):
     """Knobs of LATINO and LVTINO."""
 
-    problem: Problem | dict[str, Any] | None = Field(
+    problem: ProblemKnob = Field(
         None, description="y = A(x) + noise, A linear: a Problem, or a dict of operator, y and noise; none: off, bit for bit"
     )
     delta: Several = Field(
@@ -91,3 +91,23 @@ class LvtinoConfig(PluginConfig):
         if value is not None and (not value or not falls or not all(0 <= t <= 1e6 for t in value)):
             raise ValueError("falling timesteps, at least one, none below 0")
         return value
+
+
+def idle_knobs(config: LvtinoConfig) -> list[str]:
+    """The knobs that were set and that another one leaves without effect."""
+    alone = config.image is None
+    idle = [name for name in ("image_gamma", "image_times", "image_prompt") if alone and getattr(config, name) is not None]
+    if "delta" in config.model_fields_set and config.gamma is not None and (alone or config.image_gamma is not None):
+        idle.append("delta")
+    return idle
+
+
+def too_long(config: LvtinoConfig, steps: int, end: str) -> list[str]:
+    """Which lists have values that a run of so many steps does not come to, as "gamma (5 values, 3 are used)"."""
+    proximal = steps if end == "prox" else steps - 1
+    reach = {"gamma": proximal, "delta": proximal if config.gamma is None else 0}
+    if config.image is not None:  # from the second step on
+        reach |= {"image_gamma": steps, "image_times": steps - 1}
+        reach["delta"] = steps if config.image_gamma is None else reach["delta"]
+    found = {name: value for name in reach if isinstance(value := getattr(config, name), tuple)}
+    return [f"{name} ({len(value)} values, {reach[name]} are used)" for name, value in found.items() if len(value) > reach[name] > 0]

@@ -437,6 +437,29 @@ def test_knobs_that_are_refused(knobs: dict[str, Any], told: str) -> None:
     refused(made, ConfigError, told, Problem(Identity(), torch.zeros(1, 3, 64, 64)), **knobs)
 
 
+@pytest.mark.parametrize(
+    ("knobs", "told"),
+    [
+        ({"image_gamma": 3.0}, "without effect here: image_gamma "),
+        ({"image_times": (5,), "image_prompt": "a"}, "without effect here: image_times, image_prompt "),
+        ({"delta": 2.0, "gamma": 3.0}, "without effect here: delta "),
+        ({"delta": 2.0, "gamma": 3.0, "image_gamma": 2.0, "image": "own"}, "without effect here: delta "),
+        ({"delta": 2.0, "gamma": 3.0, "image": "own"}, None),
+        ({"gamma": (1.0,) * 5}, "longer than a run of 4 steps: gamma (5 values, 4 are used)"),
+        ({"gamma": (1.0,) * 4, "end": "prediction"}, "longer than a run of 4 steps: gamma (4 values, 3 are used)"),
+        ({"delta": (1.0,) * 5}, "delta (5 values, 4 are used)"),
+        ({"image": "own", "image_times": (9, 8, 7, 6), "image_gamma": (1.0,) * 4}, "4 steps: image_times (4 values, 3 are used)"),
+        ({"gamma": (1.0,) * 4}, None),
+    ],
+)
+def test_knobs_that_say_nothing_are_told_of(knobs: dict[str, Any], told: str | None) -> None:
+    made = lcm()
+    knobs = {name: lcm().pipe if value == "own" else value for name, value in knobs.items()}
+    restored(made, Problem(Identity(), torch.zeros(1, 3, 64, 64)), **knobs)
+    assert len(said(made).notes) == (told is not None)
+    assert all(told in note for note in said(made).notes)
+
+
 def test_image_models_that_are_refused() -> None:
     flow = wan().pipe
     refused(lcm(), Unsupported, "WanPipeline is of the family 'wan'", Problem(Identity(), torch.zeros(1, 3, 64, 64)), image=flow)

@@ -41,7 +41,7 @@ from diffgraft.methods.predictions import (
     levels_of,
     prediction_kind,
 )
-from diffgraft.methods.problems import Problem
+from diffgraft.methods.problems import Problem, ProblemKnob
 from diffgraft.methods.restoring import begins_with_its_own, ensure_one_call_a_step, first_guess, pixels_of, problem_of
 from pydantic import Field
 from torch import Tensor
@@ -61,7 +61,7 @@ class UnitScale(LossScale):
 class ObservationGuidanceConfig(PluginConfig):
     """Knobs of observation_guidance."""
 
-    problem: Problem | dict[str, Any] | None = Field(
+    problem: ProblemKnob = Field(
         None, description="y = A(x) + noise: a Problem, or a dict of operator, y and noise; none: off, bit for bit"
     )
     scale: float = Field(
@@ -142,7 +142,7 @@ class ObservationGuidance(Plugin):
         self._ensure_fits(target.family, target.pipe.scheduler)
 
     def _ensure_fits(self, family: Any, scheduler: Any) -> None:
-        known_kind(family, scheduler)
+        known_kind(family, scheduler, self.name)
         if self.config.form == "ddpm" and (is_exploding(scheduler) or is_flow(family, scheduler)):
             raise Unsupported(
                 f"{self.name}: form = 'ddpm' is of variance-preserving samples, and those of {type(scheduler).__name__} are not: take "
@@ -254,16 +254,18 @@ class ObservationGuidance(Plugin):
         if asked is None:
             return next(call)  # type: ignore[no-any-return]
         levels, after = levels_of(call), levels_after(call)
+        n = len(call.sample) // (2 if call.family.guidance.doubled and len(asked.branches) > 1 else 1)
         if observed.gradient is not None:
             out = next(self._led(call, observed.gradient, levels))
             observed.gradient = None
+        elif call.step.ends_schedule and not bool(after.s > 0):  # check: allow host_sync because it is once a run
+            out = next(call)  # to the clean sample: the posterior has no variance, and no gradient counts
         else:
             out = next(call)
-            n = len(out.sample) // (2 if call.family.guidance.doubled and len(asked.branches) > 1 else 1)
             shift = after_step(self._gradient(asked, out.sample[:n]), levels, after, self.config.scale)
             out = StepOutput((out.sample.float() + copies(shift, out.sample)).to(out.sample.dtype), out.x0)
         if call.step.ends_schedule:
-            observed.result = out.sample[: len(observed.energies[-1])].float()
+            observed.result = out.sample[:n].float()
         return out
 
     def _led(self, call: StepCall, gradient: Tensor, levels: SignalNoise) -> StepCall:

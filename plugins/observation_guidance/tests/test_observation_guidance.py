@@ -223,7 +223,21 @@ def test_a_run_is_the_papers_algorithm(operator, form: str, loss: str) -> None:
     wanted = in_plain_torch(made.pipe, problem, 0.3, form, loss, n=2)
     found = run(made, problem, scale=0.3, form=form, loss=loss, batch_size=2)
     torch.testing.assert_close(found, wanted, rtol=0, atol=2e-4)
-    assert made.report.forwards == {"cond": 2 * STEPS}
+    saved = form == "ddpm" and float(scheduler_end(made.pipe.scheduler)) == 1  # there the last gradient would count nothing
+    assert made.report.forwards == {"cond": 2 * STEPS - saved}
+
+
+@pytest.mark.parametrize("to_one", [True, False])
+def test_ddpms_last_step_asks_for_no_gradient_where_it_ends_without_noise(to_one: bool) -> None:
+    made = pixel()
+    made.pipe.scheduler = DDIMScheduler.from_config(made.pipe.scheduler.config, set_alpha_to_one=to_one)
+    problem = simulated(Mask(0.5), picture())
+    wanted = in_plain_torch(made.pipe, problem, 0.3, "ddpm", "squared")
+    torch.testing.assert_close(run(made, problem, scale=0.3, form="ddpm"), wanted, rtol=0, atol=2e-4)
+    assert sum(made.report.plugins[NAME].counts["gradient passes"].values()) == STEPS - to_one
+    made.kwargs["num_inference_steps"] = 1
+    run(made, problem, scale=0.3, form="ddpm")
+    assert "residual" in made.report.plugins[NAME].records
 
 
 def test_ddpms_form_on_ddpm() -> None:

@@ -25,8 +25,8 @@ from diffgraft import (
 )
 from diffgraft.methods.decoding import ensure_decodes
 from diffgraft.methods.gradients import ensure_graphs
-from diffgraft.methods.predictions import clean_estimate, known_kind, levels_after, levels_of, prediction_kind
-from diffgraft.methods.problems import Problem
+from diffgraft.methods.predictions import clean_estimate, known_kind, levels_next, levels_of, prediction_kind
+from diffgraft.methods.problems import Problem, ProblemKnob
 from diffgraft.methods.restoring import (
     begins_with_its_own,
     ensure_one_call_a_step,
@@ -51,7 +51,7 @@ BETAS = (0.9, 0.99)
 class RedDiffConfig(PluginConfig):
     """Knobs of RED-diff."""
 
-    problem: Problem | dict[str, Any] | None = Field(
+    problem: ProblemKnob = Field(
         None, description="y = A(x) + noise: a Problem, or a dict of operator, y and noise; none: off, bit for bit"
     )
     weight: float = Field(0.25, ge=0, le=1e6, description="lambda: of the prior; 0: the measurement alone")
@@ -105,7 +105,7 @@ class RedDiff(Plugin):
     def check(self, target: Target) -> None:
         if self.config.problem is not None:
             ensure_decodes(target.pipe, target.family)
-            known_kind(target.family, target.pipe.scheduler)
+            known_kind(target.family, target.pipe.scheduler, self.name)
 
     def run(self, call: RunCall, next: Any) -> Any:
         if self.config.problem is None:
@@ -129,10 +129,14 @@ class RedDiff(Plugin):
         return next(call)  # type: ignore[no-any-return]
 
     def _begin(self, call: DenoiseCall, search: Search) -> None:
-        """mu = pinv(y), and the pipeline's own noise on it."""
+        """mu = pinv(y) within [-1, 1], and the pipeline's own noise on it.
+
+        The pseudo-inverse of a blur makes noise many times as large as any picture, and Adam's way back is long.
+        """
         ensure_graphs(call)
-        search.problem = problem_of(call, self.name)
-        search.mu = first_guess(call, search.problem, self.name)
+        problem = search.problem = problem_of(call, self.name)
+        guess = problem.operator.pinv(problem.y).clamp(-1, 1) if problem.operator.linear else None
+        search.mu = first_guess(call, problem, self.name, guess)
         search.adam = torch.optim.Adam([search.mu], self.config.lr, BETAS)
         a, s = levels_of(call)
         search.asked = self._around(call, search.mu)
@@ -162,7 +166,7 @@ class RedDiff(Plugin):
         if call.step.ends_schedule:
             search.ended = True
             return StepOutput(mu.to(out.sample.dtype), mu.to(out.sample.dtype))
-        after = levels_after(call)
+        after = levels_next(call)
         search.asked = self._around(call, mu)
         return StepOutput((after.a * search.asked + after.s * call.noise()).to(out.sample.dtype), x0.to(out.sample.dtype))
 

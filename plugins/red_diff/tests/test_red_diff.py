@@ -9,12 +9,20 @@ import pytest
 import torch
 from diffgraft import ConfigError, Effects, Unsupported, load_pipeline
 from diffgraft.installed.planner import Part, judge
-from diffgraft.methods.measurements import Identity, Mask, Phase, downsample
+from diffgraft.methods.measurements import Blur, Identity, Mask, Phase, downsample
 from diffgraft.methods.problems import Problem, simulated
 from diffgraft.testing import run_contract
 from diffgraft_red_diff import BETAS, RedDiff
 from diffgraft_red_diff.method import misfit, prior_gradient, share
-from diffusers import DDIMInverseScheduler, DDIMScheduler, EulerDiscreteScheduler, HeunDiscreteScheduler, PNDMScheduler
+from diffusers import (
+    DDIMInverseScheduler,
+    DDIMScheduler,
+    EDMEulerScheduler,
+    EulerDiscreteScheduler,
+    HeunDiscreteScheduler,
+    IPNDMScheduler,
+    PNDMScheduler,
+)
 
 STEPS = 6
 WEIGHTINGS = {
@@ -238,8 +246,37 @@ def test_a_problem_of_other_pictures(problem: Problem, told: str) -> None:
     assert not asked
 
 
+@pytest.mark.parametrize("operator", [Mask(0.5), downsample(3)], ids=["mask", "downsample"])
+def test_a_size_that_an_autoencoder_would_cut_is_refused_before_the_denoiser_runs(operator: Any) -> None:
+    """Of 66 or 33 pixels the encoder leaves some out, and what it makes may be as large as the run's latents."""
+    made = tiny("StableDiffusionPipeline", "sd")
+    scale, asked = made.pipe.vae_scale_factor, []
+    side = 33 if scale % 3 else 34
+    made.pipe.unet.register_forward_hook(lambda *_: asked.append(1))
+    with pytest.raises(ConfigError, match=f"red_diff: pictures of {side}x{side}.*multiples of {scale}: {side - side % scale}x"):
+        restored(made, simulated(operator, torch.zeros(1, 3, side, side)))
+    assert not asked
+
+
+def test_it_begins_at_a_picture_whatever_the_inverse_makes_of_noise() -> None:
+    """The pseudo-inverse of a blur with noise is far beyond white; pictures are not, and the way back would be long."""
+    made = ddim()
+    problem = simulated(Blur(1.5), torch.zeros(1, 3, 16, 16), 0.02, torch.Generator().manual_seed(0))
+    assert float(problem.operator.pinv(problem.y).abs().max()) > 2
+    started = []
+
+    class Watched(RedDiff):
+        def _begin(self, call, search):
+            super()._begin(call, search)
+            started.append(search.mu.clone())
+
+    load_pipeline(made.pipe, plugins=[Watched(problem=problem)])
+    made.pipe(**made.kwargs, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(started[0], problem.operator.pinv(problem.y).clamp(-1, 1))
+
+
 def test_what_is_no_problem() -> None:
-    for value, told in (("downsample(2)", "problem = 'downsample"), ({"y": 1}, r"give a Problem\(operator, y, noise\)")):
+    for value, told in (("downsample(2)", r"y is missing: give Problem\(operator, y"), ({"y": 1}, r"give a Problem\(operator, y, noise\)")):
         with pytest.raises(ConfigError, match=told):
             load_pipeline(ddim().pipe, plugins={"red_diff": {"problem": value}})
 
@@ -250,6 +287,8 @@ def test_what_is_no_problem() -> None:
         (HeunDiscreteScheduler, "asks more than once for a step", {}),
         (PNDMScheduler, "asks more than once for a step", {"skip_prk_steps": False}),
         (DDIMInverseScheduler, "from the picture to noise", {}),
+        (IPNDMScheduler, "red_diff: IPNDMScheduler does not say how noisy", {}),
+        (EDMEulerScheduler, "red_diff: EDMEulerScheduler wants", {}),
     ],
 )
 def test_schedulers_that_are_refused(cls: Any, told: str, options: dict[str, Any]) -> None:

@@ -29,7 +29,7 @@ from diffgraft import (
 )
 from diffgraft.methods.conditioning import Conditioning, for_each_prompt, own_conditioning, with_prompt
 from diffgraft.methods.gradients import LossScale, ensure_differentiable, latent_gradient, predict_alone
-from diffgraft.methods.predictions import SignalNoise, known_kind, levels_after, levels_of, noise_estimate, prediction_kind
+from diffgraft.methods.predictions import SignalNoise, known_kind, levels_next, levels_of, noise_estimate, prediction_kind
 from diffgraft.methods.second import dtype_difference, unhooked
 from diffusers import DiffusionPipeline, ModularPipeline
 from diffusers.utils.torch_utils import randn_tensor
@@ -192,7 +192,7 @@ class SuperDiff(Plugin):
         if shared.vb is None:
             raise Unsupported("superdiff: a plugin further out answered this step's denoiser call in its place; put superdiff first")
         along_ode, ends = config.operation.endswith("_ode"), call.step.ends_schedule
-        here, there = with_signal(levels_of(call)), with_signal(levels_after(call))
+        here, there = with_signal(levels_of(call)), with_signal(levels_next(call))
         sigma, x = here.s / here.a, call.sample.double() / here.a
         after = torch.zeros_like(sigma) if ends else there.s / there.a
         va, vb, ga, gb = self.predictions(call, here)
