@@ -1,4 +1,4 @@
-"""The command line: ``diffgraft list | show | search | run | again | restore | compare | tune | calibrate | evolve | invert | fit |
+"""The command line: ``diffgraft list | show | search | run | batch | again | restore | compare | tune | calibrate | evolve | invert | fit |
 weights | doctor | new | check``.
 
 Torch is imported inside the commands that need it.
@@ -13,6 +13,7 @@ from typing import Annotated
 import typer
 
 from diffgraft import __version__
+from diffgraft.cli.batching import batch
 from diffgraft.cli.catalogue import search
 from diffgraft.cli.community import check, new
 from diffgraft.cli.listing import doctor, list_plugins, show
@@ -93,7 +94,7 @@ def main(
 
 
 app.command("list", cls=Command)(list_plugins)
-for command in (show, run, again, restore, compare, tune, calibrate, evolve, invert, fit, doctor, new, check, search):
+for command in (show, run, batch, again, restore, compare, tune, calibrate, evolve, invert, fit, doctor, new, check, search):
     app.command(cls=Command)(command)
 app.add_typer(weights, name="weights")
 
