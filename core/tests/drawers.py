@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 from dataclasses import dataclass
@@ -38,6 +39,8 @@ def draw(notes: Path, task):
         os.kill(os.getpid(), signal.SIGKILL)
     if word == "stop" and not tries:
         raise KeyboardInterrupt
+    if word == "warn":
+        logging.getLogger("diffgraft.drawers").warning("line %d is a strange one", task.number)
     if word == "fail":
         return Failed("it would not")
     return Drawn(picture(task))

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from diffgraft.batch.lines import LONGEST, Broken, read_lines
+from diffgraft.batch.lines import LONGEST, Broken, check_prompts
 from diffgraft.batch.results import Results
 from diffgraft.batch.tasks import Task, Tasks
 from diffgraft.batch.work import carried_out, here, surveyed
@@ -95,10 +95,9 @@ def test_a_line_overrides_the_command_and_its_seed_follows_from_its_number(tmp_p
 
 
 def test_no_file_and_no_line(tmp_path):
-    with pytest.raises(ConfigError, match="No such file"):
-        list(read_lines(tmp_path / "none"))
-    with pytest.raises(ConfigError, match="no line"):
-        surveyed(Tasks(written(tmp_path / "p", ""), Recipe(pipeline="none"), ".png", {}), Results(tmp_path))
+    for path, fault in ((tmp_path / "none", "no such file"), (tmp_path, "no file"), (written(tmp_path / "p", "", " "), "no line")):
+        with pytest.raises(ConfigError, match=fault):
+            check_prompts(path)
 
 
 # in this process --------------------------------------------------------------------------------------------------------------------------
@@ -213,10 +212,12 @@ def workers():
         yield cluster
 
 
-def test_workers_draw_what_one_process_draws(workers, tmp_path):
-    tasks = of_prompts(tmp_path, *"abcdefgh", "fail")
+def test_workers_draw_what_one_process_draws(workers, tmp_path, caplog):
+    tasks = of_prompts(tmp_path, *"abcdefg", "warn", "fail")
     one = gone_through(tasks, tmp_path / "one", tmp_path / "notes")
+    caplog.clear()
     two = gone_through(tasks, tmp_path / "two", tmp_path / "notes2", workers)
+    assert "line 8 is a strange one" in caplog.text  # said in another process
     assert (one.drawn, one.failed) == (two.drawn, two.failed) == (8, {9: "it would not"})
     assert pictures(tmp_path / "one") == pictures(tmp_path / "two")
     assert (tmp_path / "one/metadata.jsonl").read_bytes() == (tmp_path / "two/metadata.jsonl").read_bytes()
@@ -261,13 +262,18 @@ def test_a_pipeline_that_cannot_be_loaded(workers, loading, error, tmp_path):
     assert isinstance(next(tasks), Task)  # nobody has begun it
 
 
-def test_more_workers_than_there_is_room_for(workers, tmp_path):
+def test_the_room_of_a_cluster(workers, tmp_path, caplog):
     from diffgraft.batch.rays import Cluster
 
-    with pytest.raises(ConfigError, match=r"--workers 2: of 2 cores each the cluster has room for 1"):
-        next(Cluster("auto", 2, threads=2)(Draws(tmp_path), iter(())))
-    with pytest.raises(ConfigError, match="and a GPU each the cluster has room for 0"):
-        next(Cluster("auto", gpu=True)(Draws(tmp_path), iter(())))
+    machines = [{"CPU": 6.0, "GPU": 1.0}, {"CPU": 6.0}, {"CPU": 3.0}]
+    assert Cluster(gpu=False, threads=4).room(machines) == (2, 0)  # not 15 // 4
+    assert Cluster().room(machines) == (1, 1)
+    assert Cluster().room(machines[1:]) == (9, 0)
+    with pytest.raises(ConfigError, match="no room for a worker of 3 cores"):
+        next(Cluster("auto", 2, threads=3)(Draws(tmp_path), iter(())))
+    tasks = of_prompts(tmp_path, *"abc")
+    assert gone_through(tasks, tmp_path / "out", tmp_path / "notes", Cluster("auto", 3)).drawn == 3
+    assert "of 3 workers of 1 cores each the cluster has room for 2" in caplog.text
 
 
 # the command ------------------------------------------------------------------------------------------------------------------------------
@@ -287,7 +293,7 @@ def test_the_command_goes_on_and_any_number_of_workers_draws_the_same(call, sd_f
     written(Path("p.jsonl"), {"prompt": "a"}, "{", {"prompt": "b", "seed": 5, "id": "b"}, {"height": 8, "prompt": "c"}, {"prompt": "d"})
     first = call(*words, "--out", "one")
     assert first.exit_code == 1, first.output
-    assert "wrote 3 to one, 0 were there, 2 lines are without" in first.stdout
+    assert "wrote 3 to one, 0 were there, 2 lines have none" in first.stdout
     assert "line 2: no JSON" in first.stderr
     assert "line 4: " in first.stderr
     assert sorted(pictures(Path("one"))) == ["b.png", "line-000001.png", "line-000005.png"]

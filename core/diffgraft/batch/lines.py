@@ -47,17 +47,20 @@ class Broken:
     why: str
 
 
-def read_lines(path: Path) -> Iterator[tuple[int, PromptLine] | Broken]:
-    """Each line that is not blank, with its number.
+def check_prompts(path: Path) -> None:
+    """Raises ConfigError for what is no file of prompts: it is read more than once, which a pipe cannot be."""
+    if not path.is_file():
+        fault = "that is no file" if path.exists() else "there is no such file"
+    elif next(read_lines(path), None) is None:
+        fault = "there is no line in it"
+    else:
+        return
+    raise ConfigError(f'{path}: {fault}; write one JSON object a line: {{"prompt": "a big panda"}}')
 
-    Raises:
-        ConfigError: there is no such file.
-    """
-    try:
-        file = path.open("rb")
-    except OSError as error:
-        raise ConfigError(f'{path}: {error.strerror}; it holds one JSON object a line: {{"prompt": "a big panda"}}') from None
-    with file:
+
+def read_lines(path: Path) -> Iterator[tuple[int, PromptLine] | Broken]:
+    """Each line that is not blank, with its number."""
+    with path.open("rb") as file:
         number = 0
         while raw := file.readline(LONGEST + 1):
             number += 1

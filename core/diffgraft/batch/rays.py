@@ -49,19 +49,20 @@ class Cluster:
 
         Raises:
             Unsupported: Ray is not installed.
-            ConfigError: no cluster answers, or it has no room for so many workers.
+            ConfigError: no cluster answers, or it has no room for any worker.
             ForeignError: workers are lost before they can draw anything.
         """
         ray = imported("ray", "`diffgraft batch` with --ray or --workers")
         with self.connected(ray):
-            room, gpus = self.room(ray.cluster_resources())
-            if room < (self.workers or 1):
-                each = f"{self.threads} cores" + (" and a GPU" if gpus else "")
-                raise ConfigError(
-                    f"--workers {self.workers or 1}: of {each} each the cluster has room for {room}; fewer, or fewer --threads"
-                )
+            room, gpus = self.room([node["Resources"] for node in ray.nodes() if node["Alive"]])
+            wanted = self.workers or room
+            each = f"{self.threads} cores" + " and a GPU" * gpus
+            if not room:
+                raise ConfigError(f"the cluster has no room for a worker of {each}: fewer --threads, or another --device")
+            if room < wanted:
+                _log.warning("of %d workers of %s each the cluster has room for %d; the others wait for more", wanted, each, room)
             options = {"num_cpus": self.threads, "num_gpus": gpus, "max_restarts": 0}
-            yield from Pool(ray, options, open, tasks).outcomes(self.workers or room)
+            yield from Pool(ray, options, open, tasks).outcomes(wanted)
 
     @contextmanager
     def connected(self, ray: Any) -> Iterator[None]:
@@ -80,11 +81,11 @@ class Cluster:
         finally:
             ray.shutdown()
 
-    def room(self, has: dict[str, float]) -> tuple[int, int]:
-        """(how many workers the cluster can hold, GPUs of each)."""
-        gpus = int(self.gpu if self.gpu is not None else has.get("GPU", 0) >= 1)
-        cores = int(has.get("CPU", 0)) // self.threads
-        return (min(cores, int(has.get("GPU", 0))) if gpus else cores), gpus
+    def room(self, machines: list[dict[str, float]]) -> tuple[int, int]:
+        """(how many workers the machines of a cluster can hold, GPUs of each)."""
+        gpus = int(any(machine.get("GPU", 0) >= 1 for machine in machines) if self.gpu is None else self.gpu)
+        places = [int(machine.get("CPU", 0)) // self.threads for machine in machines]
+        return sum(min(cores, int(machine.get("GPU", 0))) if gpus else cores for cores, machine in zip(places, machines, strict=True)), gpus
 
 
 class Worker:

@@ -51,7 +51,7 @@ class Tasks:
                     continue
             recipe = recipe_of(number, line, self.base)
             name = f"{line.id or f'{NUMBERED}{number:06}'}{self.suffix}"
-            yield Task(number, name, recipe, work_digest({"recipe": recipe.model_dump(mode="json"), **self.besides}))
+            yield Task(number, name, recipe, work_digest({"recipe": recipe.model_dump(mode="json", exclude_defaults=True), **self.besides}))
 
 
 def recipe_of(number: int, line: PromptLine, base: Recipe) -> Recipe:

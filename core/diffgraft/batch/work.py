@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from diffgraft.batch.lines import Broken
 from diffgraft.batch.results import Results
 from diffgraft.batch.tasks import Task, Tasks
-from diffgraft.installed.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -42,12 +41,14 @@ class Batch:
 
     there   numbers of the lines whose results were there before
     todo    how many are to be drawn
-    drawn   how many were
+    done    how many were tried
+    drawn   how many were drawn
     failed  lines that have no result: number -> why
     """
 
     there: set[int] = field(default_factory=set)
     todo: int = 0
+    done: int = 0
     drawn: int = 0
     failed: dict[int, str] = field(default_factory=dict)
 
@@ -56,7 +57,7 @@ def surveyed(tasks: Iterable[Task | Broken], results: Results) -> Batch:
     """What is there, and what is to be done. Nothing is loaded or written.
 
     Raises:
-        ConfigError: no line at all, or a result that belongs to another batch.
+        ConfigError: a result that belongs to another batch.
     """
     batch = Batch()
     for task in tasks:
@@ -66,8 +67,6 @@ def surveyed(tasks: Iterable[Task | Broken], results: Results) -> Batch:
             batch.there.add(task.number)
         else:
             batch.todo += 1
-    if not (batch.there or batch.todo or batch.failed):
-        raise ConfigError('there is no line in the file of prompts; it holds one JSON object a line: {"prompt": "a big panda"}')
     return batch
 
 
@@ -81,6 +80,7 @@ def carried_out(batch: Batch, tasks: Tasks, results: Results, open: Open, pool: 
     if batch.todo:
         with closing(pool(open, todo)) as outcomes:  # so that the workers end with it, whatever ends it
             for task, outcome in outcomes:
+                batch.done += 1
                 if isinstance(outcome, Drawn):
                     results.write(task, outcome.data)
                     batch.drawn += 1

@@ -32,7 +32,7 @@ from diffgraft.lab.terminal import progress, say
 
 if TYPE_CHECKING:
     from diffgraft.batch.tasks import Task
-    from diffgraft.batch.work import Batch, Draw, Outcome, Pool
+    from diffgraft.batch.work import Draw, Outcome, Pool
     from diffgraft.lab.recipes import Recipe
 
 _log = logging.getLogger(__name__)
@@ -82,6 +82,7 @@ def batch(
     kind = kind_of(suffix)
     # the place of --stack FILE: it would say `plugins` here instead of --plugin and --option, and refuse to be given beside them
     plugins, extra = specs_for(pipeline, plugin, option), parse_assignments(arg, "-a")
+    from diffgraft.batch.lines import check_prompts
     from diffgraft.batch.results import Results
     from diffgraft.batch.tasks import Tasks
     from diffgraft.batch.work import carried_out, surveyed
@@ -104,6 +105,7 @@ def batch(
         dtype=dtype,
         backend=backend,
     )
+    check_prompts(prompts)
     call_of(base)
     checked_plugins(plugins)
     pool = pool_of(ray, workers, threads, device)
@@ -112,11 +114,17 @@ def batch(
     results = Results(out)
     with results.claimed(), torch_threads(threads):
         state = surveyed(tasks, results)
-        tell_broken(state)
+        broken = dict(state.failed)
+        tell_failed(broken)
+        say(f"{state.todo} to draw, {len(state.there)} there already" + f", {len(broken)} broken" * bool(broken), err=True)
         with progress() as advance:
             for now in carried_out(state, tasks, results, Opening(base, kind, threads, files), pool):
-                advance("pictures", now.drawn + len(now.failed), now.todo)
-    tell(state, out, as_json)
+                advance("pictures", now.done, now.todo)
+    tell_failed({number: why for number, why in state.failed.items() if number not in broken})
+    if as_json:
+        say(json.dumps({"there": len(state.there), "drawn": state.drawn, "failed": dict(sorted(state.failed.items()))}))
+    else:
+        say(f"wrote {state.drawn} to {out}, {len(state.there)} were there" + f", {len(state.failed)} lines have none" * bool(state.failed))
     raise typer.Exit(1 if state.failed else 0)
 
 
@@ -199,23 +207,9 @@ def draw(pipe: Any, suffix: str, files: dict[str, str], task: Task) -> Outcome:
         return Failed(said(error))
 
 
-def tell_broken(state: Batch) -> None:
-    """Before it begins: what there is to do, and the lines that cannot be used."""
-    tell_failed(state.failed)
-    say(f"{state.todo} to draw, {len(state.there)} there already" + f", {len(state.failed)} broken" * bool(state.failed), err=True)
-
-
 def tell_failed(failed: dict[int, str]) -> None:
+    """Name lines by number, with the reason."""
     for number in sorted(failed)[:SHOWN]:
         say((f"line {number}: {failed[number]}", "red"), err=True)
     if len(failed) > SHOWN:
         say((f"and {len(failed) - SHOWN} more", "red"), err=True)
-
-
-def tell(state: Batch, out: Path, as_json: bool) -> None:
-    """At the end."""
-    if as_json:
-        say(json.dumps({"there": len(state.there), "drawn": state.drawn, "failed": dict(sorted(state.failed.items()))}))
-        return
-    tell_failed(state.failed)
-    say(f"wrote {state.drawn} to {out}, {len(state.there)} were there" + f", {len(state.failed)} lines are without" * bool(state.failed))
