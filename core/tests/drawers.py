@@ -1,7 +1,11 @@
-"""Stand-ins for a pipeline in tests of batches: they draw at once, and die, fail or stop when a prompt says so."""
+"""Stand-ins for a pipeline in tests of batches: they draw at once, and die, fail or stop when a prompt says so.
+
+Without torch, which would take each worker seconds to import.
+"""
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import signal
@@ -11,8 +15,7 @@ from pathlib import Path
 
 from diffgraft.batch.work import Drawn, Failed
 from diffgraft.installed.errors import Unsupported
-from diffgraft.lab.pictures import encode
-from diffgraft.lab.recipes import Record
+from diffgraft.lab.recipes import Record, save_options
 from PIL import Image
 
 
@@ -49,7 +52,9 @@ def draw(notes: Path, task):
 def picture(task) -> bytes:
     """A picture of the task's seed, with its record."""
     record = Record(recipe=task.recipe, kind="none", scheduler="none", size=(1, 1), versions={}, asked=task.asked)
-    return encode([Image.new("RGB", (1, 1), (task.recipe.seed % 256, 0, 0))], ".png", record)
+    file = io.BytesIO()
+    Image.new("RGB", (1, 1), (task.recipe.seed % 256, 0, 0)).save(file, "PNG", **save_options(record, ".png"))
+    return file.getvalue()
 
 
 def begun(notes: Path, number: int) -> list[str]:

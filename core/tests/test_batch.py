@@ -8,21 +8,24 @@ import multiprocessing
 import os
 import signal
 import sys
+import types
 from pathlib import Path
 
 import pytest
+from diffgraft.batch import lines
 from diffgraft.batch.lines import LONGEST, Broken, check_prompts
 from diffgraft.batch.results import Results
 from diffgraft.batch.tasks import Task, Tasks
 from diffgraft.batch.work import carried_out, here, surveyed
-from diffgraft.installed.errors import ConfigError, Conflict, OutputError
+from diffgraft.installed.errors import ConfigError, Conflict, ForeignError, OutputError
 from diffgraft.lab.recipes import Recipe, read_record
+from diffgraft.methods import inputs
 from diffgraft_pipelines.tiny import make
 from drawers import Draws, begun
 
 
-def written(path: Path, *lines: object) -> Path:
-    path.write_text("".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines), encoding="utf-8")
+def written(path: Path, *values: object) -> Path:
+    path.write_text("".join((value if isinstance(value, str) else json.dumps(value)) + "\n" for value in values), encoding="utf-8")
     return path
 
 
@@ -92,6 +95,10 @@ def test_a_line_overrides_the_command_and_its_seed_follows_from_its_number(tmp_p
     assert (second.seed, second.steps, second.class_label, second.args) == (0, 7, ["cat"], {"eta": 1, "clip_skip": 1})
     unsaid = written(tmp_path / "p", {"prompt": "a"}, "", {"prompt": "b"})
     assert [task.recipe.seed for task in Tasks(unsaid, base, ".png", {})] == [40, 42]
+
+
+def test_seeds_are_those_of_a_generator():
+    assert (lines.LEAST_SEED, lines.LARGEST_SEED) == (inputs.LEAST_SEED, inputs.LARGEST_SEED)
 
 
 def test_no_file_and_no_line(tmp_path):
@@ -208,8 +215,10 @@ def workers():
     from diffgraft.batch.rays import Cluster
 
     cluster = Cluster(workers=2)
-    with cluster.connected(ray):
-        yield cluster
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(Path(__file__).parent))  # workers find the stand-ins there
+        with cluster.connected(ray):
+            yield cluster
 
 
 def test_workers_draw_what_one_process_draws(workers, tmp_path, caplog):
@@ -260,6 +269,15 @@ def test_a_pipeline_that_cannot_be_loaded(workers, loading, error, tmp_path):
         next(workers(Draws(tmp_path, loading), tasks))
     assert error in f"{type(found.value).__name__}: {found.value}"
     assert isinstance(next(tasks), Task)  # nobody has begun it
+
+
+def test_a_worker_that_lacks_a_package(workers, tmp_path, monkeypatch):
+    """Told once, and as what it is."""
+    monkeypatch.setitem(sys.modules, "only_here", types.ModuleType("only_here"))
+    opening = type("Opening", (), {"__module__": "only_here", "__call__": lambda self: None})
+    monkeypatch.setattr(sys.modules["only_here"], "Opening", opening, raising=False)
+    with pytest.raises(ForeignError, match=r"a worker cannot begin .*only_here"):
+        next(workers(opening(), iter(of_prompts(tmp_path, "a"))))
 
 
 def test_the_room_of_a_cluster(workers, tmp_path, caplog):

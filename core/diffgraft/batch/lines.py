@@ -12,8 +12,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from diffgraft.installed.errors import ConfigError, choices
 from diffgraft.installed.foreign import brief
-from diffgraft.methods.inputs import LARGEST_SEED, LEAST_SEED
 
+LEAST_SEED, LARGEST_SEED = -(2**63), 2**64 - 1
+"""Those of `methods/inputs.py`, which imports torch; whoever reads or waits needs none."""
 LONGEST = 1_000_000
 """Bytes of a line."""
 NUMBERED = "line-"

@@ -17,6 +17,7 @@ from typing import Any
 
 from diffgraft.batch.tasks import Task
 from diffgraft.batch.work import Draw, Failed, Open, Outcome, Outcomes
+from diffgraft.installed import registry
 from diffgraft.installed.errors import ConfigError, ForeignError
 from diffgraft.installed.foreign import said
 from diffgraft.methods.extras import imported
@@ -25,8 +26,6 @@ _log = logging.getLogger(__name__)
 
 TRIES = 3
 """How often a task is begun whose worker is lost, and how many workers in a row may be lost while they load."""
-ENVIRONMENT = ("DIFFGRAFT_PLUGINS", "HF_HUB_OFFLINE", "DIFFUSERS_VERBOSITY", "TRANSFORMERS_VERBOSITY", "OMP_WAIT_POLICY")
-"""What workers have from the command's environment. No token is among it: Ray shows such things on its pages."""
 
 
 @dataclass(frozen=True)
@@ -93,21 +92,21 @@ class Worker:
 
     Args:
         folder: that of the command, which relative paths start from; where there is none such, they start from the worker's own.
-        environment: see `ENVIRONMENT`.
+        allowed: the command's list of plugins that may load, or None.
     """
 
-    def __init__(self, open: Open, folder: str, environment: dict[str, str]) -> None:
-        os.environ.update(environment)
+    def __init__(self, folder: str, allowed: str | None) -> None:
         if Path(folder).is_dir():
             os.chdir(folder)
-        self.open = open
+        if allowed is not None:
+            os.environ[registry.ALLOW] = allowed
         self.draw: Draw | None = None
         self.ears = Ears()
         logging.getLogger("diffgraft").addHandler(self.ears)
 
-    def load(self) -> list[str]:
+    def load(self, open: Open) -> list[str]:
         """Get ready to draw; what was warned of."""
-        self.draw = self.open()
+        self.draw = open()
         return self.ears.emptied()
 
     def work(self, task: Task) -> tuple[Outcome, list[str]]:
@@ -137,8 +136,7 @@ class Pool:
     def __init__(self, ray: Any, options: dict[str, Any], open: Open, tasks: Iterator[Task]) -> None:
         self.ray, self.tasks = ray, tasks
         self.kind = ray.remote(Worker).options(**options)
-        environment = {name: os.environ[name] for name in ENVIRONMENT if name in os.environ}
-        self.arguments = ray.put(open), str(Path.cwd()), environment
+        self.open = ray.put(open)
         lost = ray.exceptions
         self.losses = lost.RayActorError, lost.WorkerCrashedError, lost.OutOfMemoryError, lost.ObjectLostError
         self.running: dict[Any, tuple[Any, Task | None]] = {}  # the promise of a result -> (worker, its task; None: it loads)
@@ -162,8 +160,8 @@ class Pool:
                     self.ray.kill(worker)  # one that is only out of reach may not come back and draw on
                     yield from self.lost(task, error)
                     continue
-                except self.ray.exceptions.RayTaskError as error:
-                    raise error.cause from None
+                except self.ray.exceptions.RayError as error:
+                    raise self.told(error) from None
                 if task is None:
                     self.lost_loading = 0
                     self.warn(found)
@@ -178,8 +176,8 @@ class Pool:
 
     def start(self) -> None:
         """One more worker. Ray may be long in finding a place for it; it holds no task meanwhile."""
-        worker = self.kind.remote(*self.arguments)
-        self.running[worker.load.remote()] = worker, None
+        worker = self.kind.remote(str(Path.cwd()), os.environ.get(registry.ALLOW))
+        self.running[worker.load.remote(self.open)] = worker, None
 
     def occupy(self, worker: Any) -> None:
         """Give a free worker what is to be done next."""
@@ -205,6 +203,13 @@ class Pool:
         self.start()
         if self.again and self.idle:
             self.occupy(self.idle.pop())
+
+    def told(self, error: Any) -> Exception:
+        """What a worker raised, or what kept it from beginning."""
+        cause: Exception = getattr(error, "cause", error)
+        if isinstance(cause, self.ray.exceptions.RayError):
+            return ForeignError(f"a worker cannot begin (are the same packages installed where it runs?): {said(cause)}")
+        return cause
 
     @staticmethod
     def warn(warnings: list[str]) -> None:
