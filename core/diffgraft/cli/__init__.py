@@ -1,5 +1,5 @@
-"""The command line: ``diffgraft list | show | search | presets | run | again | restore | compare | tune | calibrate | evolve | invert |
-fit | weights | doctor | new | check``.
+"""The command line: ``diffgraft list | show | search | presets | run | batch | again | restore | compare | tune | calibrate | evolve |
+invert | fit | weights | doctor | new | check``.
 
 Torch is imported inside the commands that need it.
 """
@@ -13,6 +13,7 @@ from typing import Annotated
 import typer
 
 from diffgraft import __version__
+from diffgraft.cli.batching import batch
 from diffgraft.cli.catalogue import search
 from diffgraft.cli.community import check, new
 from diffgraft.cli.listing import doctor, list_plugins, show
@@ -94,7 +95,7 @@ def main(
 
 
 app.command("list", cls=Command)(list_plugins)
-for command in (show, run, again, restore, compare, tune, calibrate, evolve, invert, fit, doctor, new, check, search, presets):
+for command in (show, run, batch, again, restore, compare, tune, calibrate, evolve, invert, fit, doctor, new, check, search, presets):
     app.command(cls=Command)(command)
 app.add_typer(weights, name="weights")
 

@@ -162,26 +162,28 @@ class Made:
 
 def make(recipe: Recipe) -> Made:
     """The pictures of a recipe, and the record of their making."""
-    import numpy as np
+    from diffgraft.cli.values import prompt_of
+    from diffgraft.installed import registry
 
+    pipe, call = prepared(recipe)
+    prompts, remark = prompt_of(recipe.prompt, registry.bundled_of(recipe.pipeline))
+    made = drawn(pipe, recipe, call, prompts)
+    if remark:
+        made.lines.insert(0, remark)
+    return made
+
+
+def prepared(recipe: Recipe) -> tuple[Any, CallSettings]:
+    """(the pipeline of a recipe with its plugins, the settings of its calls). What can be said before weights are read is said then."""
     from diffgraft.cli.pictures import check_controlnet, class_for, fitted, load_controlnet, read_given, strength_for
-    from diffgraft.cli.values import call_settings, load_bare, prompt_of
+    from diffgraft.cli.values import load_bare
     from diffgraft.installed import registry
     from diffgraft.kernel.loading import load_pipeline
-    from diffgraft.methods.inputs import as_array, make_pictures, make_samples
     from diffgraft.methods.variants import as_variant
 
     given = read_given(recipe.image, recipe.mask, recipe.control_image, recipe.controlnet, recipe.strength)
     bundled = registry.bundled_of(recipe.pipeline)
-    call = call_settings(
-        recipe.steps,
-        recipe.guidance_scale,
-        recipe.negative_prompt,
-        recipe.height,
-        recipe.width,
-        None,
-        recipe.args,
-    )
+    call = call_of(recipe)
     cls = None
     if given:
         cls = class_for(registry.resolve(recipe.pipeline), given, recipe.controlnet)
@@ -193,10 +195,31 @@ def make(recipe: Recipe) -> Made:
         pipe = as_variant(pipe, cls, None if recipe.controlnet is None else load_controlnet(recipe.controlnet, pipe))
         names = {"image": recipe.image, "control": recipe.control_image}
         call = fitted(given, names, pipe, call)
-    pipe = load_pipeline(pipe, built, attention_backend=recipe.backend)
-    prompts, remark = prompt_of(recipe.prompt, bundled)
-    samples = make_samples(pipe, [recipe.seed + i for i in range(recipe.num_images)], prompts, recipe.class_label)
+    return load_pipeline(pipe, built, attention_backend=recipe.backend), call
 
+
+def call_of(recipe: Recipe) -> CallSettings:
+    """The settings of a recipe's calls, its pictures aside."""
+    from diffgraft.cli.values import call_settings
+
+    return call_settings(
+        recipe.steps,
+        recipe.guidance_scale,
+        recipe.negative_prompt,
+        recipe.height,
+        recipe.width,
+        None,
+        recipe.args,
+    )
+
+
+def drawn(pipe: Any, recipe: Recipe, call: CallSettings, prompts: list[str], files: dict[str, str] | None = None) -> Made:
+    """The pictures that a prepared pipeline makes of a recipe. ``files``: see `record_of`."""
+    import numpy as np
+
+    from diffgraft.methods.inputs import as_array, make_pictures, make_samples
+
+    samples = make_samples(pipe, [recipe.seed + i for i in range(recipe.num_images)], prompts, recipe.class_label)
     started = time.perf_counter()
     try:
         made = Made(make_pictures(pipe, samples, call))
@@ -210,20 +233,29 @@ def make(recipe: Recipe) -> Made:
             f"{empty} of {len(samples)} pictures hold no numbers (NaN): lower --guidance-scale, or take --dtype float32"
         )
     try:
-        if remark:
-            made.lines.append(remark)
         made.lines.append(str(pipe.plugins.report()) if pipe.plugins.list() else f"no plugins, {seconds:.2f} s")
-        made.record = record_of(pipe, recipe, call, samples[0].prompt, (made.pictures.shape[-2], made.pictures.shape[-3]))
+        made.record = record_of(pipe, recipe, call, samples[0].prompt, (made.pictures.shape[-2], made.pictures.shape[-3]), files)
     except Exception as error:  # whatever it is, the pictures are written first
         made.fault = made.fault or OutputError(f"the picture is there, but says nothing of its making: {said(error)}")
     return made
 
 
-def record_of(pipe: Any, recipe: Recipe, call: CallSettings, prompt: str | None, size: tuple[int, int]) -> Record:
-    """What the pictures' files will say of the run that is just over."""
+def files_of(recipe: Recipe) -> dict[str, str]:
+    """The files that go into a recipe's pictures: path -> SHA-256."""
+    from diffgraft.lab.recipes import digest_of
+
+    knobs = [str(value) for _, given in recipe.plugins for value in given.values() if isinstance(value, (str, Path))]
+    named = (recipe.image, recipe.mask, recipe.control_image, *knobs)
+    return {path: digest_of(path) for path in named if path is not None and Path(path).is_file()}
+
+
+def record_of(
+    pipe: Any, recipe: Recipe, call: CallSettings, prompt: str | None, size: tuple[int, int], files: dict[str, str] | None = None
+) -> Record:
+    """What the pictures' files will say of the run that is just over. ``files``: those of `files_of`, where they are known."""
     from diffgraft.installed import registry
     from diffgraft.kernel.defaults import own_defaults
-    from diffgraft.lab.recipes import Record, digest_of, versions_of
+    from diffgraft.lab.recipes import Record, versions_of
     from diffgraft.methods.inputs import class_labels_of, default_steps, parameters
 
     guidance = call.guidance_scale
@@ -231,8 +263,6 @@ def record_of(pipe: Any, recipe: Recipe, call: CallSettings, prompt: str | None,
         guidance, ran = own_defaults(pipe).get("guidance_scale"), getattr(pipe, "_guidance_scale", None)
         if ran is not None and ran != parameters(pipe)["guidance_scale"].default:  # a plugin has set it, an inversion's code for instance
             guidance = ran
-    knobs = [str(value) for _, given in recipe.plugins for value in given.values() if isinstance(value, (str, Path))]
-    read = [path for path in (recipe.image, recipe.mask, recipe.control_image, *knobs) if path is not None and Path(path).is_file()]
     known = registry.installed()
     told = {
         "prompt": prompt,
@@ -249,6 +279,6 @@ def record_of(pipe: Any, recipe: Recipe, call: CallSettings, prompt: str | None,
         kind=type(pipe).__name__,
         scheduler=type(pipe.plugins.run_scheduler()).__name__,
         size=size,
-        files={path: digest_of(path) for path in read},
+        files=files_of(recipe) if files is None else files,
         versions=versions_of([known[name].dist for name in pipe.plugins]),
     )

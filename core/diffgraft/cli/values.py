@@ -216,20 +216,27 @@ def load_bare(name: str, specs: list[tuple[str, dict[str, Any]]], device: str | 
 
     All names and knobs are checked before any weight is read.
     """
-    from diffgraft.installed.planner import Part, plan
     from diffgraft.installed.registry import resolve
-    from diffgraft.installed.specs import build_plugin
     from diffgraft.kernel.loading import load_pipeline, unload
 
     target = parse_device(device)
     folder = resolve(name)
-    built = [build_plugin(spec) for spec in specs]
-    plan([Part.of(plugin) for plugin in built]).ensure()
+    built = checked_plugins(specs)
     hide_bars()
     pipe = load_pipeline(name, dtype=parse_dtype(dtype, target, folder))
     if not sys.stderr.isatty():
         pipe.set_progress_bar_config(disable=True)
     return unload(pipe).to(target), built
+
+
+def checked_plugins(specs: list[tuple[str, dict[str, Any]]]) -> list[Plugin]:
+    """The plugins built and planned: their knobs are right, and they go together."""
+    from diffgraft.installed.planner import Part, plan
+    from diffgraft.installed.specs import build_plugin
+
+    built = [build_plugin(spec) for spec in specs]
+    plan([Part.of(plugin) for plugin in built]).ensure()
+    return built
 
 
 def hide_bars() -> None:

@@ -56,7 +56,8 @@ class Recipe(Strict):
 
 
 class Record(Strict):
-    """A recipe and the run that followed it. ``picture`` is the place among the ``num_images`` of one call (noise: seed + picture)."""
+    """A recipe and the run that followed it. ``picture`` is the place among the ``num_images`` of one call (noise: seed + picture);
+    ``asked`` tells the line of a batch from any other (`diffgraft batch`)."""
 
     format: Literal[1] = 1
     recipe: Recipe
@@ -66,6 +67,7 @@ class Record(Strict):
     size: tuple[int, int]
     files: dict[str, str] = {}
     versions: dict[str, str]
+    asked: str | None = None
 
     @model_validator(mode="after")
     def _one_of_them(self) -> Self:
