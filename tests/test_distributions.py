@@ -60,7 +60,7 @@ def dists_of(package: str) -> set[str]:
 
 
 BASE = required(ROOT / "core")
-FLOORS: dict[str, tuple[str, ...]] = {"installed": (), "kernel": (), "methods": ("lora",), "cli": (), "lab": ("lab",)}
+FLOORS: dict[str, tuple[str, ...]] = {"installed": (), "stacks": (), "kernel": (), "methods": ("lora",), "cli": (), "lab": ("lab",)}
 FLOORS |= {"testing": ("author", "quantisers"), "community": ("author",), "batch": ("ray",)}
 """Which extra's packages the functions of a floor may import; module level is for what `pip install diffgraft` brings, everywhere."""
 
