@@ -9,9 +9,9 @@ from typing import ClassVar
 
 import pytest
 import torch
-from diffgraft import ConfigError, NotFinite, Unsupported, load_pipeline, unload
+from diffgraft import ArtefactMismatch, ConfigError, NotFinite, Unsupported, load_pipeline, unload
 from diffgraft.methods.quant.affine import UniformAffine, dequantise, nearest_scale, searched_scale
-from diffgraft.methods.quant.kept import misfit, packed, unpacked
+from diffgraft.methods.quant.kept import keep, misfit, packed, restore, unpacked
 from diffgraft.methods.quant.layers import (
     QuantLinear,
     Rounder,
@@ -28,6 +28,7 @@ from diffgraft.methods.quant.rounding import Recipe, Rounding, first_alpha, h, l
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from probes import Probe, generate, tiny, trace
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 OVERS = ("tensor", "channel", "token")
@@ -281,6 +282,34 @@ def test_both_parts_of_a_split_are_learned():
     turned = new.weights[0].codes(layer.weight) - zero != near
     assert bool(turned[:, :4].any())
     assert bool(turned[:, 4:].any())
+
+
+@pytest.mark.parametrize("split", [0, 4])
+def test_what_was_learned_is_kept_in_a_file_and_restored_bit_for_bit(split, tmp_path):
+    layer, x = made(nn.Conv2d, 8, 6, 1), correlated(64 * 4, 8).reshape(64, 4, 8).permute(0, 2, 1).reshape(64, 8, 2, 2)
+    grids = (UniformAffine(3, "channel"), UniformAffine(6))
+    ranges = [nearest_scale(x, grids[1])] * (2 if split else 1)
+    new = quantised(layer, *grids, ranges=ranges, split=split, scale_of=searched_scale)
+    assert learned(layer, new, x).kept
+    tensors, facts = keep({"net.conv": new})
+    save_file(tensors, tmp_path / "kept.safetensors")
+    read, facts = load_file(tmp_path / "kept.safetensors"), json.loads(json.dumps(facts, sort_keys=True))
+    other = quantised(layer, *grids, ranges=[nearest_scale(2 * x, grids[1])] * len(ranges), split=split)
+    assert not torch.equal(other(x), new(x))
+    restore({"net.conv": other}, read, facts, "make one")
+    assert torch.equal(other(x), new(x))
+    again = keep({"net.conv": other})
+    assert again[1] == facts
+    assert all(torch.equal(again[0][name], read[name]) for name in read)
+    before = other(x)
+    with pytest.raises(ArtefactMismatch, match=r"net.fc: the artefact holds no weights.0.0.delta; make one"):
+        restore({"net.conv": other, "net.fc": new}, read, facts, "make one")
+    with pytest.raises(ArtefactMismatch, match=r"net.conv: .*(has shape|holds no)"):
+        restore({"net.conv": quantised(made(nn.Conv2d, 8, 5, 1), *grids, ranges=ranges, split=split)}, read, facts, "make one")
+    if split:
+        with pytest.raises(ArtefactMismatch, match=r"net.conv: the artefact holds (inputs|weights.0).1.delta, and here is nothing"):
+            restore({"net.conv": quantised(layer, *grids, ranges=ranges[:1])}, read, facts, "make one")
+    assert torch.equal(other(x), before)
 
 
 def test_learned_scales_of_inputs_are_never_worse():
