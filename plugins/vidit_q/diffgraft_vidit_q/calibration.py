@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from diffgraft import Calibrator, ConfigError, DenoiseCall, ModulesCall, RunCall, now
+from diffgraft import Calibrator, ConfigError, DenoiseCall, ModulesCall, RunCall, now, root_of
 from diffgraft.methods.quant.affine import UniformAffine
 from diffgraft.methods.quant.kept import Shapes, misfit, packed
 from diffgraft.methods.quant.layers import Layer, QuantLayer, QuantLinear, chosen, ensure_finite, in_place_of, layers_of, put, quantised
@@ -52,7 +52,7 @@ def wanted(denoisers: Mapping[str, nn.Module], config: ViDiTQConfig, kinds: tupl
     lists = {
         f"{model}.{name}"
         for model, denoiser in denoisers.items()
-        for name, part in denoiser.named_children()
+        for name, part in root_of(denoiser).named_children()
         if type(part) is nn.ModuleList
     }
     layers = list(layers_of(denoisers, kinds))
@@ -75,11 +75,13 @@ class Seen:
         """Take an input of a layer into the mean of the range that the run is in."""
         if self.at is None:
             return
-        a = channel_size(x)
-        old = self.sums.get(key)
-        old = torch.zeros(len(self.at), len(a), device=a.device) if old is None else old
-        self.sums[key] = torch.where(self.at, MOMENTUM * old + (1 - MOMENTUM) * a, old)
-        self.counts[key] = self.counts.get(key, 0) + self.at[:, 0].float()
+        if key not in self.sums:
+            self.sums[key] = torch.zeros(len(self.at), x.shape[-1], device=x.device)
+            self.counts[key] = torch.zeros(len(self.at), device=x.device)
+        if x.numel() > 0:  # else no tokens, of a picture that was not given
+            old = self.sums[key]
+            self.sums[key] = torch.where(self.at, MOMENTUM * old + (1 - MOMENTUM) * channel_size(x), old)
+            self.counts[key] = self.counts[key] + self.at[:, 0].float()
 
 
 class Measure(Calibrator):
@@ -163,13 +165,12 @@ class Measure(Calibrator):
                     counts[key] = counts.get(key, torch.zeros(rows)) + n
                 elif what == "damage":
                     damage[key] = damage.get(key, torch.zeros(1)) + total / len(records)
-        for n in counts.values():
-            if bool((n == 0).any()):
-                empty = [*self.config.ranges, "the end"][int((n == 0).nonzero()[0])]
-                raise ConfigError(
-                    f"plugin 'vidit_q': ranges = {self.config.ranges}: no step of the calibration is in the range up to {empty}"
-                )
-        # each mean was begun at 0, so it is short of its whole weight
-        flat, shapes = packed({key: mean / (1 - MOMENTUM ** counts[key])[:, None] for key, mean in means.items()})
+        seen = sum(counts.values(), torch.zeros(rows))
+        if bool((seen == 0).any()):
+            empty = [*self.config.ranges, "the end"][int((seen == 0).nonzero()[0])]
+            raise ConfigError(f"plugin 'vidit_q': ranges = {self.config.ranges}: no step of the calibration is in the range up to {empty}")
+        # each mean was begun at 0, so it is short of its whole weight; of a layer that got nothing it stays 0
+        whole = {key: (1 - MOMENTUM**n).clamp(min=1 - MOMENTUM)[:, None] for key, n in counts.items()}
+        flat, shapes = packed({key: mean / whole[key] for key, mean in means.items()})
         facts = {"shapes": shapes, "ranges": list(self.config.ranges), "groups": sorted(damage)}
         return {"size": flat, **({"damage": torch.cat([damage[group] for group in sorted(damage)])} if damage else {})}, facts

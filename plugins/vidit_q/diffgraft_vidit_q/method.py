@@ -26,10 +26,11 @@ def balance(a: Tensor, weight: Tensor, alpha: float) -> Tensor:
         weight: W [outputs, C].
 
     Returns:
-        s [ranges, C], float32.
+        s [ranges, C], float32; 1 in a range in which the calibration brought nothing to the layer.
     """
     w = weight.detach().float().abs().amax(0)
-    return a.float().clamp(min=LEAST) ** alpha / w.clamp(min=LEAST) ** (1 - alpha)
+    s = a.float().clamp(min=LEAST) ** alpha / w.clamp(min=LEAST) ** (1 - alpha)
+    return torch.where(a.amax(1, keepdim=True) > 0, s, 1.0)
 
 
 def range_of(t: Tensor, edges: Sequence[int]) -> Tensor:

@@ -93,6 +93,8 @@ class Rounder(nn.Module):
         return None if self.delta is None or self.zero is None else Scale(self.delta, self.zero)
 
     def forward(self, x: Tensor) -> Tensor:
+        if x.numel() == 0:  # no tokens: a picture that was not given
+            return x
         scale = self.fixed or nearest_scale(x.detach(), self.grid)
         learns = torch.is_grad_enabled() and (x.requires_grad or scale.delta.requires_grad)
         return self.grid.through(x, scale) if learns else self.grid.rounded(x, scale)
