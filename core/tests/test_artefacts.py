@@ -92,6 +92,25 @@ def picture(pipe: Any, **more: Any) -> torch.Tensor:
     return generate(pipe, kwargs | {"output_type": "pt"}, **more)
 
 
+def test_a_calibrator_that_asks_gets_the_pipeline_and_reads_its_records_one_by_one(pipe, tmp_path):
+    class Asking(Meter):
+        def modules(self, call, next):
+            call.swap(call.denoisers["unet"], "conv_out", torch.nn.Sequential(call.denoisers["unet"].conv_out))
+            next(call)
+
+        def summarise(self, records, target):
+            assert not isinstance(records, list)
+            assert [r["power"].shape for r in records[1:]] == [(3,), (3,)]
+            assert records[0]["power"] is not records[0]["power"]  # nothing is held
+            own = isinstance(target.denoisers["unet"].conv_out, torch.nn.Sequential)
+            return {"gain": torch.stack([r["power"] for r in records]).mean(0)}, {"runs": len(records), "own": own}
+
+    made = calibrate(pipe, type("Asks", (Gain,), {"calibration": Asking})(), samples(3), sized(pipe), tmp_path / "gain.safetensors")
+    usual = calibrate(pipe, Gain(), samples(3), sized(pipe), tmp_path / "gain.safetensors")
+    assert made.facts["own"]
+    assert torch.equal(made.tensors["gain"], usual.tensors["gain"])
+
+
 def test_calibrate_use_and_leave_no_trace(pipe, tmp_path):
     plain = picture(pipe)
     before = trace(pipe)

@@ -5,6 +5,7 @@ One record a prompt, kept in ``OUT.partial/`` until all are there: an interrupte
 
 from __future__ import annotations
 
+import inspect
 import os
 import shutil
 from collections.abc import Callable, Sequence
@@ -14,6 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
+from diffgraft.installed.anatomy import Target
 from diffgraft.installed.errors import ConfigError
 from diffgraft.installed.plugin import Plugin
 from diffgraft.kernel.given import describe
@@ -21,7 +23,7 @@ from diffgraft.methods.artefacts import Artefact, MadeFor
 from diffgraft.methods.files import partial_of, work_digest
 from diffgraft.methods.inputs import CallSettings, Sample, call_arguments
 from diffgraft.methods.named import declared
-from diffgraft.methods.watching import made_for, watching
+from diffgraft.methods.watching import Calibrator, made_for, watching
 
 OnProgress = Callable[[str, int, int], None]
 
@@ -51,8 +53,8 @@ def calibrate(
         raise ConfigError("nothing to calibrate on: give at least one prompt")
     calibrator = made_by(**plugin.own_knobs)
     with watching(pipe, plugin, calibrator) as stack:
-        denoisers = describe(pipe, stack.family).denoisers
-        records: list[dict[str, Tensor]] = []
+        target = describe(pipe, stack.family)
+        paths: list[Path] = []
         fits: MadeFor | None = None
         folder = partial_of(out)
         for number, sample in enumerate(samples):
@@ -66,13 +68,13 @@ def calibrate(
                 found = Artefact(fits, stack.report().plugins[calibrator.name].records, {"digest": digest})
                 found.save(path)
             elif fits is None:
-                found.ensure_model(pipe, denoisers)
+                found.ensure_model(pipe, target.denoisers)
                 fits = found.made_for
-            records.append(found.tensors)
+            paths.append(path)
             if on_progress:
                 on_progress("calibration", number + 1, len(samples))
         assert fits is not None
-        tensors, facts = calibrator.summarise(records)
+        tensors, facts = summarised(calibrator, Records(paths, plugin.name), target)
         artefact = Artefact(fits, tensors, {**facts, "prompts": len(samples), "knobs": calibrator.config.model_dump(mode="json")})
         artefact.save(out)
         shutil.rmtree(folder)
@@ -89,7 +91,30 @@ def calibrate_call(pipe: Any, plugin: Plugin, call: Callable[[], Any]) -> Artefa
     calibrator = made_by(**plugin.own_knobs)
     with watching(pipe, plugin, calibrator) as stack:
         call()
-        return Artefact(made_for(plugin, stack), *calibrator.summarise([stack.report().plugins[calibrator.name].records]))
+        fits, records = made_for(plugin, stack), stack.report().plugins[calibrator.name].records
+        return Artefact(fits, *summarised(calibrator, [records], describe(pipe, stack.family)))
+
+
+class Records(Sequence[dict[str, Tensor]]):
+    """The records of a calibration, each read from its file whenever it is asked for: what they take in memory does not grow with the
+    number of prompts."""
+
+    def __init__(self, paths: Sequence[Path], plugin: str) -> None:
+        self._paths, self._plugin = paths, plugin
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+    def __getitem__(self, i: Any) -> Any:
+        if isinstance(i, slice):
+            return Records(self._paths[i], self._plugin)
+        return Artefact.load(self._paths[i], self._plugin).tensors
+
+
+def summarised(calibrator: Calibrator, records: Sequence[dict[str, Tensor]], target: Target) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """What the calibrator makes of the records; one that takes a second argument gets the pipeline, with its own modules still in it."""
+    told = (records, target) if len(inspect.signature(calibrator.summarise).parameters) > 1 else (records,)
+    return calibrator.summarise(*told)
 
 
 def resume(path: Path, plugin: str, digest: str, what: str = "calibration") -> Artefact:

@@ -17,6 +17,7 @@ EXTRAS = {
     "ftfy": "author",
     "xformers": "xformers",
     "ray": "ray",
+    "torchao": "torchao",
 }
 """Import package -> the extra of ``diffgraft`` that brings it; a test holds it against the pyproject."""
 

@@ -43,7 +43,11 @@ class Calibrator(Watcher):
     """Measures what a plugin's artefact holds, one run a prompt."""
 
     def summarise(self, records: Sequence[dict[str, Tensor]]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """(tensors, facts) of the artefact; facts are plain JSON values."""
+        """(tensors, facts) of the artefact; facts are plain JSON values.
+
+        A second parameter, ``target``, gets the pipeline's ``Target``, with the modules that this calibrator has put in: what is
+        reconstructed is reconstructed on them.
+        """
         raise NotImplementedError
 
 

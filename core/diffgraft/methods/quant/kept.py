@@ -1,0 +1,97 @@
+"""What an artefact keeps of quantised layers: their scales and how their weights are rounded; the weights themselves are the model's.
+
+Tensors of many shapes (one a layer) are one flat tensor, and the shapes are among the facts.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffgraft.installed.errors import ArtefactMismatch
+from diffgraft.methods.quant.layers import QuantLayer, Weights
+from diffgraft.methods.quant.rounding import balanced
+
+Shapes = dict[str, list[int]]
+
+
+def packed(values: Mapping[str, Tensor]) -> tuple[Tensor, Shapes]:
+    """(all values in the order of their names [n], name -> shape); the values are of one dtype."""
+    names = sorted(values)
+    flat = torch.cat([values[name].reshape(-1) for name in names]) if names else torch.zeros(0)
+    return flat, {name: list(values[name].shape) for name in names}
+
+
+def unpacked(flat: Tensor, shapes: Mapping[str, list[int]]) -> dict[str, Tensor]:
+    """The values by name, as they were packed, bit for bit."""
+    names = sorted(shapes)
+    parts = flat.split([math.prod(shapes[name]) for name in names])
+    return {name: part.reshape(shapes[name]) for name, part in zip(names, parts, strict=True)}
+
+
+def misfit(flat: Tensor, shapes: Mapping[str, list[int]]) -> str | None:
+    """What is wrong with a flat tensor and shapes that were read from a file, or None."""
+    if wrong := next((name for name, shape in shapes.items() if not shape or min(shape) < 1), None):
+        return f"the shape of {wrong!r} is {shapes[wrong]}"
+    told = sum(math.prod(shape) for shape in shapes.values())
+    return None if told == flat.numel() else f"it holds {flat.numel()} values, and its shapes say {told}"
+
+
+def state_of(layer: QuantLayer) -> dict[str, Tensor]:
+    """Scales (float32) of a layer's weights and of its inputs where these are fixed, and what is rounded up (bool) where it was learned."""
+    found: dict[str, Tensor] = {}
+    for i, weights in enumerate(layer.weights):
+        for j, scale in enumerate(weights.scales):  # type: ignore[arg-type]
+            found |= {f"weights.{i}.{j}.delta": scale.delta, f"weights.{i}.{j}.zero": scale.zero}
+        if weights.up is not None:
+            found[f"weights.{i}.up"] = weights.up  # type: ignore[assignment]
+    for j, rounder in enumerate(layer.inputs):
+        if rounder.fixed is not None:
+            found |= {f"inputs.{j}.delta": rounder.delta, f"inputs.{j}.zero": rounder.zero}  # type: ignore[dict-item]
+    return found
+
+
+def keep(layers: Mapping[str, QuantLayer]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """(tensors "scales" and "up", facts "scales" and "up") of an artefact for these layers, by their keys."""
+    states = {f"{key}/{name}": value for key, layer in layers.items() for name, value in state_of(layer).items()}
+    kinds = {"scales": torch.float32, "up": torch.bool}
+    made = {kind: packed({name: v.cpu() for name, v in states.items() if v.dtype == dtype}) for kind, dtype in kinds.items()}
+    return {kind: flat.to(kinds[kind]) for kind, (flat, _) in made.items()}, {kind: shapes for kind, (_, shapes) in made.items()}
+
+
+@torch.no_grad()
+def restore(layers: Mapping[str, QuantLayer], tensors: Mapping[str, Tensor], facts: Mapping[str, Any], again: str) -> None:
+    """Give layers, made with the same grids, parts and ranges, what :func:`keep` took of others: they compute the same, bit for bit.
+
+    Raises:
+        ArtefactMismatch: a layer that the artefact does not hold, or holds in other parts; nothing is changed. ``again``: the way out.
+    """
+    states = unpacked(tensors["scales"], facts["scales"]) | unpacked(tensors["up"], facts["up"])
+    for key, layer in layers.items():
+        own = state_of(layer)
+        theirs = [name.removeprefix(f"{key}/") for name in states if name.startswith(f"{key}/") and not name.endswith(".up")]
+        if more := next((name for name in theirs if name not in own), None):
+            raise ArtefactMismatch(f"{key}: the artefact holds {more}, and here is nothing of the kind; {again}")
+        for name, value in own.items():
+            found = states.get(f"{key}/{name}")
+            if found is None and not name.endswith(".up"):
+                raise ArtefactMismatch(f"{key}: the artefact holds no {name}; {again}")
+            if found is not None and found.shape != value.shape:
+                raise ArtefactMismatch(f"{key}: {name} has shape {tuple(found.shape)} in the artefact, here {tuple(value.shape)}; {again}")
+    for key, layer in layers.items():
+        for i, weights in enumerate(layer.weights):
+            assert isinstance(weights, Weights)
+            for j in range(len(weights.sizes)):
+                for name in ("delta", "zero"):
+                    setattr(weights, f"{name}{j}", states[f"{key}/weights.{i}.{j}.{name}"].to(weights.value.device))
+            up = states.get(f"{key}/weights.{i}.up")
+            weights.up = None if up is None else up.to(weights.value.device)
+            weights.value = weights.rounded(balanced(layer, i), weights.up).to(weights.value.dtype)
+        for j, rounder in enumerate(layer.inputs):
+            if rounder.fixed is not None:
+                for name in ("delta", "zero"):
+                    setattr(rounder, name, states[f"{key}/inputs.{j}.{name}"].to(layer.weight.device))

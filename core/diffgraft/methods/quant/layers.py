@@ -1,0 +1,341 @@
+"""Linear and convolution layers whose weights and inputs lie on grids, and the layers of a model in whose place they come.
+
+A quantised layer keeps the ``weight`` and ``bias`` of the one it stands for, the same objects: it costs no second copy of them to undo it,
+and the model is still known by its weights (fingerprints). Beside them it has the rounded weight, which it computes with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from diffgraft.installed.anatomy import root_of
+from diffgraft.installed.errors import ConfigError, NotFinite, Unsupported, nearest
+from diffgraft.kernel.weights import kept_as
+from diffgraft.methods.quant.affine import Scale, UniformAffine, nearest_scale
+
+Pick = Callable[[], "Tensor | int"]
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, eq=False)
+class Layer:
+    """A linear or convolution of a denoiser, and where it is.
+
+    ``path`` on the denoiser as without a LoRA ("blocks.0.attn1.to_q"), ``name`` in its ``parent``, ``model`` the denoiser's attribute.
+    """
+
+    path: str
+    model: str
+    parent: nn.Module
+    name: str
+    module: nn.Linear | nn.Conv2d
+
+    @property
+    def key(self) -> str:
+        """Its name in an artefact."""
+        return f"{self.model}.{self.path}"
+
+
+def layers_of(denoisers: Mapping[str, nn.Module], kinds: tuple[type, ...] = (nn.Linear, nn.Conv2d)) -> Iterator[Layer]:
+    """The linears and convolutions of the denoisers. Of a layer with a LoRA it is the one under it, and the LoRA's own are none.
+
+    A class that only inherits from these is no such layer: what it does with its weights is not known.
+
+    Raises:
+        Unsupported: weights that are quantised already.
+    """
+    for model, denoiser in denoisers.items():
+        root = root_of(denoiser)
+        for path, module in list(root.named_modules()):
+            if type(module) in kinds and ".lora_" not in path:
+                if how := kept_as(module.weight):
+                    raise Unsupported(f"{model}.{path} is kept as {how} already; load plain weights, or leave the plugin out")
+                parent, _, name = path.rpartition(".")
+                yield Layer(path.replace(".base_layer", ""), model, root.get_submodule(parent), name, module)
+
+
+def chosen(layers: Sequence[Layer], names: Sequence[str], knob: str) -> list[Layer]:
+    """The layers whose path is one of ``names``, or lies under one, or ends in one ("proj_out", "blocks.0", "attn1.to_q").
+
+    Raises:
+        ConfigError: a name that no layer has.
+    """
+    found: list[Layer] = []
+    for name in names:
+        mine = [layer for layer in layers if f".{name}." in f".{layer.path}."]
+        if not mine:
+            parts = {layer.path for layer in layers} | {part for layer in layers for part in layer.path.split(".")}
+            raise ConfigError(f"{knob} = {name!r}: the model has no such layer{nearest(name, parts)}")
+        found += mine
+    return found
+
+
+class Rounder(nn.Module):
+    """Puts an input on a grid: on that of a fixed scale (of as many axes as the inputs have), or else on that of what comes in."""
+
+    delta: Tensor | None
+    zero: Tensor | None
+
+    def __init__(self, grid: UniformAffine, scale: Scale | None = None) -> None:
+        super().__init__()
+        self.grid = grid
+        self.register_buffer("delta", None if scale is None else scale.delta, persistent=False)
+        self.register_buffer("zero", None if scale is None else scale.zero, persistent=False)
+
+    @property
+    def fixed(self) -> Scale | None:
+        return None if self.delta is None or self.zero is None else Scale(self.delta, self.zero)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.numel() == 0:  # no tokens: a picture that was not given
+            return x
+        scale = self.fixed or nearest_scale(x.detach(), self.grid)
+        learns = torch.is_grad_enabled() and (x.requires_grad or scale.delta.requires_grad)
+        return self.grid.through(x, scale) if learns else self.grid.rounded(x, scale)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Rounder:
+        return moved(self, fn)
+
+
+class Weights(nn.Module):
+    """A weight on a grid, or parts of it along the input channels each on its own: Q-Diffusion's split.
+
+    ``value`` what the layer computes with; ``scales`` of the parts. ``learn`` gives a value with a gradient while its rounding is learned.
+    """
+
+    value: Tensor
+
+    def __init__(
+        self, weight: Tensor, grid: UniformAffine, scales: Sequence[Scale], sizes: Sequence[int], up: Tensor | None = None
+    ) -> None:
+        super().__init__()
+        self.grid, self.sizes = grid, tuple(sizes)
+        self.learn: Callable[[], Tensor] | None = None
+        for i, scale in enumerate(scales):
+            self.register_buffer(f"delta{i}", scale.delta, persistent=False)
+            self.register_buffer(f"zero{i}", scale.zero, persistent=False)
+        self.register_buffer("up", up, persistent=False)
+        self.register_buffer("value", self.rounded(weight, up), persistent=False)
+
+    @property
+    def scales(self) -> list[Scale]:
+        return [Scale(getattr(self, f"delta{i}"), getattr(self, f"zero{i}")) for i in range(len(self.sizes))]
+
+    def parts(self, x: Tensor) -> list[tuple[Tensor, Scale]]:
+        """A tensor like the weight, cut as it is, with the scales."""
+        return list(zip(x.split(self.sizes, dim=1), self.scales, strict=True))
+
+    @torch.no_grad()
+    def rounded(self, weight: Tensor, up: Tensor | None = None) -> Tensor:
+        """The weight on its grid, ``up`` as in :meth:`UniformAffine.quantise`."""
+        ups = [None] * len(self.sizes) if up is None else up.split(self.sizes, dim=1)
+        return torch.cat([self.grid.rounded(part, scale, u) for (part, scale), u in zip(self.parts(weight.detach()), ups, strict=True)], 1)
+
+    @torch.no_grad()
+    def codes(self, weight: Tensor) -> Tensor:
+        """The whole numbers q that the weight is, float32."""
+        ups = [None] * len(self.sizes) if self.up is None else self.up.split(self.sizes, dim=1)
+        return torch.cat([self.grid.quantise(part, scale, u) for (part, scale), u in zip(self.parts(weight.detach()), ups, strict=True)], 1)
+
+    def forward(self) -> Tensor:
+        return self.value if self.learn is None else self.learn()
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Weights:
+        self.value = fn(self.value)
+        return moved(self, fn, {"value"})
+
+
+def moved(module: T, fn: Any, but: frozenset[str] | set[str] = frozenset()) -> T:
+    """Move a module's buffers as ``Module._apply`` does, but leave them in float32: a delta of 8 bits is off by half a level of 256."""
+    buffers: dict[str, Tensor | None] = module._buffers  # type: ignore[attr-defined]
+    for name, value in buffers.items():
+        if value is not None and name not in but:
+            buffers[name] = value.to(fn(value.new_zeros(1)).device)
+    return module
+
+
+class _Quantised:
+    """What the two classes of layers share.
+
+    inputs   for each part of the input channels how it is put on a grid; none where the inputs stay floats
+    weights  one for each range of timesteps that has its own; none where the weight stays as it is
+    balance  s [ranges, channels]: inputs are divided by it, and the weights in ``weights`` are multiplied with it; None: 1
+    pick     which range a forward is in, asked where there are several
+    see      is shown each input before anything is done to it
+    active   False: the layer computes what the one it stands for does
+    """
+
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+    balance: Tensor | None
+    key: str = ""
+    under_lora: bool = False
+    active: bool = True
+    axis: int
+
+    def prepare(
+        self,
+        layer: nn.Module,
+        weights: Sequence[Weights] = (),
+        inputs: Sequence[Rounder] = (),
+        balance: Tensor | None = None,
+        pick: Pick | None = None,
+        see: Callable[[Tensor], None] | None = None,
+    ) -> None:
+        if len(weights) > 1 and pick is None:
+            raise ValueError("several ranges, and nothing that says which a forward is in")
+        if balance is not None and len(balance) != len(weights):
+            raise ValueError(f"balance for {len(balance)} ranges, and {len(weights)} weights that are multiplied with it")
+        self.weight, self.bias = layer.weight, layer.bias  # type: ignore[assignment]
+        self.train(layer.training)  # type: ignore[attr-defined]
+        self.inputs, self.weights = nn.ModuleList(inputs), nn.ModuleList(weights)
+        self.pick, self.see, self.sizes = pick, see, weights[0].sizes if weights else (layer.weight.shape[1],)  # type: ignore[index, union-attr]
+        self.register_buffer("balance", balance, persistent=False)  # type: ignore[attr-defined]
+
+    def operands(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(input, weight) as the layer multiplies them."""
+        if self.see is not None:
+            self.see(x)
+        if not self.active:
+            return x, self.weight
+        several = len(self.weights) > 1
+        at = self.pick() if several and self.pick is not None else 0
+        at = int(at) if isinstance(at, Tensor) and at.device.type == "cpu" else at
+        if self.balance is not None:
+            x = (x / at_index(self.balance, at)).to(x.dtype)
+        if self.inputs:
+            parts = x.split(self.sizes, dim=self.axis) if len(self.inputs) > 1 else (x,)
+            rounded = [rounder(part) for rounder, part in zip(self.inputs, parts, strict=True)]
+            x = torch.cat(rounded, self.axis) if len(rounded) > 1 else rounded[0]
+        if not self.weights:
+            return x, self.weight
+        if several and isinstance(at, Tensor):
+            return x, at_index(torch.stack([weights.value for weights in self.weights]), at)  # type: ignore[misc]
+        return x, self.weights[int(at)]()
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        balance, self.balance = self.balance, None  # stays float32, as the scales do
+        super()._apply(fn, recurse)  # type: ignore[misc]
+        self.balance = None if balance is None else balance.to(fn(balance.new_zeros(1)).device)
+        return self
+
+
+def at_index(x: Tensor, at: Tensor | int) -> Tensor:
+    """x[at] without waiting for the device."""
+    return x[at] if isinstance(at, int) else x.index_select(0, at.reshape(1)).squeeze(0)
+
+
+class QuantLinear(_Quantised, nn.Linear):
+    """y = Q(x / s) Q(W s)^T + b, for a plain ``nn.Linear``."""
+
+    axis = -1
+
+    def __init__(self, layer: nn.Linear, **parts: Any) -> None:
+        nn.Linear.__init__(self, layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
+        self.prepare(layer, **parts)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.linear(*self.operands(input), self.bias)
+
+
+class QuantConv2d(_Quantised, nn.Conv2d):
+    """The same for a plain ``nn.Conv2d``; several parts are several ranges of input channels (`split`)."""
+
+    axis = 1
+
+    def __init__(self, layer: nn.Conv2d, **parts: Any) -> None:
+        place: Any = (layer.in_channels, layer.out_channels, layer.kernel_size, layer.stride, layer.padding, layer.dilation, layer.groups)
+        nn.Conv2d.__init__(self, *place, bias=layer.bias is not None, padding_mode=layer.padding_mode, device="meta")
+        self.prepare(layer, **parts)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self._conv_forward(*self.operands(input), self.bias)
+
+
+QuantLayer = QuantLinear | QuantConv2d
+
+
+def in_place_of(layer: nn.Linear | nn.Conv2d, **parts: Any) -> QuantLayer:
+    """The quantised layer for a plain one; without parts it computes just what that does, bit for bit."""
+    return QuantLinear(layer, **parts) if isinstance(layer, nn.Linear) else QuantConv2d(layer, **parts)
+
+
+def quantised(
+    layer: nn.Linear | nn.Conv2d,
+    weight: UniformAffine | None,
+    inputs: UniformAffine | None = None,
+    *,
+    ranges: Sequence[Scale | None] = (None,),
+    split: int = 0,
+    balance: Tensor | None = None,
+    pick: Pick | None = None,
+    scale_of: Callable[[Tensor, UniformAffine], Scale] = nearest_scale,
+) -> QuantLayer:
+    """A layer on grids.
+
+    Args:
+        weight: grid of the weights, None to leave them.
+        inputs: grid of the inputs, None to leave them.
+        ranges: fixed scales of the inputs, one for each part; None: each input's own.
+        split: channels of the first of two parts; 0: one part.
+        balance: s [timestep ranges, input channels].
+        pick: which range of timesteps a forward is in.
+        scale_of: how the scales of the weights are found: ``nearest_scale``, ``searched_scale``.
+    """
+    channels = layer.weight.shape[1]
+    if split and not (0 < split < channels and getattr(layer, "groups", 1) == 1):
+        raise ValueError(f"split = {split} of {channels} input channels in {getattr(layer, 'groups', 1)} groups")
+    sizes = (split, channels - split) if split else (channels,)
+    shape = (1, -1) + (1,) * (layer.weight.ndim - 2)
+    factors: list[Any] = [1] if balance is None else [s.reshape(shape).to(layer.weight.device) for s in balance]
+    whole = [] if weight is None else [layer.weight.detach().float() * s for s in factors]
+    weights = [Weights(w, weight, [scale_of(part, weight) for part in w.split(sizes, 1)], sizes) for w in whole if weight is not None]
+    for one in weights:
+        one.value = one.value.to(layer.weight.dtype)
+    fixed = list(ranges) if len(ranges) == len(sizes) else [None] * len(sizes)
+    rounders = [] if inputs is None else [Rounder(inputs, scale) for scale in fixed]
+    return in_place_of(layer, weights=weights, inputs=rounders, balance=balance, pick=pick)
+
+
+def ensure_finite(values: Mapping[str, Tensor], plugin: str) -> None:
+    """Raises NotFinite naming the first layer whose inputs were not finite: no scale can be made of them."""
+    for name, value in values.items():
+        if not bool(value.isfinite().all()):
+            raise NotFinite(f"{plugin}: the inputs of {name} hold values that are not finite, so they have no range; use a wider dtype")
+
+
+def ensure_no_lora_over(denoisers: Mapping[str, nn.Module], plugin: str) -> None:
+    """Raises Unsupported where a LoRA was loaded over a quantised layer: taken off in this order it would leave the layer behind."""
+    for model, denoiser in denoisers.items():
+        for path, module in root_of(denoiser).named_modules():
+            if isinstance(module, (QuantLinear, QuantConv2d)) and path.endswith(".base_layer") and not module.under_lora:
+                raise Unsupported(
+                    f"{plugin}: a LoRA was loaded over {model}.{path.removesuffix('.base_layer')}, which is quantised: unload it "
+                    f"(pipe.unload_lora_weights()), take the plugin off (pipe.plugins.remove({plugin!r})), load the LoRA, then put the "
+                    "plugin on again: the LoRA stays in floats beside the quantised weights"
+                )
+
+
+def put(swap: Callable[[nn.Module, str, nn.Module], None], layer: Layer, new: QuantLayer) -> None:
+    """Exchange a layer by ``call.swap``; the new one knows its ``key``, and whether it lies under a LoRA."""
+    new.key, new.under_lora = layer.key, layer.name == "base_layer"
+    swap(layer.parent, layer.name, new)
+
+
+def bytes_of(layers: Sequence[QuantLayer]) -> tuple[int, int]:
+    """(bytes of the layers' weights and scales as their plan keeps them, bytes of the weights as they are)."""
+    packed = plain = 0
+    for layer in layers:
+        plain += layer.weight.numel() * layer.weight.element_size()
+        if not layer.weights:
+            packed += layer.weight.numel() * layer.weight.element_size()
+        for weights in layer.weights:
+            scales = sum(scale.delta.numel() * (4 if weights.grid.symmetric else 6) for scale in weights.scales)  # type: ignore[union-attr]
+            packed += -(-layer.weight.numel() * weights.grid.bits // 8) + scales  # type: ignore[union-attr, operator]
+    return packed, plain
