@@ -1,4 +1,4 @@
-"""ViDiT-Q against its equations, torchao's int8 layers, and what must not happen."""
+"""ViDiT-Q against its equations, and what must not happen. Against torchao's int8 layers: test_against_torchao.py."""
 
 from __future__ import annotations
 
@@ -106,22 +106,6 @@ def test_the_most_sensitive_of_each_kind_are_raised_up_to_the_share():
     assert m.raised(hurt, sizes, 0.34) == {"t.b.1:mlp"}
     assert m.raised(hurt, sizes, 0.5) == {"t.b.1:mlp", "t.b.1:cross"}  # cross is not held against mlp
     assert m.raised(hurt, sizes, 1) == set(sizes)
-
-
-def test_a_layer_is_torchaos_dynamic_int8_to_rounding():
-    pytest.importorskip("torchao")
-    from torchao.quantization import Int8DynamicActivationInt8WeightConfig, MappingType, quantize_
-
-    made = tiny()
-    load_pipeline(made.pipe, plugins=[("vidit_q", {"symmetric": True})])
-    ours = [module for module in made.pipe.transformer.modules() if isinstance(module, QuantLinear)]
-    assert len(ours) > 10
-    for layer in ours:
-        theirs = torch.nn.Sequential(torch.nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None))
-        theirs[0].load_state_dict(layer.state_dict())
-        quantize_(theirs, Int8DynamicActivationInt8WeightConfig(act_mapping_type=MappingType.ASYMMETRIC))
-        x = seeded(2, 5, layer.in_features)
-        assert torch.allclose(layer(x), theirs(x), atol=1e-5)
 
 
 # on pipelines -------------------------------------------------------------------------------------------------------------------------
