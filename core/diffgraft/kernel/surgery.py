@@ -41,6 +41,8 @@ class Surgery:
         try:
             for thing, _ in things:
                 thing.put_on(pipe)
+            if over := [other.name for other, slots in self._swaps.items() if not all(map(_lies_free, slots))]:
+                raise Conflict(_TWO_LAYERS.format(entry.name, over[0]))
             if "modules" not in entry.plugin.points():
                 return
             call = ModulesCall(None, None, {}, (), {})  # type: ignore[arg-type]
@@ -55,6 +57,8 @@ class Surgery:
         home: Any = parent._parameters if isinstance(new, nn.Parameter) else parent._modules
         if name not in home:
             raise DiffgraftError(f"{entry.name}: {type(parent).__name__} has no submodule {name!r}; it has {', '.join(home)}")
+        if under := [other.name for other, things in self._attached.items() if things and other is not entry and name == "base_layer"]:
+            raise Conflict(_TWO_LAYERS.format(under[0], entry.name))
         for other, slots in self._swaps.items():
             if other is not entry and any(_meet(slot, home, name, parent) for slot in slots):
                 raise Conflict(
@@ -81,9 +85,8 @@ class Surgery:
             Conflict: something was put over one of its modules; nothing is put back.
         """
         slots = self._swaps.get(entry, ())
-        for slot in slots:
-            if not slot.is_open and slot.home.get(slot.key) is not slot.inner and slot.inner is not None:
-                raise Conflict(f"{entry.name} cannot be taken off: something (LoRA?) was put over its {slot.key!r}; unload that first")
+        if over := next((slot for slot in slots if not _lies_free(slot)), None):
+            raise Conflict(f"{entry.name} cannot be taken off: something (LoRA?) was put over its {over.key!r}; unload that first")
         for slot in reversed(slots):
             slot.close()
             follow(slot.inner, slot.value)  # the pipeline may have moved in the meantime
@@ -91,6 +94,17 @@ class Surgery:
             thing.take_off(pipe)
         self._attached.pop(entry, None)
         self._swaps.pop(entry, None)
+
+
+_TWO_LAYERS = (
+    "{} brings a LoRA for layers that {} exchanges: neither could be taken off without the other; take one off, or fuse the LoRA into the "
+    "pipeline's weights (pipe.fuse_lora) before the other is put on"
+)
+
+
+def _lies_free(slot: Slot) -> bool:
+    """Whether nobody has put something over what a plugin has exchanged."""
+    return slot.is_open or slot.home.get(slot.key) is slot.inner or slot.inner is None
 
 
 def _meet(slot: Slot, home: Any, name: str, parent: nn.Module) -> bool:
