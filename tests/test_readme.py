@@ -66,8 +66,10 @@ def test_the_five_lines():
     assert stack_of(scope["pipe"]) is scope["pipe"].plugins
 
 
-def test_the_stack_methods(monkeypatch):
+def test_the_stack_methods(monkeypatch, tmp_path):
     from diffgraft import load_pipeline
+
+    monkeypatch.chdir(tmp_path)
 
     block = next(b for b in BLOCKS if "pipe.plugins.configure" in b)
     pipe = load_pipeline("emoji-sd", plugins=["deepcache", "time_shift"])
@@ -76,6 +78,7 @@ def test_the_stack_methods(monkeypatch):
     base = type(pipe).__mro__[1]
     exec(compile(block, "README", "exec"), {"pipe": pipe})
     assert type(pipe) is base
+    assert (tmp_path / "stack.yaml").is_file()
 
 
 LINKS = re.findall(r"\]\(((?!http)[^)]+)\)", README)

@@ -22,6 +22,7 @@ from diffgraft.cli.options import (
     KnobValues,
     NegativePrompt,
     PluginNames,
+    StackFile,
     Steps,
     Width,
     pipeline_names,
@@ -52,6 +53,7 @@ def batch(
     ],
     plugin: PluginNames = None,
     option: KnobValues = None,
+    stack: StackFile = None,
     negative_prompt: NegativePrompt = None,
     steps: Steps = None,
     guidance_scale: GuidanceScale = None,
@@ -80,8 +82,7 @@ def batch(
     from diffgraft.cli.values import parse_assignments, specs_for
 
     kind = kind_of(suffix)
-    # the place of --stack FILE: it would say `plugins` here instead of --plugin and --option, and refuse to be given beside them
-    plugins, extra = specs_for(pipeline, plugin, option), parse_assignments(arg, "-a")
+    plugins, extra = specs_for(pipeline, plugin, option, stack), parse_assignments(arg, "-a")
     from diffgraft.batch.lines import check_prompts
     from diffgraft.batch.results import Results
     from diffgraft.batch.tasks import Tasks
