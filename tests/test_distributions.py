@@ -60,8 +60,8 @@ def dists_of(package: str) -> set[str]:
 
 
 BASE = required(ROOT / "core")
-FLOORS: dict[str, tuple[str, ...]] = {"installed": (), "stacks": (), "kernel": (), "methods": ("lora",), "cli": (), "lab": ("lab",)}
-FLOORS |= {"testing": ("author", "quantisers"), "community": ("author",), "batch": ("ray",)}
+FLOORS: dict[str, tuple[str, ...]] = {"installed": (), "stacks": (), "kernel": (), "methods": ("lora", "torchao"), "cli": ()}
+FLOORS |= {"lab": ("lab",), "testing": ("author", "quantisers"), "community": ("author",), "batch": ("ray",)}
 """Which extra's packages the functions of a floor may import; module level is for what `pip install diffgraft` brings, everywhere."""
 
 

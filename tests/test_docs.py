@@ -128,6 +128,7 @@ def commands_of(page: Path) -> list[list[str]]:
     """Every command that a page quotes, as words; a sentence that begins with the project's name is none."""
     known = get_command(app).commands  # type: ignore[attr-defined]
     lines = COMMANDS.findall(page.read_text(encoding="utf-8").replace("\\\n", " "))
+    lines = [line.removesuffix(" 2>&1") for line in lines]  # the shell's, and no argument
     return [shlex.split(EXPANDED.sub(printed, line), comments=True) for line in lines if line.split()[0] in known]
 
 

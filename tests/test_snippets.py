@@ -137,7 +137,7 @@ def test_snippets_run(readme: Path, folder: Path) -> None:
         names["my_pipe"] = names["turbo"] = load_pipeline("emoji-sd-lcm")
     blocks = BLOCK.findall(readme.read_text())
     for kind, code in blocks:
-        if "pipe.plugins.remove" in code:  # what can be done with the stack of the first lines
+        if "pipe.plugins.configure" in code:  # what can be done with the stack of the first lines
             python(blocks[0][1], names)
         if "from_pretrained" in code:
             continue  # a second Hub model by hand; what is done with it is the plugin's own test

@@ -308,7 +308,8 @@ def sd_folder(tmp_path_factory):
 
 def test_the_command_goes_on_and_any_number_of_workers_draws_the_same(call, sd_folder, workers, monkeypatch):
     words = ["batch", "p.jsonl", "--pipeline", sd_folder, "-p", "deepcache", "-o", "deepcache.interval=2", *SMALL]
-    written(Path("p.jsonl"), {"prompt": "a"}, "{", {"prompt": "b", "seed": 5, "id": "b"}, {"class_label": 3, "prompt": "c"}, {"prompt": "d"})
+    lines = [{"prompt": "a"}, "{", {"prompt": "b", "seed": 5, "id": "b"}, {"class_label": 3, "prompt": "c"}, {"prompt": "d"}]
+    written(Path("p.jsonl"), *lines)
     first = call(*words, "--out", "one")
     assert first.exit_code == 1, first.output
     assert "wrote 3 to one, 0 were there, 2 lines have none" in first.stdout

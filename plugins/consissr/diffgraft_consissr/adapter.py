@@ -11,6 +11,7 @@ from diffgraft import ArtefactMismatch, AttentionCall, ConfigError, Unsupported
 from diffgraft.methods.layouts import Layout
 from diffgraft.methods.published import spec_of
 from diffgraft.methods.schema import Holds
+from diffgraft.methods.weights import plain_values
 from torch import Tensor, nn
 
 from diffgraft_consissr.method import image_part, resized
@@ -85,8 +86,8 @@ class ImageLayer(nn.Module):
         self.to_v_ip = nn.Linear(width, inner, bias=False)
         self.to_out_ip = nn.Sequential(nn.Linear(inner // attn.heads, inner // attn.heads))
         with torch.no_grad():
-            self.to_k_ip.weight.copy_(attn.to_k.weight)
-            self.to_v_ip.weight.copy_(attn.to_v.weight)
+            self.to_k_ip.weight.copy_(plain_values(attn.to_k.weight))
+            self.to_v_ip.weight.copy_(plain_values(attn.to_v.weight))
         for value in self.to_out_ip.parameters():
             nn.init.zeros_(value)
 

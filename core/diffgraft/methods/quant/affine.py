@@ -103,7 +103,7 @@ def nearest_scale(x: Tensor, grid: UniformAffine) -> Scale:
 
 
 def searched_scale(x: Tensor, grid: UniformAffine, p: float = 2.4) -> Scale:
-    """The scale of the shrunk range whose mean |x - x_q|^p is least, for each channel (or the tensor) its own.
+    """The scale of the shrunk range whose mean ``|x - x_q|^p`` is least, for each channel (or the tensor) its own.
 
     Source: LAPQ (arXiv 1911.07190), with Q-Diffusion's shares 1, .99 ... .21 of the range and p = 2.4.
     """

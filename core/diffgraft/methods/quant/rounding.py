@@ -66,12 +66,12 @@ def first_alpha(ratio: Tensor) -> Tensor:
 
 
 def penalty(alpha: Tensor, beta: float) -> Tensor:
-    """sum(1 - |2 h - 1|^beta): 0 where every h is 0 or 1."""
+    """``sum(1 - |2 h - 1|^beta)``: 0 where every h is 0 or 1."""
     return (1 - (2 * h(alpha) - 1).abs().pow(beta)).sum()
 
 
 def distance(y: Tensor, target: Tensor, p: float = 2.0) -> Tensor:
-    """sum over the channels (axis 1) of |y - target|^p, mean over the rest."""
+    """sum over the channels (axis 1) of ``|y - target|^p``, mean over the rest."""
     return (y.float() - target.float()).abs().pow(p).sum(1).mean()
 
 
