@@ -17,6 +17,7 @@ from diffgraft.batch.lines import LONGEST, Broken, check_prompts
 from diffgraft.batch.results import Results
 from diffgraft.batch.tasks import Task, Tasks
 from diffgraft.batch.work import carried_out, here, surveyed
+from diffgraft.cli import running
 from diffgraft.installed.errors import ConfigError, Conflict, ForeignError, OutputError
 from diffgraft.lab.recipes import Recipe, read_record
 from diffgraft.methods import inputs
@@ -308,9 +309,13 @@ def sd_folder(tmp_path_factory):
 
 def test_the_command_goes_on_and_any_number_of_workers_draws_the_same(call, sd_folder, workers, monkeypatch):
     words = ["batch", "p.jsonl", "--pipeline", sd_folder, "-p", "deepcache", "-o", "deepcache.interval=2", *SMALL]
-    lines = [{"prompt": "a"}, "{", {"prompt": "b", "seed": 5, "id": "b"}, {"class_label": 3, "prompt": "c"}, {"prompt": "d"}]
-    written(Path("p.jsonl"), *lines)
+    written(
+        Path("p.jsonl"), {"prompt": "a"}, "{", {"prompt": "b", "seed": 5, "id": "b"}, {"class_label": 3, "prompt": "c"}, {"prompt": "d"}
+    )
+    asked = []  # the packages are looked through once, and not for each picture
+    monkeypatch.setattr(running, "origins_of", lambda *given, found=running.origins_of: asked.append(1) or found(*given))
     first = call(*words, "--out", "one")
+    assert asked == [1]
     assert first.exit_code == 1, first.output
     assert "wrote 3 to one, 0 were there, 2 lines have none" in first.stdout
     assert "line 2: no JSON" in first.stderr

@@ -52,7 +52,7 @@ def batched(recipe: Recipe, tasks: Tasks, out: Path, pool: Pool) -> Iterator[Non
     """The same by `diffgraft batch`."""
     results = Results(out)
     with results.claimed():
-        for _ in carried_out(surveyed(tasks, results), tasks, results, Opening(recipe, ".png", 1, {}), pool):
+        for _ in carried_out(surveyed(tasks, results), tasks, results, Opening(recipe, ".png", 1), pool):
             yield
 
 

@@ -34,6 +34,7 @@ from diffgraft.lab.terminal import progress, say
 if TYPE_CHECKING:
     from diffgraft.batch.tasks import Task
     from diffgraft.batch.work import Draw, Outcome, Pool
+    from diffgraft.cli.running import Origins
     from diffgraft.lab.recipes import Recipe
 
 _log = logging.getLogger(__name__)
@@ -110,8 +111,7 @@ def batch(
     call_of(base)
     checked_plugins(plugins)
     pool = pool_of(ray, workers, threads, device)
-    files = files_of(base)
-    tasks = Tasks(prompts, base, kind, {"threads": threads, "files": files})
+    tasks = Tasks(prompts, base, kind, {"threads": threads, "files": files_of(base)})
     results = Results(out)
     with results.claimed(), torch_threads(threads):
         state = surveyed(tasks, results)
@@ -119,7 +119,7 @@ def batch(
         tell_failed(broken)
         say(f"{state.todo} to draw, {len(state.there)} there already" + f", {len(broken)} broken" * bool(broken), err=True)
         with progress() as advance:
-            for now in carried_out(state, tasks, results, Opening(base, kind, threads, files), pool):
+            for now in carried_out(state, tasks, results, Opening(base, kind, threads), pool):
                 advance("pictures", now.done, now.todo)
     tell_failed({number: why for number, why in state.failed.items() if number not in broken})
     if as_json:
@@ -166,28 +166,24 @@ def pool_of(address: str | None, workers: int | None, threads: int, device: str 
 
 @dataclass(frozen=True)
 class Opening:
-    """Loads the pipeline of a batch in the process that draws with it.
-
-    files  those that go into all pictures, see `files_of`
-    """
+    """Loads the pipeline of a batch in the process that draws with it."""
 
     base: Recipe
     suffix: str
     threads: int
-    files: dict[str, str]
 
     def __call__(self) -> Draw:
         import torch
 
-        from diffgraft.cli.running import prepared
+        from diffgraft.cli.running import origins_of, prepared
 
         torch.set_num_threads(self.threads)
         pipe, _ = prepared(self.base)
         pipe.set_progress_bar_config(disable=True)  # one bar for all of them is enough
-        return partial(draw, pipe, self.suffix, self.files)
+        return partial(draw, pipe, self.suffix, origins_of(pipe, self.base))
 
 
-def draw(pipe: Any, suffix: str, files: dict[str, str], task: Task) -> Outcome:
+def draw(pipe: Any, suffix: str, origins: Origins, task: Task) -> Outcome:
     """The picture of a task, as the bytes of its file, which has the record of its making."""
     from diffgraft.batch.work import Drawn, Failed
     from diffgraft.cli.running import call_of, drawn
@@ -196,7 +192,7 @@ def draw(pipe: Any, suffix: str, files: dict[str, str], task: Task) -> Outcome:
 
     recipe = task.recipe
     try:
-        made = drawn(pipe, recipe, call_of(recipe), [] if recipe.prompt is None else [recipe.prompt], files)
+        made = drawn(pipe, recipe, call_of(recipe), [] if recipe.prompt is None else [recipe.prompt], origins)
         if made.fault is not None or made.record is None:
             return Failed(said(made.fault) if made.fault else "there is no record of its making")
         record = made.record.model_copy(update={"asked": task.asked})

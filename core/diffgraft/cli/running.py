@@ -213,8 +213,8 @@ def call_of(recipe: Recipe) -> CallSettings:
     )
 
 
-def drawn(pipe: Any, recipe: Recipe, call: CallSettings, prompts: list[str], files: dict[str, str] | None = None) -> Made:
-    """The pictures that a prepared pipeline makes of a recipe. ``files``: see `record_of`."""
+def drawn(pipe: Any, recipe: Recipe, call: CallSettings, prompts: list[str], origins: Origins | None = None) -> Made:
+    """The pictures that a prepared pipeline makes of a recipe. ``origins``: where they are known, see `origins_of`."""
     import numpy as np
 
     from diffgraft.methods.inputs import as_array, make_pictures, make_samples
@@ -234,7 +234,7 @@ def drawn(pipe: Any, recipe: Recipe, call: CallSettings, prompts: list[str], fil
         )
     try:
         made.lines.append(str(pipe.plugins.report()) if pipe.plugins.list() else f"no plugins, {seconds:.2f} s")
-        made.record = record_of(pipe, recipe, call, samples[0].prompt, (made.pictures.shape[-2], made.pictures.shape[-3]), files)
+        made.record = record_of(pipe, recipe, call, samples[0].prompt, (made.pictures.shape[-2], made.pictures.shape[-3]), origins)
     except Exception as error:  # whatever it is, the pictures are written first
         made.fault = made.fault or OutputError(f"the picture is there, but says nothing of its making: {said(error)}")
     return made
@@ -249,13 +249,29 @@ def files_of(recipe: Recipe) -> dict[str, str]:
     return {path: digest_of(path) for path in named if path is not None and Path(path).is_file()}
 
 
-def record_of(
-    pipe: Any, recipe: Recipe, call: CallSettings, prompt: str | None, size: tuple[int, int], files: dict[str, str] | None = None
-) -> Record:
-    """What the pictures' files will say of the run that is just over. ``files``: those of `files_of`, where they are known."""
+@dataclass(frozen=True)
+class Origins:
+    """What pictures come from besides their recipe: files (path -> SHA-256) and packages (name -> version)."""
+
+    files: dict[str, str]
+    versions: dict[str, str]
+
+
+def origins_of(pipe: Any, recipe: Recipe) -> Origins:
+    """The origins of a pipeline's pictures. It reads every plugin's package: for thousands of pictures, ask once."""
     from diffgraft.installed import registry
+    from diffgraft.lab.recipes import versions_of
+
+    known = registry.installed()
+    return Origins(files_of(recipe), versions_of([known[name].dist for name in pipe.plugins]))
+
+
+def record_of(
+    pipe: Any, recipe: Recipe, call: CallSettings, prompt: str | None, size: tuple[int, int], origins: Origins | None = None
+) -> Record:
+    """What the pictures' files will say of the run that is just over."""
     from diffgraft.kernel.defaults import own_defaults
-    from diffgraft.lab.recipes import Record, versions_of
+    from diffgraft.lab.recipes import Record
     from diffgraft.methods.inputs import class_labels_of, default_steps, parameters
 
     guidance = call.guidance_scale
@@ -263,7 +279,7 @@ def record_of(
         guidance, ran = own_defaults(pipe).get("guidance_scale"), getattr(pipe, "_guidance_scale", None)
         if ran is not None and ran != parameters(pipe)["guidance_scale"].default:  # a plugin has set it, an inversion's code for instance
             guidance = ran
-    known = registry.installed()
+    origins = origins or origins_of(pipe, recipe)
     told = {
         "prompt": prompt,
         "steps": call.steps or (default_steps(pipe) if "num_inference_steps" in parameters(pipe) else None),
@@ -279,6 +295,6 @@ def record_of(
         kind=type(pipe).__name__,
         scheduler=type(pipe.plugins.run_scheduler()).__name__,
         size=size,
-        files=files_of(recipe) if files is None else files,
-        versions=versions_of([known[name].dist for name in pipe.plugins]),
+        files=origins.files,
+        versions=origins.versions,
     )
