@@ -16,6 +16,7 @@ EXTRAS = {
     "peft": "lora",
     "ftfy": "author",
     "xformers": "xformers",
+    "gradio": "ui",
 }
 """Import package -> the extra of ``diffgraft`` that brings it; a test holds it against the pyproject."""
 
