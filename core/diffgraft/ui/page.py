@@ -55,7 +55,7 @@ def asked_of(access: Access, pipeline: Any, prompt: Any, steps: Any, guidance: A
         steps=None if steps is None else int(steps),
         guidance_scale=None if guidance is None else float(guidance),
         seed=int(seed or 0),
-        specs=specs_of(names, shown, access),
+        specs=specs_of(names or [], shown, access),
     )
     return ensure_in_range(asked)
 
@@ -96,7 +96,7 @@ class Page:
         self.access = ground.access
         with gr.Blocks(title="diffgraft", analytics_enabled=False, delete_cache=(600, 3600)) as self.blocks:
             gr.HTML("<h1>diffgraft</h1><p>Put papers on a pipeline, and see what each of them buys and costs.</p>", elem_id="head")
-            self.names, self.shown, self.renewed = gr.State([]), gr.State({}), gr.State(0)
+            self.shown, self.renewed = gr.State({}), gr.Number(0, visible="hidden")
             self.runs, self.current = gr.State([]), gr.State(None)
             with gr.Row():
                 with gr.Column(scale=5, min_width=320):
@@ -127,12 +127,12 @@ class Page:
         info = "the stack, the first outermost; type to search by name or by what it does"
         self.picked = gr.Dropdown(menu(), value=[], multiselect=True, label="Plugins", info=info, elem_id="plugins")
         self.verdict = gr.HTML(elem_id="verdict")
-        again = [self.names.change, self.renewed.change]
-        gr.render(inputs=[self.names, self.shown], triggers=again, show_progress="hidden")(self.lay_out_cards)
+        again = [self.picked.change, self.renewed.change]
+        gr.render(inputs=[self.picked, self.shown], triggers=again, show_progress="hidden")(self.lay_out_cards)
 
     def lay_out_cards(self, order: list[str], shown: Shown) -> None:
         """A card for each plugin of the stack."""
-        for place, name in enumerate(order):
+        for place, name in enumerate(order or []):
             try:
                 knobs = controls_of(registry.find(name))
             except DiffgraftError:  # the verdict says why
@@ -175,9 +175,8 @@ class Page:
     def wire(self) -> None:
         """Which of them does what."""
         call = [self.prompt, self.steps, self.guidance]
-        asks = [self.pipeline, *call, self.seed, self.names, self.shown]
+        asks = [self.pipeline, *call, self.seed, self.picked, self.shown]
         found = [self.slider, self.figures, self.report, self.current, self.again]
-        self.picked.change(lambda order: order or [], self.picked, self.names, **AT_ONCE)
         self.pipeline.input(self.settle, self.pipeline, call, **AT_ONCE)
         looks = [each.change for each in asks]
         gr.on([*looks, self.blocks.load], self.look, asks, [self.verdict, self.run, *self.written], trigger_mode="always_last", **AT_ONCE)
@@ -209,7 +208,7 @@ class Page:
 
     def look(self, *fields: Any) -> tuple[Any, ...]:
         """What speaks against the stack, whether it runs, and how it is written."""
-        order, shown = fields[-2:]
+        order, shown = fields[-2] or [], fields[-1]
         try:
             verdict = judge(order, shown, self.access, pipeline_class(self.access.pipeline(fields[0])))
             texts = written(asked_of(self.access, *fields)) if verdict.runs else ("", "", "")

@@ -17,9 +17,10 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d, interpolate
 
+from diffgraft.installed.config import PluginConfig
 from diffgraft.installed.errors import DiffgraftError
 from diffgraft.installed.family import Family
-from diffgraft.installed.plugin import Paper, Plugin, PluginConfig
+from diffgraft.installed.plugin import Paper, Plugin
 from diffgraft.kernel.calls import StepCall, StepOutput
 from diffgraft.methods.decoding import picture_channels, to_latents
 
@@ -100,7 +101,8 @@ def fit_colours(pipe: Any, family: Family) -> Tensor:
         Unsupported: the pipeline has no autoencoder of which it is known how the latents are laid out.
         ValueError: they are in no grid.
     """
-    side = SIDE * int(getattr(pipe, "vae_scale_factor", None) or getattr(pipe, "vae_scale_factor_spatial", 8))
+    scale: Any = getattr(pipe, "vae_scale_factor", None) or getattr(pipe, "vae_scale_factor_spatial", 8)
+    side = SIDE * int(scale)
     noise = torch.rand(1, picture_channels(pipe, family), 6, 6, generator=torch.Generator().manual_seed(0)) * 2.4 - 1.2
     picture = interpolate(noise, (side, side), mode="bicubic").clamp(-1, 1)
     still = picture.unsqueeze(2) if family.latents == "bcfhw" else picture
