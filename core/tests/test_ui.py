@@ -64,7 +64,7 @@ def test_controls_have_the_kind_range_and_words_of_the_schema() -> None:
         "many": "number",
         "share": "slider",
         "few": "slider",
-        "perhaps": "number",
+        "perhaps": "text",
         "way": "choice",
         "on": "switch",
         "numbers": "text",
@@ -79,11 +79,12 @@ def test_controls_have_the_kind_range_and_words_of_the_schema() -> None:
     assert made["many"].allowed == "integer, >= 1"
     assert made["way"].choices == ("a", "b")
     assert made["perhaps"].optional
+    assert set_knobs(Made, {"perhaps": "0.5"}) == {"perhaps": 0.5}
     assert not made["many"].optional
 
 
 def test_only_what_was_turned_is_set() -> None:
-    shown = {"many": 5.0, "share": 0.5, "perhaps": None, "numbers": "[1, 3]", "words": "a cat", "file": "", "strange": 1}
+    shown = {"many": 5.0, "share": 0.5, "perhaps": "", "numbers": "[1, 3]", "words": "a cat", "file": "", "strange": 1}
     assert set_knobs(Made, shown) == {"many": 5, "numbers": [1, 3], "words": "a cat"}
     assert Made(**set_knobs(Made, shown)).config.numbers == (1.0, 3.0)
 

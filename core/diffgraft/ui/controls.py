@@ -80,10 +80,10 @@ def control(name: str, schema: Mapping[str, Any], default: Any, description: str
     kind = form.get("type")
     if kind == "boolean" and not optional:
         return Control(name, "switch", **said)
-    if kind in ("integer", "number"):
+    if kind in ("integer", "number") and not optional:  # a field of numbers cannot be empty
         low, high = form.get("minimum", form.get("exclusiveMinimum")), form.get("maximum", form.get("exclusiveMaximum"))
         whole = kind == "integer"
-        slides = None not in (low, high) and not optional and not (whole and high - low > SPAN)
+        slides = None not in (low, high) and not (whole and high - low > SPAN)
         return Control(name, "slider" if slides else "number", low=low, high=high, whole=whole, **said)
     return Control(name, "text" if is_data(form) else "fixed", **said)
 

@@ -24,7 +24,8 @@ CSS = """
 .dark .dg-tile.good b {color: #4ade80;} .dark .dg-tile.bad b {color: #fb923c;}
 .dg-tile span {font-size: .78rem; opacity: .7;}
 .dg-table {width: 100%; border-collapse: collapse; font-variant-numeric: tabular-nums; margin-top: 10px; font-size: .88rem;}
-.dg-table th, .dg-table td {text-align: left; padding: 4px 8px 4px 0; border-bottom: 1px solid var(--border-color-primary);}
+.dg-table th, .dg-table td {text-align: left !important; padding: 4px 8px 4px 0 !important; border: 0 !important;}
+.dg-table tr {border-bottom: 1px solid var(--border-color-primary) !important;}
 .dg-table th {font-weight: 600; opacity: .7;}
 .dg-note {border-radius: 8px; padding: 8px 12px; margin: 0 0 6px; border-left: 4px solid; font-size: .9rem; line-height: 1.4;}
 .dg-note.bad {border-color: #dc2626; background: rgba(220, 38, 38, .08);}
@@ -36,7 +37,8 @@ CSS = """
 .dg-sides {display: flex; justify-content: space-between; font-size: .8rem; opacity: .7;}
 .card-head {align-items: center; flex-wrap: nowrap !important;}
 .card-head button {min-width: 34px !important; flex-grow: 0 !important;}
-.card-head .prose {flex-grow: 1;}
+.card-head .prose {flex-grow: 1; padding-left: 14px;}
+.card {margin-top: 4px;}
 """
 
 PHASES = {

@@ -13,7 +13,7 @@ os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported
 
 from diffgraft.installed import registry
 from diffgraft.installed.errors import ConfigError, DiffgraftError
-from diffgraft.installed.foreign import plain, said
+from diffgraft.installed.foreign import brief, plain, said
 from diffgraft.methods.extras import imported
 from diffgraft.ui.access import Access
 from diffgraft.ui.controls import LONGEST, Control, controls_of, typed
@@ -46,18 +46,31 @@ def asked_of(access: Access, pipeline: Any, prompt: Any, steps: Any, guidance: A
     text = prompt if isinstance(prompt, str) else ""
     if len(text) > LONGEST:
         raise ConfigError(f"the prompt has {len(text)} characters; at most {LONGEST}")
-    for name, value in (("steps", steps), ("seed", seed)):
+    count = number("steps", steps)
+    for name, value in (("steps", count), ("seed", seed)):
         if value is not None and (not math.isfinite(value) or value != int(value)):
             raise ConfigError(f"{name} = {value}: it must be a whole number")
     asked = Asked(
         pipeline=access.pipeline(pipeline),
         prompt=text,
-        steps=None if steps is None else int(steps),
-        guidance_scale=None if guidance is None else float(guidance),
+        steps=None if count is None else int(count),
+        guidance_scale=number("guidance scale", guidance),
         seed=int(seed or 0),
         specs=specs_of(names or [], shown, access),
     )
     return ensure_in_range(asked)
+
+
+def number(name: str, text: Any) -> float | None:
+    """A number that was typed; None where nothing was.
+
+    Raises:
+        ConfigError: it is none.
+    """
+    try:
+        return float(text) if str("" if text is None else text).strip() else None
+    except (TypeError, ValueError):
+        raise ConfigError(f"{name} = {brief(text)}: a number, or empty for the pipeline's own") from None
 
 
 def defaults_of(access: Access, pipeline: Any) -> tuple[str, int | None, float | None]:
@@ -121,8 +134,9 @@ class Page:
         info = "or the class, where it draws classes"
         self.prompt = gr.Textbox(prompt, label="Prompt", info=info, lines=2, max_length=LONGEST, elem_id="prompt")
         with gr.Row():
-            self.steps = gr.Number(steps, label="Steps", precision=0, min_width=80, elem_id="steps")
-            self.guidance = gr.Number(guidance, label="Guidance", step=0.5, min_width=80, elem_id="guidance")
+            looks = {"placeholder": "its own", "max_lines": 1, "max_length": 40, "min_width": 80}  # a field of numbers cannot be empty
+            self.steps = gr.Textbox(typed(steps), label="Steps", elem_id="steps", **looks)
+            self.guidance = gr.Textbox(typed(guidance), label="Guidance", elem_id="guidance", **looks)
             self.seed = gr.Number(0, label="Seed", precision=0, min_width=80, elem_id="seed")
         info = "the stack, the first outermost; type to search by name or by what it does"
         self.picked = gr.Dropdown(menu(), value=[], multiselect=True, label="Plugins", info=info, elem_id="plugins")
@@ -137,7 +151,7 @@ class Page:
                 knobs = controls_of(registry.find(name))
             except DiffgraftError:  # the verdict says why
                 continue
-            with gr.Group(elem_id=f"card-{name}", elem_classes="card"):
+            with gr.Group(elem_classes=["card", f"card-{name}"]):
                 with gr.Row(elem_classes="card-head"):
                     gr.Markdown(f"**{place + 1}. {name}**")
                     for sign, words, new in (("▲", "out", moved(order, name, -1)), ("▼", "in", moved(order, name, 1)), ("✕", "off", None)):
@@ -148,7 +162,8 @@ class Page:
                     for knob in knobs:
                         made = field(knob, shown.get(name, {}).get(knob.name, knob.default), self.access, f"{name}-{knob.name}")
                         if knob.kind != "fixed":
-                            made.change(partial(turned, name, knob.name), [made, self.shown], self.shown, **AT_ONCE)
+                            change = made.change(partial(turned, name, knob.name), [made, self.shown], self.shown, **AT_ONCE)
+                            change.then(self.look, self.asks, self.judged, trigger_mode="always_last", **AT_ONCE)
 
     def lay_out_run(self) -> None:
         """What comes of it."""
@@ -168,21 +183,30 @@ class Page:
         self.written = [made["Python"], made["YAML"], made["Command"]]
         self.line, self.report = made["Python"], made["Report"]
         self.past = gr.Gallery(
-            label="Runs", columns=5, height="auto", allow_preview=False, interactive=False, object_fit="contain", elem_id="runs", buttons=[]
+            label="Runs",
+            columns=4,
+            fit_columns=False,
+            height="auto",
+            allow_preview=False,
+            interactive=False,
+            object_fit="contain",
+            elem_id="runs",
+            buttons=[],
         )
         self.again = gr.Button("Use these settings again", interactive=False, size="sm", elem_id="again")
 
     def wire(self) -> None:
         """Which of them does what."""
         call = [self.prompt, self.steps, self.guidance]
-        asks = [self.pipeline, *call, self.seed, self.picked, self.shown]
+        fields = [self.pipeline, *call, self.seed, self.picked]
+        self.asks, self.judged = [*fields, self.shown], [self.verdict, self.run, *self.written]
         found = [self.slider, self.figures, self.report, self.current, self.again]
         self.pipeline.input(self.settle, self.pipeline, call, **AT_ONCE)
-        looks = [each.change for each in asks]
-        gr.on([*looks, self.blocks.load], self.look, asks, [self.verdict, self.run, *self.written], trigger_mode="always_last", **AT_ONCE)
+        looks = [each.change for each in (*fields, self.renewed)]
+        gr.on([*looks, self.blocks.load], self.look, self.asks, self.judged, trigger_mode="always_last", **AT_ONCE)
         running = self.run.click(
             self.go,
-            [self.count, self.runs, *asks],
+            [self.count, self.runs, *self.asks],
             [self.state, self.stop, self.line, self.runs, self.past, *found],
             concurrency_limit=1,
             concurrency_id="run",
@@ -202,9 +226,10 @@ class Page:
     def settle(self, name: Any) -> tuple[Any, ...]:
         """The call's fields as another pipeline begins with them."""
         try:
-            return defaults_of(self.access, name)
+            prompt, steps, guidance = defaults_of(self.access, name)
         except DiffgraftError:  # `look` says it
-            return "", None, None
+            return "", "", ""
+        return prompt, typed(steps), typed(guidance)
 
     def look(self, *fields: Any) -> tuple[Any, ...]:
         """What speaks against the stack, whether it runs, and how it is written."""
@@ -243,7 +268,8 @@ class Page:
         """The settings of the run that is shown."""
         asked = run.asked
         names, shown = [name for name, _ in asked.specs], {name: dict(knobs) for name, knobs in asked.specs}
-        return asked.pipeline, asked.prompt, asked.steps, asked.guidance_scale, asked.seed, names, shown, count + 1
+        call = asked.prompt, typed(asked.steps), typed(asked.guidance_scale)
+        return asked.pipeline, *call, asked.seed, names, shown, count + 1
 
 
 def turned(plugin: str, knob: str, value: Any, shown: Shown) -> Shown:
