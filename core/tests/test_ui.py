@@ -225,6 +225,7 @@ def test_a_run_tells_its_steps_shows_both_pictures_and_its_line_makes_the_same_p
     for phase in ("baseline", "stack", "counting"):
         steps = [event.done for event in events if isinstance(event, Progress) and event.phase == phase]
         assert steps[:6] == [1, 2, 3, 4, 5, 6], phase
+    assert [event.done for event in events if isinstance(event, Progress) and event.phase == "loading"] == [0, 1, 2]  # it was cold
     assert [found.macs for found in outcomes] == [False, True]
     found = outcomes[-1]
     assert found.stack is not None

@@ -25,12 +25,16 @@ CSS = """
 .dg-tile span {font-size: .78rem; opacity: .7;}
 .dg-table {width: 100%; border-collapse: collapse; font-variant-numeric: tabular-nums; margin-top: 10px; font-size: .88rem;}
 .dg-table th, .dg-table td {text-align: left !important; padding: 4px 8px 4px 0 !important; border: 0 !important;}
-.dg-table tr {border-bottom: 1px solid var(--border-color-primary) !important;}
+.dg-table, .dg-table thead, .dg-table tbody {border: 0 !important;}
+.dg-table tr {border: 0 !important; border-bottom: 1px solid var(--border-color-primary) !important;}
 .dg-table th {font-weight: 600; opacity: .7;}
 .dg-note {border-radius: 8px; padding: 8px 12px; margin: 0 0 6px; border-left: 4px solid; font-size: .9rem; line-height: 1.4;}
 .dg-note.bad {border-color: #dc2626; background: rgba(220, 38, 38, .08);}
 .dg-note.warn {border-color: #d97706; background: rgba(217, 119, 6, .08);}
 .dg-note.good {border-color: #16a34a; background: rgba(22, 163, 74, .08);}
+.dg-note.info {border-color: #64748b; background: rgba(100, 116, 139, .08);}
+#runs .grid-container {grid-template-columns: repeat(auto-fill, minmax(96px, 1fr)) !important;}
+#runs .grid-wrap {min-height: 0 !important; max-height: 340px;}
 .dg-bar {height: 6px; border-radius: 3px; background: var(--border-color-primary); overflow: hidden; margin-top: 4px;}
 .dg-bar i {display: block; height: 100%; background: var(--color-accent); transition: width .15s linear;}
 .dg-state {font-size: .88rem; font-variant-numeric: tabular-nums;}
@@ -39,6 +43,10 @@ CSS = """
 .card-head button {min-width: 34px !important; flex-grow: 0 !important;}
 .card-head .prose {flex-grow: 1; padding-left: 14px;}
 .card {margin-top: 4px;}
+@media (max-width: 480px) {
+  .gradio-container .main.fillable {padding: 12px 8px !important;}
+  #plugins .token {max-width: 130px;}
+}
 """
 
 PHASES = {
@@ -93,5 +101,5 @@ def outcome_html(found: Outcome) -> str:
     rows = "".join(f"<tr><td>{escape(what)}</td><td>{escape(a)}</td><td>{escape(b)}</td></tr>" for what, a, b in found.facts())
     table = f'<table class="dg-table"><tr><th></th><th>baseline</th><th>{escape(plain(found.asked.title))}</th></tr>{rows}</table>'
     sides = '<div class="dg-sides"><span>&#9664; baseline</span><span>stack &#9654;</span></div>' if other is not None else ""
-    said = [*(found.stack.notes if found.stack else []), *found.warnings]
-    return f'{sides}<div class="dg-tiles">{"".join(tiles)}</div>{table}{"".join(note(text, "warn") for text in said)}'
+    notes = [note(text, "info") for text in (found.stack.notes if found.stack else [])] + [note(text, "warn") for text in found.warnings]
+    return f'{sides}<div class="dg-tiles">{"".join(tiles)}</div>{table}{"".join(notes)}'

@@ -112,9 +112,9 @@ class Page:
             self.shown, self.renewed = gr.State({}), gr.Number(0, visible="hidden")
             self.runs, self.current = gr.State([]), gr.State(None)
             with gr.Row():
-                with gr.Column(scale=5, min_width=320):
+                with gr.Column(scale=5, min_width=300):
                     self.lay_out_stack(first)
-                with gr.Column(scale=6, min_width=320):
+                with gr.Column(scale=6, min_width=300):
                     self.lay_out_run()
             self.wire()
 
@@ -319,6 +319,6 @@ def serve(ground: Playground, first: str, host: str, port: int, folder: str) -> 
         pwa=False,
         mcp_server=False,
         theme=theme,
-        css=CSS,
+        head=f"<style>{CSS}</style>",  # what `css` says would be held to what is inside the page
     )
     return page, address
