@@ -61,7 +61,7 @@ def dists_of(package: str) -> set[str]:
 
 BASE = required(ROOT / "core")
 FLOORS: dict[str, tuple[str, ...]] = {"installed": (), "stacks": (), "kernel": (), "methods": ("lora", "torchao"), "cli": ()}
-FLOORS |= {"lab": ("lab",), "testing": ("author", "quantisers"), "community": ("author",), "batch": ("ray",)}
+FLOORS |= {"lab": ("lab",), "testing": ("author", "quantisers"), "community": ("author",), "batch": ("ray",), "ui": ("ui",)}
 """Which extra's packages the functions of a floor may import; module level is for what `pip install diffgraft` brings, everywhere."""
 
 

@@ -1,5 +1,5 @@
 """The command line: ``diffgraft list | show | search | presets | run | batch | again | restore | compare | tune | calibrate | evolve |
-invert | fit | weights | doctor | new | check``.
+invert | fit | weights | doctor | new | check | ui``.
 
 Torch is imported inside the commands that need it.
 """
@@ -23,6 +23,7 @@ from diffgraft.cli.mistakes import Command, Group
 from diffgraft.cli.presets import presets
 from diffgraft.cli.restoring import restore
 from diffgraft.cli.running import again, run
+from diffgraft.cli.ui import ui
 from diffgraft.cli.weights import weights
 from diffgraft.installed.foreign import plain
 from diffgraft.lab.terminal import console, say
@@ -95,7 +96,7 @@ def main(
 
 
 app.command("list", cls=Command)(list_plugins)
-for command in (show, run, batch, again, restore, compare, tune, calibrate, evolve, invert, fit, doctor, new, check, search, presets):
+for command in (show, run, batch, again, restore, compare, tune, calibrate, evolve, invert, fit, doctor, new, check, search, presets, ui):
     app.command(cls=Command)(command)
 app.add_typer(weights, name="weights")
 

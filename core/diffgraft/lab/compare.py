@@ -189,6 +189,10 @@ class Bench:
         yield replace(self.settings.call, steps=arm.steps)
 
     def timed(self, arm: Arm, number: int) -> Timing:
+        """See :meth:`called`."""
+        return self.called(arm, number)[0]
+
+    def called(self, arm: Arm, number: int) -> tuple[Timing, Pictures]:
         """One call with one sample, the device synchronised before and after."""
         index = number % len(self.settings.samples)
         with self.using(arm) as call:
@@ -198,12 +202,12 @@ class Bench:
             with DenoiseClock(self.stack, self.device) as clock:
                 synchronize(self.device)
                 started = time.perf_counter()
-                make_pictures(self.pipe, [self.settings.samples[index]], call)
+                pictures = make_pictures(self.pipe, [self.settings.samples[index]], call)
                 synchronize(self.device)
                 seconds = time.perf_counter() - started
             peak = torch.cuda.max_memory_allocated(self.device) if on_cuda else None
             report = self.stack.report() if arm.plugins else None
-        return Timing(number, index, seconds, clock.seconds(), peak, report)
+        return Timing(number, index, seconds, clock.seconds(), peak, report), pictures
 
     # phases -----------------------------------------------------------------------------------------------------------------------
 

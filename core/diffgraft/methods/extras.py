@@ -18,6 +18,7 @@ EXTRAS = {
     "xformers": "xformers",
     "ray": "ray",
     "torchao": "torchao",
+    "gradio": "ui",
 }
 """Import package -> the extra of ``diffgraft`` that brings it; a test holds it against the pyproject."""
 
