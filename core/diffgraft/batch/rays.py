@@ -73,7 +73,7 @@ class Cluster:
         own = {} if self.address else {"num_cpus": (self.workers or 1) * self.threads, "include_dashboard": False}
         try:
             ray.init(address=self.address or "local", log_to_driver=False, logging_level=logging.ERROR, **own)
-        except (ConnectionError, ValueError, RuntimeError) as error:
+        except Exception as error:  # Ray raises that itself where a cluster does not start in time
             raise ConfigError(f"--ray {self.address or 'local'}: no cluster answers ({said(error)}); `ray status` shows yours") from error
         try:
             yield
