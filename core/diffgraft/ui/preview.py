@@ -28,7 +28,7 @@ OnStep = Callable[[int, int, Tensor], None]
 """Called with (steps done, steps in all, the clean sample as it looks now, or the sample where the scheduler tells none)."""
 SIDE = 16
 """Latent places on each side of the made-up picture: many more than channels."""
-EVERY = 0.25
+EVERY = 0.4
 """Seconds between two previews: each waits for the device."""
 
 

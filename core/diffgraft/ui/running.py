@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Callable, Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -30,6 +31,10 @@ from diffgraft.ui.stacks import Asked
 SHOWN = 512
 """Pixels of the longer side of a picture on the page."""
 THUMB = 128
+LIVE = 256
+"""Of a preview: it is sent often."""
+PACE = 0.4
+"""Seconds between two words on a run."""
 LIMITS = {"steps": (1, 1000), "guidance_scale": (-1e3, 1e3)}
 
 Load = Callable[[str], Any]
@@ -46,7 +51,7 @@ class Progress:
     picture: Image.Image | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Outcome:
     """What a run found. ``macs`` False: multiply-adds are not counted yet, or not at all."""
 
@@ -98,8 +103,39 @@ def thumbnail(image: Image.Image) -> Image.Image:
 def small(picture: NDArray[np.float32]) -> Image.Image:
     """A preview at the page's size."""
     image = to_images(picture[None])[0]
-    scale = SHOWN / max(image.size)
+    scale = LIVE / max(image.size)
     return image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
+
+
+Told = Progress | Outcome | BaseException | None
+"""What a run tells: None is its end, an exception too."""
+
+
+def newest(items: Sequence[Told]) -> list[Told]:
+    """Of what was told in a row on one phase the last, with the last picture of it."""
+    kept: list[Told] = []
+    for item in items:
+        before = kept[-1] if kept else None
+        if isinstance(item, Progress) and isinstance(before, Progress) and before.phase == item.phase:
+            kept.pop()
+            item = replace(item, picture=item.picture or before.picture)
+        kept.append(item)
+    return kept
+
+
+def paced(told: queue.SimpleQueue[Told]) -> Iterator[Progress | Outcome]:
+    """What is told, a few times a second: a page that is sent every step takes the processor from the run."""
+    while True:
+        items = [told.get()]
+        while not told.empty():
+            items.append(told.get())
+        for item in newest(items):
+            if item is None:
+                return
+            if isinstance(item, BaseException):
+                raise item
+            yield item
+        time.sleep(PACE)
 
 
 class Stopped(DiffgraftError):
@@ -147,7 +183,7 @@ class Playground:
         Raises:
             DiffgraftError: whatever speaks against it; the pipeline is as it was.
         """
-        told: queue.SimpleQueue[Progress | Outcome | BaseException | None] = queue.SimpleQueue()
+        told: queue.SimpleQueue[Told] = queue.SimpleQueue()
         stop = threading.Event()
 
         def work() -> None:
@@ -162,10 +198,7 @@ class Playground:
         worker = threading.Thread(target=work, name="diffgraft-run", daemon=True)
         worker.start()
         try:
-            while (item := told.get()) is not None:
-                if isinstance(item, BaseException):
-                    raise item
-                yield item
+            yield from paced(told)
         finally:
             stop.set()
 

@@ -26,7 +26,7 @@ Specs = list[tuple[str, dict[str, Any]]]
 """(plugin, knobs that were set), outermost first."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Asked:
     """What one run of the page was asked for; None is the pipeline's own."""
 
