@@ -97,7 +97,6 @@ def test_the_whole_way(address: str) -> None:
         page.locator("#steps textarea, #steps input").fill("8")
         page.locator("#run").click()
         expect(page.locator("#slider img").first).to_be_visible(timeout=60_000)
-        expect(page.locator("#state")).to_contain_text("step")
         shot(page, "running")
         expect(page.locator("#figures")).to_contain_text("dB", timeout=90_000)
         expect(page.locator("#figures")).to_contain_text("multiply-adds", timeout=90_000)
