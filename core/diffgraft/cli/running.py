@@ -115,14 +115,15 @@ def again(
     """Make a picture once more from what its file says, and tell whether it is the same bit for bit: exit code 1 if not."""
     from diffgraft.cli.mistakes import kept
     from diffgraft.lab.pictures import STILL, encode, same_picture, to_images
-    from diffgraft.lab.recipes import digest_of, read_record, versions_of
+    from diffgraft.lab.recipes import read_record, versions_of
     from diffgraft.methods.files import write_atomic
+    from diffgraft.stacks.references import digest_of
 
     record = read_record(file)
     out = out or file.with_name(f"{file.stem}-again{file.suffix}")
     check_file(out, STILL)
     for path, digest in record.files.items():
-        if not Path(path).is_file() or digest_of(path) != digest:
+        if not Path(path).is_file() or digest_of(Path(path)) != digest:
             raise ConfigError(f"{file} was made from {path}, which is not there any more or is another file now")
     say(record.line())
     recipe = record.recipe if device is None else record.recipe.model_copy(update={"device": device})
@@ -242,11 +243,11 @@ def drawn(pipe: Any, recipe: Recipe, call: CallSettings, prompts: list[str], ori
 
 def files_of(recipe: Recipe) -> dict[str, str]:
     """The files that go into a recipe's pictures: path -> SHA-256."""
-    from diffgraft.lab.recipes import digest_of
+    from diffgraft.stacks.references import digest_of
 
     knobs = [str(value) for _, given in recipe.plugins for value in given.values() if isinstance(value, (str, Path))]
     named = (recipe.image, recipe.mask, recipe.control_image, *knobs)
-    return {path: digest_of(path) for path in named if path is not None and Path(path).is_file()}
+    return {path: digest_of(Path(path)) for path in named if path is not None and Path(path).is_file()}
 
 
 @dataclass(frozen=True)

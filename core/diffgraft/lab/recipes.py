@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 from importlib.metadata import PackageNotFoundError, version
@@ -110,11 +109,6 @@ def version_here(name: str) -> str:
         return version(name)
     except (PackageNotFoundError, ValueError):
         return "not installed"
-
-
-def digest_of(path: str) -> str:
-    """SHA-256 of a file that went into a picture."""
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
 def save_options(record: Record | None, suffix: str) -> dict[str, Any]:
