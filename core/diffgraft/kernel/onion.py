@@ -170,7 +170,7 @@ def denoise_terminal(call: DenoiseCall) -> Tensor:
     call.run.ran(call.branch)
     ensure_whole(call)
     out = forwarded(call, call.inner)
-    call.run.heard.append(call.companion_of(out))
+    call.run.heard.append(call.companion_of(out) if call.family.companion else None)
     call.run.forms[call.model_name, call.sample.shape] = out.shape, out.dtype
     return out
 
