@@ -25,7 +25,7 @@ a second each), pairs, families' facts, unchanged plugins whose behaviour is loo
 LEAST = 6
 """Of a plugin at least."""
 OWN = re.compile(r"^plugins/([^/]+)/tests/")
-OWN_CONTRACT = re.compile(r"^plugins/[^/]+/tests/.*::test_contract(\[|$)")
+OWN_CONTRACT = re.compile(r"^plugins/[^/]+/tests/.*::test_contract$")
 """A plugin's own copy of the contract, for who works on it alone: tests/test_contract.py has the same cases."""
 FACT = re.compile(r"^pipelines/families/tests/.*::(\w+)\[(.*)\]$")
 """(the fact, the pipeline class)."""
@@ -93,10 +93,9 @@ class Sample:
         """Ids of the tests of plugins and families that are more than their part."""
         if self.seed is None:
             return set()
-        dropped = {item.nodeid for item in items if OWN_CONTRACT.match(item.nodeid)}
         of_plugin: dict[str, list[pytest.Item]] = {}
         for item in items:
-            if (match := OWN.match(item.nodeid)) and item.nodeid not in dropped:
+            if match := OWN.match(item.nodeid):
                 of_plugin.setdefault(match.group(1), []).append(item)
         most = self.parts(OWN_TESTS, {name: len(own) for name, own in of_plugin.items()})
         beyond: set[str] = set()
@@ -104,7 +103,7 @@ class Sample:
             beyond |= set(shuffled((item.nodeid for item in own), self.seed)[most[name] :])
         total = sum(map(len, of_plugin.values()))
         self.note("plugins' own tests", total - len(beyond), total)
-        return dropped | beyond | self.facts_beyond([item.nodeid for item in items if FACT.match(item.nodeid)])
+        return beyond | self.facts_beyond([item.nodeid for item in items if FACT.match(item.nodeid)])
 
     def facts_beyond(self, facts: list[str]) -> set[str]:
         """Those of families that changed come first, then each fact and each class once, then others."""

@@ -11,7 +11,9 @@ import shlex
 import shutil
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import diffgraft
 import diffgraft.installed
@@ -124,9 +126,15 @@ def test_a_hook_pages_plugin(point: str, tmp_path: Path) -> None:
 COMMANDS = re.compile(r"(?:^ {4,}|^|&& |; |[A-Z_]=\S+ )diffgraft ([a-z]+(?: .*)?)$", re.MULTILINE)
 
 
+@cache
+def command() -> Any:
+    """The command line; made once, for it takes a while."""
+    return get_command(app)
+
+
 def commands_of(page: Path) -> list[list[str]]:
     """Every command that a page quotes, as words; a sentence that begins with the project's name is none."""
-    known = get_command(app).commands  # type: ignore[attr-defined]
+    known = command().commands
     lines = COMMANDS.findall(page.read_text(encoding="utf-8").replace("\\\n", " "))
     lines = [line.removesuffix(" 2>&1") for line in lines]  # the shell's, and no argument
     return [shlex.split(EXPANDED.sub(printed, line), comments=True) for line in lines if line.split()[0] in known]
@@ -142,11 +150,11 @@ def printed(expression: re.Match[str]) -> str:
 
 def wrong_in(words: list[str]) -> str:
     """What the command line would say against it before anything is loaded: options, their values, the plugins' knobs."""
-    command, rest = get_command(app), list(words)
-    while hasattr(command, "commands"):
-        command = command.commands[rest.pop(0)]
+    now, rest = command(), list(words)
+    while hasattr(now, "commands"):
+        now = now.commands[rest.pop(0)]
     try:
-        told = command.make_context(words[0], rest).params
+        told = now.make_context(words[0], rest).params
         names = [told[key] for key in ("plugin", "plugins", "name") if told.get(key)]
         flat = [name for each in names for name in (each if isinstance(each, list) else each.split(","))]
         given = [option for option in told.get("option") or [] if option.split(".")[0] in registry.installed()]

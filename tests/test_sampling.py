@@ -6,8 +6,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from diffgraft.testing import form_cells
-from sampling import LEAST, Sample, level
+from diffgraft import PluginNotFound
+from diffgraft.testing import contract_sample, form_cells
+from sampling import LEAST, OWN_CONTRACT, Sample, level
 
 
 def sample(*changed: str) -> Sample:
@@ -51,11 +52,13 @@ def test_of_each_form_a_few_cells_and_none_that_takes_long() -> None:
 
 
 def test_of_a_plugins_own_tests_the_contract_is_left_to_the_suites() -> None:
-    names = [
-        "plugins/a/tests/test_a.py::test_contract[a-X-off]",
-        "plugins/a/tests/test_a.py::test_contract",
-        "plugins/a/tests/test_a.py::test_contract_in_parallel",
-        "tests/test_contract.py::test_contract[a-X-off]",
-    ]
-    items: Any = [SimpleNamespace(nodeid=name) for name in names]
-    assert sample().beyond(items) == {*names[:2]}
+    function = "plugins/a/tests/test_a.py::test_contract"
+    assert OWN_CONTRACT.match(function)
+    assert not OWN_CONTRACT.match(f"{function}_in_parallel")
+    assert not OWN_CONTRACT.match("tests/test_contract.py::test_contract")
+
+
+def test_a_sample_of_a_contract_asks_nothing_before_it_is_read() -> None:
+    cases = contract_sample("nobody", "seed")  # at the import of a test file, whose test may never be collected
+    with pytest.raises(PluginNotFound):
+        next(cases)

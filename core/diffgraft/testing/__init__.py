@@ -22,13 +22,13 @@ are the settings at which the method shows in four steps; ``neutral`` must hold 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 from diffgraft.installed import registry
 from diffgraft.installed.plugin import Plugin
 from diffgraft.testing import basics, compiling, crafted, inside, levels, ranks, repeats, sessions, surroundings
 from diffgraft.testing.case import CHECKS, Case, candidates
-from diffgraft.testing.cover import cover
+from diffgraft.testing.cover import covering
 from diffgraft.testing.forms import Cell, form_cells
 from diffgraft.testing.pairs import Pair, pair_cases
 from diffgraft.testing.setting import Setting
@@ -85,9 +85,12 @@ def contract_candidates(
     return candidates(cls, [known[name] for name in families], (), variants, thorough)
 
 
-def contract_sample(plugin: str | type[Plugin], seed: str) -> list[Case]:
-    """Of one plugin's cases a covering table: each check and each family once at least; which meet depends on the seed."""
-    return cover(contract_candidates(plugin), seed)
+def contract_sample(plugin: str | type[Plugin], seed: str) -> Iterator[Case]:
+    """Of one plugin's cases a covering table: each check and each family once at least; which meet depends on the seed.
+
+    It is made as it is read: where nobody collects the test that it is for, nothing is asked, which takes seconds.
+    """
+    yield from covering(contract_candidates(plugin), seed)
 
 
 def run_contract(plugin: str | type[Plugin], families: Iterable[str] | None = None) -> list[str]:
