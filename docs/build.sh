@@ -4,7 +4,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 . examples/setup.sh
 diffgraft_setup run
-python -c "import sphinx, furo, myst_parser, sphinx_copybutton, latex2mathml" 2>/dev/null ||
+python -c "import sphinx, furo, myst_nb, sphinx_copybutton, latex2mathml" 2>/dev/null ||
   python -m pip --disable-pip-version-check install --quiet -r docs/requirements.txt
 
 python -m sphinx --builder html --fail-on-warning --keep-going --quiet --fresh-env --write-all "$@" docs out/docs

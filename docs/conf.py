@@ -18,10 +18,11 @@ import generate  # noqa: E402  # beside this file, which is no package
 project = "diffgraft"
 author = "the diffgraft authors"
 project_copyright = author
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx_copybutton"]
+extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx_copybutton"]
 exclude_patterns = ["requirements.txt", "changelog/*", "community/*"]
 myst_enable_extensions = ["dollarmath", "colon_fence"]
 myst_heading_anchors = 3
+nb_execution_mode = "off"  # they hold what `python docs/notebooks.py` has given
 
 html_theme = "furo"
 html_title = "diffgraft"
