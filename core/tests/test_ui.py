@@ -11,7 +11,6 @@ from typing import Any, Literal
 import numpy as np
 import pytest
 import torch
-import yaml
 from diffgraft import load_pipeline
 from diffgraft.cli.mistakes import Command
 from diffgraft.cli.ui import ensure_folder, free_port, is_local
@@ -196,9 +195,13 @@ def test_plugins_change_places() -> None:
     assert moved("abc", "x", 1) == ["a", "b", "c"]
 
 
-def test_yaml_and_command_say_the_stack() -> None:
+def test_yaml_is_a_stack_file_and_the_command_says_the_stack(tmp_path: Path) -> None:
     asked = Asked("emoji-sd", "a 'big' cat", 4, 3.5, 7, [("deepcache", {"interval": 5}), ("time_shift", {})])
-    assert [*yaml.safe_load(as_yaml(asked)).items()] == [("deepcache", {"interval": 5}), ("time_shift", {})]
+    file = tmp_path / "stack.yaml"
+    file.write_text(as_yaml(asked))
+    stack = load_pipeline("emoji-sd", plugins=file).plugins
+    assert [(name, stack[name].own_knobs) for name in stack] == asked.specs
+    assert "package: diffgraft-deepcache" in file.read_text()  # what a reader without it is to install
     command = as_command(asked)
     assert "--plugins deepcache,time_shift -o deepcache.interval=5 --steps 4 --guidance-scale 3.5 --seed 7" in command
     assert asked.title == "deepcache(interval=5) + time_shift"

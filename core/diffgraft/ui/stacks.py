@@ -10,15 +10,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from diffgraft.community.quality import GOALS, read
 from diffgraft.installed import registry
 from diffgraft.installed.errors import DiffgraftError, Unsupported
 from diffgraft.installed.family import Family
+from diffgraft.installed.offers import core_version
 from diffgraft.installed.planner import Part, plan
 from diffgraft.installed.plugin import Plugin
 from diffgraft.installed.specs import build_plugin
+from diffgraft.stacks.schema import Member, StackFile, written
+from diffgraft.stacks.writing import HEAD
 from diffgraft.ui.access import Access
 from diffgraft.ui.controls import controls_of, set_knobs
 
@@ -159,8 +160,12 @@ def as_python(asked: Asked, takes: Mapping[str, Any] | None = None) -> str:
 
 
 def as_yaml(asked: Asked) -> str:
-    """The stack as YAML, a mapping of plugins to their knobs, outermost first: the one place where the page writes a stack file."""
-    return str(yaml.safe_dump({name: knobs for name, knobs in asked.specs}, sort_keys=False, allow_unicode=True, default_flow_style=False))
+    """A stack file (`load_pipeline(..., plugins="stack.yaml")`). Files stand in it by their names, without checksums."""
+    members = []
+    for name, knobs in asked.specs:
+        offer = registry.named(name)
+        members.append(Member(name=name, package=offer.dist, version=offer.version, knobs=knobs))
+    return HEAD + written(StackFile(diffgraft=core_version(), plugins=tuple(members)))
 
 
 def as_command(asked: Asked) -> str:
