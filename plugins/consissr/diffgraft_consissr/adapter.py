@@ -11,6 +11,7 @@ from diffgraft import ArtefactMismatch, AttentionCall, ConfigError, Unsupported
 from diffgraft.methods.layouts import Layout
 from diffgraft.methods.published import spec_of
 from diffgraft.methods.schema import Holds
+from diffgraft.methods.through import Through
 from diffgraft.methods.weights import plain_values
 from torch import Tensor, nn
 
@@ -140,17 +141,6 @@ def seen(state: Mapping[str, Tensor], pixels: Tensor) -> Tensor:
     x = F.silu(F.conv2d(x, state["eye.2.weight"], state["eye.2.bias"], padding=1))
     x = F.conv2d(x, state["eye.4.weight"], state["eye.4.bias"], stride=PATCH)
     return x.flatten(2).transpose(1, 2) + state["eye.places"]
-
-
-class Through:
-    """An attention module with some of its parts exchanged; everything else is the module's own."""
-
-    def __init__(self, attn: Any, **changed: Any) -> None:
-        self.attn = attn
-        self.__dict__.update(changed)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.__dict__["attn"], name)
 
 
 Values = Mapping[str, Tensor]

@@ -14,9 +14,10 @@ from typing import Any
 
 import torch
 from diffgraft import AttentionCall, BlockInfo, DenoiseCall, Family, Unsupported
+from diffgraft.methods.through import Through
 from torch import Tensor, nn
 
-from diffgraft_nag.layer import Combine, Through, as_rows
+from diffgraft_nag.layer import Combine, as_rows
 
 TEXT, STREAM = "encoder_hidden_states", "hidden_states"
 

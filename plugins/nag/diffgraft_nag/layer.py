@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from diffgraft import AttentionCall, Unsupported
 from diffgraft.methods.conditioning import part_of
+from diffgraft.methods.through import Through
 from torch import Tensor
 
 Combine = Callable[[Tensor, Tensor], Tensor]
@@ -31,17 +32,6 @@ class Window:
     text: Tensor | None = None
     positive: int = 0
     negative: int = 0
-
-
-class Through:
-    """An attention module with another output projection; everything else is the module's own."""
-
-    def __init__(self, attn: Any, **changed: Any) -> None:
-        self.attn = attn
-        self.__dict__.update(changed)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.__dict__["attn"], name)
 
 
 def ask_twice(call: AttentionCall, next: Any, window: Window, combine: Combine) -> Any:
