@@ -107,7 +107,7 @@ class Learning(Keeping):
         tensors, facts = keep(layers)
         return {name: x for name, x in tensors.items() if x.numel()}, {
             **facts,
-            "losses": {k: [x.before, x.after] for k, x in losses.items()},
+            "losses": {k: [x.before, x.after] for k, x in losses.items() if x.kept},
         }
 
     def learn(self, unit, outputs, targets, count):
@@ -149,7 +149,7 @@ def test_blocks_are_learned_in_running_order_and_none_is_worse(pipe, tmp_path):
     found = [key for key in Learning.learned if key in order]
     assert found == list(dict.fromkeys(order))
     assert all(after <= before for before, after in made.facts["losses"].values())
-    assert any(after < before for before, after in made.facts["losses"].values())
+    assert sum(after < before for before, after in made.facts["losses"].values()) > len(Learning.learned) / 2
     assert told[:2] == [("calibration", 1, 2), ("calibration", 2, 2)]
     assert told[2:] == [("weights", i + 1, len(Learning.learned)) for i in range(len(Learning.learned))]
     assert all(p.grad is None for p in pipe.unet.parameters())

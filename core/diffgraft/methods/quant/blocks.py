@@ -321,9 +321,17 @@ def in_order(units: Sequence[Unit], records: RunRecords, target: Target) -> list
 
     Raises:
         ConfigError: no call was kept.
+        NotFinite: a block of which a call makes what is not finite, the first of them.
     """
     order: list[str] = []
+    bad: list[str] = []
+
+    def after(key: str, output: Any) -> None:
+        if not bool(first_of(output).isfinite().all()):
+            bad.append(key)
+
     handles = [unit.module.register_forward_pre_hook(lambda *_, key=unit.key: order.append(key)) for unit in units]
+    handles += [unit.module.register_forward_hook(lambda _, args, output, key=unit.key: after(key, output)) for unit in units]
     try:
         for model, denoiser in target.denoisers.items():
             one = next((asked for record in records for asked in asked_in(record, 1) if asked.model == model), None)
@@ -332,6 +340,8 @@ def in_order(units: Sequence[Unit], records: RunRecords, target: Target) -> list
     finally:
         for handle in handles:
             handle.remove()
+    if bad:
+        raise NotFinite(f"the outputs of {bad[0]} hold values that are not finite, so it has no range; use a wider dtype")
     if not order:
         raise ConfigError("no denoiser call was kept, so there is nothing to calibrate on: take more steps, or more of them")
     return sorted((unit for unit in units if unit.key in order), key=lambda unit: order.index(unit.key))
