@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from diffgraft import Unsupported, root_of
-from diffgraft.methods.quant.affine import UniformAffine, nearest_scale
+from diffgraft.methods.quant.affine import nearest_scale
 from diffgraft.methods.quant.attention import OPERANDS, QUERIES
-from diffgraft.methods.quant.knobs import FLOAT, inputs_of, weights_of
-from diffgraft.methods.quant.layers import Layer, QuantLayer, QuantLinear, Rounder, chosen, layers_of, quantised
+from diffgraft.methods.quant.knobs import inputs_of, weights_of
+from diffgraft.methods.quant.layers import Layer, QuantLayer, QuantLinear, chosen, layers_of, quantised
 from torch import nn
 
 from diffgraft_q_diffusion.knobs import QDiffusionConfig
@@ -78,16 +78,10 @@ def made(layer: Layer, config: QDiffusionConfig, splits: Mapping[str, int], scal
 def round_activations(layer: QuantLayer, config: QDiffusionConfig, splits: Mapping[str, int]) -> None:
     """Put a layer's inputs on grids: two where it is split; and what an attention multiplies: queries, keys, values, softmax."""
     _, _, path = layer.key.partition(".")
-    split = splits.get(layer.key, 0) if config.split else 0
-    bits = config.input_bits_of(path.startswith(BLOCKS))
-    channels = layer.weight.shape[1]
-    layer.sizes = (split, channels - split) if split else (channels,)
-    grid = inputs_of(bits)
+    grid = inputs_of(config.input_bits_of(path.startswith(BLOCKS)))
     if grid is None:
         return
-    layer.inputs = nn.ModuleList(Rounder(grid) for _ in layer.sizes)
-    name = path.rpartition(".")[2]
-    if name in OPERANDS and isinstance(layer, QuantLinear):
-        layer.outputs = Rounder(grid)
-        if name in QUERIES and config.softmax != FLOAT:
-            layer.softmax = Rounder(UniformAffine(config.softmax))
+    name = path.rpartition(".")[2] if isinstance(layer, QuantLinear) else ""
+    softmax = inputs_of(config.softmax) if name in QUERIES else None
+    split = splits.get(layer.key, 0) if config.split else 0
+    layer.round_activations(grid, split, grid if name in OPERANDS else None, softmax)

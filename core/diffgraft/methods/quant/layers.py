@@ -234,6 +234,15 @@ class _Quantised:
         """What comes out, for what was computed."""
         return y if self.outputs is None or not self.active else self.outputs(y)  # type: ignore[no-any-return]
 
+    def round_activations(
+        self, inputs: UniformAffine, split: int = 0, outputs: UniformAffine | None = None, softmax: UniformAffine | None = None
+    ) -> None:
+        """Put inputs, of ``split`` > 0 in two parts, outputs and softmax on grids: on each tensor's own range until one is fixed."""
+        channels = self.weight.shape[1]
+        self.sizes = (split, channels - split) if split else (channels,)
+        self.inputs = nn.ModuleList(Rounder(inputs) for _ in self.sizes)
+        self.outputs, self.softmax = (None if grid is None else Rounder(grid) for grid in (outputs, softmax))
+
     def rounders(self) -> dict[str, Rounder]:
         """All that rounds activations, by name: "inputs.0", "outputs", "softmax"."""
         named: dict[str, Any] = {f"inputs.{j}": rounder for j, rounder in enumerate(self.inputs)}
