@@ -74,7 +74,7 @@ def calibrate(
             if on_progress:
                 on_progress("calibration", number + 1, len(samples))
         assert fits is not None
-        tensors, facts = summarised(calibrator, Records(paths, plugin.name), target)
+        tensors, facts = summarised(calibrator, Records(paths, plugin.name, on_progress), target)
         artefact = Artefact(fits, tensors, {**facts, "prompts": len(samples), "knobs": calibrator.config.model_dump(mode="json")})
         artefact.save(out)
         shutil.rmtree(folder)
@@ -97,17 +97,30 @@ def calibrate_call(pipe: Any, plugin: Plugin, call: Callable[[], Any]) -> Artefa
 
 class Records(Sequence[dict[str, Tensor]]):
     """The records of a calibration, each read from its file whenever it is asked for: what they take in memory does not grow with the
-    number of prompts."""
+    number of prompts.
 
-    def __init__(self, paths: Sequence[Path], plugin: str) -> None:
-        self._paths, self._plugin = paths, plugin
+    ``folder`` holds them until all is done: what a calibrator leaves there, an interrupted calibration finds again. ``on_progress`` is told
+    how far a long summary is.
+    """
+
+    def __init__(self, paths: Sequence[Path], plugin: str, on_progress: OnProgress | None = None) -> None:
+        self._paths, self._plugin, self.on_progress = paths, plugin, on_progress
+
+    @property
+    def folder(self) -> Path:
+        return self._paths[0].parent
+
+    @property
+    def digest(self) -> str:
+        """Tells these records from others: of other prompts, knobs or settings, or fewer of them."""
+        return work_digest({"records": [Artefact.load(path, self._plugin).facts["digest"] for path in self._paths]})
 
     def __len__(self) -> int:
         return len(self._paths)
 
     def __getitem__(self, i: Any) -> Any:
         if isinstance(i, slice):
-            return Records(self._paths[i], self._plugin)
+            return Records(self._paths[i], self._plugin, self.on_progress)
         return Artefact.load(self._paths[i], self._plugin).tensors
 
 

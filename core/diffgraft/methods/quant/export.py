@@ -59,6 +59,8 @@ def kernel_weight(path: str, layer: QuantLinear) -> Tensor:
     """
     weights: Weights = layer.weights[0]  # type: ignore[assignment]
     grid, rounder = weights.grid, layer.inputs[0] if layer.inputs else None
+    if layer.outputs is not None:
+        raise Unsupported(f"{path} rounds what comes out of it too (quantised attention), which no kernel does: quantise without")
     if len(layer.weights) > 1 or len(weights.sizes) > 1:
         what = "several ranges of timesteps" if len(layer.weights) > 1 else "a split"
         raise Unsupported(f"{path} has a weight for each of {what}, and a kernel takes one: quantise without")

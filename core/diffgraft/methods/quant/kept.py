@@ -6,13 +6,14 @@ Tensors of many shapes (one a layer) are one flat tensor, and the shapes are amo
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from diffgraft.installed.errors import ArtefactMismatch
+from diffgraft.methods.quant.affine import Scale
 from diffgraft.methods.quant.layers import QuantLayer, Weights
 from diffgraft.methods.quant.rounding import balanced
 
@@ -42,16 +43,16 @@ def misfit(flat: Tensor, shapes: Mapping[str, list[int]]) -> str | None:
 
 
 def state_of(layer: QuantLayer) -> dict[str, Tensor]:
-    """Scales (float32) of a layer's weights and of its inputs where these are fixed, and what is rounded up (bool) where it was learned."""
+    """Scales (float32) of a layer's weights, and of its activations where fixed; what is rounded up (bool) where it was learned."""
     found: dict[str, Tensor] = {}
     for i, weights in enumerate(layer.weights):
         for j, scale in enumerate(weights.scales):  # type: ignore[arg-type]
             found |= {f"weights.{i}.{j}.delta": scale.delta, f"weights.{i}.{j}.zero": scale.zero}
         if weights.up is not None:
             found[f"weights.{i}.up"] = weights.up  # type: ignore[assignment]
-    for j, rounder in enumerate(layer.inputs):
+    for name, rounder in layer.rounders().items():
         if rounder.fixed is not None:
-            found |= {f"inputs.{j}.delta": rounder.delta, f"inputs.{j}.zero": rounder.zero}  # type: ignore[dict-item]
+            found |= {f"{name}.delta": rounder.fixed.delta, f"{name}.zero": rounder.fixed.zero}
     return found
 
 
@@ -61,6 +62,28 @@ def keep(layers: Mapping[str, QuantLayer]) -> tuple[dict[str, Tensor], dict[str,
     kinds = {"scales": torch.float32, "up": torch.bool}
     made = {kind: packed({name: v.cpu() for name, v in states.items() if v.dtype == dtype}) for kind, dtype in kinds.items()}
     return {kind: flat.to(kinds[kind]) for kind, (flat, _) in made.items()}, {kind: shapes for kind, (_, shapes) in made.items()}
+
+
+def ensure_made_for(facts: Mapping[str, Any], plan: Mapping[str, Any], keys: Iterable[str], plugin: str, again: str) -> None:
+    """Raises ArtefactMismatch where an artefact's fact ``plan``, the knobs it was made for, is another, or a layer's key is not in it."""
+    found = facts["plan"]
+    differing = [f"{name} = {value!r}, and it was made for {found.get(name)!r}" for name, value in plan.items() if value != found.get(name)]
+    if differing:
+        raise ArtefactMismatch(f"{plugin}: the artefact is of other settings: {'; '.join(differing)}; {again}")
+    known = {name.partition("/")[0] for name in facts["scales"]}
+    if lost := next((key for key in keys if key not in known), None):
+        raise ArtefactMismatch(f"{plugin}: the artefact says nothing of the layer {lost}; {again}")
+
+
+@torch.no_grad()
+def fill(layers: Mapping[str, QuantLayer], tensors: Mapping[str, Tensor], facts: Mapping[str, Any], again: str) -> None:
+    """The same as :func:`restore`, for layers whose activations are not measured yet, and a file that may lack what is empty."""
+    measured = {name.partition("/")[0] for name in facts["scales"] if "/weights." not in name}
+    for key in measured & layers.keys():
+        for rounder in layers[key].rounders().values():
+            one = torch.ones(1, device=layers[key].weight.device)
+            rounder.fix(Scale(one, torch.zeros_like(one)))
+    restore(layers, {"scales": torch.zeros(0), "up": torch.zeros(0, dtype=torch.bool), **tensors}, facts, again)
 
 
 @torch.no_grad()
@@ -91,7 +114,6 @@ def restore(layers: Mapping[str, QuantLayer], tensors: Mapping[str, Tensor], fac
             up = states.get(f"{key}/weights.{i}.up")
             weights.up = None if up is None else up.to(weights.value.device)
             weights.value = weights.rounded(balanced(layer, i), weights.up).to(weights.value.dtype)
-        for j, rounder in enumerate(layer.inputs):
+        for name, rounder in layer.rounders().items():
             if rounder.fixed is not None:
-                for name in ("delta", "zero"):
-                    setattr(rounder, name, states[f"{key}/inputs.{j}.{name}"].to(layer.weight.device))
+                rounder.fix(Scale(*(states[f"{key}/{name}.{part}"].to(layer.weight.device) for part in Scale._fields)))

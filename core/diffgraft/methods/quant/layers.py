@@ -92,6 +92,10 @@ class Rounder(nn.Module):
     def fixed(self) -> Scale | None:
         return None if self.delta is None or self.zero is None else Scale(self.delta, self.zero)
 
+    def fix(self, scale: Scale) -> None:
+        """Round by this scale from now on."""
+        self.delta, self.zero = scale
+
     def forward(self, x: Tensor) -> Tensor:
         if x.numel() == 0:  # no tokens: a picture that was not given
             return x
@@ -167,6 +171,8 @@ class _Quantised:
     weights  one for each range of timesteps that has its own; none where the weight stays as it is
     balance  s [ranges, channels]: inputs are divided by it, and the weights in ``weights`` are multiplied with it; None: 1
     pick     which range a forward is in, asked where there are several
+    outputs  how what comes out is put on a grid (queries, keys, values), or None
+    softmax  of a layer of queries: how the softmax that they go into is put on a grid (`attention`), or None
     see      is shown each input before anything is done to it
     active   False: the layer computes what the one it stands for does
     """
@@ -174,6 +180,8 @@ class _Quantised:
     weight: nn.Parameter
     bias: nn.Parameter | None
     balance: Tensor | None
+    outputs: Rounder | None
+    softmax: Rounder | None
     key: str = ""
     under_lora: bool = False
     active: bool = True
@@ -187,6 +195,8 @@ class _Quantised:
         balance: Tensor | None = None,
         pick: Pick | None = None,
         see: Callable[[Tensor], None] | None = None,
+        outputs: Rounder | None = None,
+        softmax: Rounder | None = None,
     ) -> None:
         if len(weights) > 1 and pick is None:
             raise ValueError("several ranges, and nothing that says which a forward is in")
@@ -195,6 +205,7 @@ class _Quantised:
         self.weight, self.bias = layer.weight, layer.bias  # type: ignore[assignment]
         self.train(layer.training)  # type: ignore[attr-defined]
         self.inputs, self.weights = nn.ModuleList(inputs), nn.ModuleList(weights)
+        self.outputs, self.softmax = outputs, softmax
         self.pick, self.see, self.sizes = pick, see, weights[0].sizes if weights else (layer.weight.shape[1],)  # type: ignore[index, union-attr]
         self.register_buffer("balance", balance, persistent=False)  # type: ignore[attr-defined]
 
@@ -219,6 +230,24 @@ class _Quantised:
             return x, at_index(torch.stack([weights.value for weights in self.weights]), at)  # type: ignore[misc]
         return x, self.weights[int(at)]()
 
+    def leaving(self, y: Tensor) -> Tensor:
+        """What comes out, for what was computed."""
+        return y if self.outputs is None or not self.active else self.outputs(y)  # type: ignore[no-any-return]
+
+    def round_activations(
+        self, inputs: UniformAffine, split: int = 0, outputs: UniformAffine | None = None, softmax: UniformAffine | None = None
+    ) -> None:
+        """Put inputs, of ``split`` > 0 in two parts, outputs and softmax on grids: on each tensor's own range until one is fixed."""
+        channels = self.weight.shape[1]
+        self.sizes = (split, channels - split) if split else (channels,)
+        self.inputs = nn.ModuleList(Rounder(inputs) for _ in self.sizes)
+        self.outputs, self.softmax = (None if grid is None else Rounder(grid) for grid in (outputs, softmax))
+
+    def rounders(self) -> dict[str, Rounder]:
+        """All that rounds activations, by name: "inputs.0", "outputs", "softmax"."""
+        named: dict[str, Any] = {f"inputs.{j}": rounder for j, rounder in enumerate(self.inputs)}
+        return named | {name: one for name in ("outputs", "softmax") if (one := getattr(self, name)) is not None}
+
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         balance, self.balance = self.balance, None  # stays float32, as the scales do
         super()._apply(fn, recurse)  # type: ignore[misc]
@@ -241,7 +270,7 @@ class QuantLinear(_Quantised, nn.Linear):
         self.prepare(layer, **parts)
 
     def forward(self, input: Tensor) -> Tensor:
-        return F.linear(*self.operands(input), self.bias)
+        return self.leaving(F.linear(*self.operands(input), self.bias))
 
 
 class QuantConv2d(_Quantised, nn.Conv2d):
@@ -255,10 +284,16 @@ class QuantConv2d(_Quantised, nn.Conv2d):
         self.prepare(layer, **parts)
 
     def forward(self, input: Tensor) -> Tensor:
-        return self._conv_forward(*self.operands(input), self.bias)
+        return self.leaving(self._conv_forward(*self.operands(input), self.bias))
 
 
 QuantLayer = QuantLinear | QuantConv2d
+
+
+def quantised_in(denoisers: Mapping[str, nn.Module]) -> dict[str, QuantLayer]:
+    """The quantised layers of the denoisers, by key."""
+    modules = [module for denoiser in denoisers.values() for module in root_of(denoiser).modules()]
+    return {module.key: module for module in modules if isinstance(module, (QuantLinear, QuantConv2d))}
 
 
 def in_place_of(layer: nn.Linear | nn.Conv2d, **parts: Any) -> QuantLayer:

@@ -1,0 +1,69 @@
+"""Ranges of activations, measured: each rounder of a block gets the scale that its inputs of a few samples want."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from diffgraft.methods.quant.affine import Scale, UniformAffine, searched_scale
+from diffgraft.methods.quant.layers import QuantLayer, ensure_finite
+
+MOST = 2**16
+"""Values that a range is searched on, beside the ends of all."""
+
+
+class Gathering(nn.Module):
+    """Takes a rounder's place, and keeps some of what comes to it: all of few values, of many every so-many-th and the two ends."""
+
+    def __init__(self, most: int = MOST) -> None:
+        super().__init__()
+        self.most = most
+        self.seen: list[Tensor] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        flat = x.detach().float().reshape(-1)
+        if flat.numel() > 0:
+            self.seen.append(torch.cat([flat[:: max(1, flat.numel() // self.most)], flat.amin()[None], flat.amax()[None]]))
+        return x
+
+
+@torch.no_grad()
+def measure(
+    layers: Mapping[str, QuantLayer],
+    call: Callable[[], object],
+    plugin: str,
+    scale_of: Callable[[Tensor, UniformAffine], Scale] = searched_scale,
+    most: int = MOST,
+) -> None:
+    """Fix the scales of all rounders of these layers, one for a whole tensor, by what ``call()`` brings to them unrounded.
+
+    ``most``: values of each forward that are looked at, beside its ends.
+
+    Raises:
+        NotFinite: it brings what has no range; names the layer.
+    """
+    rounders = {(key, name): rounder for key, layer in layers.items() for name, rounder in layer.rounders().items()}
+    gathered = {place: Gathering(most) for place in rounders}
+    for (key, name), one in gathered.items():
+        stand_in(layers[key], name, one)
+    try:
+        call()
+    finally:
+        for (key, name), rounder in rounders.items():
+            stand_in(layers[key], name, rounder)
+    values = {place: torch.cat(one.seen) if one.seen else torch.zeros(1) for place, one in gathered.items()}
+    ensure_finite({key: x for (key, _), x in values.items()}, plugin)
+    for (key, name), rounder in rounders.items():
+        scale = scale_of(values[key, name], rounder.grid)
+        rounder.fix(Scale(*(part.reshape(1).to(layers[key].weight.device) for part in scale)))
+
+
+def stand_in(layer: QuantLayer, name: str, new: nn.Module) -> None:
+    """Exchange the rounder of this name."""
+    kind, _, number = name.partition(".")
+    if number:
+        layer.inputs[int(number)] = new
+    else:
+        setattr(layer, kind, new)

@@ -1,0 +1,104 @@
+"""Q-Diffusion: U-Nets in few bits (arXiv 2302.04304).
+
+(Li, Liu, Lian, Yang, Dong, Kang, Zhang, Keutzer.) What a denoiser gets changes along the timesteps, so it is calibrated on calls of all of
+them. The shortcut convolutions of the up blocks get two tensors of different ranges in one: each half has its own grid. How weights are
+rounded, and the scales of activations, are learned block by block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+from diffgraft import (
+    AttentionCall,
+    AttentionInfo,
+    Effects,
+    ModulesCall,
+    Need,
+    Plugin,
+    RunCall,
+    Target,
+    Unsupported,
+    denoisers_of,
+)
+from diffgraft.methods.artefacts import Artefact, make_again
+from diffgraft.methods.quant.affine import nearest_scale, searched_scale
+from diffgraft.methods.quant.attention import with_rounded_softmax
+from diffgraft.methods.quant.kept import ensure_made_for, fill
+from diffgraft.methods.quant.knobs import FLOAT
+from diffgraft.methods.quant.layers import QuantConv2d, QuantLinear, bytes_of, ensure_no_lora_over, put, quantised_in
+from torch import nn
+
+from diffgraft_q_diffusion.calibration import HOLDS, Measure, plan_of
+from diffgraft_q_diffusion.knobs import PAPER, PLAN, QDiffusionConfig
+from diffgraft_q_diffusion.plan import made, round_activations, splits_of, wanted
+
+__all__ = ["QDiffusion"]
+__version__ = "0.1.0"
+
+
+class QDiffusion(Plugin):
+    name = "q_diffusion"
+    paper = PAPER
+    families = ("unets",)
+    Config = QDiffusionConfig
+    neutral: ClassVar[dict[str, Any]] = {"bits": "w32a32"}
+    active: ClassVar[dict[str, Any]] = {"bits": "w4a8", "timesteps": 2, "iterations": 3, "scale_iterations": 3, "batch": 8}
+    sessions = True
+    # without an artefact a range is that of the whole tensor; with one, a batch's last bits differ from one row's, and decide roundings
+    effects = Effects(edits=frozenset({"weights", "attention"}), couples_batch=True)
+    needs = (Need("artefact", "artefact", fits=frozenset(), holds=HOLDS),)
+    calibration = Measure
+    config: QDiffusionConfig
+
+    def check(self, target: Target) -> None:
+        ensure_no_lora_over(target.denoisers, self.name)
+        layers = wanted(target.denoisers, self.config, (nn.Linear, nn.Conv2d, QuantLinear, QuantConv2d))
+        if not layers:
+            raise Unsupported(f"q_diffusion: {type(target.pipe).__name__} has no linear layer or convolution that is not kept")
+        if self.config.split:
+            splits_of(target.denoisers)
+        artefact: Artefact | None = target.given.get("artefact")
+        if artefact is None or self.config.is_off:
+            return
+        ensure_made_for(artefact.facts, plan_of(self.config), [layer.key for layer in layers], self.name, self.again())
+
+    def again(self) -> str:
+        """How to get an artefact that fits, with the knobs that it depends on."""
+        said = "".join(f" -o q_diffusion.{name}={value}" for name, value in self.own_knobs.items() if name in PLAN)
+        return f"{make_again(self.name)}{' and' + said if said else ''}"
+
+    def modules(self, call: ModulesCall, next: Any) -> None:
+        if not self.config.is_off:
+            artefact: Artefact | None = call.given("artefact")
+            splits = splits_of(call.denoisers) if self.config.split else {}
+            for layer in wanted(call.denoisers, self.config):
+                new = made(layer, self.config, splits, searched_scale if artefact is None else nearest_scale)
+                put(call.swap, layer, new)
+                round_activations(new, self.config, splits)
+            if artefact is not None:
+                fill(quantised_in(call.denoisers), artefact.tensors, artefact.facts, self.again())
+        next(call)
+
+    def select_attention(self, layers: Sequence[AttentionInfo]) -> Sequence[AttentionInfo]:
+        return [] if FLOAT in (self.config.input_bits, self.config.softmax) else layers
+
+    def attention(self, call: AttentionCall, next: Any) -> Any:
+        return with_rounded_softmax(call.attn, lambda: next(call))
+
+    def run(self, call: RunCall, next: Any) -> Any:
+        if self.config.is_off:
+            call.note("inactive: w32a32 leaves every layer as it is")
+            return next(call)
+        denoisers = denoisers_of(call.pipe, call.family)
+        ensure_no_lora_over(denoisers, self.name)
+        layers = list(quantised_in(denoisers).values())
+        kept, plain = bytes_of(layers)
+        halves = sum(len(layer.sizes) > 1 for layer in layers)
+        how = "learned" if call.given("artefact") is not None else "not learned: no artefact"
+        call.note(
+            f"simulated, no speed: {self.config.bits}, {how}; the weights of {len(layers)} layers, {halves} of them split, would be "
+            f"{kept / 1e6:.2f} MB instead of {plain / 1e6:.2f}"
+        )
+        return next(call)
