@@ -1,0 +1,456 @@
+"""The temporal feature cache: bit for bit, nothing stale, and exact features beside a quantiser."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+from typing import Any, ClassVar
+
+import diffgraft_temporal_feature_cache.cache as c
+import numpy as np
+import pytest
+import torch
+from diffgraft import Conflict, Effects, ModulesCall, Paper, Plugin, Unsupported, load_pipeline, unload
+from diffgraft.installed import registry
+from diffgraft.methods.quant.affine import UniformAffine
+from diffgraft.methods.quant.layers import layers_of, put, quantised
+from diffgraft_temporal_feature_cache.cache import CachedLinear, Kept, Store, checksums, version, versions
+from diffgraft_temporal_feature_cache.method import is_temporal
+from torch import nn
+
+FAMILIES = ("sd", "sdxl", "pixel", "svd", "deepfloyd_if", "latent_consistency", "dit", "pixart", "wan", "flux", "sd3")
+
+
+def tiny(family="sd"):
+    found = registry.families()[family]
+    module, function = found.tiny.split(":")
+    return getattr(importlib.import_module(module), function)(found.pipelines[0], 0)
+
+
+def denoiser(made):
+    return getattr(made.pipe, "unet", None) or made.pipe.transformer
+
+
+def picture(made, seed=0, **kwargs):
+    """The result as an array, from equal noise."""
+    out = made.pipe(**{**made.kwargs, "generator": torch.Generator().manual_seed(seed), **kwargs})[0]
+    return out.float().numpy() if isinstance(out, torch.Tensor) else np.stack([np.asarray(each) for each in out])
+
+
+def part(made):
+    return made.pipe.plugins.report().plugins["temporal_feature_cache"]
+
+
+def total(made, name):
+    return sum(part(made).counts[name].values())
+
+
+def cached(made):
+    return [module for module in denoiser(made).modules() if isinstance(module, CachedLinear)]
+
+
+class Rounded(Plugin):
+    """Rounds all weights that it finds to four bits."""
+
+    name = "rounded"
+    paper = Paper("none", "0000.00000", "rounds to the nearest")
+    families = ("*",)
+    neutral: ClassVar[dict[str, Any]] = {}
+
+    def modules(self, call: ModulesCall, next: Any) -> None:
+        for layer in layers_of(call.denoisers):
+            put(call.swap, layer, quantised(layer.module, UniformAffine(4, "channel")))
+        next(call)
+
+
+# exact, and served -------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_with_and_without_are_equal_bit_for_bit_and_a_second_run_computes_nothing(family):
+    made = tiny(family)
+    plain, other = picture(made), picture(made, 1)
+    calls = []
+    for path, module in denoiser(made).named_modules():
+        if isinstance(module, nn.Linear) and is_temporal(path):
+            module.register_forward_hook(lambda *_: calls.append(1))
+    picture(made)
+    asked = len(calls)  # steps x layers of all blocks, for each branch that the pipeline asks by itself
+    load_pipeline(made.pipe, plugins=["temporal_feature_cache"])
+    assert np.array_equal(picture(made), plain)
+    assert total(made, "served") + total(made, "computed") == asked
+    assert np.array_equal(picture(made), plain)
+    assert (total(made, "served"), total(made, "computed")) == (asked, 0)
+    assert np.array_equal(picture(made, 1), other)  # other noise, same features
+    assert total(made, "computed") == 0
+    made.pipe.plugins.configure("temporal_feature_cache", megabytes=0)
+    assert np.array_equal(picture(made), plain)
+    assert not cached(made)
+    unload(made.pipe)
+    assert np.array_equal(picture(made), plain)
+
+
+def test_hits_are_steps_times_blocks():
+    made = tiny()
+    load_pipeline(made.pipe, plugins=["temporal_feature_cache"])
+    picture(made, num_inference_steps=5)
+    picture(made, num_inference_steps=5)
+    resnets = sum(type(module).__name__ == "ResnetBlock2D" for module in made.pipe.unet.modules())
+    assert total(made, "served") == 5 * (resnets + 2)  # and the two layers of the time embedding
+
+
+def test_branches_that_are_asked_one_after_another_share_what_does_not_depend_on_the_text():
+    made = tiny("wan")
+    load_pipeline(made.pipe, plugins=["temporal_feature_cache"])
+    picture(made)
+    assert total(made, "served") == total(made, "computed") > 0
+
+
+@pytest.mark.parametrize("family", ["sd", "pixart", "wan", "dit", "flux", "sd3"])
+def test_the_time_path_is_what_sees_neither_latents_nor_text(family):
+    made, pooled = tiny(family), family in ("flux", "sd3")
+    inputs: list[dict[str, Any]] = []
+    for path, module in denoiser(made).named_modules():
+        if isinstance(module, nn.Linear):
+            module.register_forward_pre_hook(lambda _, args, path=path: inputs[-1].setdefault(path, args[0].clone()))
+    for seed, prompt in ((0, "a red apple"), (1, "two small dogs at the sea")):
+        inputs.append({})
+        picture(made, seed, **({} if pooled or "prompt" not in made.kwargs else {"prompt": prompt}))
+    same = {path for path, x in inputs[0].items() if torch.equal(x, inputs[1][path])}
+    chosen = {path for path in inputs[0] if is_temporal(path)}
+    assert chosen
+    assert chosen <= same
+    if not pooled:  # else a text's own layers are equal too: of one prompt
+        assert chosen == same
+
+
+# beside a quantiser ------------------------------------------------------------------------------------------------------------------
+
+
+def features(made, **kwargs):
+    """What each layer of the time path gives, at all steps."""
+    found: dict[str, list[torch.Tensor]] = {}
+    hooks = [
+        module.register_forward_hook(lambda _, args, y, path=path: found.setdefault(path, []).append(y.clone()))
+        for path, module in denoiser(made).named_modules()
+        if isinstance(module, nn.Linear) and is_temporal(path)
+    ]
+    image = picture(made, **kwargs)
+    for hook in hooks:
+        hook.remove()
+    return image, {path: torch.stack(each) for path, each in found.items()}
+
+
+@pytest.mark.parametrize("family", ["sd", "dit", "flux"])
+def test_beside_four_bits_the_features_are_exact(family):
+    made = tiny(family)
+    plain, exact = features(made)
+    load_pipeline(made.pipe, plugins=[Rounded()])
+    alone, rounded = features(made)
+    assert all(not torch.equal(rounded[path], exact[path]) for path in exact)
+    unload(made.pipe)
+    load_pipeline(made.pipe, plugins=["temporal_feature_cache", Rounded()])
+    for _ in range(2):
+        beside, kept = features(made)
+        assert kept.keys() == exact.keys()
+        assert all(torch.equal(kept[path], exact[path]) for path in exact)
+        assert not np.array_equal(beside, plain)  # the rest is in four bits
+        assert not np.array_equal(beside, alone)
+    assert total(made, "computed") == 0
+
+
+def test_a_quantiser_that_was_first_is_told_the_way_out():
+    made = tiny()
+    load_pipeline(made.pipe, plugins=[Rounded()])
+    with pytest.raises(Conflict, match=r"time_\w+.* is quantised already; put temporal_feature_cache first"):
+        made.pipe.plugins.add("temporal_feature_cache")
+    assert made.pipe.plugins.list() == ("rounded",)
+
+
+# nothing stale -----------------------------------------------------------------------------------------------------------------------
+
+
+def changed(made, way):
+    """Other weights in the time path, as trainers, loaders and LoRA write them."""
+    layer = next(module for path, module in denoiser(made).named_modules() if isinstance(module, nn.Linear) and is_temporal(path))
+    with torch.no_grad():
+        if way == "in place":
+            layer.weight.mul_(1.5)
+        elif way == "past the counters":
+            layer.weight.data += 0.25
+        elif way == "a new tensor":
+            layer.weight.data = layer.weight.data * 1.5
+        elif way == "a row for another":
+            layer.weight.data[[0, 1]] = layer.weight.data[[1, 0]]
+        else:
+            layer.load_state_dict({name: value * 1.5 for name, value in layer.state_dict().items()})
+
+
+@pytest.mark.parametrize("way", ["in place", "past the counters", "a new tensor", "a row for another", "load_state_dict"])
+def test_other_weights_are_not_answered_with_old_features(way):
+    made = tiny()
+    load_pipeline(made.pipe, plugins=["temporal_feature_cache"])
+    before = picture(made)
+    changed(made, way)
+    found = picture(made)
+    assert total(made, "computed") > 0
+    unload(made.pipe)
+    assert np.array_equal(found, picture(made))
+    assert not np.array_equal(found, before)
+
+
+def test_weights_that_change_in_mid_run():
+    def callback(pipe, step, t, kwargs):
+        if step == 1:
+            with torch.no_grad():
+                pipe.unet.time_embedding.linear_2.weight.mul_(1.5)
+        return {}
+
+    pictures = []
+    for plugins in ([], ["temporal_feature_cache"]):
+        made = tiny()
+        load_pipeline(made.pipe, plugins=plugins)
+        picture(made)
+        pictures.append(picture(made, callback_on_step_end=callback))
+    assert np.array_equal(*pictures)
+
+
+@pytest.mark.parametrize("targets", [["time_emb_proj"], ["linear_1"], ["to_q"]])
+def test_a_lora(targets):
+    peft = pytest.importorskip("peft")
+    made = tiny()
+    load_pipeline(made.pipe, plugins=["temporal_feature_cache"])
+    before = picture(made)
+    torch.manual_seed(0)
+    made.pipe.unet.add_adapter(peft.LoraConfig(r=2, lora_alpha=8, init_lora_weights=False, target_modules=targets))
+    with_lora = picture(made)
+    assert not np.array_equal(with_lora, before)
+    on_path = targets != ["to_q"]
+    assert any("a LoRA lies over" in note for note in part(made).notes) is on_path
+    twin = tiny()
+    torch.manual_seed(0)
+    twin.pipe.unet.add_adapter(peft.LoraConfig(r=2, lora_alpha=8, init_lora_weights=False, target_modules=targets))
+    assert np.array_equal(picture(twin), with_lora)
+    made.pipe.unload_lora_weights()
+    assert np.array_equal(picture(made), before)
+    assert (total(made, "served") > 0, part(made).notes) == (True, [])
+    unload(made.pipe)
+    assert np.array_equal(picture(made), before)
+
+
+def test_a_lora_that_lies_there_already_is_refused_on_the_time_path_and_nowhere_else():
+    peft = pytest.importorskip("peft")
+    made = tiny()
+    made.pipe.unet.add_adapter(peft.LoraConfig(r=2, init_lora_weights=False, target_modules=["time_emb_proj"]))
+    with pytest.raises(Unsupported, match=r"a LoRA lies over .*time_emb_proj, .*fuse_lora"):
+        load_pipeline(made.pipe, plugins=["temporal_feature_cache"])
+    made = tiny()
+    made.pipe.unet.add_adapter(peft.LoraConfig(r=2, init_lora_weights=False, target_modules=["to_q"]))
+    plain = picture(made)
+    load_pipeline(made.pipe, plugins=["temporal_feature_cache"])
+    assert np.array_equal(picture(made), plain)
+    assert np.array_equal(picture(made), plain)
+    assert total(made, "computed") == 0
+
+
+@pytest.mark.parametrize(
+    ("family", "kwargs"),
+    [
+        ("sd", {"num_images_per_prompt": 2}),
+        ("sd", {"num_inference_steps": 3}),
+        ("sd", {"guidance_scale": 1.0}),
+        ("latent_consistency", {"guidance_scale": 3.0}),
+        ("flux", {"guidance_scale": 2.0}),
+        ("flux", {"prompt": "two small dogs at the sea"}),
+        ("sdxl", {"original_size": (512, 256)}),
+        ("dit", {"class_labels": [2]}),
+        ("deepfloyd_if", {"prompt": "two small dogs at the sea"}),
+    ],
+)
+@pytest.mark.parametrize("on_device", [False, True])
+def test_other_calls_have_features_of_their_own(family, kwargs, on_device, monkeypatch):
+    """``on_device``: as where inputs are not compared at once, so that all rests on what they are known by."""
+    monkeypatch.setattr(c, "waits", lambda x: on_device)
+    made = tiny(family)
+    plain, other = picture(made), picture(made, **kwargs)
+    load_pipeline(made.pipe, plugins=["temporal_feature_cache"])
+    for _ in range(2):
+        assert np.array_equal(picture(made), plain)
+        assert np.array_equal(picture(made, **kwargs), other)
+    assert total(made, "computed") == 0
+
+
+def test_other_dtypes():
+    made = tiny()
+    load_pipeline(made.pipe, plugins=["temporal_feature_cache"])
+    plain = picture(made)
+    twin = tiny()
+    for dtype in (torch.bfloat16, torch.float32):
+        made.pipe.to(dtype)
+        twin.pipe.to(dtype)
+        assert np.array_equal(picture(made), picture(twin))
+    assert not np.array_equal(picture(made), plain)  # its weights went through bfloat16
+    with torch.inference_mode():
+        inferred = picture(made)
+    assert np.array_equal(inferred, picture(made))
+
+
+def test_a_copy_and_a_pipeline_that_shares_the_denoiser():
+    made = tiny()
+    plain = picture(made)
+    sibling = type(made.pipe)(**made.pipe.components)
+    load_pipeline(made.pipe, plugins=["temporal_feature_cache"])
+    picture(made)
+    twin = type(made)(copy.deepcopy(made.pipe), made.kwargs)
+    changed(twin, "in place")
+    assert np.array_equal(picture(made), plain)
+    assert not np.array_equal(picture(twin), plain)
+    assert np.array_equal(picture(type(made)(sibling, made.kwargs)), plain)
+
+
+# what comes in is not what it seems --------------------------------------------------------------------------------------------------
+
+
+def meddle(made):
+    """What something inside of the denoiser may do, and no plugin tells of."""
+    return made.pipe.unet.time_embedding.register_forward_pre_hook(lambda module, args: (args[0] + 0.5, *args[1:]))
+
+
+def test_an_input_that_was_changed_inside_is_computed():
+    made = tiny()
+    hook = meddle(made)
+    meddled = picture(made)
+    hook.remove()
+    load_pipeline(made.pipe, plugins=["temporal_feature_cache"])
+    plain = picture(made)
+    meddle(made)
+    assert np.array_equal(picture(made), meddled)
+    assert not np.array_equal(meddled, plain)
+
+
+def test_where_comparing_would_wait_it_is_told_at_the_end_of_the_run(monkeypatch):
+    monkeypatch.setattr(c, "waits", lambda x: True)
+    made = tiny()
+    load_pipeline(made.pipe, plugins=["temporal_feature_cache"])
+    plain = picture(made)
+    assert np.array_equal(picture(made), plain)
+    assert total(made, "computed") == 0
+    hook = meddle(made)
+    with pytest.raises(Unsupported, match="the time path got something else than at the same timestep before"):
+        picture(made)
+    hook.remove()
+    assert np.array_equal(picture(made), plain)
+
+
+def test_beside_what_edits_timesteps_everything_is_computed():
+    class Later(Plugin):
+        name = "later"
+        paper = Paper("none", "0000.00000", "asks at another timestep")
+        families = ("*",)
+        neutral: ClassVar[dict[str, Any]] = {}
+        effects = Effects(edits=frozenset({"timestep"}))
+
+        def denoise(self, call, next):
+            return next(call.replace(timestep=call.timestep + 5))
+
+    made = tiny()
+    load_pipeline(made.pipe, plugins=[Later()])
+    later = picture(made)
+    made.pipe.plugins.add("temporal_feature_cache")
+    assert np.array_equal(picture(made), later)
+    assert np.array_equal(picture(made), later)
+    assert part(made).notes == ["inactive: later edits the timestep"]
+
+
+def layer_and_serving(limit=10**6):
+    store = Store(limit)
+    store.begin(())
+    layer = CachedLinear(nn.Linear(4, 3), store)
+    return layer, c.Serving(store, store.at("t"))
+
+
+def test_gradients_and_tangents_flow(monkeypatch):
+    layer, serving = layer_and_serving()
+    monkeypatch.setattr(c, "current", lambda: serving)
+    x = torch.ones(2, 4)
+    with torch.no_grad():
+        y = layer(x)
+        assert torch.equal(layer(x), y)
+    assert layer(x).requires_grad  # the weights'
+    layer.requires_grad_(False)
+    assert layer(x.clone().requires_grad_()).requires_grad
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(x, torch.ones_like(x))
+        assert torch.autograd.forward_ad.unpack_dual(layer(dual)).tangent is not None
+    assert serving.served == 1
+
+
+def test_what_was_written_to_or_made_for_inference_is_not_served(monkeypatch):
+    layer, serving = layer_and_serving()
+    layer.requires_grad_(False)
+    monkeypatch.setattr(c, "current", lambda: serving)
+    x = torch.ones(2, 4)
+    right = layer(x).clone()
+    layer(x).add_(1)
+    assert torch.equal(layer(x), right)
+    serving.store.forget()
+    serving.level.kept.clear()
+    with torch.inference_mode():
+        layer(x)
+    assert not layer(x).is_inference()
+
+
+def test_the_limit_holds_and_a_schedule_that_does_not_fit_is_served_in_part():
+    made = tiny()
+    plain = picture(made)
+    load_pipeline(made.pipe, plugins=[("temporal_feature_cache", {"megabytes": 0.03})])
+    for _ in range(2):
+        assert np.array_equal(picture(made), plain)
+        store = cached(made)[0].store
+        held = sum(each.bytes for level in store.levels.values() for each in level.kept.values())
+        assert store.bytes == held <= 30_000
+    assert total(made, "served") > 0
+    assert total(made, "computed") > 0
+    picture(made, num_inference_steps=3)
+    picture(made, num_inference_steps=3)  # room was made by levels that are not asked for any more
+    assert total(made, "served") > 0
+
+
+def test_room_is_made_by_what_no_later_run_has_used():
+    def one():
+        x, y = torch.zeros(1), torch.zeros(3)
+        return Kept(x, y, (), version(y))
+
+    layer = nn.Linear(1, 3)
+    store = Store(2 * one().bytes)
+    for run, keys in enumerate([("a", "b", "c"), ("a", "c"), ("d",)]):
+        store.begin(())
+        for key in keys:
+            store.keep(store.at(key), layer, one())
+        held = {key for key, level in store.levels.items() if level.kept}
+        assert held == [{"a", "b"}, {"a", "c"}, {"c", "d"}][run]
+        assert store.bytes == 2 * one().bytes
+
+
+def test_checksums_tell_weights_apart():
+    layer = nn.Linear(3, 4)
+    before = checksums([layer])
+    assert checksums([copy.deepcopy(layer)]) == before
+    for change in (lambda w: w.__setitem__((2, 1), w[2, 1] * (1 + 2e-7)), lambda w: w.__setitem__([0, 1], w[[1, 0]])):
+        other = copy.deepcopy(layer)
+        change(other.weight.data)
+        assert checksums([other]) != before
+    assert checksums([copy.deepcopy(layer).bfloat16()]) != before
+    counted = versions(layer.parameters())
+    layer.load_state_dict(layer.state_dict())
+    assert versions(layer.parameters()) != counted
+
+
+def test_a_model_without_a_known_time_path_is_refused():
+    made = tiny()
+    for path, module in list(made.pipe.unet.named_modules()):
+        if isinstance(module, nn.Linear) and is_temporal(path):
+            parent, _, name = path.rpartition(".")
+            setattr(made.pipe.unet.get_submodule(parent), name, nn.Sequential(module))
+    with pytest.raises(Unsupported, match="has no linear layer on a time path"):
+        load_pipeline(made.pipe, plugins=["temporal_feature_cache"])
