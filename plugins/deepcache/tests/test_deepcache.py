@@ -15,7 +15,7 @@ import pytest
 import torch
 from diffgraft import ConfigError, Effects, Paper, Plugin, StepOutput, Unsupported, load_pipeline
 from diffgraft.installed import registry
-from diffgraft_deepcache.layout import connections_made, connections_taken
+from diffgraft.methods.skips import connections_made, connections_taken
 from diffgraft_deepcache.schedule import nonuniform_keys
 from diffusers import UNet2DModel
 from torch.utils.flop_counter import FlopCounterMode

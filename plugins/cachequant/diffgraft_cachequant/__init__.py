@@ -1,0 +1,199 @@
+"""CacheQuant: cached U-Net features at the best steps, corrected, on quantised layers (arXiv 2503.01323).
+
+(Liu, Li, Gu.) Most U-Net calls reuse the deep feature of an earlier one, as in DeepCache. Which calls are whole is found by
+dynamic programming over measured distances, the feature that is reused is mapped to the one that it stands for by a measured affine map of
+each channel, and so is what quantised layers make of it: neither needs training.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from diffgraft import (
+    ArtefactMismatch,
+    BlockCall,
+    BlockInfo,
+    ConfigError,
+    DenoiseCall,
+    Effects,
+    ModulesCall,
+    Need,
+    Plugin,
+    RunCall,
+    Target,
+    Unsupported,
+    denoisers_of,
+)
+from diffgraft.methods.artefacts import Artefact, make_again
+from diffgraft.methods.quant.kept import restore
+from diffgraft.methods.quant.layers import QuantConv2d, QuantLinear, bytes_of, ensure_no_lora_over, put
+from diffgraft.methods.skips import Cache, Caches, bypassed, bypassing, ensure_branch, skipping
+from torch import Tensor
+
+from diffgraft_cachequant.calibration import HOLDS, Measure
+from diffgraft_cachequant.knobs import FLOAT, PAPER, CacheQuantConfig
+from diffgraft_cachequant.layers import OURS, on_grids, splits, wanted, with_correction
+from diffgraft_cachequant.method import best_schedule, corrected
+
+__all__ = ["CacheQuant"]
+__version__ = "0.1.0"
+
+
+@dataclass
+class Run(Caches):
+    """Of a branch: its caches. Of the run (``call.shared``): the number of the U-Net call that is in progress, which calls are whole, and
+    the correction of the cached feature on its device."""
+
+    at: Tensor | None = None
+    keys: tuple[int, ...] = ()
+    affine: tuple[Tensor, Tensor] | None = None
+
+
+class CacheQuant(Plugin):
+    name = "cachequant"
+    paper = PAPER
+    families = ("unets",)
+    Config = CacheQuantConfig
+    State = Run
+    neutral: ClassVar[dict[str, Any]] = {"interval": 1, "bits": "w32a32"}
+    active: ClassVar[dict[str, Any]] = {"interval": 2, "bits": "w8a8"}
+    # scales are fixed; but the last bits of a batch's products differ from those of one row's, and bits decide roundings
+    effects = Effects(skips=frozenset({"blocks"}), edits=frozenset({"weights"}), needs=frozenset({"calibrated_run"}), couples_batch=True)
+    needs = (Need("artefact", "artefact", holds=HOLDS),)
+    calibration = Measure
+    tune: ClassVar[dict[str, Any]] = {"interval": (2, 3, 5)}
+    config: CacheQuantConfig
+
+    # what is refused -----------------------------------------------------------------------------------------------------------------
+
+    def check(self, target: Target) -> None:
+        ensure_branch(target.blocks, self.config.branch, self.name)
+        ensure_no_lora_over(target.denoisers, self.name)
+        layers = wanted(target.denoisers, self.config, OURS)
+        if len(target.denoisers) > 1:
+            raise Unsupported(
+                f"cachequant: {type(target.pipe).__name__} has {len(target.denoisers)} denoisers, and a calibration is of one"
+            )
+        artefact = target.given.get("artefact")
+        if artefact is not None:
+            self.check_artefact(artefact, [layer.key for layer in layers])
+
+    def check_artefact(self, artefact: Artefact, layers: Sequence[str]) -> None:
+        """Raises ArtefactMismatch where it was made for other knobs."""
+        knobs, facts = self.config, artefact.facts
+        if knobs.caches and knobs.interval > facts["interval"]:
+            raise ArtefactMismatch(
+                f"cachequant: interval = {knobs.interval}: the artefact was made for up to {facts['interval']}; {self.again('interval')}"
+            )
+        if (knobs.caches or knobs.corrects_quantisation) and knobs.branch != facts["branch"]:
+            raise ArtefactMismatch(
+                f"cachequant: branch = {knobs.branch}: the artefact was made for {facts['branch']}; {self.again('branch')}"
+            )
+        if knobs.quantises and knobs.bits != facts["bits"]:
+            raise ArtefactMismatch(f"cachequant: bits = {knobs.bits}: the artefact was made for {facts['bits']}; {self.again('bits')}")
+        if knobs.quantises and knobs.inputs != facts["inputs"]:
+            raise ArtefactMismatch(
+                f"cachequant: inputs = {knobs.inputs!r}: the artefact was made for {facts['inputs']!r}; {self.again('inputs')}"
+            )
+        known = {name.partition("/")[0] for name in facts["scales"]}
+        if knobs.quantises and (other := next((key for key in known if key not in layers and not self.is_kept(key)), None)):
+            raise ArtefactMismatch(f"cachequant: the artefact holds {other}, and this model has no such layer; {self.again('bits')}")
+        if knobs.quantises and not known:
+            raise ArtefactMismatch(f"cachequant: the artefact holds no layer; {self.again('bits')}")
+
+    def is_kept(self, key: str) -> bool:
+        return any(f".{name}." in f".{key}." for name in self.config.keep)
+
+    def again(self, knob: str) -> str:
+        """How to get an artefact that fits."""
+        return f"{make_again(self.name)} and -o cachequant.{knob}={getattr(self.config, knob)}"
+
+    def measured(self, call: Any) -> Artefact:
+        """The artefact.
+
+        Raises:
+            ConfigError: there is none, and something of it was to be measured.
+        """
+        artefact: Artefact | None = call.given("artefact")
+        if artefact is None:
+            raise ConfigError(
+                "plugin 'cachequant': artefact = None: best steps, corrections and scales are measured; "
+                f"{make_again(self.name)}, or have none of them: schedule='uniform', correct='off', bits='w32a32'"
+            )
+        return artefact
+
+    # quantised layers ----------------------------------------------------------------------------------------------------------------
+
+    def modules(self, call: ModulesCall, next: Any) -> None:
+        artefact: Artefact | None = call.given("artefact")
+        if self.config.quantises and artefact is not None:  # a run without one is refused
+            known = {name.partition("/")[0] for name in artefact.facts["scales"]}
+            layers = [layer for layer in wanted(call.denoisers, self.config) if layer.key in known]
+            cut = splits(layers, call.denoisers) if self.config.weight_bits != FLOAT else {}
+            calls = len(artefact.tensors["distance"])
+            made = {layer.key: on_grids(layer, self.config, cut.get(layer.key, 0), calls) for layer in layers}
+            tensors = {"scales": artefact.tensors["scales"], "up": torch.zeros(0, dtype=torch.bool)}
+            restore(made, tensors, {"scales": artefact.facts["scales"], "up": {}}, self.again("bits"))
+            for layer in layers:
+                new, gain = made[layer.key], artefact.tensors.get(f"gain.{layer.key}")
+                if gain is not None and self.config.corrects_quantisation:
+                    new = with_correction(layer, new, gain, artefact.tensors[f"offset.{layer.key}"])
+                put(call.swap, layer, new)
+        next(call)
+
+    def run(self, call: RunCall, next: Any) -> Any:
+        knobs = self.config
+        artefact = self.measured(call) if knobs.is_measured else None
+        if artefact is not None and knobs.caches and knobs.schedule == "dps":
+            call.shared.keys = best_schedule(artefact.tensors["distance"], knobs.interval)
+        if not knobs.quantises:
+            if not knobs.caches:
+                call.note("inactive: no step skips, and no layer is quantised")
+            return next(call)
+        denoisers = denoisers_of(call.pipe, call.family)
+        ensure_no_lora_over(denoisers, self.name)
+        layers = [m for model in denoisers.values() for m in model.modules() if isinstance(m, (QuantLinear, QuantConv2d))]
+        kept, plain = bytes_of(layers)
+        call.note(
+            f"quantisation is simulated, no speed but that of the cache: {knobs.bits}; the weights of {len(layers)} layers would be "
+            f"{kept / 1e6:.2f} MB instead of {plain / 1e6:.2f}"
+        )
+        return next(call)
+
+    # the cache -----------------------------------------------------------------------------------------------------------------------
+
+    def select_blocks(self, blocks: Sequence[BlockInfo]) -> Sequence[BlockInfo]:
+        """Only what skip steps leave out: a module that always runs carries no hook."""
+        return bypassed(blocks, self.config.branch, self.name) if self.config.caches else []
+
+    def denoise(self, call: DenoiseCall, next: Any) -> Tensor:
+        if self.config.quantises:
+            call.shared.at = torch.full((), call.step.call, device=call.sample.device)
+        if not self.config.caches:
+            return next(call)  # type: ignore[no-any-return]
+        return skipping(call, next, lambda cache: self.is_due(call, cache))
+
+    def is_due(self, call: DenoiseCall, cache: Cache) -> bool:
+        """Whether this call is whole, which ``cache.call`` was last."""
+        if self.config.schedule == "uniform":
+            return call.step.index - cache.last >= self.config.interval
+        shared: Run = call.shared
+        return any(cache.call < key <= call.step.call for key in shared.keys)
+
+    def block(self, call: BlockCall, next: Any) -> Any:
+        return bypassing(call, next, (lambda F: self.feature(call, F)) if self.config.corrects_cache else None)
+
+    def feature(self, call: BlockCall, F: Tensor) -> Tensor:
+        """a F + b, for this call and the age of F."""
+        shared: Run = call.shared
+        if shared.affine is None:
+            tensors = self.measured(call).tensors
+            shared.affine = tensors["gain"].to(F.device), tensors["offset"].to(F.device)
+        i, k = call.step.call, call.step.call - call.state.now.call
+        a, b = shared.affine
+        if not 1 <= k <= a.shape[1]:  # asked again in one step, or a whole call was left out: that was not measured
+            return F
+        return corrected(F, a[i, k - 1], b[i, k - 1])
