@@ -15,6 +15,7 @@ from diffgraft.methods.quant import blocks
 from diffgraft.methods.quant.affine import UniformAffine, nearest_scale
 from diffgraft.methods.quant.attention import attention, with_rounded_softmax
 from diffgraft.methods.quant.blocks import Asked, Keeping, OnDisk, asked_in, learned, recorded, units_of
+from diffgraft.methods.quant.export import kernel_weight
 from diffgraft.methods.quant.kept import keep
 from diffgraft.methods.quant.layers import Rounder, layers_of, put, quantised
 from diffgraft.methods.quant.ranges import measure
@@ -267,3 +268,10 @@ def test_the_softmaxes_zero_stays_zero():
     """Its range begins at 0, so no level is below: the official ``always_zero``."""
     w = seeded(3, 9).softmax(-1)
     assert float(nearest_scale(w, UniformAffine(8)).zero) == 0
+
+
+def test_rounded_outputs_have_no_kernel():
+    layer = quantised(nn.Linear(8, 8), UniformAffine(8, "channel", symmetric=True))
+    layer.round_activations(UniformAffine(8, "token"), outputs=UniformAffine(8))
+    with pytest.raises(Unsupported, match=r"blocks\.0 rounds what comes out of it too"):
+        kernel_weight("blocks.0", layer)
