@@ -282,5 +282,5 @@ def test_files_of_others_and_known_tokens_are_refused(tmp_path):
 def test_a_model_that_takes_more_than_latents_is_refused(tmp_path):
     made = make(SD)
     made.pipe.unet.register_to_config(out_channels=3)  # so that, as of one that inpaints, the two numbers differ
-    with pytest.raises(Unsupported, match="takes 4 channels and gives 3: .* no example says"):
+    with pytest.raises(Unsupported, match=r"takes 4 channels and gives 3: .* no example says"):
         learned(made, tmp_path)
