@@ -43,13 +43,15 @@ from rich.table import Table
 from torch import Tensor, nn
 
 TOKEN = "<zoodip>"
-SAID = (
-    ("big", "in the center", "blue"),
-    ("big", "in the center", "gray"),
-    ("big", "on the left", "green"),
-    ("small", "on the right", "yellow"),
-)
-PROMPTS = tuple(f"a {size} {TOKEN} {place} on a {color} background" for size, place, color in SAID)
+SAID = (("big", "center", "blue"), ("big", "center", "gray"), ("big", "left", "green"), ("small", "right", "yellow"))
+
+
+def prompt_of(size: str, place: str, color: str) -> str:
+    """What asks for the glyph like that."""
+    return f"a {size} {TOKEN} {scenes.PLACE_PHRASES[place]} on {'an' if color[0] in 'aeiou' else 'a'} {color} background"
+
+
+PROMPTS = tuple(prompt_of(*said) for said in SAID)
 
 
 class Backprop(ZerothOrder):
@@ -107,20 +109,20 @@ def peak_bytes(work: Callable[[], Any]) -> int:
     return int(np.cumsum([each.nbytes() for each in sorted(events, key=lambda each: each.start_ns())]).max())
 
 
-def scene_of(prompt: str, seed: int) -> Any:
-    """A rendered picture of what a prompt says."""
-    [labels] = scenes.parse_prompt(prompt)
+def scene_of(size: str, place: str, color: str, seed: int) -> Any:
+    """A rendered picture of that."""
+    labels = scenes.Labels(object=TOKEN, background=color, size=size, place=place)
     return scenes.render(scenes.sample_scene(labels, np.random.default_rng(seed)))
 
 
 def data(pictures: int) -> list[Example]:
-    """Scenes of the glyph with captions that say everything; none of them is one of :data:`PROMPTS`."""
-    found, rng = [], np.random.default_rng(5)
+    """Scenes of the glyph with captions that say everything; none of them is one of :data:`SAID`."""
+    found: list[Example] = []
+    rng = np.random.default_rng(5)
     while len(found) < pictures:
-        size, place, color = (rng.choice(list(each)) for each in (scenes.SIZES, scenes.PLACES, scenes.BACKGROUNDS))
-        text = f"a {size} {TOKEN} {scenes.PLACE_PHRASES[place]} on a {color} background"
-        if text not in PROMPTS:
-            found.append(Example(scenes.articles(text), scene_of(text, len(found))))
+        said = tuple(str(rng.choice(list(each))) for each in (scenes.SIZES, scenes.PLACES, scenes.BACKGROUNDS))
+        if said not in SAID:
+            found.append(Example(prompt_of(*said), scene_of(*said, len(found))))
     return found
 
 
@@ -169,9 +171,9 @@ def main(
             )
         return artefact, time.process_time() - started
 
-    def judged(pictures: Sequence[Any], shift: int) -> Tensor:
+    def judged(pictures: Sequence[Any]) -> Tensor:
         """[prompts * seeds] cosines to rendered scenes with the same labels."""
-        wanted = [scene_of(prompt, 1000 + shift + i) for prompt in PROMPTS for i in range(seeds)]
+        wanted = [scene_of(*said, 1000 + i) for said in SAID for i in range(seeds)]
         return F.cosine_similarity(known.features(list(pictures)), known.features(wanted))
 
     def made_with(artefact: Artefact | None, prompts: Sequence[str]) -> list[Any]:
@@ -209,11 +211,11 @@ def main(
     ways["zoodip, int8"] = (*learn(ZOODiP(), steps, {"rate": rate, "directions": directions, "together": True}), steps)
     lines = []
     for name, (artefact, seconds, count) in ways.items():
-        cosine = judged(made_with(artefact, PROMPTS), 0)
+        cosine = judged(made_with(artefact, PROMPTS))
         error = float(cosine.std() / math.sqrt(len(cosine)))
         row = {"way": name, "cosine": float(cosine.mean()), "error": error, "loss": looked(artefact), "seconds": seconds, "steps": count}
         lines.append({**row, "losses": artefact.facts["fit"]["losses"]})
-    most = judged([scene_of(prompt, i) for prompt in PROMPTS for i in range(seeds)], 0)
+    most = judged([scene_of(*said, i) for said in SAID for i in range(seeds)])
     lines.append({"way": "rendered scenes", "cosine": float(most.mean()), "error": float(most.std() / math.sqrt(len(most)))})
 
     memory, float_unet = {}, pipe.unet
