@@ -10,7 +10,7 @@ from typing import ClassVar
 import pytest
 import torch
 from diffgraft import ArtefactMismatch, ConfigError, NotFinite, Unsupported, load_pipeline, unload
-from diffgraft.methods.quant.affine import UniformAffine, dequantise, nearest_scale, searched_scale
+from diffgraft.methods.quant.affine import Scale, UniformAffine, dequantise, nearest_scale, searched_scale
 from diffgraft.methods.quant.kept import keep, misfit, packed, restore, unpacked
 from diffgraft.methods.quant.layers import (
     QuantLinear,
@@ -260,6 +260,26 @@ def test_learned_rounding_beats_the_nearest_on_what_it_learned_from_and_on_more(
     assert torch.equal(new.weights[0].value, dequantise(values, *new.weights[0].scales))
     ratio = layer.weight / new.weights[0].scales[0].delta
     assert bool((values - new.weights[0].scales[0].zero - ratio).abs().max() < 1)  # down or up, no further
+
+
+def test_the_models_own_parameters_collect_no_gradient():
+    layer, x = made(nn.Linear, 24, 10), correlated(64, 24)
+    new = quantised(layer, UniformAffine(3, "channel"), scale_of=searched_scale)
+    assert layer.bias.requires_grad
+    assert learned(layer, new, x).kept
+    assert [parameter.grad for parameter in layer.parameters()] == [None, None]
+
+
+def test_an_input_may_have_several_fixed_scales():
+    class Second(Rounder):
+        def now(self):
+            return Scale(self.delta[1], self.zero[1])
+
+    grid, x = UniformAffine(4), seeded(5, 7)
+    scales = [nearest_scale(x, grid), nearest_scale(3 * x, grid)]
+    both = Scale(*(torch.stack([each.reshape(1) for each in part]) for part in zip(*scales, strict=True)))
+    assert torch.equal(Second(grid, both)(x), grid.rounded(x, scales[1]))
+    assert not torch.equal(Second(grid, both)(x), Rounder(grid, scales[0])(x))
 
 
 def test_what_is_worse_is_not_kept():

@@ -92,10 +92,14 @@ class Rounder(nn.Module):
     def fixed(self) -> Scale | None:
         return None if self.delta is None or self.zero is None else Scale(self.delta, self.zero)
 
+    def now(self) -> Scale | None:
+        """The fixed scale that this forward takes; a subclass may have several. None: that of what comes in."""
+        return self.fixed
+
     def forward(self, x: Tensor) -> Tensor:
         if x.numel() == 0:  # no tokens: a picture that was not given
             return x
-        scale = self.fixed or nearest_scale(x.detach(), self.grid)
+        scale = self.now() or nearest_scale(x.detach(), self.grid)
         learns = torch.is_grad_enabled() and (x.requires_grad or scale.delta.requires_grad)
         return self.grid.through(x, scale) if learns else self.grid.rounded(x, scale)
 

@@ -168,8 +168,8 @@ def descend(
         beta = recipe.beta(step)
         if penalties and beta is not None:
             loss = loss + recipe.weight * torch.stack([penalty(alpha, beta) for alpha in learned]).sum()
-        adam.zero_grad()
-        loss.backward()
+        for each, grad in zip(learned, torch.autograd.grad(loss, list(learned), allow_unused=True), strict=True):
+            each.grad = grad  # and not by backward(): the model's own parameters would collect theirs
         adam.step()
 
 
