@@ -97,7 +97,7 @@ class TFMQ(Plugin):
         new = quantised(layer, weight, inputs)
         if artefact is not None and inputs is not None and f"{key}/inputs.0.delta" in artefact.facts["scales"]:
             blank = torch.ones(len(artefact.tensors["times"]), 1, device=layer.weight.device)
-            new.inputs = nn.ModuleList([TimeRounder(inputs, Scale(blank, blank), pick)])
+            new.round_inputs([TimeRounder(inputs, Scale(blank, blank), pick)])
         return new
 
     def run(self, call: RunCall, next: Any) -> Any:

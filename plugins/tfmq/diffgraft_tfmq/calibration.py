@@ -101,7 +101,8 @@ class Measure(Calibrator):
         for layer in wanted(call.denoisers, self.config):
             grid = None if weights == FLOAT else UniformAffine(weights, "channel")
             new = quantised(layer.module, grid, scale_of=searched_scale)
-            new.active, new.see = False, self.seeing(layer.key)
+            new.switch(False)
+            new.show(self.seeing(layer.key))
             put(call.swap, layer, new)
         next(call)
 
@@ -141,7 +142,7 @@ class Measure(Calibrator):
         times, low, high = by_timestep(records)
         layers = {m.key: m for model in target.denoisers.values() for m in model.modules() if isinstance(m, (QuantLinear, QuantConv2d))}
         for layer in layers.values():
-            layer.see = None
+            layer.show(None)
         _, bits = bits_in(self.config.bits)
         grid = None if bits == FLOAT else UniformAffine(bits)
         for key, layer in layers.items() if grid is not None else ():
@@ -160,7 +161,7 @@ class Measure(Calibrator):
     def fix(self, layer: QuantLayer, low: Tensor, high: Tensor, grid: UniformAffine, pick: Pick = lambda: 0) -> None:
         """Give a layer's inputs their scales."""
         delta, zero = finite_set(low, high, grid, self.config.scales == "one")
-        layer.inputs = nn.ModuleList([TimeRounder(grid, Scale(delta.to(layer.weight.device), zero.to(layer.weight.device)), pick)])
+        layer.round_inputs([TimeRounder(grid, Scale(delta.to(layer.weight.device), zero.to(layer.weight.device)), pick)])
 
     def maintain(self, path: TimePath, pairs: Pairs, grid: UniformAffine | None) -> dict[str, list[float]]:
         """Reconstruct the time path and give its inputs their scales; no picture is looked at.
@@ -178,7 +179,7 @@ class Measure(Calibrator):
                 return path(*pairs.of(chosen))
 
         for layer in layers:
-            layer.active = True
+            layer.switch(True)
         every = range(0, len(pairs), max(len(pairs) // MOST, 1))
         before = cosine(rounded, exact, every)
         recipe = Recipe(steps=self.config.iterations, weight=self.config.rounding)
@@ -209,12 +210,12 @@ class Pairs:
 def inactive(layers: Sequence[QuantLinear]) -> Iterator[None]:
     """Let layers compute what they stand for."""
     for layer in layers:
-        layer.active = False
+        layer.switch(False)
     try:
         yield
     finally:
         for layer in layers:
-            layer.active = True
+            layer.switch(True)
 
 
 @torch.no_grad()

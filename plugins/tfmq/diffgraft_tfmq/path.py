@@ -110,10 +110,10 @@ class TimeRounder(Rounder):
 def ranges_of(layer: QuantLinear, ask: Callable[[], Any]) -> tuple[Tensor, Tensor]:
     """(least, largest) value of what comes into a layer while ``ask`` runs."""
     seen: list[Tensor] = []
-    layer.see = lambda x: seen.append(torch.stack([x.detach().amin(), x.detach().amax()]).float())
+    layer.show(lambda x: seen.append(torch.stack([x.detach().amin(), x.detach().amax()]).float()))
     try:
         ask()
     finally:
-        layer.see = None
+        layer.show(None)
     both = torch.stack(seen)
     return both[:, 0].amin(), both[:, 1].amax()

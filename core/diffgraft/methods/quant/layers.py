@@ -202,6 +202,18 @@ class _Quantised:
         self.pick, self.see, self.sizes = pick, see, weights[0].sizes if weights else (layer.weight.shape[1],)  # type: ignore[index, union-attr]
         self.register_buffer("balance", balance, persistent=False)  # type: ignore[attr-defined]
 
+    def switch(self, active: bool) -> None:
+        """Let the layer compute on its grids, or what the one it stands for does."""
+        self.active = active
+
+    def show(self, see: Callable[[Tensor], None] | None) -> None:
+        """Let ``see`` be shown the inputs from now on, or nobody."""
+        self.see = see
+
+    def round_inputs(self, rounders: Sequence[Rounder]) -> None:
+        """Put each part of the inputs on the grid of its own rounder from now on."""
+        self.inputs = nn.ModuleList(rounders)
+
     def operands(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(input, weight) as the layer multiplies them."""
         if self.see is not None:
