@@ -10,7 +10,7 @@ from typing import ClassVar
 import pytest
 import torch
 from diffgraft import ArtefactMismatch, ConfigError, NotFinite, Unsupported, load_pipeline, unload
-from diffgraft.methods.quant.affine import UniformAffine, dequantise, nearest_scale, searched_scale
+from diffgraft.methods.quant.affine import Scale, UniformAffine, dequantise, nearest_scale, searched_scale
 from diffgraft.methods.quant.kept import keep, misfit, packed, restore, unpacked
 from diffgraft.methods.quant.layers import (
     QuantLinear,
@@ -25,6 +25,7 @@ from diffgraft.methods.quant.layers import (
     quantised,
 )
 from diffgraft.methods.quant.rounding import Recipe, Rounding, first_alpha, h, learn_rounding, learn_scales, penalty
+from diffgraft.methods.quant.shortcuts import from_below, skip_channels
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from probes import Probe, generate, tiny, trace
@@ -262,6 +263,26 @@ def test_learned_rounding_beats_the_nearest_on_what_it_learned_from_and_on_more(
     assert bool((values - new.weights[0].scales[0].zero - ratio).abs().max() < 1)  # down or up, no further
 
 
+def test_the_models_own_parameters_collect_no_gradient():
+    layer, x = made(nn.Linear, 24, 10), correlated(64, 24)
+    new = quantised(layer, UniformAffine(3, "channel"), scale_of=searched_scale)
+    assert layer.bias.requires_grad
+    assert learned(layer, new, x).kept
+    assert [parameter.grad for parameter in layer.parameters()] == [None, None]
+
+
+def test_an_input_may_have_several_fixed_scales():
+    class Second(Rounder):
+        def now(self):
+            return Scale(self.delta[1], self.zero[1])
+
+    grid, x = UniformAffine(4), seeded(5, 7)
+    scales = [nearest_scale(x, grid), nearest_scale(3 * x, grid)]
+    both = Scale(*(torch.stack([each.reshape(1) for each in part]) for part in zip(*scales, strict=True)))
+    assert torch.equal(Second(grid, both)(x), grid.rounded(x, scales[1]))
+    assert not torch.equal(Second(grid, both)(x), Rounder(grid, scales[0])(x))
+
+
 def test_what_is_worse_is_not_kept():
     layer, x = made(nn.Linear, 24, 10), correlated(64, 24)
     new = quantised(layer, UniformAffine(8, "channel"))
@@ -425,3 +446,19 @@ def test_what_is_packed_comes_back_bit_for_bit():
     assert misfit(flat, shapes) is None
     assert "holds 14 values, and its shapes say 15" in str(misfit(flat[1:], shapes))
     assert "shape of 'a' is [0]" in str(misfit(flat, {**shapes, "a": [0]}))
+
+
+def test_what_is_left_behind_last_is_taken_first() -> None:
+    down = [([32, 32], 32), ([64, 64], None)]
+    assert skip_channels(16, down, [3, 3]) == [[64, 64, 32], [32, 32, 16]]
+    with pytest.raises(ValueError, match="leave 6 tensors, the up blocks take 5"):
+        skip_channels(16, down, [3, 2])
+
+
+def test_what_comes_from_below_must_be_something() -> None:
+    unet = copy.deepcopy(tiny("StableDiffusionPipeline")[0].unet)
+    below = from_below(unet, "me")
+    assert all(0 < channels < unet.get_submodule(path).in_channels for path, channels in below.items())
+    unet.up_blocks[0].resnets[0].in_channels = 1
+    with pytest.raises(Unsupported, match=r"me: .*nothing comes from below in up_blocks\.0\.resnets\.0"):
+        from_below(unet, "me")

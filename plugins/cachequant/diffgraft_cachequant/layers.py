@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from diffgraft import Unsupported, now, root_of
+from diffgraft import Unsupported, now
 from diffgraft.methods.quant.affine import Scale, UniformAffine, nearest_scale
 from diffgraft.methods.quant.layers import (
     Layer,
@@ -14,12 +14,14 @@ from diffgraft.methods.quant.layers import (
     QuantLayer,
     QuantLinear,
     Rounder,
+    SeveralScales,
     at_index,
     chosen,
     layers_of,
     moved,
     quantised,
 )
+from diffgraft.methods.quant.shortcuts import from_below
 from torch import Tensor, nn
 
 from diffgraft_cachequant.knobs import FLOAT, CacheQuantConfig
@@ -43,17 +45,6 @@ def current() -> Tensor:
             "cachequant: each call of a run has its own scales, and outside of a run nobody says which; ask through the pipeline"
         )
     return run.shared("cachequant").at  # type: ignore[no-any-return]
-
-
-class StepRounder(Rounder):
-    """Puts an input on the grid of the U-Net call that is in progress: delta and zero are [T, 1]."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        assert self.delta is not None
-        assert self.zero is not None
-        at = current()
-        scale = Scale(at_index(self.delta, at), at_index(self.zero, at))
-        return self.grid.through(x, scale) if torch.is_grad_enabled() and x.requires_grad else self.grid.rounded(x, scale)
 
 
 class Affine(nn.Module):
@@ -104,31 +95,11 @@ def wanted(denoisers: Mapping[str, nn.Module], config: CacheQuantConfig, kinds: 
     return [layer for layer in layers if layer.key not in out]
 
 
-def shortcuts(unet: nn.Module) -> dict[str, int]:
-    """For each layer that takes a skip connection, by its path and in running order, how many channels of its input come from below: the
-    last takes connection 0."""
-    root: Any = root_of(unet)
-    made = [root.conv_in.out_channels]
-    for block in root.down_blocks:
-        made += [width(resnet, "out_channels") for resnet in block.resnets]
-        made += made[-1:] * bool(block.downsamplers)
-    found = {}
-    for i, block in enumerate(root.up_blocks):
-        for j, resnet in enumerate(block.resnets):
-            found[f"up_blocks.{i}.resnets.{j}"] = width(resnet, "in_channels") - made.pop()
-    return found
-
-
-def width(resnet: Any, name: str) -> int:
-    """Channels that a layer takes or gives; of one in space and time its spatial half says it."""
-    return int(getattr(resnet if hasattr(resnet, name) else resnet.spatial_res_block, name))
-
-
 def splits(layers: Sequence[Layer], denoisers: Mapping[str, nn.Module]) -> dict[str, int]:
     """By key of a convolution that reads a skip connection: the channels of the first half of its input."""
     found = {}
     for model, unet in denoisers.items():
-        for path, size in shortcuts(unet).items():
+        for path, size in from_below(unet, "cachequant").items():
             for layer in layers:
                 inside = layer.model == model and layer.path.startswith(f"{path}.") and layer.path.endswith(READERS)
                 if inside and isinstance(layer.module, nn.Conv2d) and layer.module.in_channels > size and layer.module.groups == 1:
@@ -138,7 +109,7 @@ def splits(layers: Sequence[Layer], denoisers: Mapping[str, nn.Module]) -> dict[
 
 def readers(keys: Sequence[str], denoisers: Mapping[str, nn.Module], branch: int) -> list[str]:
     """Those of these convolutions that read the feature which is cached at ``branch``."""
-    places = [f"{model}.{list(shortcuts(unet))[-1 - branch]}." for model, unet in denoisers.items()]
+    places = [f"{model}.{list(from_below(unet, 'cachequant'))[-1 - branch]}." for model, unet in denoisers.items()]
     return [key for key in keys if any(key.startswith(place) for place in places)]
 
 
@@ -152,7 +123,7 @@ def on_grids(layer: Layer, config: CacheQuantConfig, split: int, calls: int, sca
     elif config.input_bits != FLOAT:
         device = layer.module.weight.device
         empty = [Scale(torch.ones(calls, 1, device=device), torch.zeros(calls, 1, device=device)) for _ in new.sizes]
-        new.inputs = nn.ModuleList(StepRounder(UniformAffine(config.input_bits), scale) for scale in empty)
+        new.inputs = nn.ModuleList(SeveralScales(UniformAffine(config.input_bits), scale, current) for scale in empty)
     return new
 
 

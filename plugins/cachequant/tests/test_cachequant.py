@@ -17,10 +17,11 @@ from diffgraft.methods.calibration import calibrate
 from diffgraft.methods.inputs import CallSettings, Sample, call_arguments
 from diffgraft.methods.quant.kept import unpacked
 from diffgraft.methods.quant.layers import QuantConv2d, QuantLinear
+from diffgraft.methods.quant.shortcuts import from_below
 from diffgraft_cachequant import CacheQuant
 from diffgraft_cachequant import method as m
 from diffgraft_cachequant.knobs import CacheQuantConfig
-from diffgraft_cachequant.layers import CorrectedConv2d, Layer, shortcuts, splits, wanted
+from diffgraft_cachequant.layers import CorrectedConv2d, Layer, splits, wanted
 from diffusers import HeunDiscreteScheduler, PNDMScheduler
 
 CLASSES = {
@@ -311,7 +312,7 @@ def test_the_split_is_where_the_halves_meet_and_the_reader_is_corrected(tmp_path
     made = tiny()
     artefact = artefact_for(made, tmp_path, interval=2)
     grafted(made, artefact=artefact, interval=2)
-    sizes = shortcuts(made.pipe.unet)
+    sizes = from_below(made.pipe.unet, "cachequant")
     assert len(sizes) == 9
     for path, size in sizes.items():
         conv = made.pipe.unet.get_submodule(path).conv1

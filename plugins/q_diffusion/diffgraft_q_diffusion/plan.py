@@ -10,10 +10,10 @@ from diffgraft.methods.quant.affine import nearest_scale
 from diffgraft.methods.quant.attention import OPERANDS, QUERIES
 from diffgraft.methods.quant.knobs import inputs_of, weights_of
 from diffgraft.methods.quant.layers import Layer, QuantLayer, QuantLinear, chosen, layers_of, quantised
+from diffgraft.methods.quant.shortcuts import from_below
 from torch import nn
 
 from diffgraft_q_diffusion.knobs import QDiffusionConfig
-from diffgraft_q_diffusion.method import skip_channels, split_at
 
 BLOCKS = ("down_blocks.", "mid_block.", "up_blocks.")
 
@@ -30,38 +30,22 @@ def wanted(denoisers: Mapping[str, nn.Module], config: QDiffusionConfig, kinds: 
 
 
 def splits_of(denoisers: Mapping[str, nn.Module]) -> dict[str, int]:
-    """The shortcuts of the up blocks by key -> channels of their inputs that come from below.
+    """The shortcuts of the up blocks by key -> channels of their inputs that come from below (section 4.2, equation 7).
 
     Raises:
         Unsupported: it cannot be told which come across.
     """
     found: dict[str, int] = {}
     for model, denoiser in denoisers.items():
-        root: Any = root_of(denoiser)
         try:
-            down = [([channels_of(x) for x in block.resnets], sampler_channels(block)) for block in root.down_blocks]
-            skips = skip_channels(root.config["block_out_channels"][0], down, [len(block.resnets) for block in root.up_blocks])
-            for i, block in enumerate(root.up_blocks):
-                for j, resnet in enumerate(block.resnets):
-                    for path, module in resnet.named_modules():
-                        if (name := path.removesuffix(".base_layer")).endswith("conv_shortcut") and isinstance(module, nn.Conv2d):
-                            found[f"{model}.up_blocks.{i}.resnets.{j}.{name}"] = split_at(module.in_channels, skips[i][j])
-        except (AttributeError, ValueError) as error:
-            raise Unsupported(
-                f"q_diffusion: which channels of {type(root).__name__}'s shortcuts come across cannot be told ({error}); set split=False"
-            ) from error
+            below = from_below(denoiser, "q_diffusion")
+        except Unsupported as error:
+            raise Unsupported(f"{error}; set split=False") from error
+        for place, channels in below.items():
+            for path, module in root_of(denoiser).get_submodule(place).named_modules():
+                if (name := path.removesuffix(".base_layer")).endswith("conv_shortcut") and isinstance(module, nn.Conv2d):
+                    found[f"{model}.{place}.{name}"] = channels
     return found
-
-
-def channels_of(resnet: Any) -> int:
-    """Channels that a residual block gives; one of video has one for pictures inside."""
-    return int(getattr(resnet, "spatial_res_block", resnet).out_channels)
-
-
-def sampler_channels(block: Any) -> int | None:
-    """Channels that a down block's sampler gives."""
-    samplers = getattr(block, "downsamplers", None)
-    return int(samplers[-1].out_channels) if samplers else None
 
 
 def is_inside(layer: Layer) -> bool:

@@ -79,17 +79,6 @@ def seeded(*shape, seed=0):
 # the shortcuts ------------------------------------------------------------------------------------------------------------------------
 
 
-def test_what_is_left_behind_last_is_taken_first():
-    down = [([32, 32], 32), ([64, 64], None)]
-    assert m.skip_channels(16, down, [3, 3]) == [[64, 64, 32], [32, 32, 16]]
-    with pytest.raises(ValueError, match="leave 6 tensors, the up blocks take 5"):
-        m.skip_channels(16, down, [3, 2])
-    assert m.split_at(96, 32) == 64
-    for skip in (0, 96, 100):
-        with pytest.raises(ValueError, match="come across"):
-            m.split_at(96, skip)
-
-
 def test_timesteps_are_kept_at_equal_distances():
     assert list(m.kept_steps(50, 25)) == list(range(0, 50, 2))
     assert list(m.kept_steps(8, 4)) == [0, 2, 4, 6]

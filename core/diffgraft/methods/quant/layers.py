@@ -96,15 +96,31 @@ class Rounder(nn.Module):
         """Round by this scale from now on."""
         self.delta, self.zero = scale
 
+    def now(self) -> Scale | None:
+        """The fixed scale that this forward takes; a subclass may have several. None: that of what comes in."""
+        return self.fixed
+
     def forward(self, x: Tensor) -> Tensor:
         if x.numel() == 0:  # no tokens: a picture that was not given
             return x
-        scale = self.fixed or nearest_scale(x.detach(), self.grid)
+        scale = self.now() or nearest_scale(x.detach(), self.grid)
         learns = torch.is_grad_enabled() and (x.requires_grad or scale.delta.requires_grad)
         return self.grid.through(x, scale) if learns else self.grid.rounded(x, scale)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Rounder:
         return moved(self, fn)
+
+
+class SeveralScales(Rounder):
+    """Puts an input on the grid that ``pick`` says (of a timestep, of a call), of delta and zero [grids, 1]."""
+
+    def __init__(self, grid: UniformAffine, scale: Scale, pick: Pick) -> None:
+        super().__init__(grid, scale)
+        self.pick = pick
+
+    def now(self) -> Scale | None:
+        fixed, at = self.fixed, self.pick()
+        return None if fixed is None else Scale(at_index(fixed.delta, at), at_index(fixed.zero, at))
 
 
 class Weights(nn.Module):
@@ -208,6 +224,18 @@ class _Quantised:
         self.outputs, self.softmax = outputs, softmax
         self.pick, self.see, self.sizes = pick, see, weights[0].sizes if weights else (layer.weight.shape[1],)  # type: ignore[index, union-attr]
         self.register_buffer("balance", balance, persistent=False)  # type: ignore[attr-defined]
+
+    def switch(self, active: bool) -> None:
+        """Let the layer compute on its grids, or what the one it stands for does."""
+        self.active = active
+
+    def show(self, see: Callable[[Tensor], None] | None) -> None:
+        """Let ``see`` be shown the inputs from now on, or nobody."""
+        self.see = see
+
+    def round_inputs(self, rounders: Sequence[Rounder]) -> None:
+        """Put each part of the inputs on the grid of its own rounder from now on."""
+        self.inputs = nn.ModuleList(rounders)
 
     def operands(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(input, weight) as the layer multiplies them."""
