@@ -25,7 +25,6 @@ from diffgraft.methods.quant.layers import (
     quantised,
 )
 from diffgraft.methods.quant.rounding import Recipe, Rounding, first_alpha, h, learn_rounding, learn_scales, penalty
-from diffgraft.methods.quant.shortcuts import from_below, skip_channels
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from probes import Probe, generate, tiny, trace
@@ -446,19 +445,3 @@ def test_what_is_packed_comes_back_bit_for_bit():
     assert misfit(flat, shapes) is None
     assert "holds 14 values, and its shapes say 15" in str(misfit(flat[1:], shapes))
     assert "shape of 'a' is [0]" in str(misfit(flat, {**shapes, "a": [0]}))
-
-
-def test_what_is_left_behind_last_is_taken_first() -> None:
-    down = [([32, 32], 32), ([64, 64], None)]
-    assert skip_channels(16, down, [3, 3]) == [[64, 64, 32], [32, 32, 16]]
-    with pytest.raises(ValueError, match="leave 6 tensors, the up blocks take 5"):
-        skip_channels(16, down, [3, 2])
-
-
-def test_what_comes_from_below_must_be_something() -> None:
-    unet = copy.deepcopy(tiny("StableDiffusionPipeline")[0].unet)
-    below = from_below(unet, "me")
-    assert all(0 < channels < unet.get_submodule(path).in_channels for path, channels in below.items())
-    unet.up_blocks[0].resnets[0].in_channels = 1
-    with pytest.raises(Unsupported, match=r"me: .*nothing comes from below in up_blocks\.0\.resnets\.0"):
-        from_below(unet, "me")
