@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import pickle
 import tempfile
 from collections.abc import Callable
@@ -69,7 +70,9 @@ def repeated_timesteps(s: Subject) -> None:
         return
     assert one.work == other.work, f"computes {one.work} with repeated timesteps, {other.work} when they differ by a rounding unit"
     plain = distance(s.baseline(repeated), s.baseline(distinct))
-    s.expect_near(one.output, other.output, 50 * plain + 1e-3, "repeated timesteps against ones that differ by a rounding unit")
+    rounds = s.plugin.effects.couples_batch and "weights" in s.plugin.effects.edits  # onto grids: last bits decide roundings
+    allowed = 50 * plain + (0.1 if rounds else 1e-3)
+    s.expect_near(one.output, other.output, allowed, "repeated timesteps against ones that differ by a rounding unit")
 
 
 @check("kind")
@@ -287,7 +290,7 @@ def from_pipe(s: Subject) -> None:
 def save_reload(s: Subject) -> None:
     """Saved: a plain diffusers folder (a foreign class name in it would break loading); reloaded with the plugin it gives the same."""
     plain, pipe = s.make(), s.attach(s.make())
-    s.run(plain)  # a tokenizer's file tells how it was last called
+    s.run(plain)
     s.run(pipe)
     with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryDirectory() as reference, quiet():
         pipe.save_pretrained(folder)
@@ -309,9 +312,14 @@ def save_reload(s: Subject) -> None:
 
 
 def files(folder: str) -> dict[str, bytes]:
-    """All files of a folder by relative path, without its own name: a modular pipeline's index says where the parts are."""
+    """All files of a folder by relative path, without its own name: a modular pipeline's index says where the parts are. And without how a
+    tokenizer was last called, which its file tells: a run with another word asks a copy of it."""
     paths = [path for path in Path(folder).rglob("*") if path.is_file()]
-    return {str(path.relative_to(folder)): path.read_bytes().replace(folder.encode(), b"") for path in paths}
+    found = {str(path.relative_to(folder)): path.read_bytes().replace(folder.encode(), b"") for path in paths}
+    for name in [name for name in found if name.endswith("tokenizer.json")]:
+        told = json.loads(found[name])
+        found[name] = json.dumps({key: value for key, value in told.items() if key not in ("padding", "truncation")}).encode()
+    return found
 
 
 @check("kind")

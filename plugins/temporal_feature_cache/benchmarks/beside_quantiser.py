@@ -81,7 +81,7 @@ class Bench:
     def seconds(self, runs: int) -> dict[str, list[float]]:
         """Of a picture with and without the plugin, in turn."""
         found: dict[str, list[float]] = {"without": [], "with": []}
-        load_pipeline(self.pipe, plugins=["temporal_feature_cache"])
+        load_pipeline(self.pipe, plugins={"temporal_feature_cache": {"across_runs": True}})
         make_pictures(self.pipe, [self.samples[0]], self.settings)
         for _ in range(runs):
             for way, on in (("without", False), ("with", True)):
@@ -130,7 +130,7 @@ def main(
     bench = Bench(pipe, settings, make_samples(pipe, range(samples), texts[:samples]))
     reference, lines = bench.look(), []
     for plan in bits or ["w4a32", "w4a8", "w8a8"]:
-        for way, plugins in (("all rounded", [Nearest(plan)]), ("time path in floats", ["temporal_feature_cache", Nearest(plan)])):
+        for way, plugins in (("all rounded", [Nearest(plan)]), ("time path in floats", [("temporal_feature_cache", {"across_runs": True}), Nearest(plan)])):
             load_pipeline(pipe, plugins=plugins)
             found = bench.look()
             counts = {} if len(plugins) == 1 else pipe.plugins.report().plugins["temporal_feature_cache"].counts

@@ -29,9 +29,11 @@ MEGABYTE = 1_000_000
 class TemporalFeatureCacheConfig(PluginConfig):
     """Knobs of TemporalFeatureCache."""
 
-    megabytes: float = Field(
-        256, ge=0, description="not in the paper: at most so much is kept, for each denoiser, until the plugin is taken off; 0 is off"
+    across_runs: bool = Field(
+        False,
+        description="not in the paper: what a run computed stays for the next ones, until the plugin is taken off; else it goes with it",
     )
+    megabytes: float = Field(256, ge=0, description="not in the paper: at most so much is kept, for each denoiser; 0 is off")
 
 
 @dataclass
@@ -91,6 +93,8 @@ class TemporalFeatureCache(Plugin):
     def run(self, call: RunCall, next: Any) -> Any:
         result = next(call)
         seen: Seen = call.shared
+        if seen.served + seen.computed:
+            call.note(f"of the time path {seen.served} outputs of layers were served, {seen.computed} computed")
         call.count("served", seen.served)
         call.count("computed", seen.computed)
         if seen.apart and bool(torch.stack([each.cpu() for each in seen.apart]).any()):  # check: allow host_sync because it is once a run
@@ -135,7 +139,8 @@ class TemporalFeatureCache(Plugin):
         if any(layer.weight.is_meta for _, layer in found):
             call.note("inactive: the weights are offloaded one by one")
             return None
-        store: Store = found[0][1].store
+        kept: Store = found[0][1].store
+        store = kept if self.config.across_runs else Store(kept.limit)
         store.begin(checksums([layer for _, layer in found]))
         return store
 

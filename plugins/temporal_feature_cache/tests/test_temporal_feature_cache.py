@@ -18,6 +18,7 @@ from diffgraft_temporal_feature_cache.cache import CachedLinear, Kept, Store, ch
 from diffgraft_temporal_feature_cache.method import is_temporal
 from torch import nn
 
+KEPT = ("temporal_feature_cache", {"across_runs": True})
 FAMILIES = ("sd", "sdxl", "pixel", "svd", "deepfloyd_if", "latent_consistency", "dit", "pixart", "wan", "flux", "sd3")
 
 
@@ -76,7 +77,7 @@ def test_with_and_without_are_equal_bit_for_bit_and_a_second_run_computes_nothin
             module.register_forward_hook(lambda *_: calls.append(1))
     picture(made)
     asked = len(calls)  # steps x layers of all blocks, for each branch that the pipeline asks by itself
-    load_pipeline(made.pipe, plugins=["temporal_feature_cache"])
+    load_pipeline(made.pipe, plugins=[KEPT])
     assert np.array_equal(picture(made), plain)
     assert total(made, "served") + total(made, "computed") == asked
     assert np.array_equal(picture(made), plain)
@@ -92,7 +93,7 @@ def test_with_and_without_are_equal_bit_for_bit_and_a_second_run_computes_nothin
 
 def test_hits_are_steps_times_blocks():
     made = tiny()
-    load_pipeline(made.pipe, plugins=["temporal_feature_cache"])
+    load_pipeline(made.pipe, plugins=[KEPT])
     picture(made, num_inference_steps=5)
     picture(made, num_inference_steps=5)
     resnets = sum(type(module).__name__ == "ResnetBlock2D" for module in made.pipe.unet.modules())
@@ -101,7 +102,7 @@ def test_hits_are_steps_times_blocks():
 
 def test_branches_that_are_asked_one_after_another_share_what_does_not_depend_on_the_text():
     made = tiny("wan")
-    load_pipeline(made.pipe, plugins=["temporal_feature_cache"])
+    load_pipeline(made.pipe, plugins=[KEPT])
     picture(made)
     assert total(made, "served") == total(made, "computed") > 0
 
@@ -149,7 +150,7 @@ def test_beside_four_bits_the_features_are_exact(family):
     alone, rounded = features(made)
     assert all(not torch.equal(rounded[path], exact[path]) for path in exact)
     unload(made.pipe)
-    load_pipeline(made.pipe, plugins=["temporal_feature_cache", Rounded()])
+    load_pipeline(made.pipe, plugins=[KEPT, Rounded()])
     for _ in range(2):
         beside, kept = features(made)
         assert kept.keys() == exact.keys()
@@ -189,7 +190,7 @@ def changed(made, way):
 @pytest.mark.parametrize("way", ["in place", "past the counters", "a new tensor", "a row for another", "load_state_dict"])
 def test_other_weights_are_not_answered_with_old_features(way):
     made = tiny()
-    load_pipeline(made.pipe, plugins=["temporal_feature_cache"])
+    load_pipeline(made.pipe, plugins=[KEPT])
     before = picture(made)
     changed(made, way)
     found = picture(made)
@@ -207,7 +208,7 @@ def test_weights_that_change_in_mid_run():
         return {}
 
     pictures = []
-    for plugins in ([], ["temporal_feature_cache"]):
+    for plugins in ([], [KEPT]):
         made = tiny()
         load_pipeline(made.pipe, plugins=plugins)
         picture(made)
@@ -215,11 +216,24 @@ def test_weights_that_change_in_mid_run():
     assert np.array_equal(*pictures)
 
 
+def test_by_default_nothing_of_a_run_serves_the_next():
+    made = tiny()
+    plain = picture(made)
+    load_pipeline(made.pipe, plugins=["temporal_feature_cache"])
+    for _ in range(2):
+        assert np.array_equal(picture(made), plain)
+        assert (total(made, "served"), total(made, "computed") > 0) == (0, True)
+    made.pipe.plugins.configure("temporal_feature_cache", across_runs=True)
+    picture(made)
+    assert np.array_equal(picture(made), plain)
+    assert (total(made, "served") > 0, total(made, "computed")) == (True, 0)
+
+
 @pytest.mark.parametrize("targets", [["time_emb_proj"], ["linear_1"], ["to_q"]])
 def test_a_lora(targets):
     peft = pytest.importorskip("peft")
     made = tiny()
-    load_pipeline(made.pipe, plugins=["temporal_feature_cache"])
+    load_pipeline(made.pipe, plugins=[KEPT])
     before = picture(made)
     torch.manual_seed(0)
     made.pipe.unet.add_adapter(peft.LoraConfig(r=2, lora_alpha=8, init_lora_weights=False, target_modules=targets))
@@ -233,7 +247,8 @@ def test_a_lora(targets):
     assert np.array_equal(picture(twin), with_lora)
     made.pipe.unload_lora_weights()
     assert np.array_equal(picture(made), before)
-    assert (total(made, "served") > 0, part(made).notes) == (True, [])
+    assert total(made, "served") > 0
+    assert not [note for note in part(made).notes if "inactive" in note]
     unload(made.pipe)
     assert np.array_equal(picture(made), before)
 
@@ -243,11 +258,11 @@ def test_a_lora_that_lies_there_already_is_refused_on_the_time_path_and_nowhere_
     made = tiny()
     made.pipe.unet.add_adapter(peft.LoraConfig(r=2, init_lora_weights=False, target_modules=["time_emb_proj"]))
     with pytest.raises(Unsupported, match=r"a LoRA lies over .*time_emb_proj, .*fuse_lora"):
-        load_pipeline(made.pipe, plugins=["temporal_feature_cache"])
+        load_pipeline(made.pipe, plugins=[KEPT])
     made = tiny()
     made.pipe.unet.add_adapter(peft.LoraConfig(r=2, init_lora_weights=False, target_modules=["to_q"]))
     plain = picture(made)
-    load_pipeline(made.pipe, plugins=["temporal_feature_cache"])
+    load_pipeline(made.pipe, plugins=[KEPT])
     assert np.array_equal(picture(made), plain)
     assert np.array_equal(picture(made), plain)
     assert total(made, "computed") == 0
@@ -273,7 +288,7 @@ def test_other_calls_have_features_of_their_own(family, kwargs, on_device, monke
     monkeypatch.setattr(c, "waits", lambda x: on_device)
     made = tiny(family)
     plain, other = picture(made), picture(made, **kwargs)
-    load_pipeline(made.pipe, plugins=["temporal_feature_cache"])
+    load_pipeline(made.pipe, plugins=[KEPT])
     for _ in range(2):
         assert np.array_equal(picture(made), plain)
         assert np.array_equal(picture(made, **kwargs), other)
@@ -282,7 +297,7 @@ def test_other_calls_have_features_of_their_own(family, kwargs, on_device, monke
 
 def test_other_dtypes():
     made = tiny()
-    load_pipeline(made.pipe, plugins=["temporal_feature_cache"])
+    load_pipeline(made.pipe, plugins=[KEPT])
     plain = picture(made)
     twin = tiny()
     for dtype in (torch.bfloat16, torch.float32):
@@ -299,7 +314,7 @@ def test_a_copy_and_a_pipeline_that_shares_the_denoiser():
     made = tiny()
     plain = picture(made)
     sibling = type(made.pipe)(**made.pipe.components)
-    load_pipeline(made.pipe, plugins=["temporal_feature_cache"])
+    load_pipeline(made.pipe, plugins=[KEPT])
     picture(made)
     twin = type(made)(copy.deepcopy(made.pipe), made.kwargs)
     changed(twin, "in place")
@@ -321,7 +336,7 @@ def test_an_input_that_was_changed_inside_is_computed():
     hook = meddle(made)
     meddled = picture(made)
     hook.remove()
-    load_pipeline(made.pipe, plugins=["temporal_feature_cache"])
+    load_pipeline(made.pipe, plugins=[KEPT])
     plain = picture(made)
     meddle(made)
     assert np.array_equal(picture(made), meddled)
@@ -331,7 +346,7 @@ def test_an_input_that_was_changed_inside_is_computed():
 def test_where_comparing_would_wait_it_is_told_at_the_end_of_the_run(monkeypatch):
     monkeypatch.setattr(c, "waits", lambda x: True)
     made = tiny()
-    load_pipeline(made.pipe, plugins=["temporal_feature_cache"])
+    load_pipeline(made.pipe, plugins=[KEPT])
     plain = picture(made)
     assert np.array_equal(picture(made), plain)
     assert total(made, "computed") == 0
@@ -403,7 +418,7 @@ def test_what_was_written_to_or_made_for_inference_is_not_served(monkeypatch):
 def test_the_limit_holds_and_a_schedule_that_does_not_fit_is_served_in_part():
     made = tiny()
     plain = picture(made)
-    load_pipeline(made.pipe, plugins=[("temporal_feature_cache", {"megabytes": 0.03})])
+    load_pipeline(made.pipe, plugins=[("temporal_feature_cache", {"megabytes": 0.03, "across_runs": True})])
     for _ in range(2):
         assert np.array_equal(picture(made), plain)
         store = cached(made)[0].store
@@ -453,4 +468,4 @@ def test_a_model_without_a_known_time_path_is_refused():
             parent, _, name = path.rpartition(".")
             setattr(made.pipe.unet.get_submodule(parent), name, nn.Sequential(module))
     with pytest.raises(Unsupported, match="has no linear layer on a time path"):
-        load_pipeline(made.pipe, plugins=["temporal_feature_cache"])
+        load_pipeline(made.pipe, plugins=[KEPT])

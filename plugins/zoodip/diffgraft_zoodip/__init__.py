@@ -28,8 +28,8 @@ class ZOODiP(Plugin):
     paper = PAPER
     families = ("sd",)
     Config = ZOODiPConfig
-    neutral: ClassVar[dict[str, Any]] = {"artefact": None}
-    active: ClassVar[dict[str, Any]] = {"word": "apple"}
+    neutral: ClassVar[dict[str, Any]] = {"taught": False}
+    active: ClassVar[dict[str, Any]] = {"word": "apple", "taught": True}
     effects = Effects(edits=frozenset({"conditioning"}))
     needs = (
         Need(
@@ -56,8 +56,8 @@ class ZOODiP(Plugin):
 
     def run(self, call: RunCall, next: Any) -> Any:
         artefact = call.given("artefact")
-        if artefact is None:
-            call.note("inactive: no artefact, and so no new word")
+        if artefact is None or not self.config.taught:
+            call.note("inactive: no artefact, and so no new word" if artefact is None else "inactive: taught = False")
             return next(call)
         token = artefact.facts["token"]
         if self.config.word:

@@ -7,13 +7,11 @@ optimizer, resumption and files are those of every fit.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from diffgraft import ConfigError, Fitter, ModulesCall, Unsupported
-from diffgraft.methods.artefacts import Artefact, Fingerprint
+from diffgraft.methods.artefacts import Fingerprint
 from diffgraft.methods.examples import Example
 from diffgraft.methods.fitter import Batch
 from diffgraft.methods.predictions import SignalNoise, is_flow, known_kind, prediction_target
@@ -34,18 +32,16 @@ class Facts(TypedDict):
     token: str
 
 
-STATE = ("history", "still")
-
-
 def wrong(tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> str | None:
     """What is wrong with a file, or None."""
-    return None if facts["token"] in tensors else f"it holds no row of its token {facts['token']!r}"
+    token = facts["token"]
+    if token not in tensors:
+        return f"it holds no row of its token {token!r}"
+    return None if len(tensors[token]) == 1 else f"it holds {len(tensors[token])} rows of {token!r}: a token is one row here"
 
 
-HOLDS = Holds(
-    {"history": Values(("tau", "d"), optional=True), "still": Values(("rank", "d"), optional=True), "*": Values(("n", "d"))}, Facts, wrong
-)
-"""The token's row; in memory what the fit kept beside it too."""
+HOLDS = Holds({"*": Values(("n", "d"))}, Facts, wrong)
+"""The token's row: what ``pipe.load_textual_inversion`` reads too."""
 
 
 class Row(nn.Module):
@@ -182,6 +178,5 @@ class ZerothOrder(Fitter):
     def facts(self) -> dict[str, Any]:
         return {"token": self.config.token}
 
-    def write(self, artefact: Artefact, out: Path) -> None:
-        """The row alone, under the token's name: what ``pipe.load_textual_inversion`` reads too."""
-        super().write(replace(artefact, tensors={self.config.token: artefact.tensors[self.config.token]}), out)
+    def kept(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {self.config.token: values[self.config.token]}

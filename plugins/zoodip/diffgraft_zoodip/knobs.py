@@ -26,6 +26,7 @@ class ZOODiPConfig(PluginConfig):
 
     artefact: str | Path | Artefact | None = Field(None, description="what `fit` learned: a path, owner/name/file.safetensors on the Hub")
     word: str = Field("", description="word of the prompts in whose place the token comes; empty: prompts that name the token themselves")
+    taught: bool = Field(True, description="whether the pipeline is taught the token in its runs; false is off")
 
 
 class FitConfig(PluginConfig):
