@@ -44,10 +44,10 @@ __version__ = "0.1.0"
 
 @dataclass
 class Run(Caches):
-    """Of a branch: its caches. Of the run (``call.shared``): the number of the U-Net call that is in progress, which calls are whole, and
-    the correction of the cached feature on its device."""
+    """Of a branch: its caches. Of the run (``call.shared``): the number of the U-Net call that is in progress, on the host and on the
+    device, which calls are whole, and the correction of the cached feature on its device."""
 
-    at: Tensor | None = None
+    at: tuple[int, Tensor] | None = None
     keys: tuple[int, ...] = ()
     affine: tuple[Tensor, Tensor] | None = None
 
@@ -171,7 +171,7 @@ class CacheQuant(Plugin):
 
     def denoise(self, call: DenoiseCall, next: Any) -> Tensor:
         if self.config.quantises:
-            call.shared.at = torch.full((), call.step.call, device=call.sample.device)
+            call.shared.at = call.step.call, torch.full((), call.step.call, device=call.sample.device)
         if not self.config.caches:
             return next(call)  # type: ignore[no-any-return]
         return skipping(call, next, lambda cache: self.is_due(call, cache))

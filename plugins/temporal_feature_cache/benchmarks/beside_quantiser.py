@@ -130,7 +130,10 @@ def main(
     bench = Bench(pipe, settings, make_samples(pipe, range(samples), texts[:samples]))
     reference, lines = bench.look(), []
     for plan in bits or ["w4a32", "w4a8", "w8a8"]:
-        for way, plugins in (("all rounded", [Nearest(plan)]), ("time path in floats", [("temporal_feature_cache", {"across_runs": True}), Nearest(plan)])):
+        for way, plugins in (
+            ("all rounded", [Nearest(plan)]),
+            ("time path in floats", [("temporal_feature_cache", {"across_runs": True}), Nearest(plan)]),
+        ):
             load_pipeline(pipe, plugins=plugins)
             found = bench.look()
             counts = {} if len(plugins) == 1 else pipe.plugins.report().plugins["temporal_feature_cache"].counts

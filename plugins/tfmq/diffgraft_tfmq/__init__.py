@@ -53,7 +53,7 @@ class TFMQ(Plugin):
     Config = TFMQConfig
     State = Where
     neutral: ClassVar[dict[str, Any]] = {"bits": "w32a32"}
-    active: ClassVar[dict[str, Any]] = {"bits": "w4a8"}
+    active: ClassVar[dict[str, Any]] = {"bits": "w4a8", "iterations": 3}
     sessions = True
     # not calibrated, a batch's inputs have one scale; calibrated, the last bits of a batch's sums are not one row's, and decide roundings
     effects = Effects(edits=frozenset({"weights"}), couples_batch=True)
