@@ -17,8 +17,8 @@ from diffgraft.methods.quant.layers import (
     Rounder,
     bytes_of,
     chosen,
+    ensure_current,
     ensure_finite,
-    ensure_no_lora_over,
     in_place_of,
     layers_of,
     put,
@@ -405,7 +405,7 @@ def test_a_lora_stays_in_floats_beside_and_a_later_one_is_refused():
     assert layers
     assert all(m.weight.shape[0] == 2 or m.weight.shape[1] == 2 for m in layers)  # the LoRA's alone are plain
     assert float((generate(pipe, kwargs) - plain).norm()) < 0.01 * float((without - plain).norm())
-    ensure_no_lora_over({"unet": pipe.unet}, "quantising")
+    ensure_current({"unet": pipe.unet}, "quantising")
     unload(pipe)
     assert torch.equal(generate(pipe, kwargs), plain)
 
@@ -413,7 +413,7 @@ def test_a_lora_stays_in_floats_beside_and_a_later_one_is_refused():
     load_pipeline(pipe, plugins=[at(8)])
     lora(pipe)
     with pytest.raises(Unsupported, match=r"loaded over unet\.\S+to_q.*unload_lora_weights.*put the plugin on again"):
-        ensure_no_lora_over({"unet": pipe.unet}, "quantising")
+        ensure_current({"unet": pipe.unet}, "quantising")
 
 
 def test_a_layer_that_is_not_there_and_inputs_that_are_no_numbers():

@@ -12,6 +12,7 @@ import json
 import logging
 import math
 import os
+import shlex
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -300,6 +301,12 @@ def make_again(plugin: str, kind: str = "artefact") -> str:
     if kind == "fit":
         return f"make one with `diffgraft fit {plugin} --pipeline NAME --steps N` and --inference-steps, --guidance-scale of your calls"
     return f"make one with `diffgraft calibrate {plugin} --pipeline NAME --prompts FILE`"
+
+
+def make_again_with(plugin: str, knobs: Mapping[str, Any]) -> str:
+    """The same, of an artefact that depends on these knobs, as a shell takes them."""
+    said = [f"{plugin}.{name}={value if isinstance(value, str) else json.dumps(value)}" for name, value in knobs.items()]
+    return make_again(plugin) + (" and " + " ".join(f"-o {shlex.quote(each)}" for each in said) if said else "")
 
 
 def check_size(path: Path, plugin: str, kind: str) -> None:

@@ -29,7 +29,7 @@ from diffgraft import (
 )
 from diffgraft.methods.artefacts import Artefact, make_again
 from diffgraft.methods.quant.kept import restore
-from diffgraft.methods.quant.layers import QuantConv2d, QuantLinear, bytes_of, ensure_no_lora_over, put
+from diffgraft.methods.quant.layers import QuantConv2d, QuantLinear, bytes_of, ensure_current, put
 from diffgraft.methods.skips import Cache, Caches, bypassed, bypassing, ensure_branch, skipping
 from torch import Tensor
 
@@ -71,7 +71,7 @@ class CacheQuant(Plugin):
 
     def check(self, target: Target) -> None:
         ensure_branch(target.blocks, self.config.branch, self.name)
-        ensure_no_lora_over(target.denoisers, self.name)
+        ensure_current(target.denoisers, self.name)
         layers = wanted(target.denoisers, self.config, OURS)
         if len(target.denoisers) > 1:
             raise Unsupported(
@@ -154,7 +154,7 @@ class CacheQuant(Plugin):
                 call.note("inactive: no step skips, and no layer is quantised")
             return next(call)
         denoisers = denoisers_of(call.pipe, call.family)
-        ensure_no_lora_over(denoisers, self.name)
+        ensure_current(denoisers, self.name)
         layers = [m for model in denoisers.values() for m in model.modules() if isinstance(m, (QuantLinear, QuantConv2d))]
         kept, plain = bytes_of(layers)
         call.note(

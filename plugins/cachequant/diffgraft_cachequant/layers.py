@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from diffgraft import Unsupported, now
+from diffgraft import PluginNotFound, Unsupported, now
 from diffgraft.methods.quant.affine import Scale, UniformAffine, nearest_scale
 from diffgraft.methods.quant.layers import (
     Layer,
@@ -33,8 +33,9 @@ READERS = (".conv1", ".conv_shortcut")
 """Of a layer with a skip connection: what reads the two halves of its input."""
 
 
-def current() -> Tensor | int:
-    """The number of the U-Net call that is in progress, 0-dim; a plain number where another plugin asks the U-Net before the call's turn.
+def current() -> Tensor | int | None:
+    """The number of the U-Net call that is in progress, 0-dim; a plain number where another plugin asks the U-Net before the call's turn;
+    None in a run that cachequant is no part of.
 
     Raises:
         Unsupported: none is in progress.
@@ -44,7 +45,10 @@ def current() -> Tensor | int:
         raise Unsupported(
             "cachequant: each call of a run has its own scales, and outside of a run nobody says which; ask through the pipeline"
         )
-    told, number = run.shared("cachequant").at, run.step.call
+    try:
+        told, number = run.shared("cachequant").at, run.step.call
+    except PluginNotFound:
+        return None
     return told[1] if told is not None and told[0] == number else number  # type: ignore[no-any-return]
 
 
@@ -61,7 +65,7 @@ class Affine(nn.Module):
 
     def forward(self, y: Tensor) -> Tensor:
         at = current()
-        return corrected(y, at_index(self.gain, at), at_index(self.offset, at))
+        return y if at is None else corrected(y, at_index(self.gain, at), at_index(self.offset, at))
 
     def _apply(self, fn: Any, recurse: bool = True) -> Affine:
         return moved(self, fn)

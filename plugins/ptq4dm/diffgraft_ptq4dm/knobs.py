@@ -7,8 +7,8 @@ from typing import Literal
 
 from diffgraft import Paper
 from diffgraft.methods.artefacts import Artefact
-from diffgraft.methods.quant.knobs import FLOAT, BitsConfig, ensure_bits
-from pydantic import Field, field_validator
+from diffgraft.methods.quant.knobs import FLOAT, BitsConfig
+from pydantic import Field
 
 PAPER = Paper(
     title="Post-training Quantization on Diffusion Models",
@@ -28,7 +28,7 @@ class PTQ4DMConfig(BitsConfig):
         None,
         description="the calibration file: a path, owner/name/file.safetensors on the Hub, or an Artefact; none: each tensor's own range",
     )
-    ends: int = Field(8, description="least bits of the first and the last layer, 2 to 16")
+    ends: int = Field(8, ge=2, le=16, description="least bits of the first and the last layer")
     keep: tuple[str, ...] = Field((), description="layers that stay floats, by path or a part of it: conv_out, up_blocks.2")
     p: float = Field(2.4, gt=0, description="of calibration: a range is that of the least mean |x - x_q|^p; 2 is the paper's mean square")
     timesteps: Literal["normal", "uniform"] = Field("normal", description="of calibration: how timesteps are drawn; normal is the paper's")
@@ -38,11 +38,6 @@ class PTQ4DMConfig(BitsConfig):
     official_compat: bool = Field(
         False, description="of calibration: pair a state with the mirrored timestep, as the official code does; for comparison only"
     )
-
-    @field_validator("ends")
-    @classmethod
-    def _ends(cls, value: int) -> int:
-        return ensure_bits(value)
 
     def bits_of(self, bits: int, at_end: bool) -> int:
         """Of a layer, inside or at an end."""

@@ -22,12 +22,12 @@ from diffgraft import (
     Unsupported,
     denoisers_of,
 )
-from diffgraft.methods.artefacts import Artefact, make_again
+from diffgraft.methods.artefacts import Artefact, make_again_with
 from diffgraft.methods.quant.affine import nearest_scale, searched_scale
 from diffgraft.methods.quant.attention import with_rounded_softmax
 from diffgraft.methods.quant.kept import ensure_made_for, fill
 from diffgraft.methods.quant.knobs import FLOAT
-from diffgraft.methods.quant.layers import QuantConv2d, QuantLinear, bytes_of, ensure_no_lora_over, put, quantised_in
+from diffgraft.methods.quant.layers import QuantConv2d, QuantLinear, bytes_of, ensure_current, put, quantised_in
 from torch import nn
 
 from diffgraft_q_diffusion.calibration import HOLDS, Measure, plan_of
@@ -53,7 +53,7 @@ class QDiffusion(Plugin):
     config: QDiffusionConfig
 
     def check(self, target: Target) -> None:
-        ensure_no_lora_over(target.denoisers, self.name)
+        ensure_current(target.denoisers, self.name)
         layers = wanted(target.denoisers, self.config, (nn.Linear, nn.Conv2d, QuantLinear, QuantConv2d))
         if not layers:
             raise Unsupported(f"q_diffusion: {type(target.pipe).__name__} has no linear layer or convolution that is not kept")
@@ -66,8 +66,7 @@ class QDiffusion(Plugin):
 
     def again(self) -> str:
         """How to get an artefact that fits, with the knobs that it depends on."""
-        said = "".join(f" -o q_diffusion.{name}={value}" for name, value in self.own_knobs.items() if name in PLAN)
-        return f"{make_again(self.name)}{' and' + said if said else ''}"
+        return make_again_with(self.name, {name: value for name, value in self.own_knobs.items() if name in PLAN})
 
     def modules(self, call: ModulesCall, next: Any) -> None:
         if not self.config.is_off:
@@ -92,7 +91,7 @@ class QDiffusion(Plugin):
             call.note("inactive: w32a32 leaves every layer as it is")
             return next(call)
         denoisers = denoisers_of(call.pipe, call.family)
-        ensure_no_lora_over(denoisers, self.name)
+        ensure_current(denoisers, self.name)
         layers = list(quantised_in(denoisers).values())
         kept, plain = bytes_of(layers)
         halves = sum(len(layer.sizes) > 1 for layer in layers)

@@ -12,8 +12,21 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from diffgraft import ArtefactMismatch, DenoiseCall, Effects, ModulesCall, Need, Plugin, RunCall, Target, Unsupported, denoisers_of, now
-from diffgraft.methods.artefacts import Artefact, make_again
+from diffgraft import (
+    ArtefactMismatch,
+    DenoiseCall,
+    Effects,
+    ModulesCall,
+    Need,
+    Plugin,
+    PluginNotFound,
+    RunCall,
+    Target,
+    Unsupported,
+    denoisers_of,
+    now,
+)
+from diffgraft.methods.artefacts import Artefact, make_again_with
 from diffgraft.methods.quant.affine import Scale, UniformAffine
 from diffgraft.methods.quant.kept import restore
 from diffgraft.methods.quant.layers import (
@@ -22,7 +35,7 @@ from diffgraft.methods.quant.layers import (
     QuantLinear,
     SeveralScales,
     bytes_of,
-    ensure_no_lora_over,
+    ensure_current,
     put,
     quantised,
 )
@@ -62,7 +75,7 @@ class TFMQ(Plugin):
     config: TFMQConfig
 
     def check(self, target: Target) -> None:
-        ensure_no_lora_over(target.denoisers, self.name)
+        ensure_current(target.denoisers, self.name)
         for denoiser in target.denoisers.values():
             ensure_known(denoiser)
         layers = wanted(target.denoisers, self.config, (*PLAIN, *QUANTISED))
@@ -79,8 +92,7 @@ class TFMQ(Plugin):
 
     def again(self) -> str:
         """How to get an artefact that fits, with the knobs that it depends on."""
-        said = "".join(f" -o tfmq.{name}={value}" for name, value in self.own_knobs.items() if name in ("bits", "keep", "scales"))
-        return f"{make_again(self.name)}{' and' + said if said else ''}"
+        return make_again_with(self.name, {name: value for name, value in self.own_knobs.items() if name in ("bits", "keep", "scales")})
 
     def plan(self, artefact: Artefact | None) -> tuple[int, int]:
         """(bits of weights, of activations): an artefact's own where none are asked for."""
@@ -114,7 +126,7 @@ class TFMQ(Plugin):
             call.note("inactive: w32a32 leaves every layer as it is")
             return next(call)
         denoisers = denoisers_of(call.pipe, call.family)
-        ensure_no_lora_over(denoisers, self.name)
+        ensure_current(denoisers, self.name)
         kept, plain = bytes_of(quantised_in(denoisers))
         artefact: Artefact | None = call.given("artefact")
         weights, inputs = self.plan(artefact)
@@ -137,8 +149,8 @@ def quantised_in(denoisers: Mapping[str, nn.Module]) -> list[QuantLayer]:
     return [module for denoiser in denoisers.values() for module in denoiser.modules() if isinstance(module, QUANTISED)]
 
 
-def pick() -> Tensor | int:
-    """The calibrated timestep that the run in progress is at.
+def pick() -> Tensor | int | None:
+    """The calibrated timestep that the run in progress is at; None in a run that tfmq is no part of.
 
     Raises:
         Unsupported: none is in progress.
@@ -146,5 +158,8 @@ def pick() -> Tensor | int:
     run = now()
     if run is None:
         raise Unsupported("tfmq: inputs have a scale for each timestep, and outside of a run nobody says which; ask through the pipeline")
-    found: Tensor | int = run.shared("tfmq").at
+    try:
+        found: Tensor | int = run.shared("tfmq").at
+    except PluginNotFound:
+        return None
     return found

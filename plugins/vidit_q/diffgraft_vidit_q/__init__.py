@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from diffgraft import ArtefactMismatch, DenoiseCall, Effects, ModulesCall, Need, Plugin, RunCall, Target, Unsupported, denoisers_of, now
-from diffgraft.methods.artefacts import Artefact, make_again
+from diffgraft.methods.artefacts import Artefact, make_again_with
 from diffgraft.methods.quant.affine import UniformAffine
 from diffgraft.methods.quant.kept import unpacked
-from diffgraft.methods.quant.layers import Layer, QuantLinear, bytes_of, ensure_no_lora_over, put, quantised
+from diffgraft.methods.quant.layers import Layer, QuantLinear, bytes_of, ensure_current, put, quantised
 from torch import Tensor, nn
 
 from diffgraft_vidit_q.calibration import HOLDS, Measure, wanted
@@ -52,7 +52,7 @@ class ViDiTQ(Plugin):
     config: ViDiTQConfig
 
     def check(self, target: Target) -> None:
-        ensure_no_lora_over(target.denoisers, self.name)
+        ensure_current(target.denoisers, self.name)
         layers = wanted(target.denoisers, self.config, (nn.Linear, QuantLinear))
         if not layers:
             raise Unsupported(f"vidit_q: {type(target.pipe).__name__} has no linear layer in a list of blocks that is not kept")
@@ -75,8 +75,7 @@ class ViDiTQ(Plugin):
     def again(self) -> str:
         """How to get an artefact that fits, with the knobs that it depends on."""
         knobs = {"bits": self.config.bits, "mixed": self.config.mixed, "ranges": self.config.ranges}
-        said = "".join(f" -o vidit_q.{name}={value}" for name, value in knobs.items() if name in self.own_knobs)
-        return f"{make_again(self.name)}{' and' + said if said else ''}"
+        return make_again_with(self.name, {name: knobs[name] for name in knobs if name in self.own_knobs})
 
     def modules(self, call: ModulesCall, next: Any) -> None:
         if not self.config.is_off:
@@ -114,7 +113,7 @@ class ViDiTQ(Plugin):
             call.note("inactive: w32a32 leaves every layer as it is")
             return next(call)
         denoisers = denoisers_of(call.pipe, call.family)
-        ensure_no_lora_over(denoisers, self.name)
+        ensure_current(denoisers, self.name)
         layers = [module for denoiser in denoisers.values() for module in denoiser.modules() if isinstance(module, QuantLinear)]
         kept, plain = bytes_of(layers)
         how = "balanced" if call.given("artefact") is not None else "not balanced: no artefact"

@@ -166,14 +166,15 @@ class ZerothOrder(Fitter):
 
     def ids(self, batch: Batch) -> Tensor:
         """The tokens of the batch's captions [batch, length]."""
-        texts = [each.prompt or self.config.template.format(self.config.token) for each in batch.examples]
+        texts = [each.prompt or self.config.template.replace("{}", self.config.token) for each in batch.examples]
         length = self.tokenizer.model_max_length
         return self.tokenizer(texts, padding="max_length", max_length=length, truncation=True, return_tensors="pt").input_ids  # type: ignore[no-any-return]
 
     # the file -------------------------------------------------------------------------------------------------------------------------
 
     def values(self) -> dict[str, Tensor]:
-        return {self.config.token: self.trained.row, "history": self.trained.history, "still": self.trained.still}
+        more = {"fit history": self.trained.history, "fit still": self.trained.still}  # no token has a blank
+        return {self.config.token: self.trained.row, **more}
 
     def facts(self) -> dict[str, Any]:
         return {"token": self.config.token}

@@ -46,7 +46,7 @@ def with_token(tokenizer: Any, token: str) -> Any:
         ConfigError: it knows it already.
     """
     new = copy.deepcopy(tokenizer)
-    if new.add_tokens(token) != 1:
+    if token in tokenizer.get_vocab() or new.add_tokens(token) != 1:
         raise ConfigError(f"zoodip: the tokenizer knows {token!r} already (pipe.unload_textual_inversion()?); take another token")
     return new
 

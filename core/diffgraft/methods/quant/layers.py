@@ -19,7 +19,7 @@ from diffgraft.installed.errors import ConfigError, NotFinite, Unsupported, near
 from diffgraft.kernel.weights import kept_as
 from diffgraft.methods.quant.affine import Scale, UniformAffine, nearest_scale
 
-Pick = Callable[[], "Tensor | int"]
+Pick = Callable[[], "Tensor | int | None"]
 T = TypeVar("T")
 
 
@@ -112,7 +112,8 @@ class Rounder(nn.Module):
 
 
 class SeveralScales(Rounder):
-    """Puts an input on the grid that ``pick`` says (of a timestep, of a call), of delta and zero [grids, 1]."""
+    """Puts an input on the grid that ``pick`` says (of a timestep, of a call), of delta and zero [grids, 1]; on that of its own range where
+    it says None: in a run of others, who ask at times of their own."""
 
     def __init__(self, grid: UniformAffine, scale: Scale, pick: Pick) -> None:
         super().__init__(grid, scale)
@@ -120,7 +121,7 @@ class SeveralScales(Rounder):
 
     def now(self) -> Scale | None:
         fixed, at = self.fixed, self.pick()
-        return None if fixed is None else Scale(at_index(fixed.delta, at), at_index(fixed.zero, at))
+        return None if fixed is None or at is None else Scale(at_index(fixed.delta, at), at_index(fixed.zero, at))
 
 
 class Weights(nn.Module):
@@ -200,6 +201,7 @@ class _Quantised:
     softmax: Rounder | None
     key: str = ""
     under_lora: bool = False
+    probe: Tensor | None = None
     active: bool = True
     axis: int
 
@@ -244,7 +246,7 @@ class _Quantised:
         if not self.active:
             return x, self.weight
         several = len(self.weights) > 1
-        at = self.pick() if several and self.pick is not None else 0
+        at = (self.pick() if several and self.pick is not None else 0) or 0
         at = int(at) if isinstance(at, Tensor) and at.device.type == "cpu" else at
         if self.balance is not None:
             x = (x / at_index(self.balance, at)).to(x.dtype)
@@ -373,21 +375,54 @@ def ensure_finite(values: Mapping[str, Tensor], plugin: str) -> None:
             raise NotFinite(f"{plugin}: the inputs of {name} hold values that are not finite, so they have no range; use a wider dtype")
 
 
-def ensure_no_lora_over(denoisers: Mapping[str, nn.Module], plugin: str) -> None:
-    """Raises Unsupported where a LoRA was loaded over a quantised layer: taken off in this order it would leave the layer behind."""
+def ensure_current(denoisers: Mapping[str, nn.Module], plugin: str) -> None:
+    """Waits once for each device.
+
+    Raises:
+        Unsupported: a LoRA was loaded over a quantised layer (taken off in this order it would leave the layer behind), or the weights of
+            one were written to (a LoRA fused, a state loaded), of which its rounded ones know nothing.
+    """
+    seen: dict[tuple[torch.device, torch.dtype], list[tuple[str, Tensor, Tensor]]] = {}
     for model, denoiser in denoisers.items():
         for path, module in root_of(denoiser).named_modules():
-            if isinstance(module, (QuantLinear, QuantConv2d)) and path.endswith(".base_layer") and not module.under_lora:
+            if not isinstance(module, (QuantLinear, QuantConv2d)):
+                continue
+            if path.endswith(".base_layer") and not module.under_lora:
                 raise Unsupported(
                     f"{plugin}: a LoRA was loaded over {model}.{path.removesuffix('.base_layer')}, which is quantised: unload it "
                     f"(pipe.unload_lora_weights()), take the plugin off (pipe.plugins.remove({plugin!r})), load the LoRA, then put the "
                     "plugin on again: the LoRA stays in floats beside the quantised weights"
                 )
+            if module.probe is not None and not module.weight.is_meta:
+                place = module.weight.device, module.weight.dtype
+                seen.setdefault(place, []).append((f"{model}.{path}", module.probe, probe_of(module.weight)))
+    for (_, dtype), layers in seen.items():
+        before = torch.stack([probe for _, probe, _ in layers])
+        after = torch.stack([probe for _, _, probe in layers]).cpu()
+        kinds = {torch.float32, torch.bfloat16, torch.float16, dtype}  # they may have been cast, and back
+        held = torch.stack([(before.to(kind).float() == after.to(kind).float()).all(1) for kind in kinds]).any(0)
+        if not bool(held.all()):
+            path = layers[int(held.int().argmin())][0]
+            raise Unsupported(
+                f"{plugin}: the weights of {path}, which is quantised, were written to (a LoRA fused, weights loaded), and what it "
+                f"computes with are the ones before, rounded: take the plugin off (pipe.plugins.remove({plugin!r})), then put it on again"
+            )
+
+
+PROBES = 8
+
+
+def probe_of(weight: Tensor) -> Tensor:
+    """Some values of a weight [PROBES], float32, to tell whether it was written to: on its device, nothing waits."""
+    flat = weight.detach().reshape(-1)
+    places = torch.arange(PROBES, device=flat.device) * (flat.numel() - 1) // (PROBES - 1)
+    return flat[places].float()
 
 
 def put(swap: Callable[[nn.Module, str, nn.Module], None], layer: Layer, new: QuantLayer) -> None:
-    """Exchange a layer by ``call.swap``; the new one knows its ``key``, and whether it lies under a LoRA."""
+    """Exchange a layer by ``call.swap``; the new one knows its ``key``, whether it lies under a LoRA, and what its weights were."""
     new.key, new.under_lora = layer.key, layer.name == "base_layer"
+    new.probe = None if new.weight.is_meta else probe_of(new.weight).cpu()
     swap(layer.parent, layer.name, new)
 
 

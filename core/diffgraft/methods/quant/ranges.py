@@ -15,18 +15,31 @@ MOST = 2**16
 
 
 class Gathering(nn.Module):
-    """Takes a rounder's place, and keeps some of what comes to it: all of few values, of many every so-many-th and the two ends."""
+    """Takes a rounder's place, and keeps some of what comes to it: all of few values, of many a random sample; and the ends of all.
+
+    Values at equal distances would be those of one channel, where the distance is a multiple of their number.
+    """
 
     def __init__(self, most: int = MOST) -> None:
         super().__init__()
         self.most = most
+        self.generator = torch.Generator().manual_seed(0)
         self.seen: list[Tensor] = []
+        self.ends: list[Tensor] = []
 
     def forward(self, x: Tensor) -> Tensor:
-        flat = x.detach().float().reshape(-1)
-        if flat.numel() > 0:
-            self.seen.append(torch.cat([flat[:: max(1, flat.numel() // self.most)], flat.amin()[None], flat.amax()[None]]))
+        flat = x.detach().reshape(-1)
+        if (count := flat.numel()) > 0:
+            few = flat if count <= self.most else flat[torch.randint(count, (self.most,), generator=self.generator).to(flat.device)]
+            self.seen.append(few.float())
+            ends = flat.float().aminmax()
+            low, high = self.ends or ends
+            self.ends = [torch.minimum(low, ends[0]), torch.maximum(high, ends[1])]
         return x
+
+    def values(self) -> Tensor:
+        """All that is kept; one zero where nothing came."""
+        return torch.cat([*self.seen, torch.stack(self.ends)]) if self.seen else torch.zeros(1)
 
 
 @torch.no_grad()
@@ -39,7 +52,7 @@ def measure(
 ) -> None:
     """Fix the scales of all rounders of these layers, one for a whole tensor, by what ``call()`` brings to them unrounded.
 
-    ``most``: values of each forward that are looked at, beside its ends.
+    ``most``: values of each forward that are looked at, beside the ends of all.
 
     Raises:
         NotFinite: it brings what has no range; names the layer.
@@ -53,7 +66,7 @@ def measure(
     finally:
         for (key, name), rounder in rounders.items():
             stand_in(layers[key], name, rounder)
-    values = {place: torch.cat(one.seen) if one.seen else torch.zeros(1) for place, one in gathered.items()}
+    values = {place: one.values() for place, one in gathered.items()}
     ensure_finite({key: x for (key, _), x in values.items()}, plugin)
     for (key, name), rounder in rounders.items():
         scale = scale_of(values[key, name], rounder.grid)
