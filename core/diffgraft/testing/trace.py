@@ -57,8 +57,9 @@ def trace(pipe: Any, base: type, modules: bool = True) -> Trace:
             seen[f"{name}.config"] = dict(part.config)
     for cls in classes - {object}:
         for key, value in vars(cls).items():
-            if key == "__annotations__" and not value:
-                continue  # Python makes the empty one when somebody (inspect, dataclasses) asks a class for it
+            # Python makes an empty one when somebody (inspect, dataclasses) asks a class for it, and the other when an object is copied
+            if (key == "__annotations__" and not value) or key == "__slotnames__":
+                continue
             seen[f"class {cls.__module__}.{cls.__qualname__}.{key}"] = Same(value)
     for key, value in vars(torch.nn.functional).items():
         if callable(value):
