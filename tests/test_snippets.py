@@ -49,6 +49,7 @@ SHORTER = {  # options that make a line of the command line short; they come las
     "calibrate dpm_solver_v3": "-o dpm_solver_v3.intervals=10",
     "fit harmonica": "--steps 1 --batch 1",
     "fit segment_lora": "--steps 1 --batch 1",
+    "fit zoodip": "--steps 1 --batch 1",
     "evolve": "--population 2 --epochs 1 --reference-steps 6",
 }
 ELSEWHERE = {"new", "check", "tune"}
@@ -69,6 +70,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     Path("prompts.txt").write_text("a big apple on the left on a blue background\na small star at the top on a red background\n")
     for name in ("apple.png", "picture.png"):
         Image.effect_noise((64, 64), 60).convert("RGB").save(name)
+    Path("pictures").mkdir()
+    Image.effect_noise((64, 64), 60).convert("RGB").save("pictures/one.png")
     make("DDPMPipeline").pipe.save_pretrained("ddpm")
     read = loading.read_pipeline
 
