@@ -38,7 +38,7 @@ class QDiffusionConfig(BitsConfig):
     )
     split: bool = Field(True, description="two grids for the shortcuts of the up blocks: what comes from below, and what comes across")
     keep: tuple[str, ...] = Field((), description="layers that stay floats, by path or a part of it: conv_out, up_blocks.2")
-    timesteps: int = Field(25, ge=1, description="of calibration: each (steps / timesteps)-th step of a run is kept, so many or some more; paper: 20 to 25")
+    timesteps: int = Field(25, ge=1, description="of calibration: each (steps / timesteps)-th step of a run is kept; paper: 20 to 25")
     iterations: int = Field(20_000, ge=1, description="of calibration: steps in which a block's rounding is learned")
     scale_iterations: int = Field(5_000, ge=1, description="of calibration: steps in which a block's activation scales are learned")
     batch: int = Field(32, ge=1, description="of calibration: rows of a step")
