@@ -70,8 +70,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     Path("prompts.txt").write_text("a big apple on the left on a blue background\na small star at the top on a red background\n")
     for name in ("apple.png", "picture.png"):
         Image.effect_noise((64, 64), 60).convert("RGB").save(name)
-    Path("pictures").mkdir()
-    Image.effect_noise((64, 64), 60).convert("RGB").save("pictures/one.png")
+    Path("tomatoes").mkdir()
+    Image.effect_noise((64, 64), 60).convert("RGB").save("tomatoes/one.png")
     make("DDPMPipeline").pipe.save_pretrained("ddpm")
     read = loading.read_pipeline
 

@@ -193,7 +193,7 @@ class Fitter(Plugin):
         """The live tensors that are learned, by name."""
         return dict(self.trained.state_dict(keep_vars=True))
 
-    def kept(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
+    def to_keep(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
         """Those of :meth:`values` that the result holds; the others only let a fit go on that was stopped."""
         return values
 

@@ -213,7 +213,7 @@ def fit(
         digest = work_digest(what)
         learning = learn(stack, fitter, examples, plan, artefact, digest, out, on_progress)
         about = {**asdict(plan), "knobs": what["fitter"][1], "losses": by_parts(learning.losses)}
-        values = {name: value.detach() for name, value in fitter.kept(learning.values()).items()}
+        values = {name: value.detach() for name, value in fitter.to_keep(learning.values()).items()}
         artefact = replace(artefact, tensors=values, facts={**artefact.facts, **fitter.facts(), "fit": about})
         with writing(out, f"all that was learned is kept in {partial_of(out)}"):
             fitter.write(artefact, out)
@@ -229,7 +229,7 @@ def fit_call(pipe: Any, plugin: Plugin, call: Callable[[Any], Any], seed: int = 
     """
     fitter: Fitter = declared(plugin, "fitting")(plugin)
     with beginning(pipe, plugin, fitter, call, CallSettings(), seed) as (_, artefact):
-        values = {name: value.detach().clone() for name, value in fitter.kept(fitter.values()).items()}
+        values = {name: value.detach().clone() for name, value in fitter.to_keep(fitter.values()).items()}
         return replace(artefact, tensors=values, facts={**artefact.facts, **fitter.facts()})
 
 

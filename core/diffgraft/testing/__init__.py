@@ -28,7 +28,7 @@ from diffgraft.installed import registry
 from diffgraft.installed.plugin import Plugin
 from diffgraft.testing import basics, compiling, crafted, inside, levels, ranks, repeats, sessions, surroundings
 from diffgraft.testing.case import CHECKS, Case, candidates
-from diffgraft.testing.cover import covering
+from diffgraft.testing.cover import cover, covering
 from diffgraft.testing.forms import Cell, form_cells
 from diffgraft.testing.pairs import Pair, pair_cases
 from diffgraft.testing.setting import Setting

@@ -6,6 +6,7 @@ model itself, on its way from noise, and kept at timesteps drawn from a normal d
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from diffgraft import Effects, ModulesCall, Need, Plugin, RunCall, Target, Unsupported, denoisers_of
@@ -27,6 +28,9 @@ class PTQ4DM(Plugin):
     name = "ptq4dm"
     paper = PAPER
     families = ("unets",)
+    not_on: ClassVar[Mapping[str, str]] = {
+        "*PAG*": "its blocks are calibrated on calls that are asked again by themselves, and perturbed attention splits each batch in three"
+    }
     Config = PTQ4DMConfig
     neutral: ClassVar[dict[str, Any]] = {"bits": "w32a32"}
     active: ClassVar[dict[str, Any]] = {"bits": "w4a8", "draws": 2}

@@ -189,7 +189,7 @@ def test_every_layer_is_quantised_and_the_ends_have_eight_bits(family):
     ("knobs", "why"),
     [
         ({"bits": "w1a8"}, "bits = 'w1a8': write wXaY"),
-        ({"ends": 1}, "ends = 1: bits from 2 to 16"),
+        ({"ends": 1}, "ends = 1: Input should be greater than or equal to 2"),
         ({"mu": 2}, "mu = 2"),
         ({"sd": 0}, "sd = 0"),
         ({"keep": ("conv_outt",)}, "did you mean 'conv_out'"),

@@ -7,7 +7,7 @@ rounded, and the scales of activations, are learned block by block.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 from diffgraft import (
@@ -42,6 +42,9 @@ class QDiffusion(Plugin):
     name = "q_diffusion"
     paper = PAPER
     families = ("unets",)
+    not_on: ClassVar[Mapping[str, str]] = {
+        "*PAG*": "its blocks are calibrated on calls that are asked again by themselves, and perturbed attention splits each batch in three"
+    }
     Config = QDiffusionConfig
     neutral: ClassVar[dict[str, Any]] = {"bits": "w32a32"}
     active: ClassVar[dict[str, Any]] = {"bits": "w4a8", "timesteps": 2, "iterations": 3, "scale_iterations": 3, "batch": 8}

@@ -182,7 +182,8 @@ def checksums(layers: Sequence[nn.Linear]) -> tuple[Hashable, ...]:
     """
     sums: dict[torch.device, list[Tensor]] = {}
     for parameter in (p for layer in layers for p in layer.parameters()):
-        bits = parameter.detach().contiguous().view({2: torch.int16, 4: torch.int32, 8: torch.int64}[parameter.element_size()])
+        whole = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[parameter.element_size()]
+        bits = parameter.detach().contiguous().view(whole)
         rows = bits.reshape(len(bits), -1).sum(1, dtype=torch.int64)
         total = (rows * torch.arange(1, len(rows) + 1, device=rows.device)).sum()
         sums.setdefault(parameter.device, []).append(total)

@@ -179,5 +179,5 @@ class ZerothOrder(Fitter):
     def facts(self) -> dict[str, Any]:
         return {"token": self.config.token}
 
-    def kept(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
+    def to_keep(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
         return {self.config.token: values[self.config.token]}
