@@ -78,6 +78,11 @@ class TemporalFeatureCache(Plugin):
                     f"{NAME}: a LoRA lies over {path.removesuffix('.base_layer')}, and its strength may change in mid-run: fuse it "
                     "(pipe.fuse_lora(), then pipe.unload_lora_weights())"
                 )
+            if layer.weight.element_size() == 1:
+                raise Unsupported(
+                    f"{NAME}: {path} is kept as {layer.weight.dtype} (layerwise casting), and only its own layer casts it to compute; "
+                    "leave the time path out (enable_layerwise_casting(..., skip_modules_pattern=...)), or the plugin"
+                )
         if not found:
             raise Unsupported(f"{NAME}: {type(target.pipe).__name__} has no linear layer on a time path that is known by its name")
 
