@@ -6,10 +6,9 @@ model itself, on its way from noise, and kept at timesteps drawn from a normal d
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from diffgraft import Effects, ModulesCall, Need, Plugin, RunCall, Target, Unsupported, denoisers_of
+from diffgraft import Effects, Family, ModulesCall, Need, Plugin, RunCall, Target, Unsupported, denoisers_of
 from diffgraft.methods.artefacts import Artefact, make_again_with
 from diffgraft.methods.quant.affine import nearest_scale
 from diffgraft.methods.quant.kept import ensure_made_for, fill
@@ -28,9 +27,6 @@ class PTQ4DM(Plugin):
     name = "ptq4dm"
     paper = PAPER
     families = ("unets",)
-    not_on: ClassVar[Mapping[str, str]] = {
-        "*PAG*": "its blocks are calibrated on calls that are asked again by themselves, and perturbed attention splits each batch in three"
-    }
     Config = PTQ4DMConfig
     neutral: ClassVar[dict[str, Any]] = {"bits": "w32a32"}
     active: ClassVar[dict[str, Any]] = {"bits": "w4a8", "draws": 2}
@@ -40,6 +36,11 @@ class PTQ4DM(Plugin):
     needs = (Need("artefact", "artefact", fits=frozenset(), holds=HOLDS),)
     calibration = Measure
     config: PTQ4DMConfig
+
+    @classmethod
+    def claims(cls, family: Family) -> bool:
+        """All but perturbed-attention guidance, which splits each batch in three: a calibration asks calls again by themselves."""
+        return super().claims(family) and not family.name.endswith("_pag")
 
     def check(self, target: Target) -> None:
         ensure_current(target.denoisers, self.name)

@@ -7,13 +7,14 @@ rounded, and the scales of activations, are learned block by block.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 from diffgraft import (
     AttentionCall,
     AttentionInfo,
     Effects,
+    Family,
     ModulesCall,
     Need,
     Plugin,
@@ -42,8 +43,8 @@ class QDiffusion(Plugin):
     name = "q_diffusion"
     paper = PAPER
     families = ("unets",)
-    not_on: ClassVar[Mapping[str, str]] = {
-        "*PAG*": "its blocks are calibrated on calls that are asked again by themselves, and perturbed attention splits each batch in three"
+    not_on: ClassVar[dict[str, str]] = {
+        "*Adapter*": "a calibration asks calls again block by block, and what an adapter adds inside of the blocks is not kept for it"
     }
     Config = QDiffusionConfig
     neutral: ClassVar[dict[str, Any]] = {"bits": "w32a32"}
@@ -54,6 +55,11 @@ class QDiffusion(Plugin):
     needs = (Need("artefact", "artefact", fits=frozenset(), holds=HOLDS),)
     calibration = Measure
     config: QDiffusionConfig
+
+    @classmethod
+    def claims(cls, family: Family) -> bool:
+        """All but perturbed-attention guidance, which splits each batch in three: a calibration asks calls again by themselves."""
+        return super().claims(family) and not family.name.endswith("_pag")
 
     def check(self, target: Target) -> None:
         ensure_current(target.denoisers, self.name)
