@@ -43,6 +43,11 @@ class PTQ4DM(Plugin):
         return super().claims(family) and not family.name.endswith("_pag")
 
     def check(self, target: Target) -> None:
+        if not self.claims(target.family):
+            raise Unsupported(
+                f"ptq4dm: {type(target.pipe).__name__} has perturbed-attention guidance, which splits each batch in three, and a "
+                "calibration asks calls again by themselves; use the pipeline without it"
+            )
         ensure_current(target.denoisers, self.name)
         layers = wanted(target.denoisers, self.config, (nn.Linear, nn.Conv2d, QuantLinear, QuantConv2d))
         if not layers:

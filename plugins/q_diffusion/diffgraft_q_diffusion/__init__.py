@@ -44,7 +44,7 @@ class QDiffusion(Plugin):
     paper = PAPER
     families = ("unets",)
     not_on: ClassVar[dict[str, str]] = {
-        "*Adapter*": "a calibration asks calls again block by block, and what an adapter adds inside of the blocks is not kept for it"
+        "*AdapterPipeline": "a calibration asks calls again block by block, and what an adapter adds inside of the blocks is not kept for it"
     }
     Config = QDiffusionConfig
     neutral: ClassVar[dict[str, Any]] = {"bits": "w32a32"}
@@ -62,6 +62,11 @@ class QDiffusion(Plugin):
         return super().claims(family) and not family.name.endswith("_pag")
 
     def check(self, target: Target) -> None:
+        if not self.claims(target.family):
+            raise Unsupported(
+                f"q_diffusion: {type(target.pipe).__name__} has perturbed-attention guidance, which splits each batch in three, and a "
+                "calibration asks calls again by themselves; use the pipeline without it"
+            )
         ensure_current(target.denoisers, self.name)
         layers = wanted(target.denoisers, self.config, (nn.Linear, nn.Conv2d, QuantLinear, QuantConv2d))
         if not layers:
