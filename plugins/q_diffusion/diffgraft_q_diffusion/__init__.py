@@ -44,7 +44,7 @@ class QDiffusion(Plugin):
     paper = PAPER
     families = ("unets",)
     not_on: ClassVar[dict[str, str]] = {
-        "*AdapterPipeline": "a calibration asks calls again block by block, and what an adapter adds inside of the blocks is not kept for it"
+        "*AdapterPipeline": "a calibration asks calls again block by block, and what an adapter adds inside of them is not kept for it"
     }
     Config = QDiffusionConfig
     neutral: ClassVar[dict[str, Any]] = {"bits": "w32a32"}
