@@ -29,12 +29,13 @@ from diffgraft import (
 )
 from diffgraft.methods.artefacts import Artefact, make_again
 from diffgraft.methods.quant.kept import restore
+from diffgraft.methods.quant.knobs import FLOAT
 from diffgraft.methods.quant.layers import QuantConv2d, QuantLinear, bytes_of, ensure_current, put
 from diffgraft.methods.skips import Cache, Caches, bypassed, bypassing, ensure_branch, skipping
 from torch import Tensor
 
 from diffgraft_cachequant.calibration import HOLDS, Measure
-from diffgraft_cachequant.knobs import FLOAT, PAPER, CacheQuantConfig
+from diffgraft_cachequant.knobs import PAPER, CacheQuantConfig
 from diffgraft_cachequant.layers import OURS, on_grids, splits, wanted, with_correction
 from diffgraft_cachequant.method import best_schedule, corrected
 

@@ -14,13 +14,14 @@ import torch
 from diffgraft import BlockCall, Calibrator, DenoiseCall, ModulesCall, RunCall, Target, now
 from diffgraft.methods.quant.affine import UniformAffine, nearest_scale, searched_scale
 from diffgraft.methods.quant.kept import Shapes, keep, misfit, unpacked
+from diffgraft.methods.quant.knobs import FLOAT
 from diffgraft.methods.quant.layers import Layer, QuantConv2d, QuantLayer, ensure_finite, in_place_of, put
 from diffgraft.methods.schema import Holds, Values
 from diffgraft.methods.skips import bypassed, ensure_branch, is_on_the_way_up
 from torch import Tensor
 from typing_extensions import TypedDict
 
-from diffgraft_cachequant.knobs import FLOAT, PAPER, CacheQuantConfig
+from diffgraft_cachequant.knobs import PAPER, CacheQuantConfig
 from diffgraft_cachequant.layers import OURS, on_grids, readers, splits, wanted
 from diffgraft_cachequant.method import affine, merged, moments
 

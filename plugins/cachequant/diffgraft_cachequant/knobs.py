@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Literal
 
-from diffgraft import Paper, PluginConfig
+from diffgraft import Paper
 from diffgraft.methods.artefacts import Artefact
-from diffgraft.methods.quant.affine import BITS
-from pydantic import Field, field_validator
+from diffgraft.methods.quant.knobs import FLOAT, BitsConfig
+from pydantic import Field
 
 PAPER = Paper(
     title="CacheQuant: Comprehensively Accelerated Diffusion Models",
@@ -18,10 +17,9 @@ PAPER = Paper(
     omitted="the optional reconstruction of blocks; attention's products (q k, softmax v) stay floats",
     licence="official code without a licence, read for facts; written from the equations",
 )
-FLOAT = 32
 
 
-class CacheQuantConfig(PluginConfig):
+class CacheQuantConfig(BitsConfig):
     """Knobs of CacheQuant."""
 
     artefact: str | Path | Artefact | None = Field(
@@ -46,26 +44,10 @@ class CacheQuantConfig(PluginConfig):
     )
     keep: tuple[str, ...] = Field((), description="layers that stay floats, by path or a part of it: conv_out, up_blocks.2, attn2.to_q")
 
-    @field_validator("bits")
-    @classmethod
-    def _bits(cls, value: str) -> str:
-        found = re.fullmatch(r"w(\d+)a(\d+)", value)
-        if found is None or any(int(each) not in (*BITS, FLOAT) for each in found.groups()):
-            raise ValueError(f"write wXaY with X and Y from {BITS[0]} to {BITS[-1]}, or {FLOAT} for floats")
-        return value
-
-    @property
-    def weight_bits(self) -> int:
-        return int(self.bits[1:].partition("a")[0])
-
-    @property
-    def input_bits(self) -> int:
-        return int(self.bits.partition("a")[2])
-
     @property
     def quantises(self) -> bool:
         """Whether any layer is put on a grid."""
-        return self.weight_bits != FLOAT or self.input_bits != FLOAT
+        return not self.is_off
 
     @property
     def caches(self) -> bool:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from diffgraft import PluginNotFound, Unsupported, now
 from diffgraft.methods.quant.affine import Scale, UniformAffine, nearest_scale
+from diffgraft.methods.quant.knobs import FLOAT
 from diffgraft.methods.quant.layers import (
     Layer,
     QuantConv2d,
@@ -24,7 +25,7 @@ from diffgraft.methods.quant.layers import (
 from diffgraft.methods.quant.shortcuts import from_below
 from torch import Tensor, nn
 
-from diffgraft_cachequant.knobs import FLOAT, CacheQuantConfig
+from diffgraft_cachequant.knobs import CacheQuantConfig
 from diffgraft_cachequant.method import corrected
 
 ENDS = ("conv_in", "conv_out")

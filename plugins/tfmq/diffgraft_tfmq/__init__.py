@@ -29,6 +29,7 @@ from diffgraft import (
 from diffgraft.methods.artefacts import Artefact, make_again_with
 from diffgraft.methods.quant.affine import Scale, UniformAffine
 from diffgraft.methods.quant.kept import restore
+from diffgraft.methods.quant.knobs import FLOAT, bits_in
 from diffgraft.methods.quant.layers import (
     QuantConv2d,
     QuantLayer,
@@ -42,7 +43,7 @@ from diffgraft.methods.quant.layers import (
 from torch import Tensor, nn
 
 from diffgraft_tfmq.calibration import HOLDS, PLAIN, Measure, wanted
-from diffgraft_tfmq.knobs import FLOAT, PAPER, TFMQConfig, bits_in
+from diffgraft_tfmq.knobs import PAPER, TFMQConfig
 from diffgraft_tfmq.method import nearest_time
 from diffgraft_tfmq.path import ensure_known
 

@@ -11,6 +11,7 @@ import torch
 from diffgraft import Calibrator, ConfigError, DenoiseCall, ModulesCall, RunCall, Target, now
 from diffgraft.methods.quant.affine import Scale, UniformAffine, searched_scale
 from diffgraft.methods.quant.kept import Shapes, keep, misfit
+from diffgraft.methods.quant.knobs import FLOAT, bits_in
 from diffgraft.methods.quant.layers import (
     Layer,
     Pick,
@@ -29,7 +30,7 @@ from diffgraft.methods.schema import Holds, Values
 from torch import Tensor, nn
 from typing_extensions import TypedDict
 
-from diffgraft_tfmq.knobs import FLOAT, PAPER, TFMQConfig, bits_in
+from diffgraft_tfmq.knobs import PAPER, TFMQConfig
 from diffgraft_tfmq.method import finite_set, is_kept, is_temporal, similarity
 from diffgraft_tfmq.path import TimePath, added, ranges_of
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Literal
 
-from diffgraft import Paper, PluginConfig
+from diffgraft import Paper
 from diffgraft.methods.artefacts import Artefact
-from diffgraft.methods.quant.affine import BITS
-from pydantic import Field, field_validator
+from diffgraft.methods.quant.knobs import BitsConfig
+from pydantic import Field
 
 PAPER = Paper(
     title="TFMQ-DM: Temporal Feature Maintenance Quantization for Diffusion Models",
@@ -19,10 +18,9 @@ PAPER = Paper(
     "values and softmax",
     licence="Apache-2.0; written from the paper's equations",
 )
-FLOAT = 32
 
 
-class TFMQConfig(PluginConfig):
+class TFMQConfig(BitsConfig):
     """Knobs of TFMQ."""
 
     artefact: str | Path | Artefact | None = Field(
@@ -37,22 +35,3 @@ class TFMQConfig(PluginConfig):
         "timesteps", description="scales of inputs for each calibrated timestep (finite set calibration), or one for all of them"
     )
     keep: tuple[str, ...] = Field((), description="layers that stay floats beside the official code's, by path or a part of it: mid_block")
-
-    @field_validator("bits")
-    @classmethod
-    def _bits(cls, value: str) -> str:
-        found = re.fullmatch(r"w(\d+)a(\d+)", value)
-        if found is None or any(int(each) not in (*BITS, FLOAT) for each in found.groups()):
-            raise ValueError(f"write wXaY with X and Y from {BITS[0]} to {BITS[-1]}, or {FLOAT} for floats")
-        return value
-
-    @property
-    def is_off(self) -> bool:
-        """Whether everything stays floats."""
-        return bits_in(self.bits) == (FLOAT, FLOAT)
-
-
-def bits_in(plan: str) -> tuple[int, int]:
-    """(bits of weights, bits of activations) of "w4a8"."""
-    weights, inputs = plan[1:].split("a")
-    return int(weights), int(inputs)

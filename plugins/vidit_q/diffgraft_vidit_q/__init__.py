@@ -15,11 +15,12 @@ from diffgraft import ArtefactMismatch, DenoiseCall, Effects, ModulesCall, Need,
 from diffgraft.methods.artefacts import Artefact, make_again_with
 from diffgraft.methods.quant.affine import UniformAffine
 from diffgraft.methods.quant.kept import unpacked
+from diffgraft.methods.quant.knobs import FLOAT
 from diffgraft.methods.quant.layers import Layer, QuantLinear, bytes_of, ensure_current, put, quantised
 from torch import Tensor, nn
 
 from diffgraft_vidit_q.calibration import HOLDS, Measure, wanted
-from diffgraft_vidit_q.knobs import FLOAT, PAPER, ViDiTQConfig
+from diffgraft_vidit_q.knobs import PAPER, ViDiTQConfig
 from diffgraft_vidit_q.method import balance, group_of, raised, range_of
 
 __all__ = ["ViDiTQ"]

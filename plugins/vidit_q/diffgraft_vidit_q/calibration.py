@@ -10,12 +10,13 @@ import torch
 from diffgraft import Calibrator, ConfigError, DenoiseCall, ModulesCall, RunCall, now, root_of
 from diffgraft.methods.quant.affine import UniformAffine
 from diffgraft.methods.quant.kept import Shapes, misfit, packed
+from diffgraft.methods.quant.knobs import FLOAT
 from diffgraft.methods.quant.layers import Layer, QuantLayer, QuantLinear, chosen, ensure_finite, in_place_of, layers_of, put, quantised
 from diffgraft.methods.schema import Holds, Values
 from torch import Tensor, nn
 from typing_extensions import TypedDict
 
-from diffgraft_vidit_q.knobs import FLOAT, PAPER, ViDiTQConfig
+from diffgraft_vidit_q.knobs import PAPER, ViDiTQConfig
 from diffgraft_vidit_q.method import MOMENTUM, channel_size, group_of, range_of
 
 LOOKS = 4

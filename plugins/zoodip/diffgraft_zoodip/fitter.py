@@ -16,12 +16,13 @@ from diffgraft.methods.examples import Example
 from diffgraft.methods.fitter import Batch
 from diffgraft.methods.predictions import SignalNoise, is_flow, known_kind, prediction_target
 from diffgraft.methods.quant.affine import UniformAffine
+from diffgraft.methods.quant.knobs import FLOAT
 from diffgraft.methods.quant.layers import layers_of, put, quantised
 from diffgraft.methods.schema import Holds, Values
 from torch import Tensor, nn
 from typing_extensions import TypedDict
 
-from diffgraft_zoodip.knobs import FLOAT, FitConfig
+from diffgraft_zoodip.knobs import FitConfig
 from diffgraft_zoodip.method import estimate, projected, shrink, still_directions
 from diffgraft_zoodip.token import showing_row, table_of, with_token
 

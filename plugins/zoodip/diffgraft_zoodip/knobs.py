@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Any
 
 from diffgraft import Paper, PluginConfig
 from diffgraft.methods.artefacts import Artefact
-from diffgraft.methods.quant.affine import BITS
-from pydantic import Field, field_validator, model_validator
+from diffgraft.methods.quant.knobs import BitsConfig
+from pydantic import Field, model_validator
 
 PAPER = Paper(
     title="Efficient Personalization of Quantized Diffusion Model without Backpropagation",
@@ -18,7 +17,6 @@ PAPER = Paper(
     omitted="several vectors for a token; comprehensive captions are the user's to write",
     licence="official code without a licence, read for facts; written from the equations",
 )
-FLOAT = 32
 
 
 class ZOODiPConfig(PluginConfig):
@@ -29,7 +27,7 @@ class ZOODiPConfig(PluginConfig):
     taught: bool = Field(True, description="whether the pipeline is taught the token in its runs; false is off")
 
 
-class FitConfig(PluginConfig):
+class FitConfig(BitsConfig):
     """Knobs of the fit."""
 
     token: str = Field("<zoodip>", min_length=1, pattern=r"^\S+$", description="how prompts name what is learned")
@@ -45,24 +43,8 @@ class FitConfig(PluginConfig):
     last: int = Field(899, ge=0, description="largest")
     bits: str = Field("w8a32", description="bits of the denoiser's weights and inputs while it learns; w32a32: as it is")
 
-    @field_validator("bits")
-    @classmethod
-    def _bits(cls, value: str) -> str:
-        found = re.fullmatch(r"w(\d+)a(\d+)", value)
-        if found is None or any(int(each) not in (*BITS, FLOAT) for each in found.groups()):
-            raise ValueError(f"write wXaY with X and Y from {BITS[0]} to {BITS[-1]}, or {FLOAT} for floats")
-        return value
-
     @model_validator(mode="after")
     def _times(self) -> Any:
         if self.first > self.last:
             raise ValueError(f"first = {self.first} is after last = {self.last}")
         return self
-
-    @property
-    def weight_bits(self) -> int:
-        return int(self.bits[1:].partition("a")[0])
-
-    @property
-    def input_bits(self) -> int:
-        return int(self.bits.partition("a")[2])

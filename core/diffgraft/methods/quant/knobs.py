@@ -37,16 +37,22 @@ class BitsConfig(PluginConfig):
 
     @property
     def weight_bits(self) -> int:
-        return int(self.bits[1:].partition("a")[0])
+        return bits_in(self.bits)[0]
 
     @property
     def input_bits(self) -> int:
-        return int(self.bits.partition("a")[2])
+        return bits_in(self.bits)[1]
 
     @property
     def is_off(self) -> bool:
         """Whether everything stays floats."""
         return self.weight_bits == self.input_bits == FLOAT
+
+
+def bits_in(plan: str) -> tuple[int, int]:
+    """(bits of weights, bits of activations) of "w4a8"."""
+    weights, inputs = plan[1:].split("a")
+    return int(weights), int(inputs)
 
 
 def weights_of(bits: int) -> UniformAffine | None:
