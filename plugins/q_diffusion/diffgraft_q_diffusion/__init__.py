@@ -26,6 +26,7 @@ from diffgraft import (
 from diffgraft.methods.artefacts import Artefact, make_again_with
 from diffgraft.methods.quant.affine import nearest_scale, searched_scale
 from diffgraft.methods.quant.attention import with_rounded_softmax
+from diffgraft.methods.quant.blocks import ensure_replayable, replayable
 from diffgraft.methods.quant.kept import ensure_made_for, fill
 from diffgraft.methods.quant.knobs import FLOAT
 from diffgraft.methods.quant.layers import QuantConv2d, QuantLinear, bytes_of, ensure_current, put, quantised_in
@@ -58,15 +59,11 @@ class QDiffusion(Plugin):
 
     @classmethod
     def claims(cls, family: Family) -> bool:
-        """All but perturbed-attention guidance, which splits each batch in three: a calibration asks calls again by themselves."""
-        return super().claims(family) and not family.name.endswith("_pag")
+        """All whose calls a calibration can ask again."""
+        return super().claims(family) and replayable(family)
 
     def check(self, target: Target) -> None:
-        if not self.claims(target.family):
-            raise Unsupported(
-                f"q_diffusion: {type(target.pipe).__name__} has perturbed-attention guidance, which splits each batch in three, and a "
-                "calibration asks calls again by themselves; use the pipeline without it"
-            )
+        ensure_replayable(target, self.name)
         ensure_current(target.denoisers, self.name)
         layers = wanted(target.denoisers, self.config, (nn.Linear, nn.Conv2d, QuantLinear, QuantConv2d))
         if not layers:

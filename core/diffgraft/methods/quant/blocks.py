@@ -29,6 +29,7 @@ from torch.utils import _pytree as pytree
 
 from diffgraft.installed.anatomy import Target, root_of
 from diffgraft.installed.errors import ConfigError, NotFinite, Unsupported
+from diffgraft.installed.family import Family
 from diffgraft.kernel.calls import DenoiseCall, RunCall
 from diffgraft.methods.calibration import OnProgress, Records
 from diffgraft.methods.files import write_atomic
@@ -41,6 +42,21 @@ from diffgraft.methods.watching import Calibrator
 PLAIN = (str, int, float, bool, type(None))
 """What a call may hold beside tensors."""
 RunRecords = Sequence[dict[str, Tensor]]
+
+
+def replayable(family: Family) -> bool:
+    """Whether its calls can be asked again by themselves: perturbed-attention guidance splits each batch in three, which only its own
+    pipeline makes."""
+    return not family.name.endswith("_pag")
+
+
+def ensure_replayable(target: Target, plugin: str) -> None:
+    """Raises Unsupported where they cannot."""
+    if not replayable(target.family):
+        raise Unsupported(
+            f"{plugin}: {type(target.pipe).__name__} has perturbed-attention guidance, which splits each batch in three, and a "
+            "calibration asks calls again by themselves; use the pipeline without it"
+        )
 
 
 # calls ----------------------------------------------------------------------------------------------------------------------------------
