@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import zlib
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from diffgraft import PluginNotFound
 from diffgraft.testing import contract_sample, form_cells
 from sampling import LEAST, OWN_CONTRACT, Sample, level
@@ -62,3 +64,13 @@ def test_a_sample_of_a_contract_asks_nothing_before_it_is_read() -> None:
     cases = contract_sample("nobody", "seed")  # at the import of a test file, whose test may never be collected
     with pytest.raises(PluginNotFound):
         next(cases)
+
+
+@pytest.fixture
+def drawn():
+    return torch.initial_seed()
+
+
+def test_what_a_test_draws_is_a_matter_of_its_name(request, drawn):
+    """Not of the tests before it, which a sample changes: ``-p diffgraft.testing.seeds``, for plugins' folders too."""
+    assert torch.initial_seed() == drawn == zlib.crc32(request.node.nodeid.encode())

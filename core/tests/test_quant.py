@@ -12,6 +12,7 @@ import torch
 from diffgraft import ArtefactMismatch, ConfigError, NotFinite, Unsupported, load_pipeline, unload
 from diffgraft.methods.quant.affine import Scale, UniformAffine, dequantise, nearest_scale, searched_scale
 from diffgraft.methods.quant.kept import keep, misfit, packed, restore, unpacked
+from diffgraft.methods.quant.knobs import BitsConfig
 from diffgraft.methods.quant.layers import (
     QuantLinear,
     Rounder,
@@ -42,6 +43,13 @@ def made(kind, *sizes, seed=0):
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return kind(*sizes)
+
+
+@pytest.mark.parametrize("plan", ["w08a8", "w8a08", "w1a8", "w17a8", "w8", "a8w8", "W8A8", "w8a8 ", "w100a8", ""])
+def test_bits_are_written_in_one_way(plan):
+    with pytest.raises(ValueError, match="write wXaY with X and Y from 2 to 16, or 32"):
+        BitsConfig(bits=plan)
+    assert BitsConfig(bits="w10a32").weight_bits == 10
 
 
 # grids --------------------------------------------------------------------------------------------------------------------------------

@@ -27,7 +27,7 @@ from diffgraft import (
     Unsupported,
     denoisers_of,
 )
-from diffgraft.methods.artefacts import Artefact, make_again
+from diffgraft.methods.artefacts import Artefact, make_again, make_again_with
 from diffgraft.methods.quant.kept import restore
 from diffgraft.methods.quant.knobs import FLOAT
 from diffgraft.methods.quant.layers import QuantConv2d, QuantLinear, bytes_of, ensure_current, put
@@ -35,7 +35,7 @@ from diffgraft.methods.skips import Cache, Caches, bypassed, bypassing, ensure_b
 from torch import Tensor
 
 from diffgraft_cachequant.calibration import HOLDS, Measure
-from diffgraft_cachequant.knobs import PAPER, CacheQuantConfig
+from diffgraft_cachequant.knobs import CORRECTS_QUANTISATION, PAPER, CacheQuantConfig
 from diffgraft_cachequant.layers import OURS, on_grids, splits, wanted, with_correction
 from diffgraft_cachequant.method import best_schedule, corrected
 
@@ -89,15 +89,21 @@ class CacheQuant(Plugin):
             raise ArtefactMismatch(
                 f"cachequant: interval = {knobs.interval}: the artefact was made for up to {facts['interval']}; {self.again('interval')}"
             )
-        if (knobs.caches or knobs.corrects_quantisation) and knobs.branch != facts["branch"]:
+        same = {"branch": knobs.caches or knobs.corrects_quantisation, "bits": knobs.quantises, "inputs": knobs.quantises}
+        for knob, matters in same.items():
+            if matters and getattr(knobs, knob) != facts[knob]:
+                raise ArtefactMismatch(
+                    f"cachequant: {knob} = {getattr(knobs, knob)!r}: the artefact was made for {facts[knob]!r}; {self.again(knob)}"
+                )
+        if knobs.corrects_quantisation and facts["correct"] not in CORRECTS_QUANTISATION:
             raise ArtefactMismatch(
-                f"cachequant: branch = {knobs.branch}: the artefact was made for {facts['branch']}; {self.again('branch')}"
+                f"cachequant: correct = {knobs.correct!r}: the artefact was made for {facts['correct']!r}, without that; "
+                f"{self.again('correct')}"
             )
-        if knobs.quantises and knobs.bits != facts["bits"]:
-            raise ArtefactMismatch(f"cachequant: bits = {knobs.bits}: the artefact was made for {facts['bits']}; {self.again('bits')}")
-        if knobs.quantises and knobs.inputs != facts["inputs"]:
+        if knobs.quantises and (kept := [name for name in facts["keep"] if name not in knobs.keep]):
             raise ArtefactMismatch(
-                f"cachequant: inputs = {knobs.inputs!r}: the artefact was made for {facts['inputs']!r}; {self.again('inputs')}"
+                f"cachequant: keep = {list(knobs.keep)}: the artefact was made with {kept[0]!r} among them, so it has no scales for it; "
+                f"have it in keep, or {self.again('keep')}"
             )
         known = {name.partition("/")[0] for name in facts["scales"]}
         if knobs.quantises and (other := next((key for key in known if key not in layers and not self.is_kept(key)), None)):
@@ -110,7 +116,7 @@ class CacheQuant(Plugin):
 
     def again(self, knob: str) -> str:
         """How to get an artefact that fits."""
-        return f"{make_again(self.name)} and -o cachequant.{knob}={getattr(self.config, knob)}"
+        return make_again_with(self.name, {knob: getattr(self.config, knob)})
 
     def measured(self, call: Any) -> Artefact:
         """The artefact.

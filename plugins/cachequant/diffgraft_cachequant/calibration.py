@@ -30,13 +30,15 @@ MOST = 1e6
 
 
 class Facts(TypedDict):
-    """Of an artefact: the branch and the interval that it was made for, the bits, how inputs are ranged, and the shapes of the scales by
-    layer."""
+    """Of an artefact: the branch and the interval that it was made for, the bits, how inputs are ranged, what is corrected, the layers that
+    stay floats, and the shapes of the scales by layer."""
 
     branch: int
     interval: int
     bits: str
     inputs: Literal["fixed", "dynamic"]
+    correct: Literal["both", "cache", "quantisation", "off"]
+    keep: list[str]
     scales: Shapes
 
 
@@ -206,6 +208,8 @@ class Measure(Calibrator):
             "interval": self.config.interval,
             "bits": self.config.bits,
             "inputs": self.config.inputs,
+            "correct": self.config.correct,
+            "keep": list(self.config.keep),
             "scales": shapes,
         }
         return {**tensors, **({} if scales is None else {"scales": scales})}, facts

@@ -18,6 +18,9 @@ PAPER = Paper(
     licence="official code without a licence, read for facts; written from the equations",
 )
 
+CORRECTS_QUANTISATION = ("both", "quantisation")
+"""Values of ``correct`` for which the output of quantised layers is corrected."""
+
 
 class CacheQuantConfig(BitsConfig):
     """Knobs of CacheQuant."""
@@ -61,7 +64,7 @@ class CacheQuantConfig(BitsConfig):
     @property
     def corrects_quantisation(self) -> bool:
         """Whether the output of the layers that read the cache is corrected: those of weights on a grid."""
-        return self.weight_bits != FLOAT and self.correct in ("both", "quantisation")
+        return self.weight_bits != FLOAT and self.correct in CORRECTS_QUANTISATION
 
     @property
     def is_measured(self) -> bool:

@@ -347,19 +347,22 @@ def test_a_corrected_layer_is_its_formula(tmp_path):
         assert torch.allclose(out, wanted, atol=1e-5)
 
 
-def test_correcting_the_reader_is_nearer_on_what_it_was_fitted_to():
+@pytest.mark.parametrize("seed", range(4))
+def test_correcting_the_reader_is_nearer_on_what_it_was_fitted_to(seed):
+    """A least-squares fit that could have chosen a = 1, b = 0, so it is nearer whatever the weights; by how much is a matter of them."""
     from diffgraft.methods.quant.affine import UniformAffine, nearest_scale
     from diffgraft.methods.quant.layers import quantised
     from diffgraft_cachequant.calibration import read_half
 
     conv, x = torch.nn.Conv2d(8, 6, 3, padding=1), seeded(4, 5, 6, 6) + 0.5
+    conv.weight.data = seeded(6, 8, 3, 3, seed=1 + seed) / 8
     layer = quantised(conv, UniformAffine(3, "channel"), split=5)
     a, b = m.affine(read_half(layer, x, 8))
     grid = UniformAffine(8)
     q = torch.nn.functional.conv2d(grid.rounded(x, nearest_scale(x, grid)), layer.weights[0].value[:, :5], padding=1)
     y = torch.nn.functional.conv2d(x, conv.weight[:, :5], padding=1)
     before, after = (z.detach() - y.detach() for z in (q, m.corrected(q, a, b)))
-    assert float(after.norm()) < 0.9 * float(before.norm())
+    assert float(after.norm()) < 0.95 * float(before.norm())
 
 
 def test_artefacts_are_read_as_they_were_written(tmp_path):
@@ -443,13 +446,19 @@ def test_artefacts_of_others_are_refused(tmp_path):
     for knobs, why in (
         ({"interval": 4}, r"interval = 4: the artefact was made for up to 3; .* -o cachequant.interval=4"),
         ({"interval": 3, "branch": 2}, r"branch = 2: the artefact was made for 0"),
-        ({"interval": 3, "bits": "w4a8"}, r"bits = w4a8: the artefact was made for w8a8"),
+        ({"interval": 3, "bits": "w4a8"}, r"bits = 'w4a8': the artefact was made for 'w8a8'"),
+        ({"interval": 3}, r"keep = \[\]: the artefact was made with 'conv_out' among them, .* have it in keep"),
     ):
         with pytest.raises(ArtefactMismatch, match=why):
             grafted(made, artefact=artefact, **knobs)
     with pytest.raises(ArtefactMismatch):
-        grafted(tiny("sdxl"), artefact=artefact, interval=3)
-    grafted(made, artefact=artefact, interval=3)
+        grafted(tiny("sdxl"), artefact=artefact, interval=3, keep=("conv_out",))
+    uncorrected = artefact_for(made, tmp_path, interval=3, correct="cache")
+    with pytest.raises(ArtefactMismatch, match=r"correct = 'both': the artefact was made for 'cache', .*cachequant.correct=both"):
+        grafted(made, artefact=uncorrected, interval=3)
+    grafted(made, artefact=uncorrected, interval=3, correct="cache", keep=("conv_in",))  # more may stay floats
+    unload(made.pipe)
+    grafted(made, artefact=artefact, interval=3, keep=("conv_out",))
     with pytest.raises(ArtefactMismatch, match="steps: made for 6, found 5"):
         picture(made, num_inference_steps=5)
     assert type(made.pipe.unet.conv_out) is torch.nn.Conv2d

@@ -16,25 +16,26 @@ float one was asked in the tested runs, |e_q - e| / |e| over all steps, mean ove
 
 from __future__ import annotations
 
-import json
-import platform
 import statistics
-import tempfile
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Annotated, Any
 
-import diffgraft
-import diffusers
 import torch
 import typer
-from diffgraft import ModulesCall, denoisers_of, load_pipeline, unload
-from diffgraft.cli.values import call_settings, load_bare, read_prompts
-from diffgraft.installed import registry
-from diffgraft.lab.metrics import psnr
-from diffgraft.methods.calibration import calibrate
-from diffgraft.methods.inputs import CallSettings, Pictures, Sample, default_steps, make_pictures, make_samples
+from diffgraft import ModulesCall
+from diffgraft.lab.held_out import (
+    FIRST_SEED,
+    CalibrateOn,
+    Device,
+    HeldOut,
+    Out,
+    PipelineName,
+    Plans,
+    PromptFile,
+    Samples,
+    Steps,
+    decibels,
+)
 from diffgraft.methods.quant.affine import nearest_scale
 from diffgraft.methods.quant.layers import bytes_of, put, quantised_in
 from diffgraft_ptq4dm import PTQ4DM
@@ -52,11 +53,6 @@ class Nearest(PTQ4DM):
         for layer in wanted(call.denoisers, self.config):
             put(call.swap, layer, made(layer, self.config, nearest_scale))
         next(call)
-
-
-def pictures(pipe: Any, samples: Sequence[Sample], settings: CallSettings) -> list[Pictures]:
-    """One a sample, each in a call of its own."""
-    return [make_pictures(pipe, [sample], settings) for sample in samples]
 
 
 class Heard:
@@ -77,66 +73,48 @@ class Heard:
 
 
 def main(
-    pipeline: Annotated[str, typer.Option(help="A bundled name, a folder or a Hub id.")],
-    bits: Annotated[list[str] | None, typer.Option(help="Plans to compare; repeat for several (default: w8a8, w6a6).")] = None,
-    prompts: Annotated[Path | None, typer.Option(help="A text file with one prompt a line (default: the bundled pipeline's).")] = None,
-    samples: Annotated[int, typer.Option(min=1, help="Samples to compare.")] = 4,
-    calibrate_on: Annotated[int, typer.Option(min=1, help="Samples of a calibration set; none of them is compared on.")] = 4,
+    pipeline: PipelineName,
+    bits: Plans = None,
+    prompts: PromptFile = None,
+    samples: Samples = 4,
+    calibrate_on: CalibrateOn = 4,
     sets: Annotated[int, typer.Option(min=1, help="Calibration sets.")] = 3,
     draws: Annotated[int, typer.Option(min=1, help="Timesteps drawn for a sample.")] = 4,
-    steps: Annotated[int | None, typer.Option(min=2)] = None,
-    device: Annotated[str | None, typer.Option()] = None,
-    out: Annotated[Path | None, typer.Option(help="Write the figures there as JSON.")] = None,
+    steps: Steps = None,
+    device: Device = "cpu",
+    out: Out = None,
 ) -> None:
     """Error of U-Nets calibrated at timesteps drawn in several ways."""
     console = Console()
-    pipe, _ = load_bare(pipeline, [], device, None)
-    pipe.set_progress_bar_config(disable=True)
-    settings = call_settings(steps, None, None, None, None, None, {})
-    settings = replace(settings, steps=settings.steps or default_steps(pipe))
-    bundled = registry.bundled_of(pipeline)
-    texts = read_prompts(None, prompts) or list(bundled.prompts if bundled else ())
-    if texts and len(texts) < samples + calibrate_on:
-        raise typer.BadParameter(f"{len(texts)} prompts for {samples} samples and {calibrate_on} to calibrate on: give more by --prompts")
-    tested = make_samples(pipe, range(samples), texts[:samples])
-    [denoiser] = denoisers_of(pipe, registry.find_family(type(pipe))).values()
-    heard, lines = Heard(denoiser), []
-    reference = pictures(pipe, tested, settings)
+    bench, lines = HeldOut.load(pipeline, steps, prompts, samples, calibrate_on, device), []
+    [denoiser] = bench.denoisers.values()
+    heard, reference = Heard(denoiser), bench.pictures()
     heard.handle.remove()
     for plan in bits or ["w8a8", "w6a6"]:
         made_by: dict[str, list[PTQ4DM]] = {"nearest": [Nearest(bits=plan)]}
         for name, knobs in WAYS.items():
             for number in range(sets):
-                seeds = [1000 + number * calibrate_on + i for i in range(calibrate_on)]
-                teaching = make_samples(pipe, seeds, texts[samples : samples + calibrate_on])
-                with tempfile.TemporaryDirectory() as folder:
-                    found = calibrate(pipe, PTQ4DM(bits=plan, draws=draws, **knobs), teaching, settings, Path(folder) / "a.safetensors")
+                found, _ = bench.from_seed(FIRST_SEED + number * calibrate_on).calibrated(PTQ4DM(bits=plan, draws=draws, **knobs))
                 made_by.setdefault(name, []).append(PTQ4DM(bits=plan, artefact=found))
         for name, plugins in made_by.items():
             means, worst, errors, size = [], [], [], 1.0
             for plugin in plugins:
-                load_pipeline(pipe, plugins=[plugin])
-                kept, plain = bytes_of(list(quantised_in(denoisers_of(pipe, registry.find_family(type(pipe)))).values()))
-                decibels = [psnr(a, b)[0] for a, b in zip(pictures(pipe, tested, settings), reference, strict=True)]
-                errors.append(heard.error())
-                unload(pipe)
-                means, worst, size = [*means, statistics.mean(decibels)], [*worst, min(decibels)], kept / plain
+                with bench.grafted(plugin):
+                    kept, plain = bytes_of(list(quantised_in(bench.denoisers).values()))
+                    found = decibels(bench.pictures(), reference)
+                    errors.append(heard.error())
+                means, worst, size = [*means, found["mean"]], [*worst, found["worst"]], kept / plain
             spread = statistics.stdev(errors) if len(errors) > 1 else 0.0
             figures = {"psnr_db": statistics.mean(means), "worst": min(worst), "error": statistics.mean(errors), "spread": spread}
             lines.append({"bits": plan, "way": name, **figures, "bytes": size, "psnr_of_sets": means, "error_of_sets": errors})
-    table = Table(
-        title=f"{pipeline}, {settings.steps} steps, {samples} samples, {sets} sets of {calibrate_on} samples and {draws} draws each"
-    )
+    table = Table(title=f"{bench.title}, {sets} times, {draws} draws each")
     for column in ("bits", "way", "PSNR dB", "worst", "error", "spread", "bytes"):
         table.add_column(column)
     for each in lines:
         shown = [f"{each[name]:.2f}" for name in ("psnr_db", "worst")] + [f"{each[name]:.4f}" for name in ("error", "spread", "bytes")]
         table.add_row(each["bits"], each["way"], *shown)
     console.print(table)
-    if out is not None:
-        versions = {"torch": torch.__version__, "diffusers": diffusers.__version__, "diffgraft": diffgraft.__version__}
-        known = {"pipeline": pipeline, "steps": settings.steps, "samples": samples, "calibrate_on": calibrate_on, "draws": draws}
-        out.write_text(json.dumps({**known, "machine": platform.machine(), "versions": versions, "lines": lines}, indent=1) + "\n")
+    bench.write(out, sets=sets, draws=draws, lines=lines)
 
 
 if __name__ == "__main__":

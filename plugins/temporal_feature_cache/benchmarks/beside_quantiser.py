@@ -9,138 +9,67 @@ layers of the time path at all steps. Time is that of the float pipeline with an
 
 from __future__ import annotations
 
-import json
-import platform
 import statistics
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Annotated, Any, ClassVar
+from typing import Annotated
 
-import diffgraft
-import diffusers
 import torch
 import typer
-from diffgraft import ModulesCall, Paper, Plugin, denoisers_of, load_pipeline, unload
-from diffgraft.cli.values import call_settings, load_bare, read_prompts
-from diffgraft.installed import registry
-from diffgraft.lab.metrics import psnr
-from diffgraft.methods.inputs import CallSettings, Sample, default_steps, make_pictures, make_samples
-from diffgraft.methods.quant.affine import UniformAffine
-from diffgraft.methods.quant.layers import layers_of, put, quantised
+from diffgraft.lab.held_out import Device, HeldOut, Out, PipelineName, Plans, PromptFile, Samples, Steps, decibels, feature_error
+from diffgraft.lab.nearest import Nearest
+from diffgraft.methods.inputs import make_pictures
 from diffgraft_temporal_feature_cache import temporal
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor, nn
+from torch import nn
 
 
-class Nearest(Plugin):
-    """Rounds all that it finds to the nearest."""
-
-    name = "nearest"
-    paper = Paper("none", "0000.00000", "rounds to the nearest")
-    families = ("*",)
-    neutral: ClassVar[dict[str, Any]] = {}
-
-    def __init__(self, bits: str) -> None:
-        super().__init__()
-        self.weight, self.inputs = (int(each) for each in bits[1:].split("a"))
-
-    def modules(self, call: ModulesCall, next: Any) -> None:
-        for layer in list(layers_of(call.denoisers)):
-            over = "token" if isinstance(layer.module, nn.Linear) else "tensor"
-            inputs = None if self.inputs == 32 else UniformAffine(self.inputs, over)
-            put(call.swap, layer, quantised(layer.module, UniformAffine(self.weight, "channel"), inputs))
-        next(call)
+def time_path(bench: HeldOut) -> dict[str, nn.Module]:
+    """The linear layers of the time path."""
+    return {f"{name}.{path}": layer for name, model in bench.denoisers.items() for path, layer in temporal(model, nn.Linear)}
 
 
-@dataclass(frozen=True)
-class Bench:
-    """A pipeline and what is asked of it."""
-
-    pipe: Any
-    settings: CallSettings
-    samples: Sequence[Sample]
-
-    def look(self) -> tuple[list[Any], dict[str, Tensor]]:
-        """(pictures, temporal features by layer, of all steps and samples)."""
-        found: dict[str, list[Tensor]] = {}
-        hooks = []
-        for name, denoiser in denoisers_of(self.pipe, registry.find_family(type(self.pipe))).items():
-            for path, layer in temporal(denoiser, nn.Linear):
-                keep = found.setdefault(f"{name}.{path}", [])
-                hooks.append(layer.register_forward_hook(lambda _, args, y, keep=keep: keep.append(y.detach().clone())))
-        try:
-            pictures = [make_pictures(self.pipe, [sample], self.settings) for sample in self.samples]
-        finally:
-            for hook in hooks:
-                hook.remove()
-        return pictures, {path: torch.stack(each) for path, each in found.items()}
-
-    def seconds(self, runs: int) -> dict[str, list[float]]:
-        """Of a picture with and without the plugin, in turn."""
-        found: dict[str, list[float]] = {"without": [], "with": []}
-        load_pipeline(self.pipe, plugins={"temporal_feature_cache": {"across_runs": True}})
-        make_pictures(self.pipe, [self.samples[0]], self.settings)
+def seconds_of(bench: HeldOut, runs: int) -> dict[str, list[float]]:
+    """Of a picture with and without the plugin, in turn."""
+    found: dict[str, list[float]] = {"without": [], "with": []}
+    with bench.grafted(("temporal_feature_cache", {"across_runs": True})) as pipe:
+        make_pictures(pipe, [bench.tested[0]], bench.settings)
         for _ in range(runs):
             for way, on in (("without", False), ("with", True)):
-                (self.pipe.plugins.enable if on else self.pipe.plugins.disable)()
-                make_pictures(self.pipe, [self.samples[0]], self.settings)  # a plugin that was off has forgotten all
+                (pipe.plugins.enable if on else pipe.plugins.disable)()
+                make_pictures(pipe, [bench.tested[0]], bench.settings)  # a plugin that was off has forgotten all
                 started = time.perf_counter()
-                make_pictures(self.pipe, [self.samples[0]], self.settings)
+                make_pictures(pipe, [bench.tested[0]], bench.settings)
                 found[way].append(time.perf_counter() - started)
-        unload(self.pipe)
-        return found
-
-
-def compared(found: tuple[list[Any], dict[str, Tensor]], reference: tuple[list[Any], dict[str, Tensor]]) -> dict[str, Any]:
-    """Errors to the float pipeline: of features relative in L2 and as the mean cosine of a layer's, of pictures in dB."""
-    error = sum((y - reference[1][path]).pow(2).sum() for path, y in found[1].items())
-    size = sum(y.pow(2).sum() for y in reference[1].values())
-    cosines = [torch.cosine_similarity(y, reference[1][path], dim=-1).mean() for path, y in found[1].items()]
-    decibels = [psnr(a, b)[0] for a, b in zip(found[0], reference[0], strict=True)]
-    return {
-        "error": float((error / size).sqrt()),
-        "cosine": float(torch.stack(cosines).mean()),
-        "psnr_db": decibels,
-        "mean": statistics.mean(decibels),
-        "worst": min(decibels),
-    }
+    return found
 
 
 def main(
-    pipeline: Annotated[str, typer.Option(help="A bundled name, a folder or a Hub id.")],
-    bits: Annotated[list[str] | None, typer.Option(help="Plans to compare (default: w4a32, w4a8, w8a8).")] = None,
-    prompts: Annotated[Path | None, typer.Option(help="A text file with one prompt a line (default: the bundled pipeline's).")] = None,
-    samples: Annotated[int, typer.Option(min=1)] = 4,
-    steps: Annotated[int | None, typer.Option(min=2)] = None,
+    pipeline: PipelineName,
+    bits: Plans = None,
+    prompts: PromptFile = None,
+    samples: Samples = 4,
+    steps: Steps = None,
     runs: Annotated[int, typer.Option(min=1, help="Timed runs on each side.")] = 5,
-    device: Annotated[str | None, typer.Option()] = None,
-    out: Annotated[Path | None, typer.Option(help="Write the figures there as JSON.")] = None,
+    device: Device = "cpu",
+    out: Out = None,
 ) -> None:
     """Errors of features and pictures; hits, and time."""
     console = Console()
-    pipe, _ = load_bare(pipeline, [], device, None)
-    pipe.set_progress_bar_config(disable=True)
-    settings = call_settings(steps, None, None, None, None, None, {})
-    settings = replace(settings, steps=settings.steps or default_steps(pipe))
-    bundled = registry.bundled_of(pipeline)
-    texts = read_prompts(None, prompts) or list(bundled.prompts if bundled else ())
-    bench = Bench(pipe, settings, make_samples(pipe, range(samples), texts[:samples]))
-    reference, lines = bench.look(), []
+    bench, lines = HeldOut.load(pipeline, steps, prompts, samples, 0, device), []
+    reference, features = bench.seeing(time_path(bench))
     for plan in bits or ["w4a32", "w4a8", "w8a8"]:
         for way, plugins in (
-            ("all rounded", [Nearest(plan)]),
-            ("time path in floats", [("temporal_feature_cache", {"across_runs": True}), Nearest(plan)]),
+            ("all rounded", [Nearest(plan, over="token")]),
+            ("time path in floats", [("temporal_feature_cache", {"across_runs": True}), Nearest(plan, over="token")]),
         ):
-            load_pipeline(pipe, plugins=plugins)
-            found = bench.look()
-            counts = {} if len(plugins) == 1 else pipe.plugins.report().plugins["temporal_feature_cache"].counts
-            unload(pipe)
-            lines.append({"bits": plan, "way": way, **compared(found, reference), "counts": counts})
-    seconds = bench.seconds(runs)
-    table = Table(title=f"{pipeline}, {settings.steps} steps, {samples} samples")
+            with bench.grafted(*plugins) as pipe:
+                made, found = bench.seeing(time_path(bench))
+                counts = {} if len(plugins) == 1 else pipe.plugins.report().plugins["temporal_feature_cache"].counts
+            errors = {**feature_error(found, features), **decibels(made, reference)}
+            lines.append({"bits": plan, "way": way, **errors, "counts": counts})
+    seconds = seconds_of(bench, runs)
+    table = Table(title=f"{pipeline}, {bench.settings.steps} steps, {samples} samples")
     for column in ("bits", "way", "features' error", "cosine", "PSNR dB", "worst", "of the last picture"):
         table.add_column(column)
     for each in lines:
@@ -149,11 +78,7 @@ def main(
     console.print(table)
     ratios = [b / a for a, b in zip(seconds["without"], seconds["with"], strict=True)]
     console.print(f"time with / without: {statistics.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f})", highlight=False)
-    if out is not None:
-        versions = {"torch": torch.__version__, "diffusers": diffusers.__version__, "diffgraft": diffgraft.__version__}
-        facts = {"pipeline": pipeline, "steps": settings.steps, "samples": samples, "machine": platform.machine()}
-        facts |= {"threads": torch.get_num_threads(), "versions": versions, "seconds": seconds}
-        out.write_text(json.dumps({**facts, "lines": lines}, indent=1) + "\n")
+    bench.write(out, seconds=seconds, lines=lines)
 
 
 if __name__ == "__main__":

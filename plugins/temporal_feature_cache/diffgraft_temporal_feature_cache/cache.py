@@ -176,7 +176,7 @@ def current() -> Serving | None:
 
 
 def checksums(layers: Sequence[nn.Linear]) -> tuple[Hashable, ...]:
-    """What the weights are, in few numbers: any one change is seen, and so is an exchange of two rows. One wait for each device.
+    """What the weights are, in few numbers: any one change is seen, and so is an exchange of two values. One wait for each device.
 
     Attributes tell of most changes, but not of all: a LoRA is fused by writing past the counters.
     """
@@ -184,8 +184,9 @@ def checksums(layers: Sequence[nn.Linear]) -> tuple[Hashable, ...]:
     for parameter in (p for layer in layers for p in layer.parameters()):
         whole = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[parameter.element_size()]
         bits = parameter.detach().contiguous().view(whole)
-        rows = bits.reshape(len(bits), -1).sum(1, dtype=torch.int64)
-        total = (rows * torch.arange(1, len(rows) + 1, device=rows.device)).sum()
-        sums.setdefault(parameter.device, []).append(total)
+        table = bits.reshape(len(bits), -1)
+        for axis in (0, 1):  # sums of columns and of rows, each with a weight of its own
+            line = table.sum(axis, dtype=torch.int64)
+            sums.setdefault(parameter.device, []).append((line * torch.arange(1, len(line) + 1, device=line.device)).sum())
     read = [torch.stack(each).tolist() for each in sums.values()]  # check: allow host_sync because it is asked once a run
     return (*(layer.weight.dtype for layer in layers), *(number for each in read for number in each))

@@ -451,7 +451,11 @@ def test_checksums_tell_weights_apart():
     layer = nn.Linear(3, 4)
     before = checksums([layer])
     assert checksums([copy.deepcopy(layer)]) == before
-    for change in (lambda w: w.__setitem__((2, 1), w[2, 1] * (1 + 2e-7)), lambda w: w.__setitem__([0, 1], w[[1, 0]])):
+    for change in (
+        lambda w: w.__setitem__((2, 1), w[2, 1] * (1 + 2e-7)),
+        lambda w: w.__setitem__([0, 1], w[[1, 0]]),
+        lambda w: w.__setitem__((0, [0, 1]), w[0, [1, 0]]),
+    ):
         other = copy.deepcopy(layer)
         change(other.weight.data)
         assert checksums([other]) != before

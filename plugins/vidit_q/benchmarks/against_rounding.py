@@ -19,29 +19,16 @@ plan keeps them, and of torchao's as they lie in memory, both as shares of float
 from __future__ import annotations
 
 import copy
-import json
-import platform
-import statistics
-import tempfile
-import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Annotated, Any, ClassVar
+from collections.abc import Mapping
+from typing import Annotated, Any
 
-import diffgraft
-import diffusers
 import torch
 import typer
-from diffgraft import ModulesCall, Paper, Plugin, denoisers_of, load_pipeline, unload
-from diffgraft.cli.values import call_settings, load_bare, read_prompts
-from diffgraft.installed import registry
-from diffgraft.lab.metrics import psnr
-from diffgraft.methods.calibration import calibrate
-from diffgraft.methods.inputs import CallSettings, Pictures, Sample, default_steps, make_pictures, make_samples
-from diffgraft.methods.quant.affine import UniformAffine
+from diffgraft.lab.held_out import CalibrateOn, Device, HeldOut, Out, PipelineName, Plans, PromptFile, Samples, Steps, decibels
+from diffgraft.lab.nearest import Nearest
+from diffgraft.methods.inputs import Pictures
 from diffgraft.methods.quant.export import bytes_in, exported
-from diffgraft.methods.quant.layers import QuantLinear, bytes_of, put, quantised
+from diffgraft.methods.quant.layers import Layer, bytes_of, quantised_in
 from diffgraft_vidit_q import ViDiTQ
 from diffgraft_vidit_q.calibration import wanted
 from diffgraft_vidit_q.knobs import ViDiTQConfig
@@ -49,154 +36,95 @@ from rich.console import Console
 from rich.table import Table
 
 
-class PerTensor(Plugin):
-    """Rounds to the nearest, activations with one scale a tensor."""
-
-    name = "per_tensor"
-    paper = Paper("none", "0000.00000", "rounds to the nearest")
-    families = ("*",)
-    neutral: ClassVar[dict[str, Any]] = {}
-
-    def __init__(self, bits: str) -> None:
-        super().__init__()
-        self.knobs = ViDiTQConfig(bits=bits)
-
-    def modules(self, call: ModulesCall, next: Any) -> None:
-        for layer in wanted(call.denoisers, self.knobs):
-            grids = UniformAffine(self.knobs.weight_bits, "channel"), UniformAffine(self.knobs.input_bits)
-            put(call.swap, layer, quantised(layer.module, *grids))
-        next(call)
+def ours(models: Mapping[str, torch.nn.Module]) -> list[Layer]:
+    """The layers that vidit_q quantises."""
+    return list(wanted(models, ViDiTQConfig()))
 
 
-@dataclass(frozen=True)
-class Bench:
-    """A pipeline and what is asked of it."""
-
-    pipe: Any
-    settings: CallSettings
-    samples: Sequence[Sample]
-
-    def pictures(self) -> list[Pictures]:
-        """One a sample, each in a call of its own."""
-        return [make_pictures(self.pipe, [sample], self.settings) for sample in self.samples]
-
-    def with_plugin(self, plugin: Any) -> tuple[list[Pictures], int, int]:
-        """(pictures, bytes of the layers as the plan keeps them, bytes of the layers in floats)."""
-        load_pipeline(self.pipe, plugins=[plugin])
-        try:
-            layers = [m for model in self.denoisers.values() for m in model.modules() if isinstance(m, QuantLinear)]
-            return self.pictures(), *bytes_of(layers)
-        finally:
-            unload(self.pipe)
-
-    @property
-    def denoisers(self) -> Mapping[str, torch.nn.Module]:
-        return denoisers_of(self.pipe, registry.find_family(type(self.pipe)))
-
-    def with_torchao(self, bits: str) -> tuple[list[Pictures], int]:
-        """(pictures, bytes of the layers)."""
-        from torchao.quantization import Int8DynamicActivationInt8WeightConfig, Int8DynamicActivationIntxWeightConfig, PerAxis, quantize_
-
-        number = ViDiTQConfig(bits=bits).weight_bits
-        config: Any = Int8DynamicActivationInt8WeightConfig(set_inductor_config=False)
-        if number < 8:
-            config = Int8DynamicActivationIntxWeightConfig(weight_dtype=getattr(torch, f"int{number}"), weight_granularity=PerAxis(0))
-        return self.with_models({name: self.converted(name, model, config, quantize_) for name, model in self.denoisers.items()})
-
-    @staticmethod
-    def converted(name: str, model: torch.nn.Module, config: Any, quantize: Any) -> torch.nn.Module:
-        new = copy.deepcopy(model)
-        own = {layer.path for layer in wanted({name: model}, ViDiTQConfig())}
-        quantize(new, config, filter_fn=lambda module, path: path in own)
-        return new
-
-    def with_export(self) -> tuple[list[Pictures], int]:
-        """The same of vidit_q's own export, w8a8 with symmetric grids."""
-        load_pipeline(self.pipe, plugins=[("vidit_q", {"symmetric": True})])
-        models = {name: exported(model) for name, model in self.denoisers.items()}
-        unload(self.pipe)
-        return self.with_models(models)
-
-    def with_models(self, models: Mapping[str, torch.nn.Module]) -> tuple[list[Pictures], int]:
-        """(pictures of these denoisers, bytes of the layers that are quantised in them)."""
-        old = dict(self.denoisers)
-        layers = [models[name].get_submodule(x.path) for name, model in old.items() for x in wanted({name: model}, ViDiTQConfig())]
-        size = sum(bytes_in(layer) - (0 if layer.bias is None else 4 * layer.bias.numel()) for layer in layers)
-        try:
-            for name, model in models.items():
-                setattr(self.pipe, name, model)
-            return self.pictures(), size
-        finally:
-            for name, model in old.items():
-                setattr(self.pipe, name, model)
+def grafted(bench: HeldOut, plugin: Any) -> tuple[list[Pictures], int, int]:
+    """(pictures, bytes of the layers as the plan keeps them, bytes of the layers in floats)."""
+    with bench.grafted(plugin):
+        return bench.pictures(), *bytes_of(list(quantised_in(bench.denoisers).values()))
 
 
-def line(bits: str, way: str, found: Sequence[Pictures], reference: Sequence[Pictures], size: int, plain: int) -> dict[str, Any]:
-    """A line of the table."""
-    decibels = [psnr(a, b)[0] for a, b in zip(found, reference, strict=True)]
-    return {"bits": bits, "way": way, "psnr_db": decibels, "mean": statistics.mean(decibels), "worst": min(decibels), "bytes": size / plain}
+def by_torchao(bench: HeldOut, bits: str) -> tuple[list[Pictures], int]:
+    """(pictures, bytes of the layers) of torchao's own configuration."""
+    from torchao.quantization import Int8DynamicActivationInt8WeightConfig, Int8DynamicActivationIntxWeightConfig, PerAxis, quantize_
+
+    number = ViDiTQConfig(bits=bits).weight_bits
+    config: Any = Int8DynamicActivationInt8WeightConfig(set_inductor_config=False)
+    if number < 8:
+        config = Int8DynamicActivationIntxWeightConfig(weight_dtype=getattr(torch, f"int{number}"), weight_granularity=PerAxis(0))
+    models = {name: copy.deepcopy(model) for name, model in bench.denoisers.items()}
+    for name, model in bench.denoisers.items():
+        paths = {layer.path for layer in ours({name: model})}
+        quantize_(models[name], config, filter_fn=lambda module, path, paths=paths: path in paths)
+    return with_models(bench, models)
+
+
+def by_export(bench: HeldOut) -> tuple[list[Pictures], int]:
+    """The same of vidit_q's own export, w8a8 with symmetric grids."""
+    with bench.grafted(("vidit_q", {"symmetric": True})):
+        models = {name: exported(model) for name, model in bench.denoisers.items()}
+    return with_models(bench, models)
+
+
+def with_models(bench: HeldOut, models: Mapping[str, torch.nn.Module]) -> tuple[list[Pictures], int]:
+    """(pictures of these denoisers, bytes of the layers that are quantised in them)."""
+    old = dict(bench.denoisers)
+    layers = [models[layer.model].get_submodule(layer.path) for layer in ours(old)]
+    size = sum(bytes_in(layer) - (0 if layer.bias is None else 4 * layer.bias.numel()) for layer in layers)
+    try:
+        for name, model in models.items():
+            setattr(bench.pipe, name, model)
+        return bench.pictures(), size
+    finally:
+        for name, model in old.items():
+            setattr(bench.pipe, name, model)
 
 
 def main(
-    pipeline: Annotated[str, typer.Option(help="A bundled name, a folder or a Hub id.")],
-    bits: Annotated[list[str] | None, typer.Option(help="Plans to compare; repeat for several (default: w8a8, w6a8, w4a8).")] = None,
-    prompts: Annotated[Path | None, typer.Option(help="A text file with one prompt a line (default: the bundled pipeline's).")] = None,
-    samples: Annotated[int, typer.Option(min=1, help="Samples to compare.")] = 6,
-    calibrate_on: Annotated[int, typer.Option(min=1, help="Prompts to calibrate on; none of them is compared on.")] = 6,
-    steps: Annotated[int | None, typer.Option(min=2)] = None,
+    pipeline: PipelineName,
+    bits: Plans = None,
+    prompts: PromptFile = None,
+    samples: Samples = 6,
+    calibrate_on: CalibrateOn = 6,
+    steps: Steps = None,
     alpha: Annotated[float, typer.Option(min=0, max=1)] = 0.3,
     mixed: Annotated[float, typer.Option(min=0, max=1)] = 0.3,
-    device: Annotated[str | None, typer.Option()] = None,
-    out: Annotated[Path | None, typer.Option(help="Write the figures there as JSON.")] = None,
+    device: Device = "cpu",
+    out: Out = None,
 ) -> None:
     """Error and bytes of quantised transformers."""
     console = Console()
-    pipe, _ = load_bare(pipeline, [], device, None)
-    pipe.set_progress_bar_config(disable=True)
-    settings = call_settings(steps, None, None, None, None, None, {})
-    settings = replace(settings, steps=settings.steps or default_steps(pipe))
-    bundled = registry.bundled_of(pipeline)
-    texts = read_prompts(None, prompts) or list(bundled.prompts if bundled else ())
-    if texts and len(texts) < samples + calibrate_on:
-        raise typer.BadParameter(f"{len(texts)} prompts for {samples} samples and {calibrate_on} to calibrate on: give more by --prompts")
-    bench = Bench(pipe, settings, make_samples(pipe, range(samples), texts[:samples]))
-    teaching = make_samples(pipe, [1000 + i for i in range(calibrate_on)], texts[samples : samples + calibrate_on])
+    bench = HeldOut.load(pipeline, steps, prompts, samples, calibrate_on, device)
     artefacts, seconds = {}, {}
-    with tempfile.TemporaryDirectory() as folder:
-        for name, knobs in {"balanced": {}, "balanced, 2 ranges": {"ranges": (500,)}, "mixed": {"bits": "w4a8", "mixed": mixed}}.items():
-            started = time.perf_counter()
-            artefacts[name] = calibrate(pipe, ViDiTQ(**knobs), teaching, settings, Path(folder) / "artefact.safetensors")
-            seconds[name] = time.perf_counter() - started
+    for name, knobs in {"balanced": {}, "balanced, 2 ranges": {"ranges": (500,)}, "mixed": {"bits": "w4a8", "mixed": mixed}}.items():
+        artefacts[name], seconds[name] = bench.calibrated(ViDiTQ(**knobs))
     reference, lines = bench.pictures(), []
+
+    def line(plan: str, way: str, found: list[Pictures], size: int, plain: int) -> None:
+        lines.append({"bits": plan, "way": way, **decibels(found, reference), "bytes": size / plain})
+
     for plan in bits or ["w8a8", "w6a8", "w4a8"]:
-        ways: dict[str, Any] = {"tensor": PerTensor(plan), "token": ViDiTQ(bits=plan)}
+        ways: dict[str, Any] = {"tensor": Nearest(plan, ours), "token": ViDiTQ(bits=plan)}
         for name, artefact in artefacts.items():
             if name != "mixed" or ViDiTQConfig(bits=plan).weight_bits < 8:
                 ways[name] = ViDiTQ(bits=plan, artefact=artefact, alpha=alpha, **({"mixed": mixed} if name == "mixed" else {}))
         for name, plugin in ways.items():
-            found, size, plain = bench.with_plugin(plugin)
-            lines.append(line(plan, name, found, reference, size, plain))
-        lines.append(line(plan, "torchao", *swapped(bench.with_torchao(plan), reference), plain))
+            found, size, plain = grafted(bench, plugin)
+            line(plan, name, found, size, plain)
+        line(plan, "torchao", *by_torchao(bench, plan), plain)
         if plan == "w8a8":
-            lines.append(line(plan, "token, exported", *swapped(bench.with_export(), reference), plain))
-    table = Table(title=f"{pipeline}, {settings.steps} steps, {samples} samples, calibrated on {calibrate_on} prompts")
+            line(plan, "token, exported", *by_export(bench), plain)
+    table = Table(title=bench.title)
     for column in ("bits", "way", "PSNR dB", "worst", "bytes"):
         table.add_column(column)
     for each in lines:
         table.add_row(each["bits"], each["way"], f"{each['mean']:.2f}", f"{each['worst']:.2f}", f"{each['bytes']:.3f}")
     console.print(table)
     console.print(", ".join(f"{name}: {value / 60:.2f} min to calibrate" for name, value in seconds.items()), highlight=False)
-    if out is not None:
-        versions = {"torch": torch.__version__, "diffusers": diffusers.__version__, "diffgraft": diffgraft.__version__}
-        known = {"pipeline": pipeline, "steps": settings.steps, "alpha": alpha, "mixed": mixed, "samples": samples}
-        where = {"machine": platform.machine(), "threads": torch.get_num_threads(), "versions": versions}
-        facts = {**known, **where, "calibrate_on": calibrate_on, "seconds": seconds}
-        out.write_text(json.dumps({**facts, "lines": lines}, indent=1) + "\n")
-
-
-def swapped(found: tuple[list[Pictures], int], reference: Sequence[Pictures]) -> tuple[list[Pictures], Sequence[Pictures], int]:
-    """Arguments of :func:`line`."""
-    return found[0], reference, found[1]
+    bench.write(out, alpha=alpha, mixed=mixed, seconds=seconds, lines=lines)
 
 
 if __name__ == "__main__":

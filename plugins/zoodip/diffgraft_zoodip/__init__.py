@@ -76,8 +76,8 @@ def lines(text: Any) -> list[str]:
 
 
 def said(text: Any, word: str, token: str) -> Any:
-    """A text, or each of several, with the token in the place of a word."""
-    pattern = rf"(?<!\w){re.escape(word)}(?!\w)"
+    """A text, or each of several, with the token in the place of a word, however it is capitalised: CLIP does not tell them apart."""
+    pattern = re.compile(rf"(?<!\w){re.escape(word)}(?!\w)", re.IGNORECASE)
     if isinstance(text, str):
-        return re.sub(pattern, lambda _: token, text)
-    return [re.sub(pattern, lambda _: token, each) for each in text]
+        return pattern.sub(lambda _: token, text)
+    return [pattern.sub(lambda _: token, each) for each in text]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -246,7 +247,7 @@ def test_no_prompt_with_the_word_is_said(tmp_path):
     assert np.array_equal(picture(pipe, made), plain)
     assert pipe.plugins.report().plugins["zoodip"].notes == ["inactive: no prompt holds '<zoodip>'"]
     assert said("a pineapple, an apple", "apple", "<z>") == "a pineapple, an <z>"
-    assert said(["apple", "x"], "apple", "<z>") == ["<z>", "x"]
+    assert said(["Apple", "x"], "apple", "<z>") == ["<z>", "x"]
 
 
 @pytest.mark.parametrize(
@@ -265,6 +266,16 @@ def test_knobs_of_the_fit_that_are_refused(knobs, why, tmp_path):
     made = make(SD)
     with pytest.raises(ConfigError, match=why):
         learned(made, tmp_path, **knobs)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_caption_that_is_cut_off_before_its_token_is_refused(tmp_path):
+    made = make(SD)
+    late = replace(examples()[0], prompt="a " * 100 + "<zoodip>")
+    with pytest.raises(ConfigError, match=r"the caption 'a a .*<zoodip>' is cut off before '<zoodip>': 77 tokens are read"):
+        learned(made, tmp_path, data=[examples()[0], late])
+    with pytest.raises(ConfigError, match="is cut off before"):
+        learned(made, tmp_path, data=examples()[1:], template="a " * 100 + "{}")
     assert not list(tmp_path.iterdir())
 
 

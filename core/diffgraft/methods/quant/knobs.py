@@ -30,7 +30,7 @@ class BitsConfig(PluginConfig):
     @field_validator("bits")
     @classmethod
     def _bits(cls, value: str) -> str:
-        found = re.fullmatch(r"w(\d+)a(\d+)", value)
+        found = re.fullmatch(r"w([1-9]\d?)a([1-9]\d?)", value)
         if found is None or any(int(each) not in (*BITS, FLOAT) for each in found.groups()):
             raise ValueError(f"write wXaY with X and Y from {BITS[0]} to {BITS[-1]}, or {FLOAT} for floats")
         return value
