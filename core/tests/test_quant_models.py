@@ -6,9 +6,11 @@ import copy
 
 import pytest
 import torch
+import torch.nn.functional as F
 from diffgraft import Unsupported, load_pipeline
-from diffgraft.methods.quant.affine import UniformAffine
-from diffgraft.methods.quant.layers import ensure_current, layers_of, put, quantised
+from diffgraft.lab.nearest import Nearest
+from diffgraft.methods.quant.affine import UniformAffine, nearest_scale
+from diffgraft.methods.quant.layers import ensure_current, layers_of, put, quantised, quantised_in
 from diffgraft.methods.quant.shortcuts import from_below, skip_channels
 from probes import Probe, generate, tiny
 from torch import nn
@@ -63,3 +65,37 @@ def test_a_cast_is_no_writing(dtype):
         pipe.unet.mid_block.attentions[0].transformer_blocks[0].attn1.to_q.weight.mul_(1.01)
     with pytest.raises(Unsupported, match=r"mid_block\S+to_q, "):
         ensure_current({"unet": pipe.unet}, "me")
+
+
+@pytest.mark.parametrize("bits", ["w8a8", "w4a8"])
+def test_each_layer_of_a_run_is_its_formula(bits):
+    """y = W_q x_q + b in float64, by x / delta, on the very inputs that it got: only what lies between two levels may fall to the other."""
+    pipe, kwargs = tiny("StableDiffusionPipeline")
+    load_pipeline(pipe, plugins=[Nearest(bits)])
+    asked, values, moved = [], 0, []
+
+    def ensure_on_grid(x, found, scale, grid):
+        nonlocal values
+        delta, zero = scale.delta.double(), scale.zero.double()
+        ratio = x.double() / delta
+        exact = ((ratio.round() + zero).clamp(grid.lowest, grid.highest) - zero) * delta
+        other = (exact - found.double()).abs() > delta / 2
+        values += other.numel()
+        moved.extend((ratio % 1 - 0.5).abs()[other].tolist())
+
+    def after(layer, args, y):
+        [x], [rounder], [weights] = args, layer.inputs, layer.weights
+        found = rounder(x)
+        ensure_on_grid(x, found, nearest_scale(x, rounder.grid), rounder.grid)
+        ensure_on_grid(layer.weight, weights.value, weights.scales[0], weights.grid)
+        operands = found.double(), weights.value.double(), None if layer.bias is None else layer.bias.double()
+        wanted = F.linear(*operands) if isinstance(layer, nn.Linear) else layer._conv_forward(*operands)
+        assert float((y.double() - wanted).norm() / wanted.norm()) < 1e-5
+        asked.append(layer.key)
+
+    for layer in quantised_in({"unet": pipe.unet}).values():
+        layer.register_forward_hook(after)
+    generate(pipe, kwargs)
+    assert set(asked) == {layer.key for layer in quantised_in({"unet": pipe.unet}).values()}
+    assert len(moved) < 1e-4 * values
+    assert max(moved, default=0) < 1e-4

@@ -190,7 +190,7 @@ def measured(model: str, plans: list[str], samples: int, calibrate_on: int, only
             pictures, size, seconds = make()
         except (Unsupported, Conflict, ValueError, RuntimeError, TypeError, AttributeError) as error:
             save(path, {**bench.facts, "refused": f"{type(error).__name__}: {error}"}, None)
-            console.print(f"{model} {key}: {type(error).__name__}: {str(error)[:120]}", highlight=False, markup=False)
+            console.print(f"{model} {key}: {type(error).__name__}: {str(error)[:120]}", highlight=False, markup=False, soft_wrap=True)
             continue
         row = {**bench.facts, "bytes": size, "calibrated_in": seconds, "figures": quality.figures(pictures)}
         save(path, row, pictures)
@@ -273,9 +273,9 @@ def main(
     console = Console()
     for name in model or STEPS:
         measured(name, bits or list(PLANS), samples, calibrate_on, only, out, console)
-    (out / "quantise.md").write_text(page(out), encoding="utf-8")
-    if (picture := strip(out)) is not None:
-        picture.save(out / "quantise.png")
+        (out / "quantise.md").write_text(page(out), encoding="utf-8")
+        if (picture := strip(out)) is not None:
+            picture.save(out / "quantise.png")
     console.print(f"wrote {out / 'quantise.md'}", highlight=False)
 
 

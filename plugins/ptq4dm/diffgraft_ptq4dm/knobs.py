@@ -30,7 +30,7 @@ class PTQ4DMConfig(BitsConfig):
     )
     ends: int = Field(8, ge=2, le=16, description="least bits of the first and the last layer")
     keep: tuple[str, ...] = Field((), description="layers that stay floats, by path or a part of it: conv_out, up_blocks.2")
-    p: float = Field(2.4, gt=0, description="of calibration: a range is that of the least mean |x - x_q|^p; 2 is the paper's mean square")
+    p: float = Field(2.4, gt=0, description="a range is that of the least mean |x - x_q|^p, of weights too; 2 is the paper's mean square")
     timesteps: Literal["normal", "uniform"] = Field("normal", description="of calibration: how timesteps are drawn; normal is the paper's")
     mu: float = Field(0.4, ge=0, le=1, description="of calibration: the mean, as a share of the steps; 0 is the least noise")
     sd: float = Field(0.4, gt=0, description="of calibration: the standard deviation, likewise")
