@@ -1,6 +1,6 @@
 """A denoiser with simulated layers -> the same with torchao's, which have kernels: ``pip install 'diffgraft[torchao]'``.
 
-    pipe = load_pipeline("emoji-flux", plugins=[{"vidit_q": {"weights": "symmetric"}}])
+    pipe = load_pipeline("emoji-flux", plugins={"vidit_q": {"symmetric": True}})
     fast = exported(pipe.transformer)
     unload(pipe).transformer = fast
 
