@@ -30,7 +30,8 @@ from diffgraft import (
 from diffgraft.methods.artefacts import Artefact, make_again, make_again_with
 from diffgraft.methods.quant.kept import restore
 from diffgraft.methods.quant.knobs import FLOAT
-from diffgraft.methods.quant.layers import QuantConv2d, QuantLinear, bytes_of, ensure_current, put
+from diffgraft.methods.quant.layers import ensure_current, put
+from diffgraft.methods.quant.told import simulated
 from diffgraft.methods.skips import Cache, Caches, bypassed, bypassing, ensure_branch, skipping
 from torch import Tensor
 
@@ -160,14 +161,7 @@ class CacheQuant(Plugin):
             if not knobs.caches:
                 call.note("inactive: no step skips, and no layer is quantised")
             return next(call)
-        denoisers = denoisers_of(call.pipe, call.family)
-        ensure_current(denoisers, self.name)
-        layers = [m for model in denoisers.values() for m in model.modules() if isinstance(m, (QuantLinear, QuantConv2d))]
-        kept, plain = bytes_of(layers)
-        call.note(
-            f"quantisation is simulated, no speed but that of the cache: {knobs.bits}; the weights of {len(layers)} layers would be "
-            f"{kept / 1e6:.2f} MB instead of {plain / 1e6:.2f}"
-        )
+        call.note(f"quantisation is {simulated(denoisers_of(call.pipe, call.family), self.name, knobs.bits)}")
         return next(call)
 
     # the cache -----------------------------------------------------------------------------------------------------------------------

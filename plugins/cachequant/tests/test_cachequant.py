@@ -409,7 +409,7 @@ def test_the_report_says_what_is_simulated(tmp_path):
     made = tiny()
     grafted(made, artefact=artefact_for(made, tmp_path, interval=2), interval=2)
     picture(made)
-    assert part(made).notes[0].startswith("quantisation is simulated, no speed but that of the cache: w8a8")
+    assert part(made).notes[0].startswith("quantisation is simulated, no speed: w8a8")
 
 
 # what must not happen -----------------------------------------------------------------------------------------------------------------

@@ -13,7 +13,8 @@ from diffgraft.methods.artefacts import Artefact, make_again_with
 from diffgraft.methods.quant.affine import nearest_scale
 from diffgraft.methods.quant.blocks import ensure_replayable, replayable
 from diffgraft.methods.quant.kept import ensure_made_for, fill
-from diffgraft.methods.quant.layers import QuantConv2d, QuantLinear, bytes_of, ensure_current, put, quantised_in
+from diffgraft.methods.quant.layers import QuantConv2d, QuantLinear, ensure_current, put, quantised_in
+from diffgraft.methods.quant.told import simulated
 from torch import nn
 
 from diffgraft_ptq4dm.calibration import HOLDS, Measure, plan_of
@@ -70,13 +71,6 @@ class PTQ4DM(Plugin):
         if self.config.is_off:
             call.note("inactive: w32a32 leaves every layer as it is")
             return next(call)
-        denoisers = denoisers_of(call.pipe, call.family)
-        ensure_current(denoisers, self.name)
-        layers = list(quantised_in(denoisers).values())
-        kept, plain = bytes_of(layers)
         how = "calibrated" if call.given("artefact") is not None else "not calibrated: no artefact"
-        call.note(
-            f"simulated, no speed: {self.config.bits}, {how}; the weights of {len(layers)} layers would be {kept / 1e6:.2f} MB instead of "
-            f"{plain / 1e6:.2f}"
-        )
+        call.note(simulated(denoisers_of(call.pipe, call.family), self.name, self.config.bits, how))
         return next(call)

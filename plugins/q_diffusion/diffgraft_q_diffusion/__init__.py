@@ -29,7 +29,8 @@ from diffgraft.methods.quant.attention import with_rounded_softmax
 from diffgraft.methods.quant.blocks import ensure_replayable, replayable
 from diffgraft.methods.quant.kept import ensure_made_for, fill
 from diffgraft.methods.quant.knobs import FLOAT
-from diffgraft.methods.quant.layers import QuantConv2d, QuantLinear, bytes_of, ensure_current, put, quantised_in
+from diffgraft.methods.quant.layers import QuantConv2d, QuantLinear, ensure_current, put, quantised_in
+from diffgraft.methods.quant.told import simulated
 from torch import nn
 
 from diffgraft_q_diffusion.calibration import HOLDS, Measure, plan_of
@@ -102,13 +103,7 @@ class QDiffusion(Plugin):
             call.note("inactive: w32a32 leaves every layer as it is")
             return next(call)
         denoisers = denoisers_of(call.pipe, call.family)
-        ensure_current(denoisers, self.name)
-        layers = list(quantised_in(denoisers).values())
-        kept, plain = bytes_of(layers)
-        halves = sum(len(layer.sizes) > 1 for layer in layers)
+        split = sum(len(layer.sizes) > 1 for layer in quantised_in(denoisers).values())
         how = "learned" if call.given("artefact") is not None else "not learned: no artefact"
-        call.note(
-            f"simulated, no speed: {self.config.bits}, {how}; the weights of {len(layers)} layers, {halves} of them split, would be "
-            f"{kept / 1e6:.2f} MB instead of {plain / 1e6:.2f}"
-        )
+        call.note(simulated(denoisers, self.name, self.config.bits, f"{how}, {split} layers split"))
         return next(call)

@@ -32,8 +32,8 @@ from diffgraft.lab.held_out import (
     decibels,
     feature_error,
 )
-from diffgraft.methods.quant.layers import bytes_of
-from diffgraft_tfmq import TFMQ, quantised_in
+from diffgraft.methods.quant.layers import bytes_of, quantised_in
+from diffgraft_tfmq import TFMQ
 from diffgraft_tfmq.path import TimePath
 from rich.console import Console
 from rich.table import Table
@@ -75,7 +75,7 @@ def main(
             artefact, seconds = (None, 0.0) if knobs is None else bench.calibrated(TFMQ(bits=plan, **knobs))
             with bench.grafted(("tfmq", {"bits": plan, "artefact": artefact})):
                 made, found = bench.seeing(projections(bench))
-                kept, plain = bytes_of(quantised_in(bench.denoisers))
+                kept, plain = bytes_of(list(quantised_in(bench.denoisers).values()))
             facts = {} if artefact is None else {name: artefact.facts[name] for name in ("distance", "cosine")}
             errors = {**feature_error(found, features), **decibels(made, reference)}
             lines.append({"bits": plan, "way": way, **errors, "bytes": kept / plain, "seconds": seconds, "learned": facts})

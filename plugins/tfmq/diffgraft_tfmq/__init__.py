@@ -7,7 +7,6 @@ inputs are rounded with scales of the timestep that it is.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -35,11 +34,11 @@ from diffgraft.methods.quant.layers import (
     QuantLayer,
     QuantLinear,
     SeveralScales,
-    bytes_of,
     ensure_current,
     put,
     quantised,
 )
+from diffgraft.methods.quant.told import simulated
 from torch import Tensor, nn
 
 from diffgraft_tfmq.calibration import HOLDS, PLAIN, Measure, wanted
@@ -126,16 +125,10 @@ class TFMQ(Plugin):
         if self.config.is_off:
             call.note("inactive: w32a32 leaves every layer as it is")
             return next(call)
-        denoisers = denoisers_of(call.pipe, call.family)
-        ensure_current(denoisers, self.name)
-        kept, plain = bytes_of(quantised_in(denoisers))
         artefact: Artefact | None = call.given("artefact")
         weights, inputs = self.plan(artefact)
         how = "to the nearest: no artefact" if artefact is None else "the time path as learned"
-        call.note(
-            f"simulated, no speed: w{weights}a{inputs}, {how}; the quantised weights would be {kept / 1e6:.2f} MB instead of "
-            f"{plain / 1e6:.2f}"
-        )
+        call.note(simulated(denoisers_of(call.pipe, call.family), self.name, f"w{weights}a{inputs}", how))
         return next(call)
 
     def denoise(self, call: DenoiseCall, next: Any) -> Tensor:
@@ -143,11 +136,6 @@ class TFMQ(Plugin):
         if artefact is not None:
             call.shared.at = nearest_time(call.step.t, artefact.tensors["times"]).to(call.sample.device)
         return next(call)  # type: ignore[no-any-return]
-
-
-def quantised_in(denoisers: Mapping[str, nn.Module]) -> list[QuantLayer]:
-    """The quantised layers of the denoisers."""
-    return [module for denoiser in denoisers.values() for module in denoiser.modules() if isinstance(module, QUANTISED)]
 
 
 def pick() -> Tensor | int | None:

@@ -16,8 +16,8 @@ from diffgraft.methods.calibration import calibrate
 from diffgraft.methods.inputs import CallSettings, Sample
 from diffgraft.methods.quant.affine import Scale, UniformAffine, nearest_scale, searched_scale
 from diffgraft.methods.quant.kept import unpacked
-from diffgraft.methods.quant.layers import QuantConv2d, QuantLinear
-from diffgraft_tfmq import TFMQ, quantised_in
+from diffgraft.methods.quant.layers import QuantConv2d, QuantLinear, quantised_in
+from diffgraft_tfmq import TFMQ
 from diffgraft_tfmq import method as m
 from diffgraft_tfmq.calibration import Pairs, by_timestep
 from diffgraft_tfmq.path import TimePath
@@ -265,7 +265,7 @@ def test_calibration_leaves_the_pipeline_as_it_was_and_its_file_says_all(family,
 def test_each_step_takes_the_scale_of_its_timestep(made_for_sd):
     made = tiny()
     load_pipeline(made.pipe, plugins=[("tfmq", {"artefact": made_for_sd})])
-    rounder = quantised_in({"unet": made.pipe.unet})[0].inputs[0]
+    rounder = next(iter(quantised_in({"unet": made.pipe.unet}).values())).inputs[0]
     at, pick = [], rounder.pick
     rounder.pick = lambda: at.append(int(pick())) or pick()
     picture(made, num_inference_steps=4)
@@ -343,4 +343,4 @@ def test_half_precision(made_for_sd):
     load_pipeline(made.pipe, plugins=[("tfmq", {"artefact": made_for_sd})])
     made.pipe.to(torch.bfloat16)
     assert bool(np.isfinite(picture(made)).all())
-    assert quantised_in({"unet": made.pipe.unet})[0].inputs[0].delta.dtype == torch.float32
+    assert next(iter(quantised_in({"unet": made.pipe.unet}).values())).inputs[0].delta.dtype == torch.float32

@@ -16,7 +16,8 @@ from diffgraft.methods.artefacts import Artefact, make_again_with
 from diffgraft.methods.quant.affine import UniformAffine
 from diffgraft.methods.quant.kept import unpacked
 from diffgraft.methods.quant.knobs import FLOAT
-from diffgraft.methods.quant.layers import Layer, QuantLinear, bytes_of, ensure_current, put, quantised
+from diffgraft.methods.quant.layers import Layer, QuantLinear, ensure_current, put, quantised
+from diffgraft.methods.quant.told import simulated
 from torch import Tensor, nn
 
 from diffgraft_vidit_q.calibration import HOLDS, Measure, wanted
@@ -113,15 +114,9 @@ class ViDiTQ(Plugin):
         if self.config.is_off:
             call.note("inactive: w32a32 leaves every layer as it is")
             return next(call)
-        denoisers = denoisers_of(call.pipe, call.family)
-        ensure_current(denoisers, self.name)
-        layers = [module for denoiser in denoisers.values() for module in denoiser.modules() if isinstance(module, QuantLinear)]
-        kept, plain = bytes_of(layers)
         how = "balanced" if call.given("artefact") is not None else "not balanced: no artefact"
-        call.note(
-            f"simulated, no speed: {self.config.bits}, {how}; the weights of {len(layers)} layers would be {kept / 1e6:.2f} MB instead of "
-            f"{plain / 1e6:.2f}; `diffgraft.methods.quant.export.exported` makes a model that has kernels"
-        )
+        told = simulated(denoisers_of(call.pipe, call.family), self.name, self.config.bits, how)
+        call.note(f"{told}; `diffgraft.methods.quant.export.exported` makes a model that has kernels")
         return next(call)
 
     def denoise(self, call: DenoiseCall, next: Any) -> Tensor:
