@@ -253,6 +253,10 @@ BAD = {
     "invert what cannot": (["invert", "sparse", "--pipeline", "{sd}", "--image", "x.png"], ["Unsupported", "cannot invert", "bdia"]),
     "calibrate what cannot": (["calibrate", "sparse", "--pipeline", "{sd}", "--prompt", "x"], ["Unsupported", "be calibrated; installed"]),
     "calibrate on nothing": (["calibrate", "dpm_solver_v3", "--pipeline", "{sd}"], ["ConfigError", "--class-label CLASS", "--samples N"]),
+    "quantise what cannot": (
+        ["quantise", "{sd}", "-p", "sparse", "--bits", "w8a8", "--prompt", "x"],
+        ["Unsupported", "sparse cannot be calibrated; installed"],
+    ),
     "evolve what cannot": (["evolve", "sparse", "--pipeline", "{sd}", "--prompt", "x", "--steps", "2"], ["Unsupported", "be searched"]),
     "show unknown": (["show", "sparze"], ["PluginNotFound", "did you mean 'sparse'"]),
 }

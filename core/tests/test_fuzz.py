@@ -171,7 +171,10 @@ def test_metadata_of_packages(monkeypatch, entries):
 
 # command lines -----------------------------------------------------------------------------------------------------------------------
 
-COMMANDS = ["list", "show", "run", "compare", "tune", "calibrate", "evolve", "invert", "search", "doctor", "--version", "nonsense"]
+COMMANDS = [
+    *("list", "show", "run", "compare", "tune", "calibrate", "quantise"),
+    *("evolve", "invert", "search", "doctor", "--version", "nonsense"),
+]
 OPTIONS = [
     "--plugin", "-p", "-o", "--option", "--steps", "--seed", "--out", "--prompt", "--prompts", "--device", "--dtype", "--arg", "-a",
     "--json", "--target", "--budget", "--seeds", "--height", "--guidance-scale", "--pipeline", "--image", "--fitness", "--set", "--beside",

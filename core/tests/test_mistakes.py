@@ -225,6 +225,7 @@ def test_a_fault_of_ours_keeps_its_traceback(call, monkeypatch):
 MAKERS = (
     ("run", "owner/x", "--prompt", "a", "--out"),
     ("calibrate", "dpm_solver_v3", "--pipeline", "owner/x", "--prompt", "a", "--out"),
+    ("quantise", "owner/x", "--plugin", "ptq4dm", "--bits", "w8a8", "--prompt", "a", "--out"),
     ("evolve", "autodiffusion", "--pipeline", "owner/x", "--prompt", "a", "--steps", "4", "--out"),
     ("invert", "bdia", "--pipeline", "owner/x", "--image", "a.png", "--out"),
     ("compare", "owner/x", "--plugins", "sparse", "--out"),

@@ -1,5 +1,5 @@
-"""The command line: ``diffgraft list | show | search | presets | run | batch | again | restore | compare | tune | calibrate | evolve |
-invert | fit | weights | doctor | new | check | ui``.
+"""The command line: ``diffgraft list | show | search | presets | run | batch | again | restore | compare | tune | calibrate |
+quantise | evolve | invert | fit | weights | doctor | new | check | ui``.
 
 Torch is imported inside the commands that need it.
 """
@@ -17,7 +17,7 @@ from diffgraft.cli.batching import batch
 from diffgraft.cli.catalogue import search
 from diffgraft.cli.community import check, new
 from diffgraft.cli.listing import doctor, list_plugins, show
-from diffgraft.cli.making import calibrate, evolve, fit, invert
+from diffgraft.cli.making import calibrate, evolve, fit, invert, quantise
 from diffgraft.cli.measuring import compare, tune
 from diffgraft.cli.mistakes import Command, Group
 from diffgraft.cli.presets import presets
@@ -96,7 +96,11 @@ def main(
 
 
 app.command("list", cls=Command)(list_plugins)
-for command in (show, run, batch, again, restore, compare, tune, calibrate, evolve, invert, fit, doctor, new, check, search, presets, ui):
+COMMANDS = (
+    *(show, run, batch, again, restore, compare, tune, calibrate, quantise),
+    *(evolve, invert, fit, doctor, new, check, search, presets, ui),
+)
+for command in COMMANDS:
     app.command(cls=Command)(command)
 app.add_typer(weights, name="weights")
 

@@ -1,10 +1,10 @@
-"""``diffgraft calibrate | evolve | invert | fit``: files that plugins need."""
+"""``diffgraft calibrate | quantise | evolve | invert | fit``: files that plugins need."""
 
 from __future__ import annotations
 
 import shlex
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -30,6 +30,9 @@ from diffgraft.installed.errors import ConfigError
 from diffgraft.lab.terminal import say
 from diffgraft.methods.files import check_file
 
+if TYPE_CHECKING:
+    from diffgraft.installed.plugin import Plugin
+
 
 def calibrate(
     plugin: Annotated[str, typer.Argument(metavar="PLUGIN", help="A plugin that needs an artefact.")],
@@ -52,27 +55,88 @@ def calibrate(
     threads: Threads = None,
 ) -> None:
     """Measure what a plugin needs to know of a model; an interrupted calibration goes on where it stopped."""
+    asked = steps, guidance_scale, negative_prompt, height, width, arg
+    path = out or Path(f"{plugin}.safetensors")
+    measured(plugin, pipeline, option, (prompt, prompts, class_label, samples), seed, path, asked, (device, dtype, threads))
+
+
+def quantise(
+    pipeline: Annotated[str, typer.Argument(metavar="MODEL", help="A bundled name, a folder, or a Hub id.")],
+    plugin: Annotated[str, typer.Option("--plugin", "-p", help="A plugin with the knob bits: vidit_q for transformers, q_diffusion, ...")],
+    bits: Annotated[str, typer.Option(help="Bits of weights and activations: w8a8, w6a8, w4a8, w4a32.")],
+    prompts: PromptFile = None,
+    prompt: PromptTexts = None,
+    class_label: ClassLabels = None,
+    samples: SampleCount = None,
+    out: Annotated[Path | None, typer.Option("--out", help="File to write (default: PLUGIN-BITS.safetensors).")] = None,
+    option: KnobValues = None,
+    seed: Annotated[int, typer.Option(help="Seed of the noise; prompt i has seed + i.")] = 0,
+    steps: Steps = None,
+    guidance_scale: GuidanceScale = None,
+    negative_prompt: NegativePrompt = None,
+    height: Height = None,
+    width: Width = None,
+    arg: Extra = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    threads: Threads = None,
+) -> None:
+    """Calibrate a plugin that quantises, and tell what its plan makes of the weights; interrupted, the same command goes on."""
+    asked = steps, guidance_scale, negative_prompt, height, width, arg
+    path, options = out or Path(f"{plugin}-{bits}.safetensors"), [*(option or []), f"{plugin}.bits={bits}"]
+    pipe, built = measured(plugin, pipeline, options, (prompt, prompts, class_label, samples), seed, path, asked, (device, dtype, threads))
+    from diffgraft.installed.anatomy import denoisers_of
+    from diffgraft.kernel.loading import load_pipeline
+    from diffgraft.methods.artefacts import as_options
+    from diffgraft.methods.quant.told import simulated
+
+    knobs = {**built.own_knobs, "artefact": str(path)}
+    load_pipeline(pipe, plugins={plugin: knobs})
+    say(f"{simulated(denoisers_of(pipe, registry.find_family(type(pipe))), plugin, bits)}; a run with it:")
+    say(f"diffgraft run {shlex.quote(pipeline)} -p {plugin} {as_options(plugin, knobs)}")
+
+
+def measured(
+    plugin: str,
+    pipeline: str,
+    option: list[str] | None,
+    chosen: tuple[list[str] | None, Path | None, list[str] | None, int | None],
+    seed: int,
+    path: Path,
+    asked: tuple[Any, ...],
+    machine: tuple[str | None, str | None, int | None],
+) -> tuple[Any, Plugin]:
+    """(the bare pipeline, the plugin with its knobs), after the calibration is written to ``path``.
+
+    Args:
+        chosen: prompts, a file of them, class labels, how many samples.
+        asked: steps, guidance scale, negative prompt, height, width, further arguments of the call as they were typed.
+        machine: device, dtype, threads.
+    """
     from diffgraft.cli.values import asked_for, call_settings, load_bare, parse_assignments, read_prompts, specs_for
     from diffgraft.methods.named import declared
 
     specs = specs_for(pipeline, [plugin], option)
     declared(registry.find(plugin), "calibration")  # before the pipeline is loaded
-    number, words = asked_for(read_prompts(prompt, prompts), class_label, samples, "calibrate")
+    texts, file, classes, samples = chosen
+    number, words = asked_for(read_prompts(texts, file), classes, samples, "calibrate")
+    steps, guidance_scale, negative_prompt, height, width, arg = asked
     extra = parse_assignments(arg, "-a")
-    path = out or Path(f"{plugin}.safetensors")
     check_file(path, [".safetensors"])
     from diffgraft.lab.terminal import progress
     from diffgraft.methods.calibration import calibrate as measure
     from diffgraft.methods.inputs import make_samples
 
-    call = call_settings(steps, guidance_scale, negative_prompt, height, width, None, extra)
+    settings = call_settings(steps, guidance_scale, negative_prompt, height, width, None, extra)
+    device, dtype, threads = machine
     pipe, built = load_bare(pipeline, specs, device, dtype)
     made_of = make_samples(pipe, [seed + i for i in range(number)], **words)
     with steady(threads), progress() as on_progress:
-        artefact = measure(pipe, built[0], made_of, call, path, on_progress=on_progress)
+        artefact = measure(pipe, built[0], made_of, settings, path, on_progress=on_progress)
     made = artefact.made_for
     kind = "prompts" if words.get("prompts") else "samples"
     say(f"wrote {path}: for {made.pipeline}, {made.scheduler}, {made.steps} steps, latents {made.shape}, from {number} {kind}")
+    return pipe, built[0]
 
 
 def evolve(

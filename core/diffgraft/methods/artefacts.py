@@ -305,8 +305,13 @@ def make_again(plugin: str, kind: str = "artefact") -> str:
 
 def make_again_with(plugin: str, knobs: Mapping[str, Any]) -> str:
     """The same, of an artefact that depends on these knobs, as a shell takes them."""
+    return make_again(plugin) + (f" and {as_options(plugin, knobs)}" if knobs else "")
+
+
+def as_options(plugin: str, knobs: Mapping[str, Any]) -> str:
+    """Knobs as a command line takes them: "-o deepcache.interval=3"."""
     said = [f"{plugin}.{name}={value if isinstance(value, str) else json.dumps(value)}" for name, value in knobs.items()]
-    return make_again(plugin) + (" and " + " ".join(f"-o {shlex.quote(each)}" for each in said) if said else "")
+    return " ".join(f"-o {shlex.quote(each)}" for each in said)
 
 
 def check_size(path: Path, plugin: str, kind: str) -> None:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import importlib
+import re
+import shlex
 from itertools import pairwise
 
 import numpy as np
 import pytest
 import torch
 from diffgraft import ArtefactMismatch, ConfigError, NotFinite, Unsupported, load_pipeline, unload
+from diffgraft.cli import app
 from diffgraft.installed import registry
 from diffgraft.methods.calibration import calibrate
 from diffgraft.methods.inputs import CallSettings, Sample
@@ -18,6 +21,7 @@ from diffgraft.methods.quant.layers import quantised_in
 from diffgraft_ptq4dm import PTQ4DM, calibration
 from diffgraft_ptq4dm import method as m
 from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
+from typer.testing import CliRunner
 
 CLASSES = {"sd": "StableDiffusionPipeline", "pixel": "DDPMPipeline"}
 
@@ -223,3 +227,19 @@ def test_a_lora_loaded_later_is_refused():
     made.pipe.unet.add_adapter(peft.LoraConfig(r=2, init_lora_weights=False, target_modules=["to_q"]))
     with pytest.raises(Unsupported, match=r"a LoRA was loaded over unet\.\S+to_q"):
         picture(made)
+
+
+def test_the_command_quantises_and_says_how_to_run_it(tmp_path):
+    """`diffgraft quantise` is a calibration with the knob bits said, and what comes of it; its last line runs."""
+    out = tmp_path / "q.safetensors"
+    words = ["quantise", "emoji-pixel", "--plugin", "ptq4dm", "--bits", "w6a8", "--samples", "1", "--steps", "2", "--out", str(out)]
+    done = CliRunner().invoke(app, [*words, "-o", 'ptq4dm.keep=["conv_in"]'])
+    assert done.exit_code == 0, done.output
+    assert re.search(r"simulated, no speed: w6a8; the weights of \d+ layers would be \d", done.output)
+    line = done.output.strip().splitlines()[-1]
+    made = CliRunner().invoke(app, [*shlex.split(line)[1:], "--steps", "2", "--out", str(tmp_path / "x.png")])
+    assert made.exit_code == 0, made.output
+    assert "w6a8, calibrated" in made.output
+    wrong = CliRunner().invoke(app, [*words[:5], "w6b8", *words[6:]])
+    assert wrong.exit_code == 2
+    assert "bits = 'w6b8': write wXaY" in wrong.output
