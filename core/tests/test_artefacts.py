@@ -212,6 +212,25 @@ def test_an_interrupted_calibration_goes_on(pipe, tmp_path, monkeypatch):
     assert torch.equal(resumed.tensors["gain"], whole.tensors["gain"])
 
 
+class ReadsUnets(Meter):
+    """Looks for what only a U-Net has."""
+
+    def select_blocks(self, blocks):
+        raise AssertionError("asked of a pipeline that its plugin is not made for")
+
+
+class ForUnets(Gain):
+    families = ("unets",)
+    calibration = ReadsUnets
+
+
+def test_a_plugin_that_is_not_made_for_the_pipeline_is_refused_before_its_calibrator_looks(tmp_path):
+    flux, _ = tiny("FluxPipeline")
+    with pytest.raises(Unsupported, match=r"gain does not work on FluxPipeline .*: it is made for unets"):
+        calibrate(flux, ForUnets(), [Sample(0, prompt="a")], CallSettings(steps=1), tmp_path / "a.safetensors")
+    assert not list(tmp_path.iterdir())
+
+
 def test_calibration_without_prompts_or_without_need(pipe, tmp_path):
     with pytest.raises(ConfigError, match="at least one prompt"):
         calibrate(pipe, Gain(), [], sized(pipe), tmp_path / "a.safetensors")

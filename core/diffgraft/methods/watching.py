@@ -9,7 +9,9 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from diffgraft.installed.plugin import Plugin
+from diffgraft.installed.registry import find_family
 from diffgraft.kernel.calls import DenoiseCall, RunCall
+from diffgraft.kernel.defaults import plain_class
 from diffgraft.kernel.given import describe, ensure_family
 from diffgraft.kernel.loading import load_pipeline
 from diffgraft.kernel.stack import PluginStack, ensure_bare
@@ -64,9 +66,9 @@ def watching(pipe: Any, plugin: Plugin, watcher: Plugin, beside: Sequence[Plugin
         Unsupported: ``plugin`` or ``watcher`` does not work on it.
     """
     ensure_bare(pipe, f"what {plugin.name} looks at must be the plain pipeline")
+    ensure_family(plugin, find_family(type(pipe)), plain_class(type(pipe)))  # before the watcher asks for parts that others lack
     stack = load_pipeline(pipe, [watcher, *beside]).plugins
     try:
-        ensure_family(plugin, stack.family, stack.base_class)
         yield stack
     finally:
         stack.clear()
