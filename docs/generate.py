@@ -24,6 +24,8 @@ ROOT = Path(__file__).resolve().parent.parent
 MEASURED = {
     "examples/benchmarks/README.md": "measured/benchmarks.md",
     "examples/benchmarks/speed.md": "measured/speed.md",
+    "examples/benchmarks/restore.md": "measured/restore.md",
+    "examples/benchmarks/quantise.md": "measured/quantise.md",
     "examples/stacks/README.md": "measured/stacks.md",
     "examples/pairs.md": "measured/pairs.md",
     "examples/matrix.md": "measured/matrix.md",
