@@ -18,6 +18,7 @@ from diffgraft.installed.anatomy import root_of
 from diffgraft.installed.errors import ConfigError, NotFinite, Unsupported, nearest
 from diffgraft.kernel.weights import kept_as
 from diffgraft.methods.quant.affine import Scale, UniformAffine, nearest_scale
+from diffgraft.methods.standing_in import ensure_exchangeable, stand_in
 
 Pick = Callable[[], "Tensor | int | None"]
 T = TypeVar("T")
@@ -220,8 +221,7 @@ class _Quantised:
             raise ValueError("several ranges, and nothing that says which a forward is in")
         if balance is not None and len(balance) != len(weights):
             raise ValueError(f"balance for {len(balance)} ranges, and {len(weights)} weights that are multiplied with it")
-        self.weight, self.bias = layer.weight, layer.bias  # type: ignore[assignment]
-        self.train(layer.training)  # type: ignore[attr-defined]
+        stand_in(self, layer)  # type: ignore[arg-type]
         self.inputs, self.weights = nn.ModuleList(inputs), nn.ModuleList(weights)
         self.outputs, self.softmax = outputs, softmax
         self.pick, self.see, self.sizes = pick, see, weights[0].sizes if weights else (layer.weight.shape[1],)  # type: ignore[index, union-attr]
@@ -423,6 +423,7 @@ def put(swap: Callable[[nn.Module, str, nn.Module], None], layer: Layer, new: Qu
     """Exchange a layer by ``call.swap``; the new one knows its ``key``, whether it lies under a LoRA, and what its weights were."""
     new.key, new.under_lora = layer.key, layer.name == "base_layer"
     new.probe = None if new.weight.is_meta else probe_of(new.weight).cpu()
+    ensure_exchangeable(layer.module, layer.key)
     swap(layer.parent, layer.name, new)
 
 
