@@ -212,6 +212,27 @@ def test_an_interrupted_calibration_goes_on(pipe, tmp_path, monkeypatch):
     assert torch.equal(resumed.tensors["gain"], whole.tensors["gain"])
 
 
+def test_a_plugin_that_is_switched_off_measures_nothing(pipe, tmp_path):
+    class Off(Gain):
+        neutral: ClassVar[dict[str, Any]] = {"power": 0.0}
+
+    with pytest.raises(ConfigError, match=r"plugin 'gain': power = 0\.0: it is off so, and there is nothing to measure"):
+        calibrate(pipe, Off(power=0.0), samples(), sized(pipe), tmp_path / "a.safetensors")
+    assert not list(tmp_path.iterdir())
+
+
+def test_one_parameter_that_differs_makes_another_model(pipe):
+    """Methods that keep a rounding for each weight fit no other weights; earlier files remember 32 parameters, and still fit theirs."""
+    found = Fingerprint.of(pipe.unet)
+    assert len(found.weights) == len(list(pipe.unet.parameters()))
+    before = replace(found, weights=tuple(found.weights[i * len(found.weights) // 32] for i in range(32)))
+    assert before.difference(found) is None
+    changed = tiny("StableDiffusionPipeline")[0].unet
+    with torch.no_grad():
+        changed.mid_block.resnets[0].time_emb_proj.weight.mul_(1.5)
+    assert found.difference(Fingerprint.of(changed)) == "UNet2DConditionModel with other weights"
+
+
 class ReadsUnets(Meter):
     """Looks for what only a U-Net has."""
 

@@ -7,10 +7,10 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from diffgraft import Unsupported, load_pipeline
+from diffgraft import Conflict, Unsupported, load_pipeline, unload
 from diffgraft.lab.nearest import Nearest
 from diffgraft.methods.quant.affine import UniformAffine, nearest_scale
-from diffgraft.methods.quant.layers import ensure_current, layers_of, put, quantised, quantised_in
+from diffgraft.methods.quant.layers import QuantConv2d, QuantLinear, ensure_current, layers_of, put, quantised, quantised_in
 from diffgraft.methods.quant.shortcuts import from_below, skip_channels
 from probes import Probe, generate, tiny
 from torch import nn
@@ -52,6 +52,56 @@ def test_a_lora_that_is_fused_under_a_quantised_layer_is_seen():
     pipe.fuse_lora()
     with pytest.raises(Unsupported, match=r"me: the weights of unet\.\S+to_v\S*, .*were written to .*put it on again"):
         ensure_current({"unet": pipe.unet}, "me")
+
+
+def test_a_lora_over_a_quantised_convolution_is_refused_in_our_words():
+    """peft makes its own layers of the class that they lie over."""
+    peft = pytest.importorskip("peft")
+    pipe, _ = tiny("StableDiffusionPipeline")
+    load_pipeline(pipe, plugins=[Nearest("w8a8")])
+    with pytest.raises(Unsupported, match="a LoRA is loaded over a quantised convolution: take the plugin off"):
+        pipe.unet.add_adapter(peft.LoraConfig(r=2, target_modules=["conv1"]))
+
+
+def test_one_plugin_quantises_a_model():
+    pipe, kwargs = tiny("StableDiffusionPipeline")
+    plain = generate(pipe, kwargs)
+    for stack in ([Coarse(), Nearest("w4a8")], ["ptq4dm", ("q_diffusion", {"bits": "w4a8"})], ["q_diffusion", "tfmq"], ["tfmq", "ptq4dm"]):
+        with pytest.raises(Conflict, match=r"unet\.\S+ is quantised by another plugin already: one quantises a model"):
+            load_pipeline(pipe, plugins=stack)
+        assert not any(isinstance(module, (QuantLinear, QuantConv2d)) for module in pipe.unet.modules())
+    assert torch.equal(generate(unload(pipe), kwargs), plain)
+
+
+def test_weights_that_were_no_numbers_before_were_not_written_to():
+    pipe, _ = tiny("StableDiffusionPipeline")
+    with torch.no_grad():
+        pipe.unet.mid_block.attentions[0].proj_in.weight.fill_(torch.nan)
+    load_pipeline(pipe, plugins=[Nearest("w8a8")])
+    ensure_current({"unet": pipe.unet}, "me")
+
+
+def test_hooks_and_parameters_of_a_layer_outlive_its_exchange():
+    pipe, kwargs = tiny("StableDiffusionPipeline")
+    layer, seen = pipe.unet.mid_block.attentions[0].proj_in, []
+    layer.register_forward_hook(lambda *_: seen.append("before"))
+    load_pipeline(pipe, plugins=[Nearest("w8a8")])
+    now = pipe.unet.mid_block.attentions[0].proj_in
+    now.register_forward_pre_hook(lambda *_: seen.append("during"))
+    generate(pipe, kwargs)
+    assert set(seen) == {"before", "during"}
+    now.weight = nn.Parameter(torch.zeros_like(layer.weight))
+    unload(pipe)
+    assert pipe.unet.mid_block.attentions[0].proj_in is layer
+    assert not layer.weight.any()
+
+
+def test_a_layer_that_something_else_answers_for_is_not_exchanged():
+    pipe, _ = tiny("StableDiffusionPipeline")
+    layer = pipe.unet.mid_block.attentions[0].proj_in
+    layer.forward = type(layer).forward.__get__(layer)
+    with pytest.raises(Unsupported, match=r"unet\.mid_block\.attentions\.0\.proj_in has a forward of its own .*: put the plugin on before"):
+        load_pipeline(pipe, plugins=[Nearest("w8a8")])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

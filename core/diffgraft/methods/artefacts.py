@@ -39,8 +39,8 @@ _log = logging.getLogger(__name__)
 
 FORMAT = 1
 """Number of the file layout."""
-PROBES = 32
-"""Weights that a fingerprint remembers."""
+PROBES = 1024
+"""Parameters of which a fingerprint remembers a weight: of nearly all models each."""
 LARGEST = 8 * 2**30
 """Bytes that a file may have; a sparse one has them on no disk, but takes them in memory."""
 TOLERANCE = 0.005
@@ -86,12 +86,19 @@ class Fingerprint:
             return f"{self.kind} with other layers or sizes"
         if self.kept != other.kept and not crosses:
             return f"{self.kind} with weights kept as {other.kept or 'plain numbers'} instead of {self.kept or 'plain numbers'}"
-        pairs = [(a, b) for a, b in zip(self.weights, other.weights, strict=False) if not (other.kept + self.kept and math.isnan(a + b))]
+        count = min(len(self.weights), len(other.weights))  # earlier files remember fewer, of the same parameters
+        both = zip(*(spread(each.weights, count) for each in (self, other)), strict=True)
+        pairs = [(a, b) for a, b in both if not (other.kept + self.kept and math.isnan(a + b))]
         if self.kept == other.kept:
             close = all(math.isclose(a, b, rel_tol=TOLERANCE, abs_tol=1e-6) for a, b in pairs)
         else:
             close = sum(abs(a - b) for a, b in pairs) <= CROSSING * sum(abs(a) for a, _ in pairs)
-        return None if close and len(self.weights) == len(other.weights) else f"{self.kind} with other weights"
+        return None if close else f"{self.kind} with other weights"
+
+
+def spread(values: tuple[float, ...], count: int) -> list[float]:
+    """So many of them, evenly."""
+    return [values[i * len(values) // count] for i in range(count)]
 
 
 def middle(model: nn.Module, name: str) -> float:

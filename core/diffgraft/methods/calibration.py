@@ -51,6 +51,7 @@ def calibrate(
     made_by = declared(plugin, "calibration")
     if not samples:
         raise ConfigError("nothing to calibrate on: give at least one prompt")
+    ensure_on(plugin)
     calibrator = made_by(**plugin.own_knobs)
     with watching(pipe, plugin, calibrator) as stack:
         target = describe(pipe, stack.family)
@@ -79,6 +80,14 @@ def calibrate(
         artefact.save(out)
         shutil.rmtree(folder)
         return artefact
+
+
+def ensure_on(plugin: Plugin) -> None:
+    """Raises ConfigError where the knobs that were said switch the plugin off: it would measure nothing."""
+    said = plugin.own_knobs
+    if plugin.neutral and all(name in said and said[name] == value for name, value in plugin.neutral.items()):
+        off = ", ".join(f"{name} = {value!r}" for name, value in plugin.neutral.items())
+        raise ConfigError(f"plugin {plugin.name!r}: {off}: it is off so, and there is nothing to measure; calibrate it with other knobs")
 
 
 def calibrate_call(pipe: Any, plugin: Plugin, call: Callable[[], Any]) -> Artefact:

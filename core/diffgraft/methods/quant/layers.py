@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diffgraft.installed.anatomy import root_of
-from diffgraft.installed.errors import ConfigError, NotFinite, Unsupported, nearest
+from diffgraft.installed.errors import ConfigError, Conflict, NotFinite, Unsupported, nearest
 from diffgraft.kernel.weights import kept_as
 from diffgraft.methods.quant.affine import Scale, UniformAffine, nearest_scale
 from diffgraft.methods.standing_in import ensure_exchangeable, stand_in
@@ -50,10 +50,13 @@ def layers_of(denoisers: Mapping[str, nn.Module], kinds: tuple[type, ...] = (nn.
 
     Raises:
         Unsupported: weights that are quantised already.
+        Conflict: a plugin quantises them already.
     """
     for model, denoiser in denoisers.items():
         root = root_of(denoiser)
         for path, module in list(root.named_modules()):
+            if isinstance(module, _Quantised) and type(module) not in kinds:
+                raise Conflict(f"{model}.{path} is quantised by another plugin already: one quantises a model; take the other off")
             if type(module) in kinds and ".lora_" not in path:
                 if how := kept_as(module.weight):
                     raise Unsupported(f"{model}.{path} is kept as {how} already; load plain weights, or leave the plugin out")
@@ -308,7 +311,9 @@ class QuantConv2d(_Quantised, nn.Conv2d):
 
     axis = 1
 
-    def __init__(self, layer: nn.Conv2d, **parts: Any) -> None:
+    def __init__(self, layer: nn.Conv2d, *lora: Any, **parts: Any) -> None:
+        if lora:  # peft makes its own convolutions of the class of the one that it lies over
+            raise Unsupported("a LoRA is loaded over a quantised convolution: take the plugin off, load the LoRA, put the plugin on again")
         place: Any = (layer.in_channels, layer.out_channels, layer.kernel_size, layer.stride, layer.padding, layer.dilation, layer.groups)
         nn.Conv2d.__init__(self, *place, bias=layer.bias is not None, padding_mode=layer.padding_mode, device="meta")
         self.prepare(layer, **parts)
@@ -400,7 +405,7 @@ def ensure_current(denoisers: Mapping[str, nn.Module], plugin: str) -> None:
         before = torch.stack([probe for _, probe, _ in layers])
         after = torch.stack([probe for _, _, probe in layers]).cpu()
         kinds = {torch.float32, torch.bfloat16, torch.float16, dtype}  # they may have been cast, and back
-        held = torch.stack([(before.to(kind).float() == after.to(kind).float()).all(1) for kind in kinds]).any(0)
+        held = torch.stack([before.to(kind).float().isclose(after.to(kind).float(), 0, 0, equal_nan=True).all(1) for kind in kinds]).any(0)
         if not bool(held.all()):
             path = layers[int(held.int().argmin())][0]
             raise Unsupported(
