@@ -44,9 +44,9 @@ STEPS = {"emoji-sd": 20, "emoji-flux": 12, "emoji-wan": 12, "emoji-dit": 20, "em
 PLANS = ("w8a8", "w6a8", "w4a8", "w4a32")
 OURS: dict[str, dict[str, Any]] = {
     "vidit_q": {"alpha": 0.3},
-    "q_diffusion": {"timesteps": 10, "iterations": 200, "scale_iterations": 100, "lr": 1e-2, "softmax": 8},
+    "q_diffusion": {"timesteps": 6, "iterations": 60, "scale_iterations": 30, "lr": 1e-2, "softmax": 8},
     "ptq4dm": {"draws": 8},
-    "tfmq": {"iterations": 5000},
+    "tfmq": {"iterations": 2000},
     "cachequant": {"interval": 1},
 }
 """Knobs that are not the default; q_diffusion's and tfmq's are of a shorter calibration than the papers'."""
