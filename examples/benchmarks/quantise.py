@@ -43,7 +43,7 @@ from torch import nn
 STEPS = {"emoji-sd": 20, "emoji-flux": 12, "emoji-wan": 12, "emoji-dit": 20, "emoji-pixel": 20}
 PLANS = ("w8a8", "w6a8", "w4a8", "w4a32")
 OURS: dict[str, dict[str, Any]] = {
-    "vidit_q": {"alpha": 0.3},
+    "vidit_q": {"alpha": 0.3, "rotate": True},
     "q_diffusion": {"timesteps": 6, "iterations": 60, "scale_iterations": 30, "lr": 1e-2, "softmax": 8},
     "ptq4dm": {"draws": 8},
     "tfmq": {"iterations": 2000},

@@ -8,6 +8,7 @@ Calibrates on prompts and seeds that are not measured on. For each of --bits:
     tensor              weights per output channel, activations per tensor, all rounded to the nearest
     token               the same with activations per token: vidit_q without an artefact
     balanced            vidit_q, alpha as given
+    balanced, rotated   and rotated
     balanced, 2 ranges  the same with timesteps [0, 500] and [501, ...] apart
     mixed               balanced, and --mixed of the weights in 8 bits
     torchao             its own configuration for these bits, on the same layers
@@ -108,6 +109,7 @@ def main(
 
     for plan in bits or ["w8a8", "w6a8", "w4a8"]:
         ways: dict[str, Any] = {"tensor": Nearest(plan, ours), "token": ViDiTQ(bits=plan)}
+        ways["balanced, rotated"] = ViDiTQ(bits=plan, artefact=artefacts["balanced"], alpha=alpha, rotate=True)
         for name, artefact in artefacts.items():
             if name != "mixed" or ViDiTQConfig(bits=plan).weight_bits < 8:
                 ways[name] = ViDiTQ(bits=plan, artefact=artefact, alpha=alpha, **({"mixed": mixed} if name == "mixed" else {}))

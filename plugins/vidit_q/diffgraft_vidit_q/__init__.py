@@ -17,6 +17,7 @@ from diffgraft.methods.quant.affine import UniformAffine
 from diffgraft.methods.quant.kept import unpacked
 from diffgraft.methods.quant.knobs import FLOAT
 from diffgraft.methods.quant.layers import Layer, QuantLinear, ensure_current, put, quantised
+from diffgraft.methods.quant.rotation import Rotation
 from diffgraft.methods.quant.told import simulated
 from torch import Tensor, nn
 
@@ -71,6 +72,11 @@ class ViDiTQ(Plugin):
             if found is None or found[1] != channels:
                 has = "none of its name" if found is None else f"one of {found[1]}"
                 raise ArtefactMismatch(f"vidit_q: {layer.key} has {channels} input channels, the artefact {has}; {self.again()}")
+        if self.config.mixed > 0 and facts["weight_bits"] not in (0, self.config.weight_bits):
+            raise ArtefactMismatch(
+                f"vidit_q: mixed = {self.config.mixed}: what suffers was measured at w{facts['weight_bits']}, and these are "
+                f"w{self.config.weight_bits}; {self.again()}"
+            )
         if self.config.mixed > 0 and (lost := {group_of(layer.key) for layer in layers} - set(facts["groups"])):
             raise ArtefactMismatch(f"vidit_q: mixed = {self.config.mixed}: the artefact says nothing of {min(lost)}; {self.again()}")
 
@@ -88,12 +94,11 @@ class ViDiTQ(Plugin):
             inputs = None if self.config.input_bits == FLOAT else UniformAffine(self.config.input_bits, "token")
             for layer in layers:
                 weight = None if bits[layer.key] == FLOAT else UniformAffine(bits[layer.key], "channel", self.config.symmetric)
-                s = (
-                    balance(sizes[layer.key].to(layer.module.weight.device), layer.module.weight, self.config.alpha)
-                    if sizes and weight
-                    else None
-                )
-                put(call.swap, layer, quantised(layer.module, weight, inputs, balance=s, pick=pick))
+                s = None
+                if sizes and weight is not None:  # weights in floats are left as they are, and so are the inputs' channels
+                    s = balance(sizes[layer.key].to(layer.module.weight.device), layer.module.weight, self.config.alpha)
+                turn = Rotation(layer.module.in_features).to(layer.module.weight.device) if self.config.rotate and weight else None
+                put(call.swap, layer, quantised(layer.module, weight, inputs, balance=s, pick=pick, rotation=turn))
         next(call)
 
     def bits_of(self, layers: list[Layer], artefact: Artefact | None) -> Mapping[str, int]:
@@ -114,10 +119,20 @@ class ViDiTQ(Plugin):
         if self.config.is_off:
             call.note("inactive: w32a32 leaves every layer as it is")
             return next(call)
-        how = "balanced" if call.given("artefact") is not None else "not balanced: no artefact"
+        how = self.how(call.given("artefact"))
         told = simulated(denoisers_of(call.pipe, call.family), self.name, self.config.bits, how)
         call.note(f"{told}; `diffgraft.methods.quant.export.exported` makes a model that has kernels")
         return next(call)
+
+    def how(self, artefact: Artefact | None) -> str:
+        """What was done to layers beside rounding them, in words."""
+        if self.config.weight_bits == FLOAT:
+            return "not balanced: weights are floats"
+        said = ["not balanced: no artefact" if artefact is None else "balanced"]
+        said += ["rotated"] if self.config.rotate else []
+        if self.config.mixed > 0:
+            said.append("no weight needs more bits" if self.config.weight_bits >= RAISED else f"mixed {self.config.mixed}")
+        return ", ".join(said)
 
     def denoise(self, call: DenoiseCall, next: Any) -> Tensor:
         artefact: Artefact | None = call.given("artefact")

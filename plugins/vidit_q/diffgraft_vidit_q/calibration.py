@@ -24,11 +24,13 @@ LOOKS = 4
 
 
 class Facts(TypedDict):
-    """Of an artefact: the shapes of a_c by layer, the ranges they were taken in, and the groups whose damage was measured, in order."""
+    """Of an artefact: the shapes of a_c by layer, the ranges they were taken in, and the groups whose damage was measured, in order, with
+    the bits that their weights had (0: none was)."""
 
     shapes: Shapes
     ranges: list[int]
     groups: list[str]
+    weight_bits: int
 
 
 def wrong(tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> str | None:
@@ -173,5 +175,6 @@ class Measure(Calibrator):
         # each mean was begun at 0, so it is short of its whole weight; of a layer that got nothing it stays 0
         whole = {key: (1 - MOMENTUM**n).clamp(min=1 - MOMENTUM)[:, None] for key, n in counts.items()}
         flat, shapes = packed({key: mean / whole[key] for key, mean in means.items()})
-        facts = {"shapes": shapes, "ranges": list(self.config.ranges), "groups": sorted(damage)}
+        bits = self.config.weight_bits if damage else 0
+        facts = {"shapes": shapes, "ranges": list(self.config.ranges), "groups": sorted(damage), "weight_bits": bits}
         return {"size": flat, **({"damage": torch.cat([damage[group] for group in sorted(damage)])} if damage else {})}, facts

@@ -12,7 +12,8 @@ from pydantic import Field, field_validator
 PAPER = Paper(
     title="ViDiT-Q: Efficient and Accurate Quantization of Diffusion Transformers for Image and Video Generation",
     arxiv="2406.02540",
-    implemented="weights per channel and activations per token, dynamic; channel balancing for ranges of timesteps; mixed precision",
+    implemented="weights per channel and activations per token, dynamic; static-dynamic channel balancing: scales for ranges of timesteps, "
+    "and a Hadamard rotation; mixed precision",
     omitted="bits that change with the timestep, and the finished-video metrics (CLIPSIM, flow score, VQA) of the mixed-precision search",
     licence="official code without a licence, read for facts; written from the equations",
 )
@@ -25,14 +26,17 @@ class ViDiTQConfig(BitsConfig):
         None, description="the calibration file: a path, owner/name/file.safetensors on the Hub, or an Artefact; none: nothing is balanced"
     )
     alpha: float = Field(0.3, ge=0, le=1, description="alpha of s = a^alpha / w^(1 - alpha); larger leaves less to the activations' grid")
+    rotate: bool = Field(
+        False, description="whether inputs and weights are rotated (randomised Hadamard) after the balance: nearer, above all at few bits"
+    )
     ranges: tuple[int, ...] = Field(
         (), description="last timesteps of the ranges that are balanced each by itself: (500,) is [0, 500] and [501, ...]; none: one range"
     )
-    mixed: float = Field(0, ge=0, le=1, description="share of each kind of layer's weights that gets 8 bits: the most sensitive blocks'")
+    mixed: float = Field(0, ge=0, le=1, description="share of each kind of layer's weights: the most sensitive blocks that fit get 8 bits")
     symmetric: bool = Field(
         False, description="grids of the weights with zero in the middle, which integer kernels need; the paper's are not"
     )
-    keep: tuple[str, ...] = Field((), description="layers that stay floats beside the paper's, by path or a part of it: proj_out, blocks.0")
+    keep: tuple[str, ...] = Field((), description="layers that stay floats beside the paper's, by path or a part of it: attn.to_q, ff")
 
     @field_validator("ranges")
     @classmethod

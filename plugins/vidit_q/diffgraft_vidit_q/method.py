@@ -45,7 +45,7 @@ def kind_of(path: str) -> str:
         return "cross"
     if any(part.startswith("attn") for part in parts):
         return "attention"
-    return "modulation" if any(part.startswith(("norm", "ada")) for part in parts) else "mlp"
+    return "modulation" if any(part.startswith(("norm", "ada")) or part.endswith("_mod") for part in parts) else "mlp"
 
 
 def group_of(key: str) -> str:

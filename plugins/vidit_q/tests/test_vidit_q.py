@@ -263,6 +263,47 @@ def test_mixed_precision_raises_what_the_calibration_found_to_hurt(tmp_path):
         load_pipeline(tiny("wan").pipe, plugins=[("vidit_q", {"mixed": 0.5})])
 
 
+def test_mixed_precision_is_for_the_bits_that_were_measured(tmp_path):
+    made = tiny("wan")
+    artefact = artefact_for(made, tmp_path, bits="w4a8", mixed=0.5)
+    with pytest.raises(ArtefactMismatch, match=r"mixed = 0.5: what suffers was measured at w4, and these are w3; .*-o vidit_q.bits=w3a8"):
+        load_pipeline(made.pipe, plugins=[("vidit_q", {"artefact": artefact, "bits": "w3a8", "mixed": 0.5})])
+    load_pipeline(made.pipe, plugins=[("vidit_q", {"artefact": artefact, "bits": "w3a8"})])  # balancing is for all bits
+
+
+@pytest.mark.parametrize("family", ["flux", "wan", "dit"])
+def test_a_rotation_changes_nothing_but_roundings(family, tmp_path):
+    """(X / s R)(W s R)^T = X W^T; an artefact fits with it and without."""
+    made = tiny(family)
+    plain = picture(made)
+    artefact = artefact_for(made, tmp_path)
+    load_pipeline(made.pipe, plugins=[("vidit_q", {"bits": "w16a16", "rotate": True, "artefact": artefact})])
+    found = picture(made)
+    assert 0 < np.linalg.norm(found - plain) < 1e-3 * np.linalg.norm(plain)
+    assert "balanced, rotated" in part(made.pipe).notes[0]
+    assert all(m.rotation is not None for m in made.pipe.transformer.modules() if isinstance(m, QuantLinear))
+
+
+def test_a_rotated_layer_is_its_formula_and_is_not_exported(tmp_path):
+    made = tiny()
+    load_pipeline(made.pipe, plugins=[("vidit_q", {"bits": "w8a8", "rotate": True, "artefact": artefact_for(made, tmp_path)})])
+    layer = next(m for m in made.pipe.transformer.modules() if isinstance(m, QuantLinear))
+    x, s, [weights] = seeded(2, 5, layer.in_features), layer.balance[0], layer.weights
+    turned = layer.rotation(x / s)
+    wanted = torch.nn.functional.linear(layer.inputs[0](turned), weights.rounded(layer.rotation(layer.weight * s)), layer.bias)
+    assert torch.equal(layer(x), wanted)
+
+
+def test_weights_in_floats_are_not_balanced_and_the_report_says_so(tmp_path):
+    made = tiny()
+    artefact = artefact_for(made, tmp_path)
+    load_pipeline(made.pipe, plugins=[("vidit_q", {"bits": "w32a8", "artefact": artefact})])
+    balanced = picture(made)
+    assert "not balanced: weights are floats" in part(made.pipe).notes[0]
+    made.pipe.plugins.configure("vidit_q", artefact=None)
+    assert np.array_equal(picture(made), balanced)
+
+
 def test_the_report_says_that_nothing_is_faster():
     made = tiny()
     load_pipeline(made.pipe, plugins=["vidit_q"])

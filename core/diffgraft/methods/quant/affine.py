@@ -8,11 +8,12 @@ Zero is always on the grid, so what is padded with zeros stays what it is. All s
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
+T = TypeVar("T")
 Over = Literal["tensor", "channel", "token"]
 BITS = range(2, 17)
 """Bits that a grid may have; float32 counts to 2^24, so 16 are exact."""
@@ -118,3 +119,17 @@ def searched_scale(x: Tensor, grid: UniformAffine, p: float = 2.4) -> Scale:
         least = torch.where(better, error, least)
         best = Scale(*(torch.where(better, new, old) for new, old in zip(scale, best, strict=True)))
     return best
+
+
+def at_index(x: Tensor, at: Tensor | int) -> Tensor:
+    """x[at] without waiting for the device."""
+    return x[at] if isinstance(at, int) else x.index_select(0, at.reshape(1)).squeeze(0)
+
+
+def moved(module: T, fn: Any, but: frozenset[str] | set[str] = frozenset()) -> T:
+    """Move a module's buffers as ``Module._apply`` does, but leave them in float32: a delta of 8 bits is off by half a level of 256."""
+    buffers: dict[str, Tensor | None] = module._buffers  # type: ignore[attr-defined]
+    for name, value in buffers.items():
+        if value is not None and name not in but:
+            buffers[name] = value.to(fn(value.new_zeros(1)).device)
+    return module

@@ -28,6 +28,7 @@ from diffgraft.installed.anatomy import root_of
 from diffgraft.installed.errors import Unsupported
 from diffgraft.methods.extras import imported
 from diffgraft.methods.quant.layers import QuantConv2d, QuantLinear, Weights
+from diffgraft.methods.quant.rounding import balanced
 
 
 def exported(denoiser: nn.Module) -> nn.Module:
@@ -40,7 +41,8 @@ def exported(denoiser: nn.Module) -> nn.Module:
     root = root_of(denoiser)
     layers = {path: module for path, module in root.named_modules() if isinstance(module, QuantLinear)}
     if not any(layer.weights for layer in layers.values()) and not any(isinstance(module, QuantConv2d) for module in root.modules()):
-        raise Unsupported(f"{type(root).__name__} has no quantised layer to export: put the plugin on first")
+        why = "the weights of its quantised layers are floats" if layers else "put the plugin on first"
+        raise Unsupported(f"{type(root).__name__} has no quantised layer to export: {why}")
     made = {path: kernel_weight(path, layer) for path, layer in layers.items() if layer.weights}
     memo: dict[int, Any] = {}
     for path, layer in layers.items():
@@ -64,6 +66,8 @@ def kernel_weight(path: str, layer: QuantLinear) -> Tensor:
     if len(layer.weights) > 1 or len(weights.sizes) > 1:
         what = "several ranges of timesteps" if len(layer.weights) > 1 else "a split"
         raise Unsupported(f"{path} has a weight for each of {what}, and a kernel takes one: quantise without")
+    if layer.rotation is not None:
+        raise Unsupported(f"{path} rotates its inputs, which no kernel does: quantise without")
     if grid.bits > 8 or (rounder is not None and rounder.grid.bits != 8):
         inputs = "floats" if rounder is None else f"{rounder.grid.bits} bits"  # type: ignore[union-attr]
         raise Unsupported(
@@ -95,7 +99,7 @@ def int8_weight(path: str, layer: QuantLinear, weights: Weights, rounder: Any) -
         mapping = MappingType.SYMMETRIC if rounder.grid.symmetric else MappingType.ASYMMETRIC
         inputs = QuantizeTensorToInt8Kwargs(PerRow() if rounder.grid.over == "token" else PerTensor(), mapping)
     return Int8Tensor(  # type: ignore[no-any-return]
-        weights.codes(unrounded(layer)).to(torch.int8),
+        weights.codes(balanced(layer, 0)).to(torch.int8),
         scale.delta.detach().clone(),
         [1, layer.in_features],
         layer.weight.dtype,
@@ -117,7 +121,7 @@ def intx_weight(layer: QuantLinear, weights: Weights, rounder: Any) -> Tensor:
     moved = 0 if weights.grid.symmetric else 2 ** (weights.grid.bits - 1)
     inputs = None if rounder is None else IntxUnpackedToInt8TensorActivationQuantization.INT8_ASYM_PER_TOKEN
     return IntxUnpackedToInt8Tensor(  # type: ignore[no-any-return]
-        (weights.codes(unrounded(layer)) - moved).to(torch.int8),
+        (weights.codes(balanced(layer, 0)) - moved).to(torch.int8),
         scale.delta.detach().clone().to(layer.weight.dtype),
         (scale.zero - moved).to(torch.int8),
         getattr(torch, f"int{weights.grid.bits}"),
@@ -125,12 +129,6 @@ def intx_weight(layer: QuantLinear, weights: Weights, rounder: Any) -> Tensor:
         layer.weight.dtype,
         inputs,
     )
-
-
-def unrounded(layer: QuantLinear) -> Tensor:
-    """W s."""
-    weight = layer.weight.detach().float()
-    return weight if layer.balance is None else weight * layer.balance[0]
 
 
 def bytes_in(model: nn.Module) -> int:

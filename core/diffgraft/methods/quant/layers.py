@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from diffgraft.installed.anatomy import root_of
 from diffgraft.installed.errors import ConfigError, Conflict, NotFinite, Unsupported, nearest
 from diffgraft.kernel.weights import kept_as
-from diffgraft.methods.quant.affine import Scale, UniformAffine, nearest_scale
+from diffgraft.methods.quant.affine import Scale, UniformAffine, at_index, moved, nearest_scale
+from diffgraft.methods.quant.rotation import Rotation
 from diffgraft.methods.standing_in import ensure_exchangeable, stand_in
 
 Pick = Callable[[], "Tensor | int | None"]
-T = TypeVar("T")
 
 
 @dataclass(frozen=True, eq=False)
@@ -176,21 +176,13 @@ class Weights(nn.Module):
         return moved(self, fn, {"value"})
 
 
-def moved(module: T, fn: Any, but: frozenset[str] | set[str] = frozenset()) -> T:
-    """Move a module's buffers as ``Module._apply`` does, but leave them in float32: a delta of 8 bits is off by half a level of 256."""
-    buffers: dict[str, Tensor | None] = module._buffers  # type: ignore[attr-defined]
-    for name, value in buffers.items():
-        if value is not None and name not in but:
-            buffers[name] = value.to(fn(value.new_zeros(1)).device)
-    return module
-
-
 class _Quantised:
     """What the two classes of layers share.
 
     inputs   for each part of the input channels how it is put on a grid; none where the inputs stay floats
     weights  one for each range of timesteps that has its own; none where the weight stays as it is
     balance  s [ranges, channels]: inputs are divided by it, and the weights in ``weights`` are multiplied with it; None: 1
+    rotation what both are rotated by after that, or None
     pick     which range a forward is in, asked where there are several
     outputs  how what comes out is put on a grid (queries, keys, values), or None
     softmax  of a layer of queries: how the softmax that they go into is put on a grid (`attention`), or None
@@ -201,6 +193,7 @@ class _Quantised:
     weight: nn.Parameter
     bias: nn.Parameter | None
     balance: Tensor | None
+    rotation: Rotation | None
     outputs: Rounder | None
     softmax: Rounder | None
     key: str = ""
@@ -219,6 +212,7 @@ class _Quantised:
         see: Callable[[Tensor], None] | None = None,
         outputs: Rounder | None = None,
         softmax: Rounder | None = None,
+        rotation: Rotation | None = None,
     ) -> None:
         if len(weights) > 1 and pick is None:
             raise ValueError("several ranges, and nothing that says which a forward is in")
@@ -226,7 +220,7 @@ class _Quantised:
             raise ValueError(f"balance for {len(balance)} ranges, and {len(weights)} weights that are multiplied with it")
         stand_in(self, layer)  # type: ignore[arg-type]
         self.inputs, self.weights = nn.ModuleList(inputs), nn.ModuleList(weights)
-        self.outputs, self.softmax = outputs, softmax
+        self.outputs, self.softmax, self.rotation = outputs, softmax, rotation
         self.pick, self.see, self.sizes = pick, see, weights[0].sizes if weights else (layer.weight.shape[1],)  # type: ignore[index, union-attr]
         self.register_buffer("balance", balance, persistent=False)  # type: ignore[attr-defined]
 
@@ -253,6 +247,8 @@ class _Quantised:
         at = int(at) if isinstance(at, Tensor) and at.device.type == "cpu" else at
         if self.balance is not None:
             x = (x / at_index(self.balance, at)).to(x.dtype)
+        if self.rotation is not None:
+            x = self.rotation(x)
         if self.inputs:
             parts = x.split(self.sizes, dim=self.axis) if len(self.inputs) > 1 else (x,)
             rounded = [rounder(part) for rounder, part in zip(self.inputs, parts, strict=True)]
@@ -286,11 +282,6 @@ class _Quantised:
         super()._apply(fn, recurse)  # type: ignore[misc]
         self.balance = None if balance is None else balance.to(fn(balance.new_zeros(1)).device)
         return self
-
-
-def at_index(x: Tensor, at: Tensor | int) -> Tensor:
-    """x[at] without waiting for the device."""
-    return x[at] if isinstance(at, int) else x.index_select(0, at.reshape(1)).squeeze(0)
 
 
 class QuantLinear(_Quantised, nn.Linear):
@@ -345,6 +336,7 @@ def quantised(
     split: int = 0,
     balance: Tensor | None = None,
     pick: Pick | None = None,
+    rotation: Rotation | None = None,
     scale_of: Callable[[Tensor, UniformAffine], Scale] = nearest_scale,
 ) -> QuantLayer:
     """A layer on grids.
@@ -356,6 +348,7 @@ def quantised(
         split: channels of the first of two parts; 0: one part.
         balance: s [timestep ranges, input channels].
         pick: which range of timesteps a forward is in.
+        rotation: of a linear: inputs and weights, after the balance.
         scale_of: how the scales of the weights are found: ``nearest_scale``, ``searched_scale``.
     """
     channels = layer.weight.shape[1]
@@ -365,12 +358,13 @@ def quantised(
     shape = (1, -1) + (1,) * (layer.weight.ndim - 2)
     factors: list[Any] = [1] if balance is None else [s.reshape(shape).to(layer.weight.device) for s in balance]
     whole = [] if weight is None else [layer.weight.detach().float() * s for s in factors]
+    whole = whole if rotation is None else [rotation.to(layer.weight.device)(w) for w in whole]
     weights = [Weights(w, weight, [scale_of(part, weight) for part in w.split(sizes, 1)], sizes) for w in whole if weight is not None]
     for one in weights:
         one.value = one.value.to(layer.weight.dtype)
     fixed = list(ranges) if len(ranges) == len(sizes) else [None] * len(sizes)
     rounders = [] if inputs is None else [Rounder(inputs, scale) for scale in fixed]
-    return in_place_of(layer, weights=weights, inputs=rounders, balance=balance, pick=pick)
+    return in_place_of(layer, weights=weights, inputs=rounders, balance=balance, pick=pick, rotation=rotation)
 
 
 def ensure_finite(values: Mapping[str, Tensor], plugin: str) -> None:

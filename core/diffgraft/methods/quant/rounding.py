@@ -128,9 +128,10 @@ def learn_rounding(outputs: Outputs, targets: Outputs, count: int, layers: Seque
 
 
 def balanced(layer: QuantLayer, i: int) -> Tensor:
-    """What weight number ``i`` of a layer rounds: W s."""
+    """What weight number ``i`` of a layer rounds: W s, rotated where its inputs are."""
     weight = layer.weight.detach().float()
-    return weight if layer.balance is None else weight * layer.balance[i].reshape(1, -1, *[1] * (weight.ndim - 2))
+    weight = weight if layer.balance is None else weight * layer.balance[i].reshape(1, -1, *[1] * (weight.ndim - 2))
+    return weight if layer.rotation is None else layer.rotation(weight)  # type: ignore[no-any-return]
 
 
 def learn_scales(outputs: Outputs, targets: Outputs, count: int, rounders: Sequence[Rounder], recipe: Recipe, seed: int = 0) -> Losses:
