@@ -111,7 +111,7 @@ def main(
         ways: dict[str, Any] = {"tensor": Nearest(plan, ours), "token": ViDiTQ(bits=plan)}
         ways["balanced, rotated"] = ViDiTQ(bits=plan, artefact=artefacts["balanced"], alpha=alpha, rotate=True)
         for name, artefact in artefacts.items():
-            if name != "mixed" or ViDiTQConfig(bits=plan).weight_bits < 8:
+            if name != "mixed" or ViDiTQConfig(bits=plan).weight_bits == 4:  # the bits that it was measured at
                 ways[name] = ViDiTQ(bits=plan, artefact=artefact, alpha=alpha, **({"mixed": mixed} if name == "mixed" else {}))
         for name, plugin in ways.items():
             found, size, plain = grafted(bench, plugin)
