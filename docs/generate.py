@@ -25,6 +25,8 @@ MEASURED = {
     "examples/benchmarks/README.md": "measured/benchmarks.md",
     "examples/benchmarks/speed.md": "measured/speed.md",
     "examples/benchmarks/restore.md": "measured/restore.md",
+    "examples/benchmarks/restore-emoji-sd.md": "measured/restore-emoji-sd.md",
+    "examples/benchmarks/restore-emoji-wan.md": "measured/restore-emoji-wan.md",
     "examples/benchmarks/quantise.md": "measured/quantise.md",
     "examples/stacks/README.md": "measured/stacks.md",
     "examples/pairs.md": "measured/pairs.md",

@@ -201,6 +201,8 @@ def test_yaml_is_a_stack_file_and_the_command_says_the_stack(tmp_path: Path) -> 
     file.write_text(as_yaml(asked))
     stack = load_pipeline("emoji-sd", plugins=file).plugins
     assert [(name, stack[name].own_knobs) for name in stack] == asked.specs
+    assert "family: sd" in file.read_text()
+    assert "pipeline: StableDiffusionPipeline" in file.read_text()
     assert "package: diffgraft-deepcache" in file.read_text()  # what a reader without it is to install
     command = as_command(asked)
     assert "--plugins deepcache,time_shift -o deepcache.interval=5 --steps 4 --guidance-scale 3.5 --seed 7" in command

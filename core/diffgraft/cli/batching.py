@@ -118,9 +118,13 @@ def batch(
         broken = dict(state.failed)
         tell_failed(broken)
         say(f"{state.todo} to draw, {len(state.there)} there already" + f", {len(broken)} broken" * bool(broken), err=True)
-        with progress() as advance:
-            for now in carried_out(state, tasks, results, Opening(base, kind, threads), pool):
-                advance("pictures", now.done, now.todo)
+        try:
+            with progress() as advance:
+                for now in carried_out(state, tasks, results, Opening(base, kind, threads), pool):
+                    advance("pictures", now.done, now.todo)
+        except KeyboardInterrupt:
+            say(f"stopped: {state.drawn} drawn, {len(state.there)} were there; the same command goes on", err=True)
+            raise
     tell_failed({number: why for number, why in state.failed.items() if number not in broken})
     if as_json:
         say(json.dumps({"there": len(state.there), "drawn": state.drawn, "failed": dict(sorted(state.failed.items()))}))

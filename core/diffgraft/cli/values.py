@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from diffgraft.installed import registry
 from diffgraft.installed.errors import ConfigError, choices, nearest
 from diffgraft.installed.foreign import brief
-from diffgraft.stacks.presets import find_preset
+from diffgraft.stacks.presets import preset_for
 from diffgraft.stacks.reading import class_at, read_stack
 
 if TYPE_CHECKING:
@@ -69,14 +69,14 @@ def parse_assignments(items: list[str] | None, option: str) -> dict[str, Any]:
     return found
 
 
-def plugin_specs(names: list[str] | None, options: list[str] | None, stack: Sequence[Spec] = ()) -> list[Spec]:
-    """(plugin, knobs) in the order given, inside those of a stack file; ``name:preset`` brings the knobs of a preset.
+def plugin_specs(names: list[str] | None, options: list[str] | None, stack: Sequence[Spec] = (), model: str = "") -> list[Spec]:
+    """(plugin, knobs) in the order given, inside those of a stack file; ``name:preset`` brings the knobs of a preset, for ``model``.
 
     Raises:
         ConfigError: an option that is not ``plugin.knob=value``, or for a plugin that is not in the list; one that the stack file has too.
     """
     said = [name.strip().partition(":") for item in names or [] for name in item.split(",") if name.strip()]
-    specs = [*stack, *((name, {**find_preset(name, preset).knobs} if colon else {}) for name, colon, preset in said)]
+    specs = [*stack, *((name, {**preset_for(name, preset, model).knobs} if colon else {}) for name, colon, preset in said)]
     listed = [name for name, _ in specs]
     if twice := {name for name, *_ in said} & {name for name, _ in stack}:
         raise ConfigError(f"--plugin {min(twice)}: it is in the stack file already; -o {min(twice)}.KNOB=VALUE changes its knobs")
@@ -104,7 +104,7 @@ def specs_for(pipeline: str, names: list[str] | None, options: list[str] | None,
         ConfigError, ArtefactMismatch, Unsupported: the stack file is none, of another family, or names a file that is not there as it was.
     """
     file = None if stack is None else read_stack(stack)
-    specs = plugin_specs(names, options, [spec for spec in file.specs() if spec[0] not in file.disabled] if file else ())
+    specs = plugin_specs(names, options, [spec for spec in file.specs() if spec[0] not in file.disabled] if file else (), pipeline)
     for name, _ in specs:
         registry.named(name)
     folder = registry.resolve(pipeline)

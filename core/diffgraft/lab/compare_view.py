@@ -58,6 +58,9 @@ def print_comparison(result: Comparison) -> None:
     if result.advantage is not None:
         fewer = result.arms[-1].arm.name
         say(f"PSNR of {result.equal_time.matched_to} above that of {fewer}: {result.advantage.text('dB')}.")
+        if not (equal := result.equal_time).held:
+            unequal = f"{fewer} had {equal.realised:.2f} x the time of {equal.matched_to}, so this is not at equal time"
+            say((f"{unequal}: compare again where nothing else runs", "yellow"))
     if result.product is not None:
         say(f"{result.product}.")
     idle = dict.fromkeys(name for item in result.arms for name in item.inactive)

@@ -211,6 +211,11 @@ class EqualTime:
     realised: float
     pilot: dict[str, list[float]]
 
+    @property
+    def held(self) -> bool:
+        """Whether the rounds took about the time that the steps were chosen for; on a machine that others use they may not."""
+        return self.capped or 0.8 <= self.realised <= 1.25
+
     def __str__(self) -> str:
         fit = f"{self.fixed * 1e3:.0f} ms + {self.per_step * 1e3:.1f} ms a step"
         if self.capped:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -14,10 +13,8 @@ from diffgraft.installed.errors import ConfigError
 from diffgraft.installed.family import Family
 from diffgraft.installed.plugin import Plugin
 from diffgraft.installed.specs import Specs, as_specs, build_plugin
-from diffgraft.stacks.presets import find_preset
+from diffgraft.stacks.presets import preset_for
 from diffgraft.stacks.reading import NAME, Stack, class_at, is_stack, read_stack
-
-_log = logging.getLogger(__name__)
 
 Plugins = Specs | os.PathLike[str] | Literal[True]
 """Everything that ``load_pipeline(plugins=...)`` takes."""
@@ -103,7 +100,4 @@ def with_preset(spec: Any, model: str) -> Any:
     if not (isinstance(spec, tuple) and len(spec) in (2, 3) and all(isinstance(part, str) for part in spec[:2])):
         return spec
     plugin, name, *more = spec
-    preset = find_preset(plugin, name)
-    if model and not preset.is_for(model) and not preset.is_for(Path(model).name):
-        _log.warning("%s: the preset %s is for models called %s; its source says nothing of %s", plugin, name, preset.models, model)
-    return plugin, {**preset.knobs, **(more[0] if more else {})}
+    return plugin, {**preset_for(plugin, name, model).knobs, **(more[0] if more else {})}

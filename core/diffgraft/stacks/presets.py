@@ -4,12 +4,15 @@ plugin."""
 from __future__ import annotations
 
 import importlib.util
+import logging
 from pathlib import Path
 
 from diffgraft.installed import registry
 from diffgraft.installed.errors import ConfigError, choices
 from diffgraft.stacks.reading import content_of
 from diffgraft.stacks.schema import PRESET, Preset, parse
+
+_log = logging.getLogger(__name__)
 
 FOLDER = "presets"
 
@@ -48,6 +51,22 @@ def presets_of(plugin: str) -> dict[str, Preset]:
         ConfigError: a file of it is no preset.
     """
     return read_presets(folder_of(registry.named(plugin).module))
+
+
+def preset_for(plugin: str, name: str, model: str) -> Preset:
+    """One preset for a model (a Hub id, a folder, a bundled name; "" where it has none); the logger tells what may not fit.
+
+    Raises:
+        ConfigError: the plugin has none of that name.
+    """
+    preset = find_preset(plugin, name)
+    short = Path(model).name
+    if model and not preset.is_for(model) and not preset.is_for(short):
+        _log.warning("%s: the preset %s is for models called %s; its source says nothing of %s", plugin, name, preset.models, short)
+    if preset.call:
+        told = ", ".join(f"{key}={value!r}" for key, value in preset.call.items())
+        _log.warning("%s: with the preset %s belongs a call with %s, which is yours to say", plugin, name, told)
+    return preset
 
 
 def find_preset(plugin: str, name: str) -> Preset:

@@ -216,7 +216,8 @@ class Page:
         )
         running.then(lambda: gr.update(interactive=False), None, self.stop, **AT_ONCE)
         running.failure(lambda: "", None, self.state, **AT_ONCE)
-        self.stop.click(lambda: ("stopped", gr.update(interactive=False)), None, [self.state, self.stop], cancels=[running], **AT_ONCE)
+        stopped = "<p>stopped: nothing of this run is kept</p>", gr.update(interactive=False), None
+        self.stop.click(lambda: stopped, None, [self.state, self.stop, self.slider], cancels=[running], **AT_ONCE)
         self.past.select(self.recall, self.runs, [*self.written, *found], **AT_ONCE)
         settings = [self.pipeline, *call, self.seed, self.picked, self.shown, self.renewed]
         self.again.click(self.reuse, [self.current, self.renewed], settings, **AT_ONCE)

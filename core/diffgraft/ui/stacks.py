@@ -165,7 +165,10 @@ def as_yaml(asked: Asked) -> str:
     for name, knobs in asked.specs:
         offer = registry.named(name)
         members.append(Member(name=name, package=offer.dist, version=offer.version, knobs=knobs))
-    return HEAD + written(StackFile(diffgraft=core_version(), plugins=tuple(members)))
+    pipeline = pipeline_class(asked.pipeline)
+    found = registry.family_of([pipeline]) if pipeline else None
+    family = found[0].name if found else None
+    return HEAD + written(StackFile(family=family, pipeline=pipeline, diffgraft=core_version(), plugins=tuple(members)))
 
 
 def as_command(asked: Asked) -> str:
