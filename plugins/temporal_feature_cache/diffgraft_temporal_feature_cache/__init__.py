@@ -255,7 +255,7 @@ def digest(value: Any, known: dict[tuple[Any, ...], tuple[str, Tensor]]) -> Hash
     place = source(value)
     if place not in known:
         data = value.detach().contiguous().reshape(-1).view(torch.uint8)
-        read = bytes(data.tolist())  # check: allow host_sync because pooled inputs stay in a run
+        read = bytes(data.tolist())  # check: allow host_sync because most pooled inputs stay in a run, see `key_of`
         known[place] = hashlib.blake2b(read, digest_size=16).hexdigest(), value  # held, so that its place stays its own
     return known[place][0]
 
