@@ -14,11 +14,12 @@ from typing import Any, ClassVar
 import torch
 from diffgraft import Conflict, DenoiseCall, Effects, ModulesCall, Paper, Plugin, PluginConfig, RunCall, Step, Target, Unsupported, root_of
 from diffgraft.methods.quant.layers import QuantLinear
+from diffgraft.methods.standing_in import has_own_forward
 from pydantic import Field
 from torch import Tensor, nn
 
 from diffgraft_temporal_feature_cache.cache import NAME, CachedLinear, Serving, Store, checksums
-from diffgraft_temporal_feature_cache.method import POOLED, is_temporal
+from diffgraft_temporal_feature_cache.method import POOLED, enters, is_temporal
 
 __all__ = ["TemporalFeatureCache"]
 __version__ = "0.1.0"
@@ -37,6 +38,17 @@ class TemporalFeatureCacheConfig(PluginConfig):
 
 
 @dataclass
+class Begun:
+    """Of a denoiser in a run: what it is served from, the modules whose parameters enter that, what these were when it began, and how many
+    outputs were served since."""
+
+    store: Store
+    modules: list[nn.Module]
+    weights: tuple[Hashable, ...]
+    served: int = 0
+
+
+@dataclass
 class Seen:
     """Of a run (``call.shared``): the call that is served; timesteps by call and digests of pooled inputs, with what they were read from;
     by denoiser what it is served from, None where it is not; whether one of the inputs that were not compared was another; and how
@@ -45,10 +57,16 @@ class Seen:
     serving: Serving | None = None
     levels: dict[int, tuple[float, tuple[Any, ...]]] = field(default_factory=dict)
     digests: dict[tuple[Any, ...], tuple[str, Tensor]] = field(default_factory=dict)
-    stores: dict[str, Store | None] = field(default_factory=dict)
+    begun: dict[str, Begun | None] = field(default_factory=dict)
     apart: list[Tensor] = field(default_factory=list)
     served: int = 0
     computed: int = 0
+
+    def forget(self) -> None:
+        """Keep nothing of what this run has used."""
+        for each in self.begun.values():
+            if each is not None:
+                each.store.forget()
 
 
 class TemporalFeatureCache(Plugin):
@@ -71,8 +89,7 @@ class TemporalFeatureCache(Plugin):
     def check(self, target: Target) -> None:
         found = [each for denoiser in target.denoisers.values() for each in temporal(denoiser, nn.Linear)]
         for path, layer in found:
-            if isinstance(layer, QuantLinear):
-                raise Conflict(f"{NAME}: {path} is quantised already; put {NAME} first in the list, so that quantisers leave it out")
+            ensure_floats(path, layer)
             if type(layer) is nn.Linear and path.endswith(".base_layer"):
                 raise Unsupported(
                     f"{NAME}: a LoRA lies over {path.removesuffix('.base_layer')}, and its strength may change in mid-run: fuse it "
@@ -90,64 +107,109 @@ class TemporalFeatureCache(Plugin):
         for denoiser in call.denoisers.values() if self.config.megabytes > 0 else ():
             root, store = root_of(denoiser), Store(int(self.config.megabytes * MEGABYTE))
             for path, layer in temporal(denoiser, nn.Linear):
-                if type(layer) is nn.Linear:
+                ensure_floats(path, layer)  # also here: a quantiser before it in the list was put on after `check`
+                if type(layer) is nn.Linear and not has_own_forward(layer):
                     parent, _, name = path.rpartition(".")
                     call.swap(root.get_submodule(parent), name, CachedLinear(layer, store))
         next(call)
 
     def run(self, call: RunCall, next: Any) -> Any:
-        result = next(call)
         seen: Seen = call.shared
+        try:
+            result = next(call)
+        except BaseException:
+            seen.forget()  # nothing says what the weights were until then
+            raise
         if seen.served + seen.computed:
             call.note(f"of the time path {seen.served} outputs of layers were served, {seen.computed} computed")
         call.count("served", seen.served)
         call.count("computed", seen.computed)
+        self.ensure_weights(seen)
         if seen.apart and bool(torch.stack([each.cpu() for each in seen.apart]).any()):  # check: allow host_sync because it is once a run
-            for store in seen.stores.values():
-                if store is not None:
-                    store.forget()
+            seen.forget()
             raise Unsupported(
                 f"{NAME}: in this run the time path got something else than at the same timestep before, so the picture is wrong: another "
                 f"plugin or a callback changes it ({', '.join(each.name for each in call.others) or 'no other plugin is on'}); take one off"
             )
         return result
 
+    def ensure_weights(self, seen: Seen) -> None:
+        """At the end of a run: forget what was computed while the weights changed.
+
+        Raises:
+            Unsupported: something was served in that run.
+        """
+        began = [(name, each) for name, each in seen.begun.items() if each is not None and (each.served or self.config.across_runs)]
+        changed = [(name, each) for name, each in began if checksums(each.modules) != each.weights]
+        for _, begun in changed:
+            begun.store.forget()
+        if served := [name for name, begun in changed if begun.served]:
+            raise Unsupported(
+                f"{NAME}: the weights of the time path of {', '.join(served)} were changed in mid-run (a LoRA fused, a state loaded), and "
+                "outputs of the ones before may have been served, so the picture may be wrong: change them between runs, or take "
+                f"{NAME} off"
+            )
+
     def denoise(self, call: DenoiseCall, next: Any) -> Tensor:
         seen: Seen = call.shared
-        if call.model_name not in seen.stores:
-            seen.stores[call.model_name] = self.begin(call)
-        if (store := seen.stores[call.model_name]) is None:
+        if call.model_name not in seen.begun:
+            seen.begun[call.model_name] = self.begin(call)
+        if (begun := seen.begun[call.model_name]) is None:
             return next(call)  # type: ignore[no-any-return]
-        seen.serving = serving = Serving(store, store.at(key_of(call)))
+        seen.serving = serving = Serving(begun.store, begun.store.at(key_of(call)))
         try:
             return next(call)  # type: ignore[no-any-return]
         finally:
             seen.serving = None
+            begun.served += serving.served
             seen.served += serving.served
             seen.computed += serving.computed
-            if (apart := serving.apart()) is not None:
-                seen.apart.append(apart)
+            seen.apart += serving.apart()
 
-    def begin(self, call: DenoiseCall) -> Store | None:
+    def begin(self, call: DenoiseCall) -> Begun | None:
         """Before the first call of a denoiser in a run: what it is served from, without what was computed with other weights; None where
         everything is computed."""
         found = list(temporal(call.model, CachedLinear))
         if not found:
-            call.note("inactive: megabytes = 0" if self.config.megabytes == 0 else f"{call.model_name} has no time path that is known")
+            call.note(f"inactive: {'megabytes = 0' if self.config.megabytes == 0 else why_none(call)}")
             return None
         if editors := [each.name for each in call.others if "timestep" in each.effects.edits and not each.is_neutral]:
             call.note(f"inactive: {', '.join(editors)} edits the timestep")
             return None
         if over := next((path for path, _ in found if path.endswith(".base_layer")), None):
-            call.note(f"inactive: a LoRA lies over {over.removesuffix('.base_layer')}, on the time path; fused, it would not matter")
+            call.note(
+                f"inactive: a LoRA lies over {over.removesuffix('.base_layer')}, on the time path; it would not matter as a part of the "
+                "weights (pipe.fuse_lora(), then pipe.unload_lora_weights())"
+            )
             return None
-        if any(layer.weight.is_meta for _, layer in found):
+        modules = [module for path, module in root_of(call.model).named_modules() if enters(path) and ".lora_" not in path]
+        if any(parameter.is_meta for module in modules for parameter in module.parameters()):
             call.note("inactive: the weights are offloaded one by one")
             return None
         kept: Store = found[0][1].store
         store = kept if self.config.across_runs else Store(kept.limit)
-        store.begin(checksums([layer for _, layer in found]))
-        return store
+        begun = Begun(store, modules, checksums(modules))
+        store.begin(begun.weights)
+        return begun
+
+
+def ensure_floats(path: str, layer: nn.Module) -> None:
+    """Raises Conflict where a layer of the time path is quantised."""
+    if isinstance(layer, QuantLinear):
+        raise Conflict(f"{NAME}: {path} is quantised already; put {NAME} first in the list, so that quantisers leave it out")
+
+
+def why_none(call: DenoiseCall) -> str:
+    """Why no layer of a denoiser is exchanged."""
+    layers = [layer for _, layer in temporal(call.model, nn.Linear)]
+    if not layers:
+        return f"{call.model_name} has no time path that is known"
+    if all(has_own_forward(layer) for layer in layers):
+        return (
+            f"the layers of the time path of {call.model_name} have forwards of their own (offloading by layers, layerwise casting, "
+            "accelerate), and compute themselves"
+        )
+    return f"the time path of {call.model_name} is not exchanged: it came after {NAME} was put on; take {NAME} off and put it on again"
 
 
 def temporal(denoiser: nn.Module, kind: type[nn.Linear]) -> Iterator[tuple[str, Any]]:
@@ -158,7 +220,11 @@ def temporal(denoiser: nn.Module, kind: type[nn.Linear]) -> Iterator[tuple[str, 
 
 
 def key_of(call: DenoiseCall) -> Hashable:
-    """What the time path's outputs at this call depend on, beside its weights. Nothing waits for the device but the first time in a run."""
+    """What the time path's outputs at this call depend on, beside its weights.
+
+    Nothing waits for the device but the first time in a run, and where a pipeline makes a pooled input anew for each step, which then is
+    read once a step: FluxControlNet's ``guidance``.
+    """
     told = {name: call.get(name) for name in POOLED}
     if call.model.config.get("addition_embed_type") == "text":  # type: ignore[union-attr, operator]
         told["encoder_hidden_states"] = call.get("encoder_hidden_states")  # pooled inside
@@ -189,7 +255,7 @@ def digest(value: Any, known: dict[tuple[Any, ...], tuple[str, Tensor]]) -> Hash
     place = source(value)
     if place not in known:
         data = value.detach().contiguous().reshape(-1).view(torch.uint8)
-        read = bytes(data.tolist())  # check: allow host_sync because pooled inputs stay in a run
+        read = bytes(data.tolist())  # check: allow host_sync because most pooled inputs stay in a run, see `key_of`
         known[place] = hashlib.blake2b(read, digest_size=16).hexdigest(), value  # held, so that its place stays its own
     return known[place][0]
 

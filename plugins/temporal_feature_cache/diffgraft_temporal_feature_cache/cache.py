@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from diffgraft import PluginNotFound, now
+from diffgraft.methods.standing_in import stand_in
 from torch import Tensor, nn
 
 NAME = "temporal_feature_cache"
@@ -97,10 +98,10 @@ class Serving:
         kept = self.level.kept.get(layer)
         if kept is not None and self.fits(kept, layer, x):
             self.served += 1
-            return kept.y
+            return uncounted_apart(kept.y)
         self.computed += 1
         y = layer.compute(x)
-        self.store.keep(self.level, layer, Kept(x.detach().clone(), y.detach(), versions(layer.parameters()), version(y)))
+        self.store.keep(self.level, layer, Kept(x.detach().clone(), uncounted_apart(y).detach(), versions(layer.parameters()), version(y)))
         return y
 
     def fits(self, kept: Kept, layer: CachedLinear, x: Tensor) -> bool:
@@ -117,11 +118,23 @@ class Serving:
             return True
         return torch.equal(x, kept.x)
 
-    def apart(self) -> Tensor | None:
-        """Whether an input that was not compared was another one; a bool tensor on the device, nothing waits for it."""
-        if not self.came:
-            return None
-        return torch.cat([x.reshape(-1) for x in self.came]).ne(torch.cat([x.reshape(-1) for x in self.known])).any()
+    def apart(self) -> list[Tensor]:
+        """For each device whether an input there that was not compared was another one: bool tensors, nothing waits for them."""
+        pairs: dict[torch.device, list[tuple[Tensor, Tensor]]] = {}
+        for came, known in zip(self.came, self.known, strict=True):
+            pairs.setdefault(came.device, []).append((came.reshape(-1), known.reshape(-1)))
+        return [differ(*(torch.cat(side) for side in zip(*each, strict=True))) for each in pairs.values()]
+
+
+def differ(x: Tensor, y: Tensor) -> Tensor:
+    """Whether a value is another one, a bool; not a number is the same as not a number."""
+    return (x.ne(y) & ~(x.isnan() & y.isnan())).any()
+
+
+def uncounted_apart(y: Tensor) -> Tensor:
+    """A tensor, or a copy where it does not count how often it is written to: what gets it may write to it, and what is kept would not
+    tell."""
+    return y.clone() if y.is_inference() else y
 
 
 def waits(x: Tensor) -> bool:
@@ -139,15 +152,15 @@ def versions(parameters: Iterable[Tensor]) -> tuple[int, ...]:
 
 
 class CachedLinear(nn.Linear):
-    """A plain linear's ``weight`` and ``bias``, the same objects, and what it gave for the levels that are kept.
+    """A plain linear's parameters and hooks, the same objects, and what it gave for the levels that are kept.
 
     Computes itself outside of runs with the plugin, in compiled graphs, and where a gradient or tangent is to flow through it.
     """
 
     def __init__(self, layer: nn.Linear, store: Store) -> None:
         super().__init__(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
-        self.weight, self.bias, self.store = layer.weight, layer.bias, store
-        self.train(layer.training)
+        stand_in(self, layer)
+        self.store = store
 
     def compute(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight, self.bias)
@@ -175,18 +188,44 @@ def current() -> Serving | None:
     return found
 
 
-def checksums(layers: Sequence[nn.Linear]) -> tuple[Hashable, ...]:
-    """What the weights are, in few numbers: any one change is seen, and so is an exchange of two values. One wait for each device.
+INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+"""By bytes of a value."""
+
+CHUNK = 1 << 20
+"""So many values of a parameter are summed up at a time: 8 MB as they are multiplied."""
+
+
+def checksums(modules: Sequence[nn.Module]) -> tuple[Hashable, ...]:
+    """What the parameters of modules (of a cached layer also those below it) are: type, shape and a number for each. One wait for each
+    device.
 
     Attributes tell of most changes, but not of all: a LoRA is fused by writing past the counters.
     """
+    found = list(dict.fromkeys(p for module in modules for p in module.parameters(recurse=isinstance(module, CachedLinear))))
     sums: dict[torch.device, list[Tensor]] = {}
-    for parameter in (p for layer in layers for p in layer.parameters()):
-        whole = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[parameter.element_size()]
-        bits = parameter.detach().contiguous().view(whole)
-        table = bits.reshape(len(bits), -1)
-        for axis in (0, 1):  # sums of columns and of rows, each with a weight of its own
-            line = table.sum(axis, dtype=torch.int64)
-            sums.setdefault(parameter.device, []).append((line * torch.arange(1, len(line) + 1, device=line.device)).sum())
-    read = [torch.stack(each).tolist() for each in sums.values()]  # check: allow host_sync because it is asked once a run
-    return (*(layer.weight.dtype for layer in layers), *(number for each in read for number in each))
+    for parameter in found:
+        sums.setdefault(parameter.device, []).append(checksum(parameter))
+    read = {
+        device: iter(torch.stack(each).tolist())  # check: allow host_sync because it is asked twice a run
+        for device, each in sums.items()
+    }
+    return tuple((each.dtype, each.shape, next(read[each.device])) for each in found)
+
+
+def checksum(parameter: Tensor) -> Tensor:
+    """u^T B v modulo 2^64 (int64), where B are the bits of the values as whole numbers [rows, columns].
+
+    Exact, so the same on every device, and in any order of summing. All u and v are odd, so one other value is always seen; they have no
+    pattern, so changes that have one do not cancel, unless by a chance of about 2^-32.
+    """
+    bits = torch.atleast_2d(parameter.detach().contiguous().view(INTEGERS[parameter.element_size()])).flatten(1)
+    u, v = odd(sum(bits.shape), bits.device).split(list(bits.shape))
+    return (torch.cat([(part * v).sum(1) for part in bits.split(max(1, CHUNK // len(v)))]) * u).sum()
+
+
+def odd(count: int, device: torch.device) -> Tensor:
+    """Odd numbers without a pattern [count], int64: 1, 2, ... mixed as in SplitMix64 (Steele, Lea, Flood 2014), modulo 2^64."""
+    x = torch.arange(1, count + 1, device=device) * -0x61C8864680B583EB
+    x = (x ^ (x >> 30)) * -0x40A7B892E31B1A47
+    x = (x ^ (x >> 27)) * -0x6B2FB644ECCEEE15
+    return (x ^ (x >> 31)) | 1

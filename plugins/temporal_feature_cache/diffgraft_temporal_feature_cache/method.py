@@ -10,10 +10,15 @@ from __future__ import annotations
 
 import re
 
+EMBEDDERS = (
+    r"(?:time_embedding|timestep_embedder|time_embedder|guidance_embedder|resolution_embedder|aspect_ratio_embedder|add_embedding"
+    r"|class_embedding)"
+)
+"""Names of the modules that embed t, and the pooled inputs that are added to it."""
+
 TIME_PATH = re.compile(
     r"(?:^|\.)(?:"
-    r"(?:time_embedding|timestep_embedder|time_embedder|guidance_embedder|resolution_embedder|aspect_ratio_embedder|add_embedding"
-    r"|class_embedding)\.(?:linear_1|linear_2|cond_proj|proj|image_proj|text_proj)"  # MLPs of t, and of the pooled inputs added to them
+    rf"{EMBEDDERS}\.(?:linear_1|linear_2|cond_proj|proj|image_proj|text_proj)"  # their MLPs
     r"|add_embedding\.pool\.[qkv]_proj"  # of a whole text to one vector
     r"|time_text_embed\.text_embedder\.linear_[12]"  # SD3, Flux: of the pooled text; PixArt's and Wan's text embedders see tokens
     r"|time_emb_proj"  # U-Nets
@@ -24,10 +29,18 @@ TIME_PATH = re.compile(
 )
 """Paths of linear layers of the time path, as diffusers calls them, without those that a LoRA brings (``.base_layer``)."""
 
-POOLED = ("class_labels", "timestep_cond", "pooled_projections", "guidance", "added_cond_kwargs")
+BEFORE = re.compile(rf"(?:^|\.)(?:{EMBEDDERS}|class_embedder|time_proj)(?:\.|$)")
+"""Paths of what else lies in these modules: tables of classes, frequencies, norms."""
+
+POOLED = ("class_labels", "timestep_cond", "pooled_projections", "guidance", "added_cond_kwargs", "added_time_ids")
 """Arguments of denoisers that enter the time path beside the timestep."""
 
 
 def is_temporal(path: str) -> bool:
     """Whether a linear layer with this path lies on the time path."""
     return TIME_PATH.search(path) is not None
+
+
+def enters(path: str) -> bool:
+    """Whether the parameters of a module with this path enter the features."""
+    return is_temporal(path) or BEFORE.search(path) is not None

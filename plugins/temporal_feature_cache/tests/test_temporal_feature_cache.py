@@ -13,7 +13,7 @@ import torch
 from diffgraft import Conflict, Effects, ModulesCall, Paper, Plugin, Unsupported, load_pipeline, unload
 from diffgraft.installed import registry
 from diffgraft.methods.quant.affine import UniformAffine
-from diffgraft.methods.quant.layers import layers_of, put, quantised
+from diffgraft.methods.quant.layers import layers_of, put, quantised, quantised_in
 from diffgraft_temporal_feature_cache.cache import CachedLinear, Kept, Store, checksums, version, versions
 from diffgraft_temporal_feature_cache.method import is_temporal
 from torch import nn
@@ -168,6 +168,97 @@ def test_a_quantiser_that_was_first_is_told_the_way_out():
     assert made.pipe.plugins.list() == ("rounded",)
 
 
+def test_a_quantiser_before_it_in_the_list_is_refused_and_nothing_is_left():
+    made = tiny()
+    plain = picture(made)
+    with pytest.raises(Conflict, match=r"time_\w+.* is quantised already; put temporal_feature_cache first"):
+        load_pipeline(made.pipe, plugins=[Rounded(), KEPT])
+    assert not quantised_in({"unet": made.pipe.unet})
+    assert np.array_equal(picture(made), plain)
+
+
+def test_a_quantiser_that_came_while_it_was_off_keeps_it_off():
+    made = tiny()
+    load_pipeline(made.pipe, plugins=[KEPT])
+    made.pipe.plugins.disable("temporal_feature_cache")
+    made.pipe.plugins.add(Rounded())
+    rounded = picture(made)
+    with pytest.raises(Conflict, match="is quantised already"):
+        made.pipe.plugins.enable("temporal_feature_cache")
+    assert not cached(made)
+    assert np.array_equal(picture(made), rounded)
+
+
+# beside what lies on its layers ------------------------------------------------------------------------------------------------------
+
+
+def on_all_layers(way, pipe):
+    """What may lie on the layers before the plugin is put on."""
+    layers = [module for path, module in pipe.unet.named_modules() if isinstance(module, nn.Linear) and is_temporal(path)]
+    if way == "accelerate":
+        pytest.importorskip("accelerate").cpu_offload(pipe.unet, execution_device=torch.device("cpu"))
+    elif way == "layerwise casting":
+        pipe.unet.enable_layerwise_casting(storage_dtype=torch.bfloat16, compute_dtype=torch.float32)
+    elif way == "group offload":
+        pipe.unet.enable_group_offload(torch.device("cpu"), torch.device("cpu"), offload_type="leaf_level")
+    for layer in layers:
+        if way == "forward hook":
+            layer.register_forward_hook(lambda module, args, y: y * 1.3)
+        elif way == "pre-hook":
+            layer.register_forward_pre_hook(lambda module, args: (args[0] * 1.3,))
+        elif way == "weight_norm":
+            torch.nn.utils.weight_norm(layer)
+            layer.weight_g.data *= 1.5
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
+@pytest.mark.parametrize("way", ["forward hook", "pre-hook", "weight_norm", "accelerate", "layerwise casting", "group offload"])
+def test_what_lay_on_the_layers_before_acts_on(way):
+    made, twin = tiny(), tiny()
+    if way in ("forward hook", "pre-hook", "weight_norm"):
+        untouched = picture(made)
+    on_all_layers(way, made.pipe)
+    on_all_layers(way, twin.pipe)
+    plain = picture(twin)
+    load_pipeline(made.pipe, plugins=[KEPT])
+    for _ in range(2):
+        assert np.array_equal(picture(made), plain)
+    if way in ("forward hook", "pre-hook", "weight_norm"):
+        assert not np.array_equal(plain, untouched)
+        assert (total(made, "served") > 0, total(made, "computed")) == (True, 0)
+    else:
+        assert ["inactive" in note and "forwards of their own" in note for note in part(made).notes] == [True]
+    unload(made.pipe)
+    assert np.array_equal(picture(made), plain)
+
+
+@pytest.mark.parametrize("way", ["assigned", "load_state_dict(assign=True)"])
+def test_parameters_that_were_replaced_stay_when_it_is_taken_off(way):
+    made, twin = tiny(), tiny()
+    load_pipeline(made.pipe, plugins=[KEPT])
+    before = picture(made)
+    for unet in (made.pipe.unet, twin.pipe.unet):
+        layer = unet.time_embedding.linear_2
+        new = {name: value * 1.5 for name, value in layer.state_dict().items()}
+        if way == "assigned":
+            layer.weight, layer.bias = (nn.Parameter(new[name], requires_grad=False) for name in ("weight", "bias"))
+        else:
+            layer.load_state_dict(new, assign=True)
+    plain = picture(twin)
+    assert not np.array_equal(plain, before)
+    assert np.array_equal(picture(made), plain)
+    unload(made.pipe)
+    assert np.array_equal(picture(made), plain)
+
+
+def test_another_denoiser_that_was_put_in_is_told():
+    made = tiny()
+    load_pipeline(made.pipe, plugins=[KEPT])
+    made.pipe.unet = tiny().pipe.unet
+    picture(made)
+    assert ["the time path of unet is not exchanged: it came after" in note for note in part(made).notes] == [True]
+
+
 # nothing stale -----------------------------------------------------------------------------------------------------------------------
 
 
@@ -200,20 +291,68 @@ def test_other_weights_are_not_answered_with_old_features(way):
     assert not np.array_equal(found, before)
 
 
-def test_weights_that_change_in_mid_run():
-    def callback(pipe, step, t, kwargs):
-        if step == 1:
+def at_step(step, change):
+    def callback(pipe, i, t, kwargs):
+        if i == step:
             with torch.no_grad():
-                pipe.unet.time_embedding.linear_2.weight.mul_(1.5)
+                change(pipe.unet.time_embedding.linear_2)
         return {}
 
-    pictures = []
-    for plugins in ([], [KEPT]):
-        made = tiny()
-        load_pipeline(made.pipe, plugins=plugins)
+    return callback
+
+
+CHANGES = [
+    lambda layer: layer.weight.mul_(1.5),
+    lambda layer: layer.weight.data.mul_(1.5),  # past the counters, as a LoRA is fused
+    lambda layer: layer.load_state_dict({name: value * 1.5 for name, value in layer.state_dict().items()}, assign=True),
+]
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("served", [False, True])
+def test_weights_that_change_in_mid_run(change, served):
+    """Told where something was served before; in any case nothing of it is served later."""
+    made, twin = tiny(), tiny()
+    load_pipeline(made.pipe, plugins=[KEPT])
+    callback = at_step(1, change)
+    plain = picture(twin, callback_on_step_end=callback)
+    if served:
         picture(made)
-        pictures.append(picture(made, callback_on_step_end=callback))
-    assert np.array_equal(*pictures)
+        with pytest.raises(Unsupported, match=r"the weights of the time path of unet were changed in mid-run .* take temporal_feature"):
+            picture(made, callback_on_step_end=callback)
+    else:
+        assert np.array_equal(picture(made, callback_on_step_end=callback), plain)
+    for _ in range(2):
+        assert np.array_equal(picture(made), picture(twin))
+    assert total(made, "computed") == 0
+
+
+def test_what_an_interrupted_run_has_computed_is_forgotten():
+    """The weights may have changed, and back."""
+    made = tiny()
+    load_pipeline(made.pipe, plugins=[KEPT])
+
+    def stop(layer):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        picture(made, callback_on_step_end=at_step(1, stop))
+    picture(made)
+    assert total(made, "served") == 0
+
+
+@pytest.mark.parametrize("on_device", [False, True])
+def test_a_table_of_classes_that_has_changed(on_device, monkeypatch):
+    monkeypatch.setattr(c, "waits", lambda x: on_device)
+    made, twin = tiny("dit"), tiny("dit")
+    load_pipeline(made.pipe, plugins=[KEPT])
+    before = picture(made)
+    for one in (made, twin):
+        one.pipe.transformer.transformer_blocks[0].norm1.emb.class_embedder.embedding_table.weight.data *= 1.5
+    plain = picture(twin)
+    assert not np.array_equal(plain, before)
+    assert np.array_equal(picture(made), plain)
+    assert np.array_equal(picture(made), plain)
 
 
 def test_by_default_nothing_of_a_run_serves_the_next():
@@ -280,6 +419,7 @@ def test_a_lora_that_lies_there_already_is_refused_on_the_time_path_and_nowhere_
         ("sdxl", {"original_size": (512, 256)}),
         ("dit", {"class_labels": [2]}),
         ("deepfloyd_if", {"prompt": "two small dogs at the sea"}),
+        ("svd", {"fps": 3}),
     ],
 )
 @pytest.mark.parametrize("on_device", [False, True])
@@ -415,6 +555,30 @@ def test_what_was_written_to_or_made_for_inference_is_not_served(monkeypatch):
     assert not layer(x).is_inference()
 
 
+def test_what_does_not_count_its_writes_is_served_as_copies(monkeypatch):
+    layer, serving = layer_and_serving()
+    monkeypatch.setattr(c, "current", lambda: serving)
+    with torch.inference_mode():
+        x = torch.ones(2, 4)
+        right = layer(x).mul_(2) / 2
+        for _ in range(2):
+            y = layer(x)
+            assert torch.equal(y, right)
+            y.mul_(2)
+    assert (serving.served, serving.computed) == (2, 1)
+
+
+def test_not_a_number_is_no_difference_and_devices_are_apart():
+    nan = torch.tensor([[1.0, float("nan")]])
+    device = torch.zeros(3, device="meta")
+    serving = c.Serving(Store(0), c.LevelOutputs(), came=[nan, torch.zeros(2), device], known=[nan.clone(), torch.zeros(2), device])
+    here, there = serving.apart()
+    assert not bool(here)
+    assert there.device.type == "meta"
+    serving.known[1] = torch.tensor([0.0, float("nan")])
+    assert bool(serving.apart()[0])
+
+
 def test_the_limit_holds_and_a_schedule_that_does_not_fit_is_served_in_part():
     made = tiny()
     plain = picture(made)
@@ -447,14 +611,38 @@ def test_room_is_made_by_what_no_later_run_has_used():
         assert store.bytes == 2 * one().bytes
 
 
+PATTERNS = (
+    lambda w: w.__setitem__(0, w[0, [1, 0, 3, 2]]),  # two exchanges in a row, which leave its sums by columns as they were
+    lambda w: w.view(torch.int32)[:2, :2].add_(torch.tensor([[1 << 20, -(1 << 20)], [-(1 << 20), 1 << 20]], dtype=torch.int32)),
+)
+"""What sums of rows and of columns do not see."""
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_checksums_are_exact(dtype, monkeypatch):
+    """Against whole numbers of any size; the same in pieces, so also on other devices."""
+    torch.manual_seed(0)
+    weight = torch.randn(5, 7, dtype=dtype)
+    bits = weight.view(c.INTEGERS[dtype.itemsize]).tolist()
+    factors = c.odd(12, weight.device).tolist()
+    exact = sum(factors[i] * bits[i][j] * factors[5 + j] for i in range(5) for j in range(7))
+    assert all(each % 2 for each in factors)
+    for chunk in (1, 14, 1 << 20):
+        monkeypatch.setattr(c, "CHUNK", chunk)
+        assert (int(c.checksum(weight)) - exact) % 2**64 == 0
+
+
 def test_checksums_tell_weights_apart():
-    layer = nn.Linear(3, 4)
+    layer = nn.Linear(4, 4)
+    layer.weight.data[0] = torch.tensor([3.0, 6.0, 6.0, 3.0])
     before = checksums([layer])
     assert checksums([copy.deepcopy(layer)]) == before
     for change in (
         lambda w: w.__setitem__((2, 1), w[2, 1] * (1 + 2e-7)),
         lambda w: w.__setitem__([0, 1], w[[1, 0]]),
         lambda w: w.__setitem__((0, [0, 1]), w[0, [1, 0]]),
+        lambda w: w.copy_(w.T.clone()),
+        *PATTERNS,
     ):
         other = copy.deepcopy(layer)
         change(other.weight.data)
