@@ -59,6 +59,10 @@ class Where:
 
     at: Tensor | int = 0
 
+    def move(self, t: Any, times: Tensor, device: torch.device) -> None:
+        """To the nearest to t; nothing waits for the device."""
+        self.at = nearest_time(torch.as_tensor(t), times).to(device)
+
 
 class TFMQ(Plugin):
     name = "tfmq"
@@ -135,15 +139,11 @@ class TFMQ(Plugin):
         artefact: Artefact | None = call.given("artefact")
         if artefact is None:
             return next(call)  # type: ignore[no-any-return]
-        shared, device = call.shared, call.sample.device
-
-        def at(t: Any) -> None:
-            shared.at = nearest_time(torch.as_tensor(t), artefact.tensors["times"]).to(device)
-
-        if not any("timestep" in each.effects.edits and not each.is_neutral for each in call.others):
-            at(call.step.t)
-            return next(call)  # type: ignore[no-any-return]
-        return next(watched(call, at))  # type: ignore[no-any-return]
+        where, times, device = call.shared, artefact.tensors["times"], call.sample.device
+        if any("timestep" in each.effects.edits and not each.is_neutral for each in call.others):
+            return next(watched(call, lambda t: where.move(t, times, device)))  # type: ignore[no-any-return]
+        where.move(call.step.t, times, device)
+        return next(call)  # type: ignore[no-any-return]
 
 
 def rounded_how(denoisers: Mapping[str, nn.Module], artefact: Artefact | None) -> str:
