@@ -7,12 +7,12 @@ inputs are rounded with scales of the timestep that it is.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from diffgraft import (
-    ArtefactMismatch,
     DenoiseCall,
     Effects,
     ModulesCall,
@@ -27,7 +27,7 @@ from diffgraft import (
 )
 from diffgraft.methods.artefacts import Artefact, make_again_with
 from diffgraft.methods.quant.affine import Scale, UniformAffine
-from diffgraft.methods.quant.kept import restore
+from diffgraft.methods.quant.kept import ensure_made_for, restore
 from diffgraft.methods.quant.knobs import FLOAT, bits_in
 from diffgraft.methods.quant.layers import (
     QuantConv2d,
@@ -37,14 +37,15 @@ from diffgraft.methods.quant.layers import (
     ensure_current,
     put,
     quantised,
+    quantised_in,
 )
 from diffgraft.methods.quant.told import simulated
 from torch import Tensor, nn
 
-from diffgraft_tfmq.calibration import HOLDS, PLAIN, Measure, wanted
+from diffgraft_tfmq.calibration import HOLDS, PLAIN, Measure, plan_of, wanted
 from diffgraft_tfmq.knobs import PAPER, TFMQConfig
-from diffgraft_tfmq.method import nearest_time
-from diffgraft_tfmq.path import ensure_known
+from diffgraft_tfmq.method import is_temporal, nearest_time
+from diffgraft_tfmq.path import ensure_known, watched
 
 __all__ = ["TFMQ"]
 __version__ = "0.1.0"
@@ -57,6 +58,10 @@ class Where:
     """Of a run (``call.shared``): which of the calibrated timesteps it is at, or nearest to."""
 
     at: Tensor | int = 0
+
+    def move(self, t: Any, times: Tensor, device: torch.device) -> None:
+        """To the nearest to t; nothing waits for the device."""
+        self.at = nearest_time(torch.as_tensor(t), times).to(device)
 
 
 class TFMQ(Plugin):
@@ -84,19 +89,18 @@ class TFMQ(Plugin):
         artefact: Artefact | None = target.given.get("artefact")
         if artefact is None or self.config.is_off:
             return
-        if "bits" in self.own_knobs and artefact.facts["bits"] != self.config.bits:
-            raise ArtefactMismatch(f"tfmq: bits = {self.config.bits}: the artefact was made for {artefact.facts['bits']}; {self.again()}")
-        known = {name.partition("/")[0] for name in artefact.facts["scales"]}
-        if known and (lost := next((layer.key for layer in layers if layer.key not in known), None)):
-            raise ArtefactMismatch(f"tfmq: {lost} is to be quantised, and the artefact says nothing of it; {self.again()}")
+        plan = plan_of(self.config)
+        said = {name: value for name, value in plan.items() if name in self.own_knobs}
+        keys = [layer.key for layer in layers] if artefact.facts["scales"] else []
+        ensure_made_for(artefact.facts, said, keys, self.name, self.again())
 
     def again(self) -> str:
         """How to get an artefact that fits, with the knobs that it depends on."""
-        return make_again_with(self.name, {name: value for name, value in self.own_knobs.items() if name in ("bits", "keep", "scales")})
+        return make_again_with(self.name, {name: value for name, value in self.own_knobs.items() if name in plan_of(self.config)})
 
     def plan(self, artefact: Artefact | None) -> tuple[int, int]:
         """(bits of weights, of activations): an artefact's own where none are asked for."""
-        return bits_in(self.config.bits if artefact is None or "bits" in self.own_knobs else artefact.facts["bits"])
+        return bits_in(self.config.bits if artefact is None or "bits" in self.own_knobs else artefact.facts["plan"]["bits"])
 
     def modules(self, call: ModulesCall, next: Any) -> None:
         artefact: Artefact | None = call.given("artefact")
@@ -127,15 +131,28 @@ class TFMQ(Plugin):
             return next(call)
         artefact: Artefact | None = call.given("artefact")
         weights, inputs = self.plan(artefact)
-        how = "to the nearest: no artefact" if artefact is None else "the time path as learned"
-        call.note(simulated(denoisers_of(call.pipe, call.family), self.name, f"w{weights}a{inputs}", how))
+        denoisers = denoisers_of(call.pipe, call.family)
+        call.note(simulated(denoisers, self.name, f"w{weights}a{inputs}", rounded_how(denoisers, artefact)))
         return next(call)
 
     def denoise(self, call: DenoiseCall, next: Any) -> Tensor:
         artefact: Artefact | None = call.given("artefact")
-        if artefact is not None:
-            call.shared.at = nearest_time(call.step.t, artefact.tensors["times"]).to(call.sample.device)
+        if artefact is None:
+            return next(call)  # type: ignore[no-any-return]
+        where, times, device = call.shared, artefact.tensors["times"], call.sample.device
+        if any("timestep" in each.effects.edits and not each.is_neutral for each in call.others):
+            return next(watched(call, lambda t: where.move(t, times, device)))  # type: ignore[no-any-return]
+        where.move(call.step.t, times, device)
         return next(call)  # type: ignore[no-any-return]
+
+
+def rounded_how(denoisers: Mapping[str, nn.Module], artefact: Artefact | None) -> str:
+    """How the weights that are in the pipeline now are rounded, in words."""
+    if artefact is None:
+        return "to the nearest: no artefact"
+    layers = quantised_in(denoisers).items()
+    learned = any(is_temporal(key.partition(".")[2]) and weights.up is not None for key, layer in layers for weights in layer.weights)
+    return "the time path as learned" if learned else "to the nearest, calibrated"
 
 
 def pick() -> Tensor | int | None:

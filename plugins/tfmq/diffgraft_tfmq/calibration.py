@@ -25,26 +25,39 @@ from diffgraft.methods.quant.layers import (
     put,
     quantised,
 )
-from diffgraft.methods.quant.rounding import Outputs, Recipe, learn_rounding
+from diffgraft.methods.quant.rounding import Losses, Outputs, Recipe, learn_rounding, mean_distance
 from diffgraft.methods.schema import Holds, Values
 from torch import Tensor, nn
 from typing_extensions import TypedDict
 
 from diffgraft_tfmq.knobs import PAPER, TFMQConfig
 from diffgraft_tfmq.method import finite_set, is_kept, is_temporal, similarity
-from diffgraft_tfmq.path import TimePath, added, ranges_of
+from diffgraft_tfmq.path import TimePath, added, ensure_known, ranges_of
 
 PLAIN = (nn.Linear, nn.Conv2d)
 MOST = 512
 """Pairs of a timestep and what is added to it, at most about, that the cosine is taken of."""
 
 
+class Plan(TypedDict):
+    """The knobs that an artefact depends on."""
+
+    bits: str
+    scales: str
+    keep: list[str]
+
+
+def plan_of(config: TFMQConfig) -> Plan:
+    """These of a config."""
+    return {"bits": config.bits, "scales": config.scales, "keep": list(config.keep)}
+
+
 class Facts(TypedDict):
-    """Of an artefact: shapes of what it keeps, the plan it was made for, TIAR's distance and the features' cosine before and after."""
+    """Of an artefact: shapes of what it keeps, the knobs it was made for, TIAR's distance and the features' cosine before and after."""
 
     scales: Shapes
     up: Shapes
-    bits: str
+    plan: Plan
     distance: list[float]
     cosine: list[float]
 
@@ -97,6 +110,10 @@ class Measure(Calibrator):
     Config = TFMQConfig
     State = Seen
     config: TFMQConfig
+
+    def check(self, target: Target) -> None:
+        for denoiser in target.denoisers.values():
+            ensure_known(denoiser)
 
     def modules(self, call: ModulesCall, next: Any) -> None:
         weights, _ = bits_in(self.config.bits)
@@ -152,7 +169,7 @@ class Measure(Calibrator):
                 self.fix(layer, low[key], high[key], grid)
         rows = torch.cat([record["added"] for record in records])
         pairs = Pairs(times, rows.unique(dim=0) if rows.shape[1] else rows[:1])
-        facts: dict[str, Any] = {"bits": self.config.bits, "distance": [], "cosine": []}
+        facts: dict[str, Any] = {"plan": plan_of(self.config), "distance": [], "cosine": []}
         for model in target.denoisers.values():
             for name, value in self.maintain(TimePath(model), pairs, grid).items():
                 facts[name] += value
@@ -168,7 +185,7 @@ class Measure(Calibrator):
     def maintain(self, path: TimePath, pairs: Pairs, grid: UniformAffine | None) -> dict[str, list[float]]:
         """Reconstruct the time path and give its inputs their scales; no picture is looked at.
 
-        Returns TIAR's "distance" and the "cosine" of the features, each rounded to the nearest and as learned, inputs in floats.
+        Returns TIAR's "distance" and the "cosine" of the features, each rounded to the nearest and as kept, inputs in floats.
         """
         layers = [layer for stage in path.stages() for layer in stage]
 
@@ -185,11 +202,15 @@ class Measure(Calibrator):
         every = range(0, len(pairs), max(len(pairs) // MOST, 1))
         before = cosine(rounded, exact, every)
         recipe = Recipe(steps=self.config.iterations, weight=self.config.rounding)
-        losses = learn_rounding(rounded, exact, len(pairs), layers, recipe)
+        if recipe.steps:
+            losses = learn_rounding(rounded, exact, len(pairs), layers, recipe)
+        else:
+            near = mean_distance(rounded, exact, len(pairs), recipe)
+            losses = Losses(near, near, kept=False)
         after = cosine(rounded, exact, every)
         for layer in layers if grid is not None else ():
             self.fix(layer, *finite_ranges(path, layer, pairs), grid, path.pick)
-        return {"distance": [losses.before, losses.after], "cosine": [before, after]}
+        return {"distance": [losses.before, losses.after if losses.kept else losses.before], "cosine": [before, after]}
 
 
 @dataclass(frozen=True)
@@ -240,7 +261,9 @@ def finite_ranges(path: TimePath, layer: QuantLinear, pairs: Pairs) -> tuple[Ten
 
 
 def by_timestep(records: Sequence[dict[str, Tensor]]) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
-    """(timesteps, falling; least and largest input by layer [timesteps]): mean over the records of the extremes of each.
+    """(timesteps, falling; least and largest input by layer [timesteps]): the extremes over all records.
+
+    A mean of the records' extremes would cut off what most of them hold, at any number of bits.
 
     Raises:
         ConfigError: the records are of other timesteps.
@@ -249,7 +272,6 @@ def by_timestep(records: Sequence[dict[str, Tensor]]) -> tuple[Tensor, dict[str,
     times = calls.unique().flip(0)  # some schedulers ask twice at one
     low: dict[str, Tensor] = {}
     high: dict[str, Tensor] = {}
-    counts: dict[str, Tensor] = {}
     for record in records:
         if not torch.equal(record["times"], calls):
             raise ConfigError(
@@ -261,13 +283,10 @@ def by_timestep(records: Sequence[dict[str, Tensor]]) -> tuple[Tensor, dict[str,
                 of_time = [ends[calls == t] for t in times]
                 least = torch.stack([each[:, 0].nan_to_num(torch.inf).amin() for each in of_time])
                 most = torch.stack([each[:, 1].nan_to_num(-torch.inf).amax() for each in of_time])
-                there = least.isfinite()
-                low[key] = low.get(key, torch.zeros(len(times))) + torch.where(there, least, 0)
-                high[key] = high.get(key, torch.zeros(len(times))) + torch.where(there, most, 0)
-                counts[key] = counts.get(key, torch.zeros(len(times))) + there
-    for key, count in counts.items():
-        low[key], high[key] = low[key] / count, high[key] / count
+                low[key] = torch.minimum(low.get(key, least), least)
+                high[key] = torch.maximum(high.get(key, most), most)
+    for key, least in low.items():
         # a timestep at which nothing came to the layer: the range of all
-        low[key] = torch.where(count > 0, low[key], low[key][count > 0].amin())
-        high[key] = torch.where(count > 0, high[key], high[key][count > 0].amax())
+        low[key] = torch.where(least.isfinite(), least, least.amin())
+        high[key] = torch.where(least.isfinite(), high[key], high[key].amax())
     return times, low, high

@@ -51,8 +51,8 @@ def finite_set(low: Tensor, high: Tensor, grid: UniformAffine, one: bool = False
 
 
 def nearest_time(t: Tensor, times: Tensor) -> Tensor:
-    """Number of the calibrated timestep that is nearest to t; nothing waits for the device."""
-    return (times.to(t.device) - t.float().reshape(())).abs().argmin()
+    """Number of the calibrated timestep that is nearest to t, of several values (one a row) to the first; nothing waits for the device."""
+    return (times.to(t.device) - t.float().reshape(-1)[0]).abs().argmin()
 
 
 def similarity(x: Tensor, y: Tensor) -> Tensor:

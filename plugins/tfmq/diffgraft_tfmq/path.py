@@ -57,6 +57,19 @@ def added(call: DenoiseCall) -> Tensor:
     return torch.stack(found).sum(0) if found else call.sample.new_zeros(1, 0)
 
 
+def watched(call: DenoiseCall, tell: Callable[[Any], None]) -> DenoiseCall:
+    """A copy that tells the timestep which the denoiser is given, each time that it is asked: also where plugins further in edit it."""
+    new: DenoiseCall = call.replace()
+    inner, name, position = call.inner, call.family.timestep, call.names.get(call.family.timestep)
+
+    def asking(*args: Any, **kwargs: Any) -> Any:
+        tell(kwargs[name] if name in kwargs or position is None else args[position])
+        return inner(*args, **kwargs)
+
+    new.inner = asking  # check: allow foreign_writes because the copy is this call's own
+    return new
+
+
 class TimePath:
     """g(t): the time embedding and each block's projection of it, on the modules of the U-Net that are there now, LoRA included.
 

@@ -19,7 +19,7 @@ from diffgraft.methods.quant.kept import unpacked
 from diffgraft.methods.quant.layers import QuantConv2d, QuantLinear, quantised_in
 from diffgraft_tfmq import TFMQ
 from diffgraft_tfmq import method as m
-from diffgraft_tfmq.calibration import Pairs, by_timestep
+from diffgraft_tfmq.calibration import Measure, Pairs, by_timestep
 from diffgraft_tfmq.path import TimePath
 
 CLASSES = {
@@ -106,6 +106,7 @@ def test_the_nearest_calibrated_timestep():
     times = torch.tensor([751.0, 501.0, 251.0, 1.0])
     assert [int(m.nearest_time(torch.tensor(t), times)) for t in (999, 751, 620, 260, 1, 0)] == [0, 0, 1, 2, 3, 3]
     assert int(m.nearest_time(torch.tensor([251]), times)) == 2
+    assert int(m.nearest_time(torch.tensor([[240, 1], [999, 1]]), times)) == 2  # of several the first
 
 
 def test_what_is_kept_and_what_is_temporal():
@@ -134,9 +135,9 @@ def test_ranges_of_a_timestep_that_was_asked_twice_and_of_one_that_was_not_reach
     ]
     times, low, high = by_timestep(records)
     assert times.tolist() == [9, 4]
-    assert low["a"].tolist() == [-2.5, 0]
-    assert high["a"].tolist() == [2, 3]
-    assert (low["b"].tolist(), high["b"].tolist()) == ([-2, -2], [3, 3])
+    assert low["a"].tolist() == [-3, 0]
+    assert high["a"].tolist() == [3, 4]
+    assert (low["b"].tolist(), high["b"].tolist()) == ([-3, -3], [5, 5])
     with pytest.raises(ConfigError, match="different timesteps"):
         by_timestep([records[0], {**records[1], "times": calls + 1}])
 
@@ -241,6 +242,29 @@ def test_more_bits_are_nearer_and_off_is_the_plain_pipeline(family):
     assert np.array_equal(picture(made), plain)
 
 
+def test_at_many_bits_a_calibration_costs_nothing_and_cuts_off_nothing_that_it_was_made_of(tmp_path):
+    """Ranges are the extremes of all prompts: their mean would cut off what most of them hold."""
+    made = tiny()
+    plain = [picture(made, seed, num_inference_steps=4) for seed in range(3)]
+    artefact = artefact_for(made, tmp_path, prompts=3, bits="w16a16", iterations=0)
+    load_pipeline(made.pipe, plugins=[("tfmq", {"artefact": artefact})])
+    layers = quantised_in({"unet": made.pipe.unet}).values()
+    beyond = []
+
+    def seeing(rounder):
+        def see(x):
+            (delta, zero), highest = rounder.now(), rounder.grid.highest
+            beyond.append(float(torch.maximum(-zero * delta - x.amin(), x.amax() - (highest - zero) * delta) / (delta * highest)))
+
+        return see
+
+    for layer in layers:
+        layer.show(seeing(layer.inputs[0]))
+    found = [picture(made, seed, num_inference_steps=4) for seed in range(3)]
+    assert max(error(*each) for each in zip(found, plain, strict=True)) < 1e-3
+    assert max(beyond) < 1e-3  # of a layer's range
+
+
 @pytest.mark.parametrize("family", ["sd", "pixel"])
 def test_calibration_leaves_the_pipeline_as_it_was_and_its_file_says_all(family, tmp_path):
     made = tiny(family)
@@ -255,7 +279,9 @@ def test_calibration_leaves_the_pipeline_as_it_was_and_its_file_says_all(family,
     from_file = picture(made)
     made.pipe.plugins.configure("tfmq", artefact=artefact)
     assert np.array_equal(picture(made), from_file)
-    assert "the time path as learned" in part(made).notes[0]
+    before, after = artefact.facts["distance"]
+    assert ("the time path as learned" if after < before else "to the nearest, calibrated") in part(made).notes[0]
+    assert family == "pixel" or after < before
     assert error(from_file, plain) < 0.5
     twin = copy.deepcopy(made.pipe)
     assert np.array_equal(picture(type(made)(twin, made.kwargs)), from_file)
@@ -273,6 +299,24 @@ def test_each_step_takes_the_scale_of_its_timestep(made_for_sd):
     assert set(at) == {0, 1, 2, 3}
     with pytest.raises(Unsupported, match="ask through the pipeline"):
         rounder(torch.zeros(1, 3))
+
+
+def test_beside_one_that_edits_the_timestep_the_scale_is_that_of_what_the_denoiser_is_given(made_for_sd):
+    pytest.importorskip("diffgraft_time_shift")
+    shift = ("time_shift", {"window": 300, "cutoff": 0, "data_variance": 0.0})
+    for plugins in ([("tfmq", {"artefact": made_for_sd}), shift], [shift, ("tfmq", {"artefact": made_for_sd})]):
+        made = tiny()
+        load_pipeline(made.pipe, plugins=plugins)
+        rounder, times = next(iter(quantised_in({"unet": made.pipe.unet}).values())).inputs[0], made_for_sd.tensors["times"]
+        given, pick = [], rounder.pick
+        made.pipe.unet.time_proj.register_forward_pre_hook(lambda module, args, given=given: given.append(args[0].reshape(-1)[0]))
+        rounder.pick = lambda pick=pick, given=given, times=times: (
+            given.append((int(pick()), int(m.nearest_time(given[-1], times)))) or pick()
+        )
+        picture(made, num_inference_steps=4)
+        at = [each for each in given if isinstance(each, tuple)]
+        assert all(taken == wanted for taken, wanted in at)
+        assert [taken for taken, _ in dict.fromkeys(at)] != [0, 1, 2, 3]  # the times were edited by more than a step
 
 
 # what must not happen -----------------------------------------------------------------------------------------------------------------
@@ -298,10 +342,18 @@ def test_artefacts_of_others_are_refused(tmp_path):
     artefact = artefact_for(tiny(), tmp_path, iterations=0, keep=("mid_block",))
     with pytest.raises(ArtefactMismatch):
         load_pipeline(tiny("pixel").pipe, plugins=[("tfmq", {"artefact": artefact})])
-    with pytest.raises(ArtefactMismatch, match=r"bits = w8a8: the artefact was made for w4a8; .*-o tfmq.bits=w8a8"):
+    with pytest.raises(ArtefactMismatch, match=r"bits = 'w8a8', and it was made for 'w4a8'; .*-o tfmq.bits=w8a8"):
         load_pipeline(tiny().pipe, plugins=[("tfmq", {"artefact": artefact, "bits": "w8a8"})])
-    with pytest.raises(ArtefactMismatch, match=r"unet.mid_block\S+ is to be quantised, and the artefact says nothing of it"):
+    with pytest.raises(ArtefactMismatch, match=r"says nothing of the layer unet.mid_block"):
         load_pipeline(tiny().pipe, plugins=[("tfmq", {"artefact": artefact})])
+    with pytest.raises(ArtefactMismatch, match=r"scales = 'one', and it was made for 'timesteps'; .*-o tfmq.scales=one"):
+        load_pipeline(tiny().pipe, plugins=[("tfmq", {"artefact": artefact, "keep": ("mid_block",), "scales": "one"})])
+    with pytest.raises(ArtefactMismatch, match=r"keep = \['mid_block', 'time_embedding'\], and it was made for \['mid_block'\]"):
+        load_pipeline(tiny().pipe, plugins=[("tfmq", {"artefact": artefact, "keep": ("mid_block", "time_embedding")})])
+    made = tiny()
+    load_pipeline(made.pipe, plugins=[("tfmq", {"artefact": artefact, "keep": ("mid_block",), "scales": "timesteps", "bits": "w4a8"})])
+    picture(made)
+    assert "to the nearest, calibrated" in part(made).notes[0]  # no iterations: nothing was learned
 
 
 def test_a_time_path_that_is_another_one_is_refused():
@@ -311,6 +363,15 @@ def test_a_time_path_that_is_another_one_is_refused():
     made.pipe.unet = unet
     with pytest.raises(Unsupported, match=r"has time_embedding.cond_proj, and its temporal features are not"):
         load_pipeline(made.pipe, plugins=["tfmq"])
+    with pytest.raises(Unsupported, match=r"has time_embedding.cond_proj"):  # before the runs of a calibration, not after its iterations
+        load_pipeline(made.pipe, plugins=[Measure()])
+
+
+def test_what_was_not_kept_is_not_told(monkeypatch, tmp_path):
+    learn = importlib.import_module("diffgraft_tfmq.calibration").learn_rounding
+    monkeypatch.setattr("diffgraft_tfmq.calibration.learn_rounding", lambda *a: learn(*a)._replace(after=1e9, kept=False))
+    before, after = artefact_for(tiny(), tmp_path, bits="w4a32").facts["distance"]
+    assert after == before
 
 
 def test_numbers_that_are_none_name_their_layer(tmp_path):
