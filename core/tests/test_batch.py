@@ -307,6 +307,17 @@ def sd_folder(tmp_path_factory):
     return folder
 
 
+def test_ctrl_c_says_how_far_it_came(call, sd_folder, monkeypatch):
+    def stopped(*_):
+        raise KeyboardInterrupt
+
+    written(Path("p.jsonl"), {"prompt": "a"}, {"prompt": "b"})
+    monkeypatch.setattr("diffgraft.batch.work.carried_out", stopped)
+    told = call("batch", "p.jsonl", "--pipeline", sd_folder, "--out", "out", *SMALL)
+    assert told.exit_code == 130
+    assert "stopped: 0 drawn, 0 were there; the same command goes on" in told.output
+
+
 def test_the_command_goes_on_and_any_number_of_workers_draws_the_same(call, sd_folder, workers, monkeypatch):
     words = ["batch", "p.jsonl", "--pipeline", sd_folder, "-p", "deepcache", "-o", "deepcache.interval=2", *SMALL]
     written(

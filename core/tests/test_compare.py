@@ -378,6 +378,7 @@ def test_bad_settings(bad):
 def test_steps_of_equal_time(whole, half, target, steps, capped):
     found = fit_steps(50, whole, 25, half, target, "the stack", {})
     assert (found.steps, found.capped) == (steps, capped)
+    assert [replace(found, realised=share).held for share in (0.62, 0.9, 1.3)] == [capped, True, capped]
 
 
 def test_wilson_and_share():

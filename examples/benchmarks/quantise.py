@@ -250,8 +250,8 @@ def section(model: str, rows: Mapping[str, Any], plain: Mapping[str, Any]) -> st
         found = [rows.get(f"{plan} {name}") for plan in plans]
         if any(each is not None and "refused" not in each for each in found):
             lines.append(f"| {name} | " + " | ".join(cell(each) for each in found) + " |")
-    refused = {name: each["refused"] for name in names for plan in plans if (each := rows.get(f"{plan} {name}")) and "refused" in each}
-    return "\n".join([*lines, *(f"\n{name}: {why.splitlines()[0][:200]}" for name, why in refused.items())])
+    refused = dict.fromkeys(name for name in names for plan in plans if "refused" in (rows.get(f"{plan} {name}") or {}))
+    return "\n".join([*lines, *([f"\nNot for this model: {', '.join(refused)}."] if refused else [])])
 
 
 def cell(row: Mapping[str, Any] | None) -> str:
