@@ -12,9 +12,7 @@ import torch
 from diffgraft import ArtefactMismatch, ConfigError, NotFinite, Unsupported, load_pipeline, unload
 from diffgraft.methods.quant.affine import Scale, UniformAffine, dequantise, nearest_scale, searched_scale
 from diffgraft.methods.quant.kept import keep, misfit, packed, restore, unpacked
-from diffgraft.methods.quant.knobs import BitsConfig
 from diffgraft.methods.quant.layers import (
-    QuantLinear,
     Rounder,
     bytes_of,
     chosen,
@@ -25,7 +23,6 @@ from diffgraft.methods.quant.layers import (
     put,
     quantised,
 )
-from diffgraft.methods.quant.rotation import Rotation, hadamard
 from diffgraft.methods.quant.rounding import Recipe, Rounding, first_alpha, h, learn_rounding, learn_scales, penalty
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -44,13 +41,6 @@ def made(kind, *sizes, seed=0):
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return kind(*sizes)
-
-
-@pytest.mark.parametrize("plan", ["w08a8", "w8a08", "w1a8", "w17a8", "w8", "a8w8", "W8A8", "w8a8 ", "w100a8", ""])
-def test_bits_are_written_in_one_way(plan):
-    with pytest.raises(ValueError, match="write wXaY with X and Y from 2 to 16, or 32"):
-        BitsConfig(bits=plan)
-    assert BitsConfig(bits="w10a32").weight_bits == 10
 
 
 # grids --------------------------------------------------------------------------------------------------------------------------------
@@ -441,7 +431,7 @@ def test_a_class_that_only_inherits_is_left_alone():
     class Own(nn.Linear):
         pass
 
-    model = nn.Sequential(nn.Linear(4, 4), Own(4, 4), QuantLinear(nn.Linear(4, 4)))
+    model = nn.Sequential(nn.Linear(4, 4), Own(4, 4))
     assert [layer.path for layer in layers_of({"net": model})] == ["0"]
 
 
@@ -454,38 +444,3 @@ def test_what_is_packed_comes_back_bit_for_bit():
     assert misfit(flat, shapes) is None
     assert "holds 14 values, and its shapes say 15" in str(misfit(flat[1:], shapes))
     assert "shape of 'a' is [0]" in str(misfit(flat, {**shapes, "a": [0]}))
-
-
-# rotations ----------------------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("channels", [1, 3, 8, 24, 160])
-def test_a_rotation_is_orthogonal_and_leaves_the_product(channels):
-    rotate = Rotation(channels)
-    R = rotate(torch.eye(channels))
-    assert torch.allclose(R @ R.T, torch.eye(channels), atol=1e-6)
-    assert rotate.size == next(size for size in (32, 16, 8, 4, 2, 1) if channels % size == 0)
-    x, w = seeded(5, channels), seeded(7, channels, seed=1)
-    assert torch.allclose(rotate(x) @ rotate(w).T, x @ w.T, atol=1e-5)
-    assert torch.equal(Rotation(channels)(x), rotate(x))
-
-
-def test_hadamard_is_sylvesters():
-    two = torch.tensor([[1.0, 1.0], [1.0, -1.0]])
-    eight = torch.kron(two, torch.kron(two, two)) / 8**0.5
-    assert torch.allclose(hadamard(torch.eye(16), 8), torch.block_diag(eight, eight), atol=1e-6)
-
-
-def test_an_outlier_channel_is_spread_and_the_layer_is_nearer():
-    layer, x = made(nn.Linear, 64, 32), seeded(50, 64)
-    x[:, 3] *= 100
-    grids = UniformAffine(16, "channel"), UniformAffine(8, "token")
-    plain, rotated = (quantised(layer, *grids, rotation=rotation) for rotation in (None, Rotation(64)))
-    errors = [float((each(x) - layer(x)).norm()) for each in (plain, rotated)]
-    assert errors[1] < 0.5 * errors[0]
-    off = quantised(layer, UniformAffine(16, "channel"), UniformAffine(16, "token"), rotation=Rotation(64))
-    assert torch.allclose(off(x), layer(x), atol=1e-2)
-    tensors, facts = keep({"k": rotated})
-    other = quantised(layer, *grids, rotation=Rotation(64))
-    restore({"k": other}, tensors, facts, "again")
-    assert torch.equal(other(x), rotated(x))

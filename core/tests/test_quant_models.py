@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from diffgraft import Conflict, Unsupported, load_pipeline, unload
 from diffgraft.lab.nearest import Nearest
 from diffgraft.methods.quant.affine import UniformAffine, nearest_scale
+from diffgraft.methods.quant.knobs import BitsConfig
 from diffgraft.methods.quant.layers import QuantConv2d, QuantLinear, ensure_current, layers_of, put, quantised, quantised_in
 from diffgraft.methods.quant.shortcuts import from_below, skip_channels
 from probes import Probe, generate, tiny
@@ -149,3 +150,10 @@ def test_each_layer_of_a_run_is_its_formula(bits):
     assert set(asked) == {layer.key for layer in quantised_in({"unet": pipe.unet}).values()}
     assert len(moved) < 1e-4 * values
     assert max(moved, default=0) < 1e-4
+
+
+@pytest.mark.parametrize("plan", ["w08a8", "w8a08", "w1a8", "w17a8", "w8", "a8w8", "W8A8", "w8a8 ", "w100a8", ""])
+def test_bits_are_written_in_one_way(plan):
+    with pytest.raises(ValueError, match="write wXaY with X and Y from 2 to 16, or 32"):
+        BitsConfig(bits=plan)
+    assert BitsConfig(bits="w10a32").weight_bits == 10

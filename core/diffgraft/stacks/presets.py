@@ -34,11 +34,7 @@ def parsed(path: Path) -> Preset:
 
 
 def read_presets(folder: Path | None) -> dict[str, Preset]:
-    """Name -> preset of each file in a folder.
-
-    Raises:
-        ConfigError: one of them is no preset.
-    """
+    """Name -> preset of each file in a folder. Raises ConfigError where one is none."""
     found = sorted(folder.glob("*.yaml")) if folder else []
     return {path.stem: parsed(path) for path in found}
 
@@ -54,27 +50,17 @@ def presets_of(plugin: str) -> dict[str, Preset]:
 
 
 def preset_for(plugin: str, name: str, model: str) -> Preset:
-    """One preset for a model (a Hub id, a folder, a bundled name; "" where it has none); the logger tells what may not fit.
-
-    Raises:
-        ConfigError: the plugin has none of that name.
-    """
+    """A preset for a model (a Hub id, a folder, a name; "": unknown); the logger tells what may not fit. Raises as `find_preset`."""
     preset = find_preset(plugin, name)
-    short = Path(model).name
-    if model and not preset.is_for(model) and not preset.is_for(short):
-        _log.warning("%s: the preset %s is for models called %s; its source says nothing of %s", plugin, name, preset.models, short)
+    if model and not (preset.is_for(model) or preset.is_for(Path(model).name)):
+        _log.warning("%s: the preset %s is for models called %s, not for %s", plugin, name, preset.models, Path(model).name)
     if preset.call:
-        told = ", ".join(f"{key}={value!r}" for key, value in preset.call.items())
-        _log.warning("%s: with the preset %s belongs a call with %s, which is yours to say", plugin, name, told)
+        _log.warning("%s: with the preset %s belongs a call with %s, which is yours to say", plugin, name, preset.call)
     return preset
 
 
 def find_preset(plugin: str, name: str) -> Preset:
-    """One preset.
-
-    Raises:
-        ConfigError: the plugin has none of that name.
-    """
+    """One preset. Raises ConfigError where the plugin has none of that name."""
     known = presets_of(plugin)
     if name not in known:
         raise ConfigError(f"plugin {plugin!r} has no preset {name!r}{choices(name, known, 'Presets')}")

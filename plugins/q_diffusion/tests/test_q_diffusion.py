@@ -219,7 +219,7 @@ def test_learned_beats_nearest_and_its_file_is_the_same(family, learned_of):
     made.pipe.plugins.configure("q_diffusion", artefact=artefact)
     assert np.array_equal(picture(made), from_file)
     assert np.array_equal(picture(type(made)(copy.deepcopy(made.pipe), made.kwargs)), from_file)
-    assert made.pipe.plugins.report().plugins["q_diffusion"].notes[0].startswith("simulated, no speed: w3a8, learned;")
+    assert made.pipe.plugins.report().plugins["q_diffusion"].notes[0].startswith("simulated, no speed: w3a8, learned,")
     made.pipe.plugins.configure("q_diffusion", artefact=None)
     nearest = picture(made)
     assert "not learned: no artefact" in made.pipe.plugins.report().plugins["q_diffusion"].notes[0]
