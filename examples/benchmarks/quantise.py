@@ -235,6 +235,7 @@ def page(out: Path) -> str:
         rows = {path.stem: json.loads(path.read_text()) for path in sorted((out / model).glob("w*.json"))}
         if rows:
             parts.append(section(model, rows, json.loads((out / model / "float.json").read_text())))
+    parts.append("![The first picture of each model: float, then each way at w4a8 in the tables' order](quantise.png)")
     return "\n\n".join(parts) + "\n"
 
 
