@@ -16,6 +16,7 @@ import doctest
 import io
 import os
 import re
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -24,6 +25,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from diffgraft.cli import app
+from typer.testing import CliRunner
 
 FENCE = re.compile(r"^(?P<ticks>`{3,})(?P<info>[^\n`]*)\n(?P<body>.*?)^(?P=ticks)$", re.MULTILINE | re.DOTALL)
 OFFLINE = {"PIP_DISABLE_PIP_VERSION_CHECK": "1", "PIP_NO_INDEX": "1", "PIP_NO_BUILD_ISOLATION": "0", "HF_HUB_OFFLINE": "1"}
@@ -157,17 +161,38 @@ def run_python(block: Block, scope: dict[str, Any]) -> None:
 
 
 def run_shell(block: Block, folder: Path, commands: Path) -> None:
-    """Shell: with the environment's ``commands`` first, and stopped at the first failure."""
+    """Shell: with the environment's ``commands`` first, and stopped at the first failure. Where a block is nothing but `diffgraft` lines,
+    they are given to the command line in this process, so that torch is imported once."""
+    env = {"COLUMNS": "140", "NO_COLOR": "1", **OFFLINE, **SMALL}
+    if block.mark is None and commands == Path(sys.executable).parent and (lines := commands_in(block.code)):
+        said = ""
+        for words in lines:
+            result = CliRunner().invoke(app, words, env=env, catch_exceptions=False)
+            assert result.exit_code == 0, f"{block}: {shlex.join(words)}: exit code {result.exit_code}\n{result.output[-3000:]}"
+            said += result.stdout
+        return expect(block, said)
     path = f"{commands}{os.pathsep}{os.environ['PATH']}"
-    env = {**os.environ, "PATH": path, "COLUMNS": "140", "NO_COLOR": "1", **OFFLINE, **SMALL}
     syntax = ["-n"] if block.mark == "compile only" else []
     shell = ["bash", *syntax, "-euo", "pipefail", "-c", block.code]
-    done = subprocess.run(shell, cwd=folder, env=env, capture_output=True, text=True, check=False)
+    done = subprocess.run(shell, cwd=folder, env={**os.environ, "PATH": path, **env}, capture_output=True, text=True, check=False)
     if block.mark == "raises":
         assert done.returncode, f"{block}: it should have failed"
         return expect(block, done.stdout + done.stderr)
     assert done.returncode == 0, f"{block}: exit code {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
     return expect(block, done.stdout)
+
+
+def commands_in(code: str) -> list[list[str]]:
+    """The words of each line behind `diffgraft`; nothing where a line is something else, or needs a shell."""
+    found = []
+    for line in code.replace("\\\n", " ").splitlines():
+        plain = shlex.shlex(line, posix=True, punctuation_chars=True)
+        plain.whitespace_split = True
+        words = list(plain)
+        if words[:1] not in ([], ["diffgraft"]) or any(set(word) <= set("();<>|&") or set(word) & set("$`*?") for word in words):
+            return []
+        found += [words[1:]] * bool(words)
+    return found
 
 
 def expect(block: Block, got: str) -> None:

@@ -22,5 +22,6 @@ elif [ $# -eq 0 ]; then
     sed -nE 's|^plugins/([^/]+)/.*|\1|p; s|^pipelines/families/.*/([a-z0-9_]+)\.py$|\1|p' | sort -u | paste -sd, -)
   set -- --sample "$(git rev-parse --short HEAD 2>/dev/null || echo 0)" --changed "$changed"
 fi
+unset PYTHONDONTWRITEBYTECODE  # tests start many interpreters, which find the code compiled
 # one worker a core, one thread each: tiny tensors do not profit from more; neighbouring tests share references, so workers get stretches
 OMP_NUM_THREADS=1 python -m pytest -n "${PYTEST_WORKERS:-2}" --dist worksteal --durations=20 "$@"

@@ -22,7 +22,7 @@ import diffgraft.methods
 import diffusers
 import generate
 import pytest
-from blocks import Block, blocks_of, inside, run_page
+from blocks import Block, blocks_of, commands_in, inside, run_page
 from diffgraft.cli import app
 from diffgraft.cli.values import plugin_specs
 from diffgraft.installed import errors, registry
@@ -89,6 +89,24 @@ def test_comparing_output(tmp_path: Path) -> None:
     text = "```python\nprint('4 steps in 1.25 s; a 1')\n```\n\n```text\n4 steps in 0.31 s; ... 1\n```\n"
     (tmp_path / "folder").mkdir()
     assert run_page(page_of(tmp_path, text), tmp_path / "folder") == 1
+
+
+@pytest.mark.parametrize(
+    ("code", "lines"),
+    [
+        ("diffgraft list\n\ndiffgraft run emoji-sd \\\n  --prompt 'a; b'  # why\n", [["list"], ["run", "emoji-sd", "--prompt", "a; b"]]),
+        ("diffgraft list\nls\n", []),
+        ("diffgraft list | head\n", []),
+        ("diffgraft list 2>&1\n", []),
+        ("diffgraft list && ls\n", []),
+        ("diffgraft compare $MODEL\n", []),
+        ("diffgraft compare *.yaml\n", []),
+        ("DIFFGRAFT_PLUGINS=a diffgraft list\n", []),
+        ("cat > a.py <<'EOF'\nx = 1\nEOF\n", []),
+    ],
+)
+def test_only_lines_that_need_no_shell_run_without_one(code: str, lines: list[list[str]]) -> None:
+    assert commands_in(code) == lines
 
 
 # hook points ------------------------------------------------------------------------------------------------------------------------------

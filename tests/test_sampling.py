@@ -60,6 +60,12 @@ def test_of_a_plugins_own_tests_the_contract_is_left_to_the_suites() -> None:
     assert not OWN_CONTRACT.match("tests/test_contract.py::test_contract")
 
 
+def test_a_sample_collects_none_of_them(request) -> None:
+    """In plugins' folders too: a hook in tests/conftest.py alone is not asked there."""
+    copies = [item.nodeid for item in request.session.items if OWN_CONTRACT.match(item.nodeid.partition("[")[0])]
+    assert not copies or not request.config.getoption("--sample")
+
+
 def test_a_sample_of_a_contract_asks_nothing_before_it_is_read() -> None:
     cases = contract_sample("nobody", "seed")  # at the import of a test file, whose test may never be collected
     with pytest.raises(PluginNotFound):

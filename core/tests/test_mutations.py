@@ -7,8 +7,8 @@ from typing import Any, ClassVar
 
 import pytest
 from diffgraft import Effects, Plugin, StepOutput
-from diffgraft.testing import CHECKS, Case, Subject, contract_cases, run_contract
-from diffgraft.testing.cover import cover
+from diffgraft.testing import CHECKS, Case, Subject, contract_candidates, contract_cases, run_contract
+from diffgraft.testing.cover import covering
 from diffgraft.testing.trace import expect_same_trace, trace
 from diffgraft_pipelines.families import FAMILIES
 from mutants import (
@@ -183,7 +183,7 @@ def test_caught(mutant: type[Plugin], class_name: str, name: str) -> None:
 def test_caught_by_the_covering_table(mutant: type[Plugin]) -> None:
     """What a push runs of a plugin, each check once on some family, still catches every planted defect."""
     named = [name for each, _, name in MUTANTS if each is mutant]
-    table = sorted(cover(contract_cases(mutant), "a seed"), key=lambda case: case.check.name not in named)
+    table = sorted(covering(contract_candidates(mutant), "a seed"), key=lambda case: case.check.name not in named)
     for case in table:
         try:
             case.run()

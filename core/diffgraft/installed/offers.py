@@ -325,27 +325,26 @@ def source_fault(module: str, attribute: str) -> str | None:
     if module != top or not spec.origin or not spec.origin.endswith(".py"):
         return None
     try:
-        if os.path.getsize(spec.origin) > LARGEST:
-            return None
-        source = Path(spec.origin).read_bytes()
-        said_so = CONTRACT.search(source)
-        if is_compiled(spec.origin) and not said_so:
-            return None
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            tree = ast.parse(importlib.util.decode_source(source), spec.origin)
+        number = contract_in(spec.origin, attribute, os.stat(spec.origin).st_mtime_ns)
     except Exception as error:  # unreadable, no Python, nested too deep for the parser
         return said(error)
-    number = contract_of(tree, attribute) if said_so else None
     if number in (None, API):
         return None
     older = "diffgraft" if number > API else "the plugin"
     return f"it was written for contract {number}, this diffgraft speaks {API}; upgrade {older}"
 
 
-def contract_of(tree: ast.Module, name: str) -> int | None:
-    """The contract number that a class names in its own text."""
-    for node in tree.body:
+@cache
+def contract_in(source: str, name: str, changed: int) -> int | None:
+    """The contract number that a class names in its own text; a file's text is looked at once, which takes a list most of its time."""
+    text = Path(source).read_bytes() if os.path.getsize(source) <= LARGEST else b""
+    said_so = CONTRACT.search(text)
+    if is_compiled(source) and not said_so:
+        return None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        tree = ast.parse(importlib.util.decode_source(text), source)
+    for node in tree.body if said_so else ():
         if isinstance(node, ast.ClassDef) and node.name == name:
             for line in node.body:
                 targets = line.targets if isinstance(line, ast.Assign) else [line.target] if isinstance(line, ast.AnnAssign) else []

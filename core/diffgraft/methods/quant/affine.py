@@ -21,6 +21,8 @@ LEAST = torch.finfo(torch.float32).eps
 """Smallest delta."""
 SHRINKS = tuple(1 - i / 100 for i in range(80))
 """Shares of the whole range that a search tries."""
+TOGETHER = 2**15
+"""Elements that a search rounds in one go: as many shares of a small tensor at once as still lie in a cache."""
 
 
 class Scale(NamedTuple):
@@ -109,15 +111,17 @@ def searched_scale(x: Tensor, grid: UniformAffine, p: float = 2.4) -> Scale:
     Source: LAPQ (arXiv 1911.07190), with Q-Diffusion's shares 1, .99 ... .21 of the range and p = 2.4.
     """
     low, high = grid.ends(x)
-    axes = tuple(axis for axis in range(x.ndim) if low.shape[axis] == 1)
+    axes = tuple(axis for axis in range(-x.ndim, 0) if low.shape[axis] == 1)
     x = x.float()
     best, least = grid.scale(low, high), torch.full_like(low, torch.inf)
-    for share in SHRINKS:
-        scale = grid.scale(share * low, share * high)
-        error = (x - grid.rounded(x, scale)).abs().pow(p).mean(axes, keepdim=True) if axes else (x - grid.rounded(x, scale)).abs()
+    shares = torch.tensor(SHRINKS, dtype=torch.float32, device=x.device).reshape(-1, *(1,) * x.ndim)
+    for some in shares.split(max(1, TOGETHER // max(1, x.numel()))):
+        scale = grid.scale(some * low, some * high)
+        error = (x - grid.rounded(x, scale)).abs().pow(p)
+        error, at = (error.mean(axes, keepdim=True) if axes else error).min(0)
         better = error < least
         least = torch.where(better, error, least)
-        best = Scale(*(torch.where(better, new, old) for new, old in zip(scale, best, strict=True)))
+        best = Scale(*(torch.where(better, new.gather(0, at[None])[0], old) for new, old in zip(scale, best, strict=True)))
     return best
 
 
