@@ -75,7 +75,7 @@ def blocks_of(page: Path) -> list[Block]:
         if directive:
             info = directive[1]
             while option := re.match(r":(\w+): (.*)\n", code):
-                file = option[2].strip("\"`") if option[1] == "caption" else file
+                file = option[2].strip('"`') if option[1] == "caption" else file
                 code, line = code[option.end() :], line + 1
             code, line = code.lstrip("\n"), line + len(code) - len(code.lstrip("\n"))
         if info not in LANGUAGES:

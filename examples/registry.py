@@ -28,9 +28,9 @@ COMMUNITY = ROOT / "docs" / "community"
 
 def first_party() -> list[CataloguedPlugin]:
     """The plugins of this repository, as their metadata and classes tell."""
-    made = []
+    made, installed = [], registry.installed()
     for folder in sorted(path.parent for path in ROOT.glob("plugins/*/pyproject.toml")):
-        info = registry.installed()[folder.name]
+        info = installed[folder.name]
         facts = describe(registry.find(folder.name), info)
         made.append(
             CataloguedPlugin(
