@@ -10,14 +10,17 @@ import accelerate
 import pytest
 import torch
 from diffgraft import ArtefactMismatch, Calibrator, ConfigError, Conflict, Need, Unsupported, load_pipeline
+from diffgraft.cli import app
 from diffgraft.kernel.given import describe
 from diffgraft.methods.artefacts import Artefact, Fingerprint, MadeFor
 from diffgraft.methods.calibration import calibrate
+from diffgraft.methods.files import partial_of
 from diffgraft.methods.inputs import CallSettings, Sample
 from diffusers import EulerDiscreteScheduler
 from probes import PAPER, Everything, PluginConfig, Probe, generate, tiny, trace
 from pydantic import Field
 from safetensors.torch import save_file
+from typer.testing import CliRunner
 
 
 class GainConfig(PluginConfig):
@@ -341,3 +344,15 @@ def test_a_second_pipeline_of_another_space_is_refused(pipe):
     refused(vae, "its latent space is another one")
     with pytest.raises(ConfigError, match="model = int"):
         load_pipeline(pipe, plugins=[Second(model=3)])
+
+
+def test_a_calibration_that_is_stopped_says_how_it_goes_on(monkeypatch, tmp_path):
+    def stopped(pipe, plugin, samples, settings, out, **kwargs):
+        partial_of(out).mkdir()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("diffgraft.methods.calibration.calibrate", stopped)
+    words = ["calibrate", "ptq4dm", "--pipeline", "emoji-pixel", "--samples", "1", "--out", str(tmp_path / "a.safetensors")]
+    done = CliRunner().invoke(app, words)
+    assert done.exit_code != 0
+    assert "a.safetensors.partial, and the same command goes on from there" in " ".join(done.output.split())

@@ -7,7 +7,9 @@
 Every way gets the same seeds and prompts, and is calibrated on others. PSNR is to the float picture of the same seed; *right*, pictures in
 which the bundled judge sees what was asked for; *Frechet*, on the judge's features, to the float pictures of these seeds. Bytes are those
 of the denoiser as the plan keeps it (codes, scales, and what stays in floats), as a share of float32; of other packages as its tensors lie
-in memory. Ours are simulated: they say what a plan costs in quality, not in time. Writes a JSON a row, quantise.md and quantise.png.
+in memory. Ours are simulated: they say what a plan costs in quality, not in time.
+
+Writes a JSON a row, quantise.md and quantise.png.
 """
 
 from __future__ import annotations
@@ -207,7 +209,7 @@ def measured(model: str, plans: list[str], samples: int, calibrate_on: int, only
         started = time.perf_counter()
         try:
             pictures, size, seconds = make()
-        except (Unsupported, Conflict, ValueError, RuntimeError, TypeError, AttributeError) as error:
+        except (Unsupported, Conflict) as error:
             save(path, {**bench.facts, "refused": f"{type(error).__name__}: {error}"}, None)
             console.print(f"{model} {key}: {type(error).__name__}: {str(error)[:120]}", highlight=False, markup=False, soft_wrap=True)
             continue

@@ -26,9 +26,9 @@ from diffgraft.cli.options import (
 )
 from diffgraft.cli.steady import steady
 from diffgraft.installed import registry
-from diffgraft.installed.errors import ConfigError
+from diffgraft.installed.errors import ConfigError, Unsupported
 from diffgraft.lab.terminal import say
-from diffgraft.methods.files import check_file
+from diffgraft.methods.files import check_file, partial_of
 
 if TYPE_CHECKING:
     from diffgraft.installed.plugin import Plugin
@@ -82,18 +82,41 @@ def quantise(
     threads: Threads = None,
 ) -> None:
     """Calibrate a plugin that quantises, and tell what its plan makes of the weights; interrupted, the same command goes on."""
+    from diffgraft.methods.named import those
+    from diffgraft.methods.quant.knobs import BitsConfig
+
+    if not quantises(registry.find(plugin)):
+        raise Unsupported(f"{plugin} quantises nothing after a calibration; installed plugins that do: {', '.join(those(quantises))}")
     asked = steps, guidance_scale, negative_prompt, height, width, arg
     path, options = out or Path(f"{plugin}-{bits}.safetensors"), [*(option or []), f"{plugin}.bits={bits}"]
     pipe, built = measured(plugin, pipeline, options, (prompt, prompts, class_label, samples), seed, path, asked, (device, dtype, threads))
+    from diffgraft.cli.values import read_prompts
     from diffgraft.installed.anatomy import denoisers_of
     from diffgraft.kernel.loading import load_pipeline
-    from diffgraft.methods.artefacts import as_options
+    from diffgraft.methods.artefacts import assignments
+    from diffgraft.methods.quant.layers import quantised_in
     from diffgraft.methods.quant.told import simulated
 
-    knobs = {**built.own_knobs, "artefact": str(path)}
+    idle = built.Config.of_calibration if issubclass(built.Config, BitsConfig) else ()
+    knobs = {**{name: value for name, value in built.own_knobs.items() if name not in idle}, "artefact": str(path)}
     load_pipeline(pipe, plugins={plugin: knobs})
-    say(f"{simulated(denoisers_of(pipe, registry.find_family(type(pipe))), plugin, bits)}; a run with it:")
-    say(f"diffgraft run {shlex.quote(pipeline)} -p {plugin} {as_options(plugin, knobs)}")
+    denoisers = denoisers_of(pipe, registry.find_family(type(pipe)))
+    told = simulated(denoisers, plugin, bits) if quantised_in(denoisers) else f"{bits}: no layer is quantised"
+    texts = read_prompts(prompt, prompts)
+    said = {"steps": steps, "guidance-scale": guidance_scale, "negative-prompt": negative_prompt, "height": height, "width": width,
+            "device": device, "dtype": dtype, "prompt": next(iter(texts), None), "class-label": (class_label or [None])[0]}  # fmt: skip
+    words = ["diffgraft", "run", pipeline, "-p", plugin]
+    words += [word for knob in assignments(plugin, knobs) for word in ("-o", knob)]
+    words += [word for each in arg or [] for word in ("-a", each)]
+    words += [word for name, value in said.items() if value is not None for word in (f"--{name}", str(value))]
+    say(f"{told}; a run with it:\n{shlex.join(words)}")
+
+
+def quantises(plugin: type[Plugin]) -> bool:
+    """Whether a plugin puts layers on grids of so many bits, after a calibration."""
+    from diffgraft.methods.quant.knobs import BitsConfig
+
+    return issubclass(plugin.Config, BitsConfig) and plugin.calibration is not None
 
 
 def measured(
@@ -131,10 +154,15 @@ def measured(
     device, dtype, threads = machine
     pipe, built = load_bare(pipeline, specs, device, dtype)
     made_of = make_samples(pipe, [seed + i for i in range(number)], **words)
-    with steady(threads), progress() as on_progress:
-        artefact = measure(pipe, built[0], made_of, settings, path, on_progress=on_progress)
+    with steady(threads, timed=False), progress() as on_progress:
+        try:
+            artefact = measure(pipe, built[0], made_of, settings, path, on_progress=on_progress)
+        except KeyboardInterrupt:
+            if (kept := partial_of(path)).exists():
+                say(f"stopped; what is done lies in {kept}, and the same command goes on from there", err=True)
+            raise
     made = artefact.made_for
-    kind = "prompts" if words.get("prompts") else "samples"
+    kind = ("prompt" if words.get("prompts") else "sample") + ("s" if number > 1 else "")
     say(f"wrote {path}: for {made.pipeline}, {made.scheduler}, {made.steps} steps, latents {made.shape}, from {number} {kind}")
     return pipe, built[0]
 
@@ -218,7 +246,7 @@ def evolve(
     pipe, built = load_bare(pipeline, specs, device, dtype)
     pipe.set_progress_bar_config(disable=True)
     made_of = make_samples(pipe, [seed + i for i in range(number)], **words)
-    with steady(threads), progress() as on_progress:
+    with steady(threads, timed=False), progress() as on_progress:
         found = find_settings(
             pipe, built[0], made_of, call, path, judged, plan=plan, knobs=knobs, beside=built[1:], batch=batch, on_progress=on_progress
         )
@@ -342,7 +370,7 @@ def fit(
     call = call_settings(inference_steps, guidance_scale, negative_prompt, height, width, None, extra)
     pipe, built = load_bare(pipeline, specs, device, dtype)
     examples += [Example(class_label=label) for label in class_labels_of(pipe, class_label or [])]
-    with steady(threads), progress() as on_progress:
+    with steady(threads, timed=False), progress() as on_progress:
         found = learn(pipe, built[0], examples, call, path, plan, knobs=knobs, on_progress=on_progress)
     losses = found.facts["fit"]["losses"]
     told = learns.told(found.facts) or f"loss {losses[0]:.6g} at the start, {losses[-1]:.6g} at the end"

@@ -9,11 +9,14 @@ from diffgraft.lab.terminal import say
 
 
 @contextmanager
-def steady(number: int | None) -> Iterator[str | None]:
-    """Sets torch's threads for a long piece of work and says how many; gives the warning that the machine is busy, or None."""
+def steady(number: int | None, timed: bool = True) -> Iterator[str | None]:
+    """Sets torch's threads for a long piece of work and says how many; gives the warning that the machine is busy, or None.
+
+    ``timed``: whether times are measured, else nobody needs the warning.
+    """
     from diffgraft.lab.machine import busy, threads
 
-    warning = busy()
+    warning = busy() if timed else None
     tell(warning)
     with threads(number) as count:
         say(f"{count} torch threads (--threads)", err=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -15,6 +16,8 @@ from diffgraft.installed.foreign import plain
 
 ROOMY = 70
 """Columns from which on a list has more than what one must know."""
+LINES = 30.0
+"""Seconds between two lines of progress where there is no terminal."""
 SPACIOUS = 120
 """Columns from which on a table has room for texts beside each other."""
 
@@ -51,17 +54,22 @@ def say(*parts: str | tuple[str, str], err: bool = False) -> None:
 
 @contextmanager
 def progress() -> Iterator[Callable[[str, int, int], None]]:
-    """A progress bar a phase; without a terminal one line a phase."""
+    """A progress bar a phase; without a terminal one line a phase, and while it lasts one every half a minute."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
     err = console(err=True)
     if not err.is_terminal:
-        seen: set[str] = set()
+        told: dict[str, float] = {}
 
         def line(phase: str, done: int, total: int) -> None:
-            if phase not in seen:
-                seen.add(phase)
+            now = time.monotonic()
+            if phase not in told:
                 err.print(f"{phase}...")
+            elif now - told[phase] >= LINES:
+                err.print(f"{phase}: {done} of {total}")
+            else:
+                return
+            told[phase] = now
 
         yield line
         return

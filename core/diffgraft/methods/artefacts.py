@@ -26,9 +26,10 @@ from torch import Tensor, nn
 from typing_extensions import Self, TypedDict
 
 from diffgraft.installed.anatomy import root_of
-from diffgraft.installed.errors import ArtefactMismatch, ConfigError
+from diffgraft.installed.errors import ArtefactMismatch, ConfigError, DiffgraftError
 from diffgraft.installed.foreign import brief, plain, said
 from diffgraft.installed.plugin import RUN_FACTS
+from diffgraft.installed.registry import find
 from diffgraft.installed.unread import PICKLES, why_not_loaded
 from diffgraft.kernel.weights import kept_by
 from diffgraft.methods.files import write_atomic
@@ -277,13 +278,32 @@ class Artefact:
             differing.append(f"shape of the latents: made for {self.made_for.shape}, found {tuple(shape)}")
         if "guidance" in fits and self.facts.get("guidance_scale") != guidance:
             differing.append(f"guidance scale: made for {self.facts.get('guidance_scale')}, found {guidance}")
-        self._refuse(differing)
+        if differing:
+            said = {"--steps": steps if "steps" in fits else None, "--guidance-scale": guidance if "guidance" in fits else None}
+            words = [f"{option} {value}" for option, value in said.items() if value is not None]
+            words += ["--height H --width W"] if "shape" in fits and self.made_for.shape != tuple(shape) else []
+            other = type(scheduler).__name__ if any(each.startswith("scheduler") for each in differing) else None
+            self._refuse(differing, self._another(words, other))
 
-    def _refuse(self, differing: list[str]) -> None:
+    def _another(self, words: list[str], scheduler: str | None) -> str:
+        """How one is made that fits a run: with the knobs of this one, and these words; of a pipeline with another scheduler."""
+        if self.kind != "artefact":
+            return make_again(self.made_for.plugin, self.kind)
+        plugin = self.made_for.plugin
+        more = " ".join([*words, as_options(plugin, knobs_of(plugin, self.facts))])
+        if scheduler is None:
+            return make_again(plugin, more=more.strip())
+        return (
+            f"a calibration takes the scheduler that a model is loaded with: save yours (pipe.scheduler = "
+            f"{scheduler}.from_config(pipe.scheduler.config); pipe.save_pretrained('model')) and "
+            f"{make_again(plugin, more=more.strip(), pipeline='model')}"
+        )
+
+    def _refuse(self, differing: list[str], again: str | None = None) -> None:
         if differing:
             raise ArtefactMismatch(
                 f"{self.made_for.plugin}: the artefact {self.path or '(in memory)'} does not fit: {'; '.join(differing)}; "
-                f"{make_again(self.made_for.plugin, self.kind)}"
+                f"{again or make_again(self.made_for.plugin, self.kind)}"
             )
 
 
@@ -297,8 +317,8 @@ def checksum(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def make_again(plugin: str, kind: str = "artefact") -> str:
-    """How to get an artefact that fits."""
+def make_again(plugin: str, kind: str = "artefact", more: str = "", pipeline: str = "NAME") -> str:
+    """How to get an artefact that fits; ``more`` what is known of its calibration, as a shell takes it."""
     if kind == "weights":
         return "give the published file: a path, or 'owner/name/file' on the Hub"
     if kind == "inversion":
@@ -307,18 +327,33 @@ def make_again(plugin: str, kind: str = "artefact") -> str:
         return f"make one with `diffgraft evolve {plugin} --pipeline NAME --prompts FILE --steps K`"
     if kind == "fit":
         return f"make one with `diffgraft fit {plugin} --pipeline NAME --steps N` and --inference-steps, --guidance-scale of your calls"
-    return f"make one with `diffgraft calibrate {plugin} --pipeline NAME --prompts FILE`"
+    words = " ".join(filter(None, [f"diffgraft calibrate {plugin} --pipeline {pipeline}", more]))
+    return f"make one with `{words}` (--prompts FILE where it takes some)"
 
 
 def make_again_with(plugin: str, knobs: Mapping[str, Any]) -> str:
     """The same, of an artefact that depends on these knobs, as a shell takes them."""
-    return make_again(plugin) + (f" and {as_options(plugin, knobs)}" if knobs else "")
+    return make_again(plugin, more=as_options(plugin, knobs))
 
 
 def as_options(plugin: str, knobs: Mapping[str, Any]) -> str:
     """Knobs as a command line takes them: "-o deepcache.interval=3"."""
-    said = [f"{plugin}.{name}={value if isinstance(value, str) else json.dumps(value)}" for name, value in knobs.items()]
-    return " ".join(f"-o {shlex.quote(each)}" for each in said)
+    return " ".join(f"-o {shlex.quote(each)}" for each in assignments(plugin, knobs))
+
+
+def assignments(plugin: str, knobs: Mapping[str, Any]) -> list[str]:
+    """The same without a shell: "deepcache.interval=3"."""
+    return [f"{plugin}.{name}={value if isinstance(value, str) else json.dumps(value)}" for name, value in knobs.items()]
+
+
+def knobs_of(plugin: str, facts: Mapping[str, Any]) -> dict[str, Any]:
+    """Of an artefact: the knobs that its calibration was told beside the plugin's defaults, as JSON has them."""
+    told = facts.get("knobs")
+    try:
+        usual = find(plugin).Config.model_construct().model_dump(mode="json")
+    except DiffgraftError:  # a plugin that is not installed
+        return {}
+    return {name: value for name, value in told.items() if name in usual and value != usual[name]} if isinstance(told, dict) else {}
 
 
 def check_size(path: Path, plugin: str, kind: str) -> None:

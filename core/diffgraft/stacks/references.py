@@ -118,7 +118,7 @@ def followed(reference: Mapping[Any, Any], find: Callable[[str], Path], where: s
         if key != FOLDER and (found := digest_of(path)) != sha:
             raise ArtefactMismatch(
                 f"{where}: {plain(path)} is not the file that the stack was saved with (its sha256 is {found[:12]}..., the stack file says "
-                f"{brief(sha, 12)}): get that one, or put this one on by its name and save the stack anew"
+                f"{plain(sha)[:12]}...): get that one, or put this one on by its name and save the stack anew"
             )
     except OSError as error:
         raise ConfigError(f"{where}: {plain(path)} cannot be read: {said(error)}") from error

@@ -5,12 +5,14 @@ from __future__ import annotations
 import copy
 import importlib
 import itertools
+import shlex
 from itertools import pairwise
 
 import numpy as np
 import pytest
 import torch
 from diffgraft import ArtefactMismatch, ConfigError, NotFinite, Unsupported, load_pipeline, unload
+from diffgraft.cli import app
 from diffgraft.installed import registry
 from diffgraft.methods.artefacts import Artefact
 from diffgraft.methods.calibration import calibrate
@@ -22,7 +24,8 @@ from diffgraft_cachequant import CacheQuant
 from diffgraft_cachequant import method as m
 from diffgraft_cachequant.knobs import CacheQuantConfig
 from diffgraft_cachequant.layers import CorrectedConv2d, Layer, splits, wanted
-from diffusers import HeunDiscreteScheduler, PNDMScheduler
+from diffusers import EulerDiscreteScheduler, HeunDiscreteScheduler, PNDMScheduler
+from typer.testing import CliRunner
 
 CLASSES = {
     "sd": "StableDiffusionPipeline",
@@ -433,10 +436,18 @@ def test_knobs_that_are_refused(knobs, why):
     assert not any(isinstance(x, (QuantLinear, QuantConv2d)) for x in made.pipe.unet.modules())
 
 
-@pytest.mark.parametrize("knobs", [{"bits": "w8a8", "interval": 1}, {"schedule": "dps", "correct": "off", **FLOATS}, {**FLOATS}])
-def test_a_run_without_what_was_to_be_measured_is_refused(knobs):
+@pytest.mark.parametrize(
+    ("knobs", "without"),
+    [
+        ({"bits": "w8a8", "interval": 1}, "bits='w32a32'"),
+        ({"schedule": "dps", "correct": "off", **FLOATS}, "schedule='uniform'"),
+        ({**FLOATS}, "schedule='uniform', correct='off'"),
+        ({}, "schedule='uniform', correct='off', bits='w32a32'"),
+    ],
+)
+def test_a_run_without_what_was_to_be_measured_is_refused(knobs, without):
     made = grafted(tiny(), **knobs)
-    with pytest.raises(ConfigError, match="artefact = None: best steps, corrections and scales are measured"):
+    with pytest.raises(ConfigError, match=rf"artefact = None: best steps, corrections and scales are measured; .* do without: {without}\n"):
         picture(made)
 
 
@@ -444,10 +455,10 @@ def test_artefacts_of_others_are_refused(tmp_path):
     made = tiny()
     artefact = artefact_for(made, tmp_path, interval=3, keep=("conv_out",))
     for knobs, why in (
-        ({"interval": 4}, r"interval = 4: the artefact was made for up to 3; .* -o cachequant.interval=4"),
-        ({"interval": 3, "branch": 2}, r"branch = 2: the artefact was made for 0"),
-        ({"interval": 3, "bits": "w4a8"}, r"bits = 'w4a8': the artefact was made for 'w8a8'"),
-        ({"interval": 3}, r"keep = \[\]: the artefact was made with 'conv_out' among them, .* have it in keep"),
+        ({"interval": 4}, r"interval = 4: the artefact was made for up to 3; take interval=3, or .* -o cachequant.interval=4"),
+        ({"branch": 2}, r"branch = 2: the artefact was made for 0; take branch=0, or"),
+        ({"bits": "w4a8"}, r"bits = 'w4a8': the artefact was made for 'w8a8'; take bits='w8a8', or"),
+        ({"keep": ()}, r"keep = \[\]: the artefact was made with 'conv_out' among them, .* take keep=\['conv_out'\], or"),
     ):
         with pytest.raises(ArtefactMismatch, match=why):
             grafted(made, artefact=artefact, **knobs)
@@ -455,7 +466,7 @@ def test_artefacts_of_others_are_refused(tmp_path):
         grafted(tiny("sdxl"), artefact=artefact, interval=3, keep=("conv_out",))
     uncorrected = artefact_for(made, tmp_path, interval=3, correct="cache")
     with pytest.raises(ArtefactMismatch, match=r"correct = 'both': the artefact was made for 'cache', .*cachequant.correct=both"):
-        grafted(made, artefact=uncorrected, interval=3)
+        grafted(made, artefact=uncorrected, correct="both")
     grafted(made, artefact=uncorrected, interval=3, correct="cache", keep=("conv_in",))  # more may stay floats
     unload(made.pipe)
     grafted(made, artefact=artefact, interval=3, keep=("conv_out",))
@@ -465,6 +476,32 @@ def test_artefacts_of_others_are_refused(tmp_path):
     bent = Artefact(artefact.made_for, {**artefact.tensors, "scales": -artefact.tensors["scales"]}, artefact.facts)
     with pytest.raises(ArtefactMismatch, match="not above 0"):
         made.pipe.plugins.configure("cachequant", artefact=bent)
+
+
+def test_the_commands_last_line_runs_where_a_file_fits_one_number_of_steps(tmp_path):
+    out = tmp_path / "c.safetensors"
+    words = ["quantise", "emoji-pixel", "-p", "cachequant", "--bits", "w32a32", "--samples", "1", "--steps", "2", "--out", str(out)]
+    done = CliRunner().invoke(app, [*words, "-o", "cachequant.interval=2"])
+    assert done.exit_code == 0, done.output
+    assert "w32a32: no layer is quantised; a run with it:" in done.output
+    line = shlex.split(done.output.strip().splitlines()[-1])
+    made = CliRunner().invoke(app, [*line[1:], "--out", str(tmp_path / "x.png")])
+    assert made.exit_code == 0, made.output
+    made = CliRunner().invoke(
+        app, [*[word for word in line[1:] if word not in ("--steps", "2")], "--steps", "3", "--out", str(tmp_path / "x.png")]
+    )
+    told = " ".join(made.output.split())
+    assert "--pipeline NAME --steps 3 -o cachequant.bits=w32a32 -o cachequant.interval=2`" in told
+
+
+def test_another_scheduler_is_told_how_to_be_calibrated(tmp_path):
+    made = tiny()
+    grafted(made, artefact=artefact_for(made, tmp_path, interval=2, **FLOATS))
+    made.pipe.scheduler = EulerDiscreteScheduler.from_config(made.pipe.scheduler.config)
+    with pytest.raises(
+        ArtefactMismatch, match=r"found EulerDiscreteScheduler; .*save_pretrained\('model'\)\) and make one .*--pipeline model"
+    ):
+        picture(made)
 
 
 def test_numbers_that_are_none_name_their_layer(tmp_path):

@@ -12,12 +12,12 @@ from diffgraft import Effects, Family, ModulesCall, Need, Plugin, RunCall, Targe
 from diffgraft.methods.artefacts import Artefact, make_again_with
 from diffgraft.methods.quant.affine import nearest_scale
 from diffgraft.methods.quant.blocks import ensure_replayable, replayable
-from diffgraft.methods.quant.kept import ensure_made_for, fill
+from diffgraft.methods.quant.kept import as_made, ensure_made_for, fill
 from diffgraft.methods.quant.layers import QuantConv2d, QuantLinear, ensure_current, put, quantised_in
 from diffgraft.methods.quant.told import simulated
 from torch import nn
 
-from diffgraft_ptq4dm.calibration import HOLDS, Measure, plan_of
+from diffgraft_ptq4dm.calibration import HOLDS, Measure
 from diffgraft_ptq4dm.knobs import PAPER, PLAN, PTQ4DMConfig
 from diffgraft_ptq4dm.plan import made, wanted
 
@@ -47,30 +47,34 @@ class PTQ4DM(Plugin):
     def check(self, target: Target) -> None:
         ensure_replayable(target, self.name)
         ensure_current(target.denoisers, self.name)
-        layers = wanted(target.denoisers, self.config, (nn.Linear, nn.Conv2d, QuantLinear, QuantConv2d))
+        artefact: Artefact | None = target.given.get("artefact")
+        knobs = as_made(self.config, artefact)
+        layers = wanted(target.denoisers, knobs, (nn.Linear, nn.Conv2d, QuantLinear, QuantConv2d))
         if not layers:
             raise Unsupported(f"ptq4dm: {type(target.pipe).__name__} has no linear layer or convolution that is not kept")
-        artefact: Artefact | None = target.given.get("artefact")
-        if artefact is not None and not self.config.is_off:
-            ensure_made_for(artefact.facts, plan_of(self.config), [layer.key for layer in layers], self.name, self.again())
+        if artefact is not None and not knobs.is_off:
+            ensure_made_for(artefact.facts, self.config, [layer.key for layer in layers], self.name, self.again())
 
     def again(self) -> str:
         """How to get an artefact that fits, with the knobs that it depends on."""
         return make_again_with(self.name, {name: value for name, value in self.own_knobs.items() if name in PLAN})
 
     def modules(self, call: ModulesCall, next: Any) -> None:
-        if not self.config.is_off:
-            artefact: Artefact | None = call.given("artefact")
-            for layer in wanted(call.denoisers, self.config):
-                put(call.swap, layer, made(layer, self.config, None if artefact is None else nearest_scale))
+        artefact: Artefact | None = call.given("artefact")
+        knobs = as_made(self.config, artefact)
+        if not knobs.is_off:
+            for layer in wanted(call.denoisers, knobs):
+                put(call.swap, layer, made(layer, knobs, None if artefact is None else nearest_scale))
             if artefact is not None:
                 fill(quantised_in(call.denoisers), artefact.tensors, artefact.facts, self.again())
         next(call)
 
     def run(self, call: RunCall, next: Any) -> Any:
-        if self.config.is_off:
+        artefact: Artefact | None = call.given("artefact")
+        knobs = as_made(self.config, artefact)
+        if knobs.is_off:
             call.note("inactive: w32a32 leaves every layer as it is")
             return next(call)
-        how = "calibrated" if call.given("artefact") is not None else "not calibrated: no artefact"
-        call.note(simulated(denoisers_of(call.pipe, call.family), self.name, self.config.bits, how))
+        how = "calibrated" if artefact is not None else "not calibrated: no artefact"
+        call.note(simulated(denoisers_of(call.pipe, call.family), self.name, knobs.bits, how))
         return next(call)

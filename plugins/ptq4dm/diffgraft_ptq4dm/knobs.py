@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 from diffgraft import Paper
 from diffgraft.methods.artefacts import Artefact
@@ -17,13 +17,14 @@ PAPER = Paper(
     omitted="QDrop's random dropping of activation rounding, and AdaRound, which the official demo leaves out too (`q_diffusion` has it)",
     licence="official code without a licence for its own part, read for facts; written from the paper",
 )
-PLAN = ("bits", "ends", "keep")
+PLAN = ("bits", "ends", "keep", "p")
 """Knobs that an artefact is made for."""
 
 
 class PTQ4DMConfig(BitsConfig):
     """Knobs of PTQ4DM."""
 
+    of_calibration: ClassVar[tuple[str, ...]] = ("timesteps", "mu", "sd", "draws", "official_compat")
     artefact: str | Path | Artefact | None = Field(
         None,
         description="the calibration file: a path, owner/name/file.safetensors on the Hub, or an Artefact; none: each tensor's own range",

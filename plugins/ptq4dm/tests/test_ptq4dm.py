@@ -232,14 +232,40 @@ def test_a_lora_loaded_later_is_refused():
 def test_the_command_quantises_and_says_how_to_run_it(tmp_path):
     """`diffgraft quantise` is a calibration with the knob bits said, and what comes of it; its last line runs."""
     out = tmp_path / "q.safetensors"
-    words = ["quantise", "emoji-pixel", "--plugin", "ptq4dm", "--bits", "w6a8", "--samples", "1", "--steps", "2", "--out", str(out)]
+    words = [
+        "quantise",
+        "emoji-pixel",
+        "--plugin",
+        "ptq4dm",
+        "--bits",
+        "w6a8",
+        "--samples",
+        "1",
+        "--steps",
+        "2",
+        "--out",
+        str(out),
+        "-o",
+        "ptq4dm.draws=2",
+    ]
     done = CliRunner().invoke(app, [*words, "-o", 'ptq4dm.keep=["conv_in"]'])
     assert done.exit_code == 0, done.output
     assert re.search(r"simulated, no speed: w6a8; the weights of \d+ layers would be \d", done.output)
     line = done.output.strip().splitlines()[-1]
-    made = CliRunner().invoke(app, [*shlex.split(line)[1:], "--steps", "2", "--out", str(tmp_path / "x.png")])
+    made = CliRunner().invoke(app, [*shlex.split(line)[1:], "--out", str(tmp_path / "x.png")])
     assert made.exit_code == 0, made.output
     assert "w6a8, calibrated" in made.output
+    assert "--steps 2" in line
+    assert "scatter" not in done.output
+    assert "from 1 sample\n" in done.output
     wrong = CliRunner().invoke(app, [*words[:5], "w6b8", *words[6:]])
     assert wrong.exit_code == 2
     assert "bits = 'w6b8': write wXaY" in wrong.output
+    number = CliRunner().invoke(app, [*words[:5], "4", *words[6:]])
+    assert "bits = 4: write wXaY" in number.output
+    other = CliRunner().invoke(app, [*words[:3], "deepcache", *words[4:]])
+    assert other.exit_code == 2
+    told = " ".join(other.output.split())
+    assert "plugins that do: " in told
+    assert "ptq4dm" in told
+    assert "accvideo" not in told

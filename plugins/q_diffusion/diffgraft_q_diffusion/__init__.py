@@ -27,13 +27,13 @@ from diffgraft.methods.artefacts import Artefact, make_again_with
 from diffgraft.methods.quant.affine import nearest_scale, searched_scale
 from diffgraft.methods.quant.attention import with_rounded_softmax
 from diffgraft.methods.quant.blocks import ensure_replayable, replayable
-from diffgraft.methods.quant.kept import ensure_made_for, fill
+from diffgraft.methods.quant.kept import as_made, ensure_made_for, fill
 from diffgraft.methods.quant.knobs import FLOAT
 from diffgraft.methods.quant.layers import QuantConv2d, QuantLinear, ensure_current, put, quantised_in
 from diffgraft.methods.quant.told import simulated
 from torch import nn
 
-from diffgraft_q_diffusion.calibration import HOLDS, Measure, plan_of
+from diffgraft_q_diffusion.calibration import HOLDS, Measure
 from diffgraft_q_diffusion.knobs import PAPER, PLAN, QDiffusionConfig
 from diffgraft_q_diffusion.plan import made, round_activations, splits_of, wanted
 
@@ -66,28 +66,29 @@ class QDiffusion(Plugin):
     def check(self, target: Target) -> None:
         ensure_replayable(target, self.name)
         ensure_current(target.denoisers, self.name)
-        layers = wanted(target.denoisers, self.config, (nn.Linear, nn.Conv2d, QuantLinear, QuantConv2d))
+        artefact: Artefact | None = target.given.get("artefact")
+        knobs = as_made(self.config, artefact)
+        layers = wanted(target.denoisers, knobs, (nn.Linear, nn.Conv2d, QuantLinear, QuantConv2d))
         if not layers:
             raise Unsupported(f"q_diffusion: {type(target.pipe).__name__} has no linear layer or convolution that is not kept")
-        if self.config.split:
+        if knobs.split:
             splits_of(target.denoisers)
-        artefact: Artefact | None = target.given.get("artefact")
-        if artefact is None or self.config.is_off:
-            return
-        ensure_made_for(artefact.facts, plan_of(self.config), [layer.key for layer in layers], self.name, self.again())
+        if artefact is not None and not knobs.is_off:
+            ensure_made_for(artefact.facts, self.config, [layer.key for layer in layers], self.name, self.again())
 
     def again(self) -> str:
         """How to get an artefact that fits, with the knobs that it depends on."""
         return make_again_with(self.name, {name: value for name, value in self.own_knobs.items() if name in PLAN})
 
     def modules(self, call: ModulesCall, next: Any) -> None:
-        if not self.config.is_off:
-            artefact: Artefact | None = call.given("artefact")
-            splits = splits_of(call.denoisers) if self.config.split else {}
-            for layer in wanted(call.denoisers, self.config):
-                new = made(layer, self.config, splits, searched_scale if artefact is None else nearest_scale)
+        artefact: Artefact | None = call.given("artefact")
+        knobs = as_made(self.config, artefact)
+        if not knobs.is_off:
+            splits = splits_of(call.denoisers) if knobs.split else {}
+            for layer in wanted(call.denoisers, knobs):
+                new = made(layer, knobs, splits, searched_scale if artefact is None else nearest_scale)
                 put(call.swap, layer, new)
-                round_activations(new, self.config, splits)
+                round_activations(new, knobs, splits)
             if artefact is not None:
                 fill(quantised_in(call.denoisers), artefact.tensors, artefact.facts, self.again())
         next(call)
@@ -99,11 +100,13 @@ class QDiffusion(Plugin):
         return with_rounded_softmax(call.attn, lambda: next(call))
 
     def run(self, call: RunCall, next: Any) -> Any:
-        if self.config.is_off:
+        artefact: Artefact | None = call.given("artefact")
+        knobs = as_made(self.config, artefact)
+        if knobs.is_off:
             call.note("inactive: w32a32 leaves every layer as it is")
             return next(call)
         denoisers = denoisers_of(call.pipe, call.family)
         split = sum(len(layer.sizes) > 1 for layer in quantised_in(denoisers).values())
-        how = "learned" if call.given("artefact") is not None else "not learned: no artefact"
-        call.note(simulated(denoisers, self.name, self.config.bits, f"{how}, {split} layers split"))
+        how = "learned" if artefact is not None else "not learned: no artefact"
+        call.note(simulated(denoisers, self.name, knobs.bits, f"{how}, {split} layers split"))
         return next(call)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import ClassVar
 
 from diffgraft import Paper
 from diffgraft.methods.artefacts import Artefact
@@ -24,6 +25,7 @@ PLAN = ("bits", "softmax", "outside", "split", "keep")
 class QDiffusionConfig(BitsConfig):
     """Knobs of Q-Diffusion."""
 
+    of_calibration: ClassVar[tuple[str, ...]] = ("timesteps", "iterations", "scale_iterations", "batch", "lr", "scale_lr")
     bits: str = Field(
         "w4a8", description="bits of weights and activations, 2 to 16 each, or 32 for floats: w8a8, w6a8, w4a8, w4a32; w32a32 is off"
     )

@@ -26,14 +26,13 @@ from diffgraft import (
     now,
 )
 from diffgraft.methods.artefacts import Artefact, make_again_with
-from diffgraft.methods.quant.affine import Scale, UniformAffine
-from diffgraft.methods.quant.kept import ensure_made_for, restore
-from diffgraft.methods.quant.knobs import FLOAT, bits_in
+from diffgraft.methods.quant.affine import Scale
+from diffgraft.methods.quant.kept import as_made, ensure_made_for, restore
+from diffgraft.methods.quant.knobs import inputs_of, weights_of
 from diffgraft.methods.quant.layers import (
     QuantConv2d,
     QuantLayer,
     QuantLinear,
-    SeveralScales,
     ensure_current,
     put,
     quantised,
@@ -45,7 +44,7 @@ from torch import Tensor, nn
 from diffgraft_tfmq.calibration import HOLDS, PLAIN, Measure, plan_of, wanted
 from diffgraft_tfmq.knobs import PAPER, TFMQConfig
 from diffgraft_tfmq.method import is_temporal, nearest_time
-from diffgraft_tfmq.path import ensure_known, watched
+from diffgraft_tfmq.path import TimedScales, ensure_known, watched
 
 __all__ = ["TFMQ"]
 __version__ = "0.1.0"
@@ -55,7 +54,7 @@ QUANTISED = (QuantLinear, QuantConv2d)
 
 @dataclass
 class Where:
-    """Of a run (``call.shared``): which of the calibrated timesteps it is at, or nearest to."""
+    """Of a run (``call.shared``): which of the calibrated timesteps it is at, or nearest to; each row's, where they have their own."""
 
     at: Tensor | int = 0
 
@@ -83,30 +82,26 @@ class TFMQ(Plugin):
         ensure_current(target.denoisers, self.name)
         for denoiser in target.denoisers.values():
             ensure_known(denoiser)
-        layers = wanted(target.denoisers, self.config, (*PLAIN, *QUANTISED))
+        artefact: Artefact | None = target.given.get("artefact")
+        knobs = as_made(self.config, artefact)
+        layers = wanted(target.denoisers, knobs, (*PLAIN, *QUANTISED))
         if not layers:
             raise Unsupported(f"tfmq: {type(target.pipe).__name__} has no layer that is not kept")
-        artefact: Artefact | None = target.given.get("artefact")
-        if artefact is None or self.config.is_off:
+        if artefact is None or knobs.is_off:
             return
-        plan = plan_of(self.config)
-        said = {name: value for name, value in plan.items() if name in self.own_knobs}
         keys = [layer.key for layer in layers] if artefact.facts["scales"] else []
-        ensure_made_for(artefact.facts, said, keys, self.name, self.again())
+        ensure_made_for(artefact.facts, self.config, keys, self.name, self.again())
 
     def again(self) -> str:
         """How to get an artefact that fits, with the knobs that it depends on."""
         return make_again_with(self.name, {name: value for name, value in self.own_knobs.items() if name in plan_of(self.config)})
 
-    def plan(self, artefact: Artefact | None) -> tuple[int, int]:
-        """(bits of weights, of activations): an artefact's own where none are asked for."""
-        return bits_in(self.config.bits if artefact is None or "bits" in self.own_knobs else artefact.facts["plan"]["bits"])
-
     def modules(self, call: ModulesCall, next: Any) -> None:
         artefact: Artefact | None = call.given("artefact")
-        if not self.config.is_off:
-            layers = wanted(call.denoisers, self.config)
-            made = {layer.key: self.made(layer.key, layer.module, artefact) for layer in layers}
+        knobs = as_made(self.config, artefact)
+        if not knobs.is_off:
+            layers = wanted(call.denoisers, knobs)
+            made = {layer.key: made_of(layer.key, layer.module, knobs, artefact) for layer in layers}
             if artefact is not None:
                 tensors = {"up": torch.zeros(0, dtype=torch.bool), **artefact.tensors}
                 restore(made, tensors, artefact.facts, self.again())
@@ -114,25 +109,14 @@ class TFMQ(Plugin):
                 put(call.swap, layer, made[layer.key])
         next(call)
 
-    def made(self, key: str, layer: nn.Linear | nn.Conv2d, artefact: Artefact | None) -> QuantLayer:
-        """A layer in the place of a plain one; what an artefact says is still to be restored."""
-        weight_bits, input_bits = self.plan(artefact)
-        weight = None if weight_bits == FLOAT else UniformAffine(weight_bits, "channel")
-        inputs = None if input_bits == FLOAT else UniformAffine(input_bits)
-        new = quantised(layer, weight, inputs)
-        if artefact is not None and inputs is not None and f"{key}/inputs.0.delta" in artefact.facts["scales"]:
-            blank = torch.ones(len(artefact.tensors["times"]), 1, device=layer.weight.device)
-            new.round_inputs([SeveralScales(inputs, Scale(blank, blank), pick)])
-        return new
-
     def run(self, call: RunCall, next: Any) -> Any:
-        if self.config.is_off:
+        artefact: Artefact | None = call.given("artefact")
+        knobs = as_made(self.config, artefact)
+        if knobs.is_off:
             call.note("inactive: w32a32 leaves every layer as it is")
             return next(call)
-        artefact: Artefact | None = call.given("artefact")
-        weights, inputs = self.plan(artefact)
         denoisers = denoisers_of(call.pipe, call.family)
-        call.note(simulated(denoisers, self.name, f"w{weights}a{inputs}", rounded_how(denoisers, artefact)))
+        call.note(simulated(denoisers, self.name, knobs.bits, rounded_how(denoisers, artefact)))
         return next(call)
 
     def denoise(self, call: DenoiseCall, next: Any) -> Tensor:
@@ -144,6 +128,16 @@ class TFMQ(Plugin):
             return next(watched(call, lambda t: where.move(t, times, device)))  # type: ignore[no-any-return]
         where.move(call.step.t, times, device)
         return next(call)  # type: ignore[no-any-return]
+
+
+def made_of(key: str, layer: nn.Linear | nn.Conv2d, knobs: TFMQConfig, artefact: Artefact | None) -> QuantLayer:
+    """A layer in the place of a plain one; what an artefact says is still to be restored."""
+    inputs = inputs_of(knobs.input_bits)
+    new = quantised(layer, weights_of(knobs.weight_bits), inputs)
+    if artefact is not None and inputs is not None and f"{key}/inputs.0.delta" in artefact.facts["scales"]:
+        blank = torch.ones(len(artefact.tensors["times"]), 1, device=layer.weight.device)
+        new.round_inputs([TimedScales(inputs, Scale(blank, blank), pick)])
+    return new
 
 
 def rounded_how(denoisers: Mapping[str, nn.Module], artefact: Artefact | None) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 from diffgraft import Paper
 from diffgraft.methods.artefacts import Artefact
@@ -23,14 +23,17 @@ PAPER = Paper(
 class TFMQConfig(BitsConfig):
     """Knobs of TFMQ."""
 
+    of_calibration: ClassVar[tuple[str, ...]] = ("iterations", "rounding")
     artefact: str | Path | Artefact | None = Field(
         None, description="the calibration file: a path, owner/name/file.safetensors on the Hub, or an Artefact; none: nothing is learned"
     )
     bits: str = Field(
         "w4a8", description="bits of weights and activations, 2 to 16 each, or 32 for floats: w8a8, w4a8, w4a32; w32a32 is off"
     )
-    iterations: int = Field(20_000, ge=0, description="steps of Adam that learn the time path's rounding; 0 leaves it at the nearest")
-    rounding: float = Field(0.01, ge=0, description="lambda of the rounding regulariser")
+    iterations: int = Field(
+        20_000, ge=0, description="of calibration: steps of Adam that learn the time path's rounding; 0 leaves it at the nearest"
+    )
+    rounding: float = Field(0.01, ge=0, description="of calibration: lambda of the rounding regulariser")
     scales: Literal["timesteps", "one"] = Field(
         "timesteps", description="scales of inputs for each calibrated timestep (finite set calibration), or one for all of them"
     )

@@ -51,8 +51,10 @@ def finite_set(low: Tensor, high: Tensor, grid: UniformAffine, one: bool = False
 
 
 def nearest_time(t: Tensor, times: Tensor) -> Tensor:
-    """Number of the calibrated timestep that is nearest to t, of several values (one a row) to the first; nothing waits for the device."""
-    return (times.to(t.device) - t.float().reshape(-1)[0]).abs().argmin()
+    """Number of the calibrated timestep that is nearest to t, 0-dim; of several values (one a row) each one's [rows]. Nothing waits for
+    the device."""
+    nearest = (times.to(t.device) - t.float().reshape(-1, 1)).abs().argmin(1)
+    return nearest if len(nearest) > 1 else nearest[0]
 
 
 def similarity(x: Tensor, y: Tensor) -> Tensor:

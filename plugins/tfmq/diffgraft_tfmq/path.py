@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 from diffgraft import DenoiseCall, Unsupported, root_of
-from diffgraft.methods.quant.layers import QuantLinear
+from diffgraft.methods.quant.affine import Scale
+from diffgraft.methods.quant.layers import QuantLinear, SeveralScales
 from torch import Tensor, nn
 
 from diffgraft_tfmq.method import features
@@ -68,6 +69,20 @@ def watched(call: DenoiseCall, tell: Callable[[Any], None]) -> DenoiseCall:
 
     new.inner = asking  # check: allow foreign_writes because the copy is this call's own
     return new
+
+
+class TimedScales(SeveralScales):
+    """Puts an input on the grid of its timestep; where the rows of a batch are at timesteps of their own, each row on that of its own."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        at = self.pick()
+        if not isinstance(at, Tensor) or at.ndim == 0 or self.fixed is None or x.numel() == 0:
+            return super().forward(x)
+        if len(at) != len(x):
+            raise Unsupported(f"tfmq: the timestep has {len(at)} values, and a layer gets {len(x)} rows: which is whose is not known")
+        rows = (len(x),) + (1,) * (x.ndim - 1)
+        scale = Scale(*(each.index_select(0, at).reshape(rows) for each in self.fixed))
+        return (self.grid.through if torch.is_grad_enabled() and x.requires_grad else self.grid.rounded)(x, scale)
 
 
 class TimePath:

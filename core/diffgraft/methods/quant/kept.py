@@ -7,17 +7,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 
+from diffgraft.installed.config import PluginConfig
 from diffgraft.installed.errors import ArtefactMismatch
+from diffgraft.installed.foreign import brief
+from diffgraft.installed.foreign import said as foreign
+from diffgraft.methods.artefacts import Artefact
 from diffgraft.methods.quant.affine import Scale
 from diffgraft.methods.quant.layers import QuantLayer, Weights
 from diffgraft.methods.quant.rounding import balanced
 
 Shapes = dict[str, list[int]]
+C = TypeVar("C", bound=PluginConfig)
 
 
 def packed(values: Mapping[str, Tensor]) -> tuple[Tensor, Shapes]:
@@ -64,12 +70,34 @@ def keep(layers: Mapping[str, QuantLayer]) -> tuple[dict[str, Tensor], dict[str,
     return {kind: flat.to(kinds[kind]) for kind, (flat, _) in made.items()}, {kind: shapes for kind, (_, shapes) in made.items()}
 
 
-def ensure_made_for(facts: Mapping[str, Any], plan: Mapping[str, Any], keys: Iterable[str], plugin: str, again: str) -> None:
-    """Raises ArtefactMismatch where an artefact's fact ``plan``, the knobs it was made for, is another, or a layer's key is not in it."""
-    found = facts["plan"]
-    differing = [f"{name} = {value!r}, and it was made for {found.get(name)!r}" for name, value in plan.items() if value != found.get(name)]
-    if differing:
-        raise ArtefactMismatch(f"{plugin}: the artefact is of other settings: {'; '.join(differing)}; {again}")
+def as_made(config: C, artefact: Artefact | None, names: Iterable[str] | None = None) -> C:
+    """The knobs of a run: where nothing was said, those that the artefact was made for.
+
+    Args:
+        names: which of its facts are knobs; None: all in its fact ``plan``.
+
+    Raises:
+        ArtefactMismatch: it says what no knob takes.
+    """
+    facts = {} if artefact is None else artefact.facts
+    plan = facts.get("plan", {}) if names is None else {name: facts[name] for name in names if name in facts}
+    unsaid = {name: value for name, value in plan.items() if name in type(config).model_fields and name not in config.model_fields_set}
+    said = {name: getattr(config, name) for name in config.model_fields_set}
+    try:
+        return type(config)(**said, **unsaid)
+    except ValidationError as error:
+        raise ArtefactMismatch(f"the artefact says that it was made for {brief(unsaid)}: {foreign(error)}") from error
+
+
+def ensure_made_for(facts: Mapping[str, Any], config: PluginConfig, keys: Iterable[str], plugin: str, again: str) -> None:
+    """Raises ArtefactMismatch where knobs that were said are others than those an artefact was made for (its fact ``plan``), or a layer's
+    key is not in it. ``again``: how another one is made."""
+    plan = facts["plan"]
+    said = config.model_dump(mode="json", include=config.model_fields_set & plan.keys())
+    if differing := [name for name in plan if name in said and said[name] != plan[name]]:
+        told = "; ".join(f"{name} = {said[name]!r}, and it was made for {plan[name]!r}" for name in differing)
+        fits = ", ".join(f"{name}={plan[name]!r}" for name in differing)
+        raise ArtefactMismatch(f"{plugin}: the artefact is of other settings: {told}; take {fits}, or {again}")
     known = {name.partition("/")[0] for name in facts["scales"]}
     if lost := next((key for key in keys if key not in known), None):
         raise ArtefactMismatch(f"{plugin}: the artefact says nothing of the layer {lost}; {again}")

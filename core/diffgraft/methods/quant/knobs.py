@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from typing import Any, ClassVar
 
 from pydantic import Field, field_validator
 
@@ -23,14 +24,16 @@ def ensure_bits(value: int) -> int:
 class BitsConfig(PluginConfig):
     """Bits of weights and activations."""
 
+    of_calibration: ClassVar[tuple[str, ...]] = ()
+    """Knobs that only a calibration looks at: a run with its artefact needs none of them."""
     bits: str = Field(
         "w8a8", description="bits of weights and activations, 2 to 16 each, or 32 for floats: w8a8, w6a8, w4a8, w4a32; w32a32 is off"
     )
 
-    @field_validator("bits")
+    @field_validator("bits", mode="before")
     @classmethod
-    def _bits(cls, value: str) -> str:
-        found = re.fullmatch(r"w([1-9]\d?)a([1-9]\d?)", value)
+    def _bits(cls, value: Any) -> Any:
+        found = re.fullmatch(r"w([1-9]\d?)a([1-9]\d?)", value) if isinstance(value, str) else None
         if found is None or any(int(each) not in (*BITS, FLOAT) for each in found.groups()):
             raise ValueError(f"write wXaY with X and Y from {BITS[0]} to {BITS[-1]}, or {FLOAT} for floats")
         return value
