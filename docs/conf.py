@@ -68,6 +68,12 @@ def as_rest(app: Any, what: str, name: str, thing: Any, options: Any, lines: lis
     lines[:] = new
 
 
+def lead(app: Any, docname: str, source: list[str]) -> None:
+    """Links to READMEs and tables of the repository lead to their pages here."""
+    if not docname.startswith("generated/"):
+        source[0] = generate.led(source[0], Path(app.env.doc2path(docname)).parent, app.config.diffgraft_sources)
+
+
 def literal(term: str) -> str:
     """The first column of such a list, set as code."""
     return ", ".join(f"``{part.strip('`')}``" for part in re.split(r",\s+", term))
@@ -86,5 +92,7 @@ def display_math(self: Any, node: Any) -> None:
 
 def setup(app: Any) -> None:
     app.add_html_math_renderer("mathml", (inline_math, None), (display_math, None))
+    app.add_config_value("diffgraft_sources", generate.sources(), "")
+    app.connect("source-read", lead)
     app.connect("autodoc-process-docstring", as_rest, priority=400)  # before napoleon
     generate.write_all(HERE / "generated")

@@ -84,6 +84,35 @@ def placed(text: str, home: Path, page: str, known: dict[str, str], files: dict[
     return LINK.sub(moved, text)
 
 
+def led(text: str, home: Path, known: dict[str, str]) -> str:
+    """A page of the documentation, whose links lead to what lies in the repository (where it is read too), with those to sources of
+    generated pages led to the pages."""
+
+    def moved(link: re.Match[str]) -> str:
+        target = (home / link["target"]).resolve()
+        path = target.relative_to(ROOT).as_posix() if target.is_relative_to(ROOT) else ""
+        if link["picture"] or path not in known:
+            return link[0]
+        to = os.path.relpath(ROOT / "docs" / "generated" / known[path], home)
+        return f"[{link['words']}]({Path(to).as_posix()})"
+
+    return LINK.sub(moved, text)
+
+
+def sources() -> dict[str, str]:
+    """What of the repository has a generated page -> the page, from docs/generated."""
+    folder = ROOT / "core" / "diffgraft" / "methods"
+    return {
+        **MEASURED,
+        **{f"plugins/{name}/README.md": f"plugins/{name}.md" for name in registry.installed()},
+        **{path.relative_to(ROOT).as_posix(): f"methods/{path.stem}.md" for path in folder.glob("[!_]*.py")},
+        "core/diffgraft/methods": "methods/index.md",
+        "core/diffgraft/cli/__init__.py": "command-line.md",
+        "pipelines/families/README.md": "pipelines.md",
+        "README.md": "catalogue.md",
+    }
+
+
 def installed_plugins() -> list[dict[str, Any]]:
     """What each installed plugin declares, by name. One that cannot be imported is a fault of the build.
 

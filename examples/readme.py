@@ -40,10 +40,10 @@ def place(name: str, card: Card) -> str:
     return posixpath.normpath(f"plugins/{name}/{card.gain_where.partition('#')[0]}")
 
 
-def plugins_part(most: int | None = 4) -> str:
-    """Which plugin for what; a README shows a few of each kind."""
+def plugins_part() -> str:
+    """Which plugin for what."""
     names = sorted(folder.parent.name for folder in ROOT.glob("plugins/*/pyproject.toml"))
-    return goal_tables([registry.find(name) for name in names], page, place, most)
+    return goal_tables([registry.find(name) for name in names], page, place)
 
 
 def rows(text: str) -> set[str]:
@@ -96,7 +96,7 @@ def main() -> None:
     text = README.read_text()
     new = replaced(text, "plugins", plugins_part())
     if "--check" in sys.argv:
-        sys.exit(new != text if "--all" in sys.argv else not rows(text) <= rows(plugins_part(most=None)))
+        sys.exit(new != text if "--all" in sys.argv else not rows(text) <= rows(plugins_part()))
     if len(sys.argv) > 1:
         new = replaced(new, "compare", compare_part(Path(sys.argv[1])))
     README.write_text(new)

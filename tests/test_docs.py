@@ -272,6 +272,32 @@ def test_a_readme_stands_on_its_page_with_pictures_and_links() -> None:
     assert files == {"plugins/bdia/edit.png": (home / "benchmarks" / "edit.png").read_bytes()}
 
 
+LINKED = {path.relative_to(DOCS).as_posix(): path for path in [*PAGES.values(), *sorted(DOCS.glob("notebooks/*.ipynb"))]}
+
+
+@pytest.mark.parametrize("page", LINKED)
+def test_links_of_a_page_lead_to_what_lies_in_the_repository(page: str) -> None:
+    """Where pages are read too: docs/generated is there only after a build."""
+    path = LINKED[page]
+    targets = [path.parent / link["target"] for link in generate.LINK.finditer(FENCED.sub("", path.read_text()))]
+    missing = [target for target in targets if not target.exists() or (DOCS / "generated") in target.resolve().parents]
+    assert not missing
+
+
+FENCED = re.compile(r"^```.*?^```", re.MULTILINE | re.DOTALL)
+
+
+def test_links_of_a_page_to_what_has_a_page_lead_there_on_the_site() -> None:
+    text = (
+        "[a](../../plugins/bdia/README.md) [b](../../core/diffgraft/methods) ![c](../../plugins/bdia/README.md) [d](ui.md#x) "
+        "[e](../../README.md#y)"
+    )
+    assert generate.led(text, DOCS / "howto", generate.sources()) == (
+        "[a](../generated/plugins/bdia.md) [b](../generated/methods/index.md) ![c](../../plugins/bdia/README.md) [d](ui.md#x) "
+        "[e](../generated/catalogue.md)"
+    )
+
+
 def test_the_gallery_shows_the_pictures_of_every_page() -> None:
     about = [{"name": name, "paper": {"implemented": "draws"}} for name in ("one", "two")]
     pages = {"plugins/one.md": "# one\n\n![a row](one/grid.png) and [a link](x.md)\n", "plugins/two.md": "no picture"}

@@ -14,10 +14,10 @@ from pathlib import Path
 import pytest
 from diffgraft.batch import lines
 from diffgraft.batch.lines import LONGEST, Broken, check_prompts
-from diffgraft.batch.results import Results
+from diffgraft.batch.results import Results, differing
 from diffgraft.batch.tasks import Task, Tasks
 from diffgraft.batch.work import carried_out, here, surveyed
-from diffgraft.cli import running
+from diffgraft.cli import batching, running
 from diffgraft.installed.errors import ConfigError, Conflict, ForeignError, OutputError
 from diffgraft.lab.recipes import Recipe, read_record
 from diffgraft.methods import inputs
@@ -136,7 +136,7 @@ def test_what_was_made_otherwise_is_never_written_over(tmp_path):
     out, notes = tmp_path / "out", tmp_path / "notes"
     gone_through(of_prompts(tmp_path, "a", "b"), out, notes)
     before = marks(out)
-    with pytest.raises(ConfigError, match=r"line 2: .*line-000002\.png was made from another line"):
+    with pytest.raises(ConfigError, match=r"line 2: .*line-000002\.png was made from another line.* \(prompt: there 'b', here 'c'\)"):
         gone_through(of_prompts(tmp_path, "a", "c", "d"), out, notes)
     (out / "line-000003.png").write_bytes(b"mine")
     with pytest.raises(ConfigError, match=r"line 3: .* cannot be read as a picture"):
@@ -144,6 +144,18 @@ def test_what_was_made_otherwise_is_never_written_over(tmp_path):
     assert marks(out).items() >= before.items()
     assert (out / "line-000003.png").read_bytes() == b"mine"
     assert not begun(notes, 3)
+
+
+def test_what_differs_is_named():
+    there = Recipe(pipeline="a", prompt="p", steps=25, guidance_scale=7.5, plugins=[("deepcache", {"interval": 3})])  # as a picture has it
+    here = Recipe(pipeline="a", prompt="p", plugins=[("deepcache", {"interval": 5})])
+    assert differing(there, here) == ["deepcache.interval: there 3, here 5"]
+    assert differing(there, here.model_copy(update={"steps": 8, "plugins": there.plugins})) == ["steps: there 25, here 8"]
+    assert differing(there, here.model_copy(update={"plugins": there.plugins})) == [
+        "steps: there 25, here not said",
+        "guidance_scale: there 7.5, here not said",
+    ]
+    assert differing(there, there) == []
 
 
 def test_two_commands_in_one_folder(tmp_path):
@@ -316,6 +328,33 @@ def test_ctrl_c_says_how_far_it_came(call, sd_folder, monkeypatch):
     told = call("batch", "p.jsonl", "--pipeline", sd_folder, "--out", "out", *SMALL)
     assert told.exit_code == 130
     assert "stopped: 0 drawn, 0 were there; the same command goes on" in told.output
+
+
+def test_sigterm_says_how_far_it_came_too(call, sd_folder, monkeypatch):
+    def terminated(*_):
+        signal.raise_signal(signal.SIGTERM)
+        yield
+
+    written(Path("p.jsonl"), {"prompt": "a"}, {"prompt": "b"})
+    monkeypatch.setattr("diffgraft.batch.work.carried_out", terminated)
+    before = signal.getsignal(signal.SIGTERM)
+    told = call("batch", "p.jsonl", "--pipeline", sd_folder, "--out", "out", *SMALL)
+    assert told.exit_code == 143
+    assert "stopped: 0 drawn, 0 were there; the same command goes on" in told.output
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_log_is_told_each_tenth_and_each_minute(capsys, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    with batching.logged() as log:
+        for done in range(1, 41):
+            now[0] += 1 if done < 30 else 61
+            log(done, 40)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[:2] == ["4 of 40 pictures, 0:00:04", "8 of 40 pictures, 0:00:08"]
+    assert len(lines) == 7 + 11
+    assert lines[-1] == "40 of 40 pictures, 0:11:40"
 
 
 def test_the_command_goes_on_and_any_number_of_workers_draws_the_same(call, sd_folder, workers, monkeypatch):

@@ -28,6 +28,23 @@ def written(text="- {name: sparse, knobs: {every: 3}}\n- {name: idle, enabled: f
     return "s.yaml"
 
 
+@pytest.mark.parametrize("command", [("run", "--prompt", "a"), ("compare", "--prompt", "a")])
+def test_a_wrong_knob_of_a_stack_file_names_the_file(call, folder, command):
+    name, *words = command
+    told = call(name, folder, *words, "--stack", written("- {name: sparse, knobs: {every: 0}}\n"), "--out", "o.png")
+    assert told.exit_code == 2
+    assert "ConfigError: s.yaml: plugin 'sparse': every = 0" in told.output
+    told = call(name, folder, *words, "--stack", written("- {name: sparse, knobs: {evry: 2}}\n"), "--out", "o.png")
+    assert "ConfigError: s.yaml: plugin 'sparse'" in told.output
+    assert "did you mean 'every'" in told.output
+
+
+def test_a_wrong_knob_of_the_command_names_no_file(call, folder):
+    told = call("run", folder, "--prompt", "a", "--stack", written(), "-o", "sparse.every=0", "--out", "o.png")
+    assert told.exit_code == 2
+    assert "s.yaml" not in told.output
+
+
 def test_run_takes_a_stack_file(call, folder):
     common = ["run", folder, "--prompt", "a red apple", "--steps", 6, *SIZE]
     result = call(*common, "--stack", written(), "--out", "a.png")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import pytest
 import torch
 from diffgraft import load_pipeline
 from diffgraft.cli import values
-from diffgraft.cli.mistakes import is_ours, kept, translated
+from diffgraft.cli.mistakes import SYNONYMS, is_ours, kept, translated
 from diffgraft.installed import registry
 from diffgraft.installed.errors import (
     ConfigError,
@@ -362,3 +363,32 @@ def test_a_checkout_called_diffgraft_makes_nobodys_files_ours(file, ours, tmp_pa
         (tmp_path / package).mkdir(parents=True)
         (tmp_path / package / "__init__.py").touch()
     assert is_ours(str(tmp_path / file)) == ours
+
+
+# the command line's own words
+
+
+@pytest.mark.parametrize(("word", "meant"), [("info", "show"), ("quantize", "quantise"), ("lst", "list")])
+def test_a_command_that_is_called_otherwise(call, word, meant):
+    told = call(word, "x")
+    assert told.exit_code == 2
+    assert f"No such command '{word}'. Did you mean '{meant}'" in told.output
+
+
+def test_synonyms_are_no_commands_and_mean_some():
+    from diffgraft.cli import app
+    from typer.main import get_command
+
+    known = set(get_command(app).commands)  # type: ignore[attr-defined]
+    assert set(SYNONYMS.values()) <= known
+    assert not set(SYNONYMS) & known
+
+
+@pytest.mark.parametrize("words", [("-v", "list"), ("list", "-v"), ("list", "--verbose"), ("list", "--json", "-v")])
+def test_verbose_stands_before_or_after_the_command(call, words, monkeypatch):
+    levels = []
+    monkeypatch.setattr("diffgraft.cli.listing.offers", lambda group: levels.append(logging.getLogger("diffgraft").level) or [])
+    before = logging.getLogger("diffgraft").level
+    assert call(*words).exit_code == 0
+    assert levels == [logging.INFO]
+    assert logging.getLogger("diffgraft").level == before

@@ -228,9 +228,9 @@ def test_a_run_tells_its_steps_shows_both_pictures_and_its_line_makes_the_same_p
     asked = Asked(ASKED.pipeline, ASKED.prompt, 6, None, 3, [("deepcache", {"interval": 3})])
     events = [*ground.run(asked)]
     outcomes = [event for event in events if isinstance(event, Outcome)]
-    for phase in ("baseline", "stack", "counting"):
+    for phase in ("baseline", "stack", "again", "counting"):  # again: the first baseline of a pipeline is a cold one, and is timed anew
         steps = [event.done for event in events if isinstance(event, Progress) and event.phase == phase]
-        assert steps == sorted(steps), phase
+        assert steps == sorted(steps) or phase == "counting", phase  # it has both sides in turn
         assert steps[-1] == 6, phase
     assert events[0] == Progress("loading")
     assert [found.macs for found in outcomes] == [False, True]

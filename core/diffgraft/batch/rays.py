@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
+import threading
 from collections import Counter, deque
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -71,10 +73,13 @@ class Cluster:
             return
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is told to anybody
         own = {} if self.address else {"num_cpus": (self.workers or 1) * self.threads, "include_dashboard": False}
+        heard = signal.getsignal(signal.SIGTERM)
         try:
             ray.init(address=self.address or "local", log_to_driver=False, logging_level=logging.ERROR, **own)
         except Exception as error:  # Ray raises that itself where a cluster does not start in time
             raise ConfigError(f"--ray {self.address or 'local'}: no cluster answers ({said(error)}); `ray status` shows yours") from error
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, heard)  # Ray takes it for itself
         try:
             yield
         finally:

@@ -14,7 +14,8 @@ from filelock import FileLock, Timeout
 from diffgraft.batch.lines import Broken
 from diffgraft.batch.tasks import Task
 from diffgraft.installed.errors import ConfigError, Conflict, OutputError
-from diffgraft.lab.recipes import read_record
+from diffgraft.installed.foreign import brief
+from diffgraft.lab.recipes import Recipe, read_record
 from diffgraft.methods.files import check_folder, write_atomic
 
 METADATA, FAILED, LOCK = "metadata.jsonl", "failed.jsonl", ".batch.lock"
@@ -58,13 +59,14 @@ class Results:
         if not path.exists():
             return False
         try:
-            asked = read_record(path).asked
+            record = read_record(path)
         except ConfigError as error:
             raise ConfigError(f"line {task.number}: {error}; move it away, or choose another --out") from None
-        if asked != task.asked:
+        if record.asked != task.asked:
             raise ConfigError(
-                f"line {task.number}: {path} was made from another line, or with other settings, plugins or knobs; give what it "
-                "was made with, move it away, or choose another --out"
+                f"line {task.number}: {path} was made from another line, or with other settings, plugins or knobs "
+                f"({'; '.join(differing(record.recipe, task.recipe)) or 'the files that they name, or --threads'}); give what it was made "
+                "with, move it away, or choose another --out"
             )
         return True
 
@@ -90,6 +92,26 @@ class Results:
             write_atomic(self.folder / FAILED, as_lines({"line": number, "why": failed[number]} for number in sorted(failed)))
         else:
             (self.folder / FAILED).unlink(missing_ok=True)
+
+
+def differing(there: Recipe, here: Recipe) -> list[str]:
+    """What of two recipes differs, in words. The one of a picture has the pipeline's own values where nothing was said: what is not said
+    here is named only where nothing else tells them apart."""
+    one, other = flat(there), flat(here)
+    keys = [key for key in {**other, **one} if one.get(key) != other.get(key)]
+    said = [key for key in keys if key in other or "." in key] or keys
+    return [f"{key}: there {shown(one.get(key))}, here {shown(other.get(key))}" for key in said]
+
+
+def flat(recipe: Recipe) -> dict[str, Any]:
+    """What a recipe says, each plugin's knobs by themselves."""
+    said = recipe.model_dump(mode="json", exclude_defaults=True, exclude={"plugins"})
+    plugins = {"plugins": [name for name, _ in recipe.plugins]} if recipe.plugins else {}
+    return {**said, "seed": recipe.seed, **plugins, **{f"{name}.{knob}": v for name, knobs in recipe.plugins for knob, v in knobs.items()}}
+
+
+def shown(value: Any) -> str:
+    return "not said" if value is None else brief(value)
 
 
 def about(task: Task) -> dict[str, Any]:

@@ -85,7 +85,13 @@ def main(
     ctx: typer.Context,
     version: Annotated[bool, typer.Option("--version", callback=show_version, is_eager=True, help="Show the version.")] = False,
     verbose: Annotated[
-        int, typer.Option("--verbose", "-v", count=True, help="Say what is going on (plugins, files, notes); -vv also each run's report.")
+        int,
+        typer.Option(
+            "--verbose",
+            "-v",
+            count=True,
+            help="Say what is going on (plugins, files, notes); -vv also each run's report. Before or after COMMAND.",
+        ),
     ] = 0,
 ) -> None:
     """Graft paper methods onto standard diffusers pipelines: one plugin per paper, stacked."""

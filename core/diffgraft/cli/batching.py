@@ -4,7 +4,13 @@ from __future__ import annotations
 
 import json
 import logging
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -29,7 +35,7 @@ from diffgraft.cli.options import (
 )
 from diffgraft.installed.errors import ConfigError, choices
 from diffgraft.installed.foreign import said
-from diffgraft.lab.terminal import progress, say
+from diffgraft.lab.terminal import console, progress, say
 
 if TYPE_CHECKING:
     from diffgraft.batch.tasks import Task
@@ -41,6 +47,8 @@ _log = logging.getLogger(__name__)
 
 SHOWN = 20
 """Lines without a result that are told one by one; failed.jsonl has all."""
+MINUTE = 60
+"""Seconds between two words on how far it is, in a log."""
 
 
 def batch(
@@ -119,10 +127,11 @@ def batch(
         tell_failed(broken)
         say(f"{state.todo} to draw, {len(state.there)} there already" + f", {len(broken)} broken" * bool(broken), err=True)
         try:
-            with progress() as advance:
+            with terminable(), progress() as advance, logged() as log:
                 for now in carried_out(state, tasks, results, Opening(base, kind, threads), pool):
                     advance("pictures", now.done, now.todo)
-        except KeyboardInterrupt:
+                    log(now.done, now.todo)
+        except (KeyboardInterrupt, SystemExit):
             say(f"stopped: {state.drawn} drawn, {len(state.there)} were there; the same command goes on", err=True)
             raise
     tell_failed({number: why for number, why in state.failed.items() if number not in broken})
@@ -131,6 +140,41 @@ def batch(
     else:
         say(f"wrote {state.drawn} to {out}, {len(state.there)} were there" + f", {len(state.failed)} lines have none" * bool(state.failed))
     raise typer.Exit(1 if state.failed else 0)
+
+
+@contextmanager
+def terminable() -> Iterator[None]:
+    """SIGTERM ends what is within as Ctrl-C does, with the exit code that a shell gives it. Python's own way is to fall over at once, and
+    libraries below write where they were."""
+
+    def stop(number: int, frame: Any) -> None:
+        raise SystemExit(128 + number)
+
+    if threading.current_thread() is not threading.main_thread():  # only there are signals heard
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
+def logged() -> Iterator[Callable[[int, int], None]]:
+    """Without a terminal, where there is no bar: a line each tenth of the work, and each minute."""
+    start = last = time.monotonic()
+    tenth = 0
+
+    def log(done: int, todo: int) -> None:
+        nonlocal last, tenth
+        now = time.monotonic()
+        if now - last < MINUTE and 10 * done // todo == tenth:
+            return
+        last, tenth = now, 10 * done // todo
+        say(f"{done} of {todo} pictures, {timedelta(seconds=round(now - start))}", err=True)
+
+    yield (lambda done, todo: None) if console(err=True).is_terminal else log
 
 
 def kind_of(suffix: str) -> str:

@@ -62,7 +62,10 @@ def calibrate(
 
 def quantise(
     pipeline: Annotated[str, typer.Argument(metavar="MODEL", help="A bundled name, a folder, or a Hub id.")],
-    plugin: Annotated[str, typer.Option("--plugin", "-p", help="A plugin with the knob bits: vidit_q for transformers, q_diffusion, ...")],
+    plugin: Annotated[
+        str,
+        typer.Option("--plugin", "-p", help="A plugin with the knob bits: vidit_q (transformers), q_diffusion, ptq4dm or tfmq (U-Nets)."),
+    ],
     bits: Annotated[str, typer.Option(help="Bits of weights and activations: w8a8, w6a8, w4a8, w4a32.")],
     prompts: PromptFile = None,
     prompt: PromptTexts = None,

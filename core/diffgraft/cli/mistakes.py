@@ -5,6 +5,7 @@ There is one boundary, `Command`, for every command; nothing else translates.
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import sys
@@ -35,6 +36,20 @@ LONGEST = 200
 T = TypeVar("T")
 
 
+VERBOSE = re.compile(r"-v+|--verbose")
+SYNONYMS = {
+    **dict.fromkeys(("info", "describe", "about"), "show"),
+    **dict.fromkeys(("ls", "plugins"), "list"),
+    **dict.fromkeys(("generate", "draw", "sample"), "run"),
+    **dict.fromkeys(("bench", "benchmark", "measure"), "compare"),
+    **dict.fromkeys(("optimise", "optimize"), "tune"),
+    **dict.fromkeys(("playground", "gui", "web", "serve"), "ui"),
+    **dict.fromkeys(("create", "init"), "new"),
+    **{"find": "search", "quantize": "quantise", "train": "fit", "replay": "again"},
+}
+"""What a command is called elsewhere. Names that are misspelt typer finds by itself."""
+
+
 class Group(TyperGroup):
     """The whole command line. What a terminal has no letters for is written out: no picture is lost over how its report is printed."""
 
@@ -44,9 +59,25 @@ class Group(TyperGroup):
                 stream.reconfigure(errors="backslashreplace")
         return super().main(*args, **kwargs)
 
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        if args and args[0] not in self.commands and args[0] in SYNONYMS:
+            ctx.fail(f"No such command {args[0]!r}. Did you mean {SYNONYMS[args[0]]!r}?")
+        return super().resolve_command(ctx, args)
+
 
 class Command(TyperCommand):
     """Shows an error as one message in red, exit code 2, no traceback. A fault of our own code keeps its traceback."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """With -v after the command as before it (`listen` in ``cli/__init__.py`` ends it)."""
+        valued = {word for each in self.params for word in each.opts if not getattr(each, "is_flag", False)}
+        end = args.index("--") if "--" in args else len(args)
+        said = [i for i in range(end) if VERBOSE.fullmatch(args[i]) and not (i and args[i - 1] in valued)]
+        logger = logging.getLogger("diffgraft")
+        more = sum(1 if args[i] == "--verbose" else len(args[i]) - 1 for i in said)
+        if more:
+            logger.setLevel(max(logging.DEBUG, logger.getEffectiveLevel() - 10 * more))
+        return super().parse_args(ctx, [word for i, word in enumerate(args) if i not in said])
 
     def invoke(self, ctx: Any) -> Any:  # typer has click within it from 0.16 on
         try:

@@ -104,13 +104,27 @@ def specs_for(pipeline: str, names: list[str] | None, options: list[str] | None,
         ConfigError, ArtefactMismatch, Unsupported: the stack file is none, of another family, or names a file that is not there as it was.
     """
     file = None if stack is None else read_stack(stack)
-    specs = plugin_specs(names, options, [spec for spec in file.specs() if spec[0] not in file.disabled] if file else (), pipeline)
+    own = [spec for spec in file.specs() if spec[0] not in file.disabled] if file else []
+    specs = plugin_specs(names, options, own, pipeline)
     for name, _ in specs:
         registry.named(name)
     folder = registry.resolve(pipeline)
     if file is not None and (found := registry.family_of(class_at(folder))):
         file.ensure_for(*found)
+    if file is not None:
+        ensure_knobs_of(file.source, [spec for spec in specs if spec in own])
     return specs
+
+
+def ensure_knobs_of(file: str, specs: list[Spec]) -> None:
+    """Raises ConfigError that names the file where a knob is wrong that a stack file alone says."""
+    from diffgraft.installed.specs import build_plugin
+
+    for spec in specs:
+        try:
+            build_plugin(spec)
+        except ConfigError as error:
+            raise ConfigError(f"{file}: {error}") from None
 
 
 def parse_seeds(text: str | None) -> list[int] | None:

@@ -53,6 +53,7 @@ PHASES = {
     "loading": "loading the pipeline",
     "baseline": "the plain pipeline",
     "stack": "with the stack",
+    "again": "the plain pipeline once more, now that it is warm",
     "counting": "counting multiply-adds",
 }
 
