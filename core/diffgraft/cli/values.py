@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -27,13 +28,15 @@ Spec = tuple[str, dict[str, Any]]
 
 
 def parse_value(text: str) -> Any:
-    """A value as JSON reads it (5, 0.3, true, null, [1, 2], "text"), else the text itself.
+    """A value as JSON reads it (5, 0.3, true, null, [1, 2], "text"), also Python's (1, 2) and (1,) as lists, else the text itself.
 
     Raises:
         ConfigError: a number that nothing here can take (NaN, infinite, over 20 digits), or brackets too deep to be read.
     """
+    listed = re.fullmatch(r"\((|.*,.*)\)", text, re.DOTALL)
+    read = text if listed is None else f"[{listed[1].strip().removesuffix(',')}]"
     try:
-        return json.loads(text, parse_constant=finite, parse_float=finite, parse_int=whole)
+        return json.loads(read, parse_constant=finite, parse_float=finite, parse_int=whole)
     except json.JSONDecodeError:
         return text
     except RecursionError:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 from diffgraft.installed.anatomy import Target, blocks_of, denoisers_of
-from diffgraft.installed.errors import Unsupported
+from diffgraft.installed.errors import ArtefactMismatch, Unsupported
 from diffgraft.installed.family import Family
 from diffgraft.installed.plugin import Plugin
 from diffgraft.installed.registry import find_need
@@ -31,7 +32,13 @@ def fetch(plugin: Plugin, target: Target, known: Mapping[str, Any]) -> dict[str,
     given: dict[str, Any] = {}
     for need in plugin.needs:
         value = known.get(need.knob, getattr(plugin.config, need.knob))
-        given[need.knob] = None if value is None else find_need(need.kind, plugin.name)(plugin, need, value, target)
+        try:
+            given[need.knob] = None if value is None else find_need(need.kind, plugin.name)(plugin, need, value, target)
+        except ArtefactMismatch:
+            if known:  # it did fit: what the plugin says of weights that were written to since is nearer to the cause
+                with suppress(ArtefactMismatch, KeyError):
+                    plugin.check(target)
+            raise
     return given
 
 

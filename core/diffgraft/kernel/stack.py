@@ -98,8 +98,7 @@ class PluginStack:
         self._last = Report()
         self._warned: set[Entry] = set()
         self.check_finite = False
-        """Whether runs look at every value that passes a hook, and end in ``NotFinite``, which names who made the first that is not finite.
-        For finding a fault: it waits for the device at every hook."""
+        """Whether runs end in ``NotFinite``, which names who made the first value that is not finite: to find a fault; each hook waits."""
         clean_in_children(self)
 
     # what users call --------------------------------------------------------------------------------------------------------------
@@ -198,9 +197,9 @@ class PluginStack:
             raise
 
     def remove(self, *names: Any) -> None:
-        """Take plugins off."""
+        """Take plugins off; none where one cannot be."""
         self._refuse_in_run("take plugins off")
-        for entry in [self._entry(name) for name in dict.fromkeys(names_of(names))]:
+        for entry in self.surgery.ensure_free([self._entry(name) for name in dict.fromkeys(names_of(names))]):
             self._switch(entry, False)
             self._entries = tuple(kept for kept in self._entries if kept is not entry)
 
@@ -312,6 +311,7 @@ class PluginStack:
     def _turn(self, wanted: Mapping[Entry, bool]) -> None:
         """Switch entries on and off; none where those that would then be on do not fit together."""
         self._ensure_fit([entry.plugin for entry in self._entries if wanted.get(entry, entry.enabled)])
+        self.surgery.ensure_free([entry for entry, enabled in wanted.items() if not enabled])
         for entry, enabled in wanted.items():
             self._switch(entry, enabled)
 

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
-from diffgraft.installed.anatomy import denoisers_of
+from diffgraft.installed.anatomy import denoisers_of, root_of
 from diffgraft.installed.errors import Conflict, DiffgraftError
 from diffgraft.installed.family import Family
 from diffgraft.kernel.calls import ModulesCall
 from diffgraft.kernel.entry import Entry
-from diffgraft.kernel.slots import Slot
+from diffgraft.kernel.slots import Slot, keep
 
 
 class Attached:
@@ -25,23 +26,41 @@ class Attached:
         raise NotImplementedError
 
 
+@dataclass
+class Done:
+    """What one plugin has attached to models and exchanged there, and which LoRA were fused before (:func:`_fused`)."""
+
+    models: Sequence[nn.Module]
+    things: Sequence[tuple[Attached, Any]]
+    fused: frozenset[Any]
+    slots: Sequence[Slot] = ()
+
+    def places(self) -> dict[int, list[tuple[Any, str]]]:
+        """Where each module lies by now, by its id: a LoRA that comes over it or is taken off moves it."""
+        found: dict[int, list[tuple[Any, str]]] = {}
+        homes = [module._modules for model in self.models for module in model.modules()]
+        for home, key, child in [(each, *item) for each in homes for item in each.items()]:
+            found.setdefault(id(child), []).append((home, key))
+        return found
+
+
 class Surgery:
     """What the plugins of one stack have exchanged, and the way back."""
 
     def __init__(self) -> None:
-        self._swaps: dict[Entry, Sequence[Slot]] = {}
-        self._attached: dict[Entry, Sequence[tuple[Attached, Any]]] = {}
+        self._done: dict[Entry, Done] = {}
 
     def operate(self, entry: Entry, pipe: Any, family: Family) -> None:
         """Let a plugin exchange its modules, all or none; nothing where it has no such hook or has done it."""
         things = [(one, pipe) for x in entry.given.values() for one in (x if isinstance(x, list) else [x]) if isinstance(one, Attached)]
-        if entry in self._swaps or not (things or "modules" in entry.plugin.points()):
+        if entry in self._done or not (things or "modules" in entry.plugin.points()):
             return
-        self._swaps[entry], self._attached[entry] = (), things
+        models = [root_of(denoiser) for denoiser in denoisers_of(pipe, family).values()]
+        self._done[entry] = Done(models, things, _fused(models))
         try:
             for thing, _ in things:
                 thing.put_on(pipe)
-            if over := [other.name for other, slots in self._swaps.items() if not all(map(_lies_free, slots))]:
+            if over := [other.name for other, done in self._done.items() if not all(map(_lies_free, done.slots))]:
                 raise Conflict(_TWO_LAYERS.format(entry.name, over[0]))
             if "modules" not in entry.plugin.points():
                 return
@@ -57,43 +76,58 @@ class Surgery:
         home: Any = parent._parameters if isinstance(new, nn.Parameter) else parent._modules
         if name not in home:
             raise DiffgraftError(f"{entry.name}: {type(parent).__name__} has no submodule {name!r}; it has {', '.join(home)}")
-        if under := [other.name for other, things in self._attached.items() if things and other is not entry and name == "base_layer"]:
+        others = [(other.name, done) for other, done in self._done.items() if other is not entry]
+        if under := [other for other, done in others if done.things and name == "base_layer"]:
             raise Conflict(_TWO_LAYERS.format(under[0], entry.name))
-        for other, slots in self._swaps.items():
-            if other is not entry and any(_meet(slot, home, name, parent) for slot in slots):
-                raise Conflict(
-                    f"{entry.name} and {other.name} both exchange {name!r} of a {type(parent).__name__}, and one would lose what the other "
-                    "has put there; take one off"
-                )
+        if met := [other for other, done in others if any(_meet(slot, home, name, parent) for slot in done.slots)]:
+            raise Conflict(
+                f"{entry.name} and {met[0]} both exchange {name!r} of a {type(parent).__name__}, and one would lose what the other has put "
+                "there; take one off"
+            )
         slot = Slot(home, name, lambda: home[name])
         slot.put(new)
-        self._swaps[entry] = (*self._swaps[entry], slot)  # first: what is not known here is never put back
+        self._done[entry].slots = (*self._done[entry].slots, slot)  # first: what is not known here is never put back
         slot.open()
 
     def exchanged(self) -> Sequence[tuple[nn.Module | nn.Parameter, nn.Module | nn.Parameter]]:
         """(module or weight that a plugin put in, the one that was there), in the order in which they were put in."""
-        return [(slot.value, slot.inner) for slots in self._swaps.values() for slot in slots]
+        return [(slot.value, slot.inner) for done in self._done.values() for slot in done.slots]
 
     def operated(self) -> bool:
         """Whether something of a plugin lies in the denoiser now."""
-        return bool(self._swaps)
+        return bool(self._done)
+
+    def ensure_free(self, entries: Sequence[Entry]) -> Sequence[Entry]:
+        """These plugins; raises Conflict where what one has exchanged cannot be put back without losing what others have done since."""
+        loras = {getattr(thing, "name", None) for done in self._done.values() for thing, _ in done.things}
+        for entry, done in [(entry, self._done[entry]) for entry in entries if entry in self._done]:
+            places, why = done.places(), ""
+            for slot in done.slots:
+                if not _lies_free(slot) and id(slot.value) not in places:
+                    why = f"something was put over its {slot.key!r}; take that away first"
+                elif _loras_in(slot.value) - _loras_in(slot.inner) - loras:
+                    why = f"a LoRA lies in its {slot.key!r} and would be lost with it; unload that first (pipe.unload_lora_weights())"
+            if done.fused ^ _fused(done.models) and any(map(_hides_weights, done.slots)):
+                why = "a LoRA was fused into its weights, or out of them; undo that first (pipe.unfuse_lora(), pipe.fuse_lora())"
+            if why:
+                raise Conflict(f"{entry.name} cannot be taken off: {why}")
+        return entries
 
     def undo(self, entry: Entry) -> None:
-        """Put back what a plugin has exchanged.
-
-        Raises:
-            Conflict: something was put over one of its modules; nothing is put back.
-        """
-        slots = self._swaps.get(entry, ())
-        if over := next((slot for slot in slots if not _lies_free(slot)), None):
-            raise Conflict(f"{entry.name} cannot be taken off: something (LoRA?) was put over its {over.key!r}; unload that first")
-        for slot in reversed(slots):
+        """Put back what a plugin has exchanged, wherever it lies by now; nothing where :meth:`ensure_free` finds why not."""
+        if (done := self._done.get(entry)) is None:
+            return
+        self.ensure_free([entry])
+        places = done.places()
+        for slot in reversed(done.slots):
             slot.close()
+            for home, key in places.get(id(slot.value), ()):
+                if home[key] is slot.value:
+                    keep(home, key, slot.inner)
             follow(slot.inner, slot.value)  # the pipeline may have moved in the meantime
-        for thing, pipe in reversed(self._attached.get(entry, ())):
+        for thing, pipe in reversed(done.things):
             thing.take_off(pipe)
-        self._attached.pop(entry, None)
-        self._swaps.pop(entry, None)
+        self._done.pop(entry)
 
 
 _TWO_LAYERS = (
@@ -105,6 +139,24 @@ _TWO_LAYERS = (
 def _lies_free(slot: Slot) -> bool:
     """Whether nobody has put something over what a plugin has exchanged."""
     return slot.is_open or slot.home.get(slot.key) is slot.inner or slot.inner is None
+
+
+def _fused(models: Iterable[nn.Module]) -> frozenset[Any]:
+    """(LoRA layer, name) of each LoRA that is added to the weights below it, of the layers that are there."""
+    layers = [module for model in models for module in model.modules() if hasattr(module, "merged_adapters")]
+    return frozenset((layer, name) for layer in layers for name in layer.merged_adapters)  # type: ignore[union-attr]
+
+
+def _loras_in(part: nn.Module | nn.Parameter | None) -> set[Any]:
+    """Names of the LoRA that lie somewhere in a module."""
+    inside = part.modules() if isinstance(part, nn.Module) else ()
+    return {name for module in inside if hasattr(module, "merged_adapters") for name in getattr(module, "scaling", ())}
+
+
+def _hides_weights(slot: Slot) -> bool:
+    """Whether what is written to the weights of what a plugin has put in does not reach those of what was there."""
+    hidden, shown = ({*part.parameters()} if isinstance(part, nn.Module) else {part} for part in (slot.inner, slot.value))
+    return bool(hidden - shown - {None})
 
 
 def _meet(slot: Slot, home: Any, name: str, parent: nn.Module) -> bool:

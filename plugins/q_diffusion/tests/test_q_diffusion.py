@@ -307,3 +307,21 @@ def test_half_precision(learned):
     assert bool(made.pipe(**made.kwargs)[0].float().isfinite().all())
     layer = next(x for x in quantised_in({"unet": made.pipe.unet}).values() if isinstance(x, (QuantLinear, QuantConv2d)) and x.inputs)
     assert layer.inputs[0].fixed.delta.dtype == torch.float32
+
+
+def test_a_lora_that_is_unloaded_meanwhile_leaves_no_quantised_layer_behind():
+    """peft puts what lay under its layer, ours, in that layer's place."""
+    peft = pytest.importorskip("peft")
+    made = tiny()
+    plain = picture(made)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        made.pipe.unet.add_adapter(peft.LoraConfig(r=2, lora_alpha=8, init_lora_weights=False, target_modules=["to_q", "to_v"]))
+    load_pipeline(made.pipe, plugins=[("q_diffusion", {"bits": "w4a8"})])
+    picture(made)
+    made.pipe.unload_lora_weights()
+    assert not np.array_equal(picture(made), plain)
+    made.pipe.plugins.clear()
+    assert not quantised_in({"unet": made.pipe.unet})
+    assert np.array_equal(picture(made), plain)
+    load_pipeline(made.pipe, plugins=[("q_diffusion", {"bits": "w4a8"})])

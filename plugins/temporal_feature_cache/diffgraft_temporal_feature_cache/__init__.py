@@ -87,6 +87,9 @@ class TemporalFeatureCache(Plugin):
     config: TemporalFeatureCacheConfig
 
     def check(self, target: Target) -> None:
+        for denoiser in target.denoisers.values():
+            if kept := quantised_on(entering(denoiser)):
+                raise Unsupported(f"{NAME}: {kept}; load plain weights, or leave the plugin out")
         found = [each for denoiser in target.denoisers.values() for each in temporal(denoiser, nn.Linear)]
         for path, layer in found:
             ensure_floats(path, layer)
@@ -182,13 +185,16 @@ class TemporalFeatureCache(Plugin):
                 "weights (pipe.fuse_lora(), then pipe.unload_lora_weights())"
             )
             return None
-        modules = [module for path, module in root_of(call.model).named_modules() if enters(path) and ".lora_" not in path]
-        if any(parameter.is_meta for module in modules for parameter in module.parameters()):
+        modules = entering(call.model)
+        if any(parameter.is_meta for module in modules.values() for parameter in module.parameters()):
             call.note("inactive: the weights are offloaded one by one")
+            return None
+        if quantised := quantised_on(modules):
+            call.note(f"inactive: {quantised}")
             return None
         kept: Store = found[0][1].store
         store = kept if self.config.across_runs else Store(kept.limit)
-        begun = Begun(store, modules, checksums(modules))
+        begun = Begun(store, [*modules.values()], checksums([*modules.values()]))
         store.begin(begun.weights)
         return begun
 
@@ -197,6 +203,20 @@ def ensure_floats(path: str, layer: nn.Module) -> None:
     """Raises Conflict where a layer of the time path is quantised."""
     if isinstance(layer, QuantLinear):
         raise Conflict(f"{NAME}: {path} is quantised already; put {NAME} first in the list, so that quantisers leave it out")
+
+
+def entering(denoiser: nn.Module) -> dict[str, nn.Module]:
+    """The modules whose parameters enter the time path, by path."""
+    return {path: module for path, module in root_of(denoiser).named_modules() if enters(path) and ".lora_" not in path}
+
+
+def quantised_on(modules: Mapping[str, nn.Module]) -> str | None:
+    """In words, the first weight that another library keeps in a class of its own (torchao, bitsandbytes): its bits cannot be summed up."""
+    for path, module in modules.items():
+        for name, parameter in module.named_parameters(recurse=False):
+            if type(parameter) not in (Tensor, nn.Parameter):
+                return f"{path}.{name}, on the time path, is kept as {type(parameter).__name__}, and nobody could tell whether it changes"
+    return None
 
 
 def why_none(call: DenoiseCall) -> str:

@@ -188,8 +188,8 @@ def current() -> Serving | None:
     return found
 
 
-INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-"""By bytes of a value."""
+INTEGERS = {1: torch.int8, 2: torch.int16}
+"""By bytes of a value; wider ones are words of 32 bits: of the top bit of 64 the products would keep nothing else."""
 
 CHUNK = 1 << 20
 """So many values of a parameter are summed up at a time: 8 MB as they are multiplied."""
@@ -213,12 +213,15 @@ def checksums(modules: Sequence[nn.Module]) -> tuple[Hashable, ...]:
 
 
 def checksum(parameter: Tensor) -> Tensor:
-    """u^T B v modulo 2^64 (int64), where B are the bits of the values as whole numbers [rows, columns].
+    """u^T B v modulo 2^64 (int64), where B are the bits of the values as whole numbers of at most 32 bits [rows, columns]; 0 without any.
 
-    Exact, so the same on every device, and in any order of summing. All u and v are odd, so one other value is always seen; they have no
-    pattern, so changes that have one do not cancel, unless by a chance of about 2^-32.
+    Exact, so the same on every device, and in any order of summing. All u and v are odd, so one other word is always seen; they have no
+    pattern, so changes that have one (signs, rows, places) do not cancel, unless by a chance of about 2^-32.
     """
-    bits = torch.atleast_2d(parameter.detach().contiguous().view(INTEGERS[parameter.element_size()])).flatten(1)
+    if parameter.numel() == 0:
+        return torch.zeros((), dtype=torch.int64, device=parameter.device)
+    words = torch.atleast_1d(parameter.detach().contiguous()).view(INTEGERS.get(parameter.element_size(), torch.int32))
+    bits = torch.atleast_2d(words).flatten(1)
     u, v = odd(sum(bits.shape), bits.device).split(list(bits.shape))
     return (torch.cat([(part * v).sum(1) for part in bits.split(max(1, CHUNK // len(v)))]) * u).sum()
 

@@ -623,13 +623,82 @@ def test_checksums_are_exact(dtype, monkeypatch):
     """Against whole numbers of any size; the same in pieces, so also on other devices."""
     torch.manual_seed(0)
     weight = torch.randn(5, 7, dtype=dtype)
-    bits = weight.view(c.INTEGERS[dtype.itemsize]).tolist()
-    factors = c.odd(12, weight.device).tolist()
-    exact = sum(factors[i] * bits[i][j] * factors[5 + j] for i in range(5) for j in range(7))
+    bits = weight.view(c.INTEGERS.get(dtype.itemsize, torch.int32)).tolist()
+    columns = len(bits[0])
+    factors = c.odd(5 + columns, weight.device).tolist()
+    exact = sum(factors[i] * bits[i][j] * factors[5 + j] for i in range(5) for j in range(columns))
     assert all(each % 2 for each in factors)
     for chunk in (1, 14, 1 << 20):
         monkeypatch.setattr(c, "CHUNK", chunk)
         assert (int(c.checksum(weight)) - exact) % 2**64 == 0
+
+
+def one_ulp(w):
+    w.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[w.element_size()])[2, 1] += 1
+
+
+CHANGES = {
+    "negated": lambda w: w.neg_(),
+    "a row negated": lambda w: w[2].neg_(),
+    "two signs": lambda w: w.__setitem__(([0, 3], [1, 2]), -w[[0, 3], [1, 2]]),
+    "two values exchanged": lambda w: w.__setitem__(([0, 3], [1, 2]), w[[3, 0], [2, 1]]),
+    "rows permuted": lambda w: w.copy_(w[[1, 2, 3, 0]]),
+    "columns permuted": lambda w: w.copy_(w[:, [1, 0, 3, 2, 5, 4]]),
+    "one ulp": one_ulp,
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("change", CHANGES)
+def test_checksums_see_changes_in_every_dtype(change, dtype):
+    """Signs above all: of the top bit of whole 64-bit words an even number of changes cancels."""
+    weight = torch.randn(4, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(dtype)
+    other = weight.clone()
+    CHANGES[change](other)
+    assert not torch.equal(other, weight)
+    assert int(c.checksum(other)) != int(c.checksum(weight))
+    assert int(c.checksum(weight.clone())) == int(c.checksum(weight))
+
+
+@pytest.mark.parametrize("shape", [(0,), (3, 0), (0, 3), (), (1,)])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float8_e4m3fn, torch.complex128])
+def test_checksums_of_any_shape(shape, dtype):
+    values = torch.ones(shape).to(dtype)
+    assert (int(c.checksum(values)) == 0) is (values.numel() == 0)
+
+
+def test_served_are_no_stale_features_of_negated_float64_weights():
+    made = tiny()
+    made.pipe.to(torch.float64)
+    load_pipeline(made.pipe, plugins=[KEPT])
+    before = picture(made)
+    cached(made)[0].weight.data.neg_()
+    found = picture(made)
+    unload(made.pipe)
+    assert np.array_equal(found, picture(made))
+    assert not np.array_equal(found, before)
+
+
+class Int8Tensor(torch.Tensor):
+    """As a quantiser's class: its bits are not to be had."""
+
+
+def quantise(layer):
+    layer.weight = nn.Parameter(torch.Tensor._make_subclass(Int8Tensor, layer.weight.detach()), requires_grad=False)
+
+
+def test_weights_that_another_library_keeps_are_refused_or_left():
+    made = tiny()
+    quantise(made.pipe.unet.time_embedding.linear_1)
+    with pytest.raises(Unsupported, match=r"time_embedding\.linear_1\.weight, on the time path, is kept as Int8Tensor.*load plain weights"):
+        load_pipeline(made.pipe, plugins=[KEPT])
+    made = tiny()
+    load_pipeline(made.pipe, plugins=[KEPT])
+    before = picture(made)
+    quantise(cached(made)[5])
+    assert np.array_equal(picture(made), before)
+    assert any("is kept as Int8Tensor" in note for note in part(made).notes)
+    assert total(made, "served") == 0
 
 
 def test_checksums_tell_weights_apart():

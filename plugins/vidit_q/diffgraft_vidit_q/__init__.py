@@ -7,16 +7,17 @@ weights, by factors that are measured for ranges of timesteps, and the layers th
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from diffgraft import ArtefactMismatch, DenoiseCall, Effects, ModulesCall, Need, Plugin, RunCall, Target, Unsupported, denoisers_of, now
 from diffgraft.methods.artefacts import Artefact, make_again_with
 from diffgraft.methods.quant.affine import UniformAffine
+from diffgraft.methods.quant.export import kernels_of
 from diffgraft.methods.quant.kept import unpacked
 from diffgraft.methods.quant.knobs import FLOAT
-from diffgraft.methods.quant.layers import Layer, QuantLinear, ensure_current, put, quantised
+from diffgraft.methods.quant.layers import Layer, QuantLayer, QuantLinear, ensure_current, put, quantised, quantised_in
 from diffgraft.methods.quant.rotation import Rotation
 from diffgraft.methods.quant.told import simulated
 from torch import Tensor, nn
@@ -97,7 +98,8 @@ class ViDiTQ(Plugin):
                 s = None
                 if sizes and weight is not None:  # weights in floats are left as they are, and so are the inputs' channels
                     s = balance(sizes[layer.key].to(layer.module.weight.device), layer.module.weight, self.config.alpha)
-                turn = Rotation(layer.module.in_features).to(layer.module.weight.device) if self.config.rotate and weight else None
+                turns = self.config.rotate and weight is not None and layer.module.in_features % 2 == 0  # of an odd number nothing is mixed
+                turn = Rotation(layer.module.in_features).to(layer.module.weight.device) if turns else None
                 put(call.swap, layer, quantised(layer.module, weight, inputs, balance=s, pick=pick, rotation=turn))
         next(call)
 
@@ -119,19 +121,24 @@ class ViDiTQ(Plugin):
         if self.config.is_off:
             call.note("inactive: w32a32 leaves every layer as it is")
             return next(call)
-        how = self.how(call.given("artefact"))
-        told = simulated(denoisers_of(call.pipe, call.family), self.name, self.config.bits, how)
-        call.note(f"{told}; `diffgraft.methods.quant.export.exported` makes a model that has kernels")
+        denoisers = denoisers_of(call.pipe, call.family)
+        how = self.how(call.given("artefact"), [*quantised_in(denoisers).values()])
+        call.note(f"{simulated(denoisers, self.name, self.config.bits, how)}; {kernels_of(denoisers)}")
         return next(call)
 
-    def how(self, artefact: Artefact | None) -> str:
+    def how(self, artefact: Artefact | None, layers: Sequence[QuantLayer]) -> str:
         """What was done to layers beside rounding them, in words."""
         if self.config.weight_bits == FLOAT:
-            return "not balanced: weights are floats"
+            return f"not balanced{' or rotated' if self.config.rotate else ''}: weights are floats"
         said = ["not balanced: no artefact" if artefact is None else "balanced"]
-        said += ["rotated"] if self.config.rotate else []
-        if self.config.mixed > 0:
-            said.append("no weight needs more bits" if self.config.weight_bits >= RAISED else f"mixed {self.config.mixed}")
+        if self.config.rotate:
+            rotated = sum(layer.rotation is not None for layer in layers)
+            said.append("rotated" if rotated == len(layers) else f"{rotated} of {len(layers)} rotated (the others have odd widths)")
+        if self.config.mixed > 0 and self.config.weight_bits >= RAISED:
+            said.append("no weight needs more bits")
+        elif self.config.mixed > 0:
+            up = sum(layer.weights[0].grid.bits > self.config.weight_bits for layer in layers)  # type: ignore[operator, union-attr]
+            said.append(f"mixed {self.config.mixed}: {up or 'no'} layers in {RAISED} bits{'' if up else ', each group is a larger share'}")
         return ", ".join(said)
 
     def denoise(self, call: DenoiseCall, next: Any) -> Tensor:

@@ -27,7 +27,7 @@ class ViDiTQConfig(BitsConfig):
     )
     alpha: float = Field(0.3, ge=0, le=1, description="alpha of s = a^alpha / w^(1 - alpha); larger leaves less to the activations' grid")
     rotate: bool = Field(
-        False, description="whether inputs and weights are rotated (randomised Hadamard) after the balance: nearer, above all at few bits"
+        False, description="rotate inputs and weights (randomised Hadamard) after the balance: nearer at 8 bits, not surely at fewer"
     )
     ranges: tuple[int, ...] = Field(
         (), description="last timesteps of the ranges that are balanced each by itself: (500,) is [0, 500] and [501, ...]; none: one range"

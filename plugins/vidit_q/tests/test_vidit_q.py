@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib
+import re
 from itertools import pairwise
 
 import numpy as np
@@ -15,8 +16,10 @@ from diffgraft.methods.artefacts import Artefact
 from diffgraft.methods.calibration import calibrate
 from diffgraft.methods.inputs import CallSettings, Sample, call_arguments
 from diffgraft.methods.quant.affine import UniformAffine
+from diffgraft.methods.quant.export import ensure_kernel
 from diffgraft.methods.quant.kept import unpacked
 from diffgraft.methods.quant.layers import QuantLinear, quantised
+from diffgraft.methods.quant.rotation import Rotation
 from diffgraft_vidit_q import ViDiTQ
 from diffgraft_vidit_q import method as m
 from diffgraft_vidit_q.calibration import wanted
@@ -292,6 +295,59 @@ def test_a_rotated_layer_is_its_formula_and_is_not_exported(tmp_path):
     turned = layer.rotation(x / s)
     wanted = torch.nn.functional.linear(layer.inputs[0](turned), weights.rounded(layer.rotation(layer.weight * s)), layer.bias)
     assert torch.equal(layer(x), wanted)
+
+
+@pytest.mark.parametrize(
+    ("knobs", "balanced", "told"),
+    [
+        ({"bits": "w8a8", "symmetric": True}, True, "makes a model that has kernels"),
+        ({"bits": "w4a8"}, False, "makes a model that has kernels"),
+        ({"bits": "w4a8"}, True, "no kernel to export to: .*asymmetric"),
+        ({"bits": "w8a8", "rotate": True, "symmetric": True}, False, "no kernel to export to: .*rotates its inputs"),
+        ({"bits": "w8a16", "symmetric": True}, False, "no kernel to export to: .*inputs of 16 bits"),
+        ({"bits": "w32a8", "rotate": True}, False, "not balanced or rotated: weights are floats.*no kernel to export to: the weights are"),
+    ],
+)
+def test_the_report_says_of_kernels_what_the_export_does(knobs, balanced, told, tmp_path):
+    made = tiny()
+    given = {"artefact": artefact_for(made, tmp_path)} if balanced else {}
+    load_pipeline(made.pipe, plugins=[("vidit_q", {**knobs, **given})])
+    picture(made)
+    assert re.search(told, part(made.pipe).notes[0])
+    layers = [(path, m) for path, m in made.pipe.transformer.named_modules() if isinstance(m, QuantLinear) and m.weights]
+    if "no kernel" not in told:
+        for path, layer in layers:
+            ensure_kernel(path, layer)
+    elif layers:
+        with pytest.raises(Unsupported):
+            ensure_kernel(*layers[0])
+
+
+def test_the_report_counts_what_is_rotated_and_raised(tmp_path):
+    """Of an odd width nothing is mixed; a small share may hold no group."""
+    made = tiny()
+    artefact = artefact_for(made, tmp_path, bits="w4a8", mixed=0.5)
+    for mixed, told in ((0.5, r"mixed 0\.5: [1-9]\d* layers in 8 bits"), (1e-6, "mixed 1e-06: no layers in 8 bits, each group is")):
+        load_pipeline(made.pipe, plugins=[("vidit_q", {"bits": "w4a8", "mixed": mixed, "artefact": artefact})])
+        picture(made)
+        assert re.search(told, part(made.pipe).notes[0])
+        unload(made.pipe)
+    odd = quantised(torch.nn.Linear(7, 4), UniformAffine(8, "channel"))
+    even = quantised(torch.nn.Linear(8, 4), UniformAffine(8, "channel"), rotation=Rotation(8))
+    assert ViDiTQ(rotate=True).how(None, [odd, even]) == "not balanced: no artefact, 1 of 2 rotated (the others have odd widths)"
+
+
+def test_a_lora_that_is_fused_meanwhile_is_named_and_not_the_artefact(tmp_path):
+    peft = pytest.importorskip("peft")
+    made = tiny()
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        made.pipe.transformer.add_adapter(peft.LoraConfig(r=2, lora_alpha=8, init_lora_weights=False, target_modules=["to_q", "to_out.0"]))
+    load_pipeline(made.pipe, plugins=[("vidit_q", {"artefact": artefact_for(made, tmp_path)})])
+    picture(made)
+    made.pipe.fuse_lora()
+    with pytest.raises(Unsupported, match=r"vidit_q: the weights of \S+, .* were written to .*unfuse_lora.*put it on again"):
+        picture(made)
 
 
 def test_weights_in_floats_are_not_balanced_and_the_report_says_so(tmp_path):

@@ -13,12 +13,13 @@ The codes and scales are carried over as they are, so both compute the same up t
     8 bits, tensor    8 bits, symmetric; fixed, symmetric   Int8Tensor, products in int8
     8 bits, token     2 to 8 bits                           IntxUnpackedToInt8Tensor, inputs asymmetric
 
-Convolutions have none there: they stay simulated.
+Convolutions have none there: they stay simulated. The same list for users: docs/howto/quantise.md.
 """
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -53,12 +54,22 @@ def exported(denoiser: nn.Module) -> nn.Module:
     return copy.deepcopy(root, memo)
 
 
-def kernel_weight(path: str, layer: QuantLinear) -> Tensor:
-    """The weight of a layer as torchao keeps it.
+def kernels_of(denoisers: Mapping[str, nn.Module]) -> str:
+    """What a report says of kernels for the quantised layers as they are: that :func:`exported` makes them, or why it would not."""
+    named = [(path, module) for denoiser in denoisers.values() for path, module in root_of(denoiser).named_modules()]
+    layers = [(path, module) for path, module in named if isinstance(module, QuantLinear) and module.weights]
+    if not layers:
+        return "no kernel to export to: the weights are floats"
+    try:
+        for path, layer in layers:
+            ensure_kernel(path, layer)
+    except Unsupported as error:
+        return f"no kernel to export to: {error}"
+    return "`diffgraft.methods.quant.export.exported` makes a model that has kernels"
 
-    Raises:
-        Unsupported: there is no kernel for its grids.
-    """
+
+def ensure_kernel(path: str, layer: QuantLinear) -> None:
+    """Raises Unsupported where torchao has no kernel for a layer's grids."""
     weights: Weights = layer.weights[0]  # type: ignore[assignment]
     grid, rounder = weights.grid, layer.inputs[0] if layer.inputs else None
     if layer.outputs is not None:
@@ -74,16 +85,28 @@ def kernel_weight(path: str, layer: QuantLinear) -> Tensor:
             f"{path}: no kernel takes weights of {grid.bits} bits with inputs of {inputs}; weights 2 to 8, inputs 8 or floats"
         )
     if grid.bits == 8 and grid.symmetric:
-        return int8_weight(path, layer, weights, rounder)
-    if rounder is not None and (rounder.grid.over != "token" or rounder.grid.symmetric or layer.balance is not None):
+        if rounder is not None and rounder.fixed is not None and not rounder.grid.symmetric:  # type: ignore[union-attr, operator]
+            raise Unsupported(f"{path}: the kernel for inputs of one fixed scale takes symmetric ones: give them so, or by token")
+    elif rounder is not None and (rounder.grid.over != "token" or rounder.grid.symmetric or layer.balance is not None):
         raise Unsupported(
             f"{path}: weights of {grid.bits} bits{'' if grid.symmetric else ', asymmetric,'} have a kernel only with inputs in floats, or "
             "asymmetric for each token and not balanced; symmetric weights of 8 bits have one with all inputs of 8"
         )
-    return intx_weight(layer, weights, rounder)
 
 
-def int8_weight(path: str, layer: QuantLinear, weights: Weights, rounder: Any) -> Tensor:
+def kernel_weight(path: str, layer: QuantLinear) -> Tensor:
+    """The weight of a layer as torchao keeps it.
+
+    Raises:
+        Unsupported: there is no kernel for its grids.
+    """
+    ensure_kernel(path, layer)
+    weights: Weights = layer.weights[0]  # type: ignore[assignment]
+    make = int8_weight if weights.grid.bits == 8 and weights.grid.symmetric else intx_weight
+    return make(layer, weights, layer.inputs[0] if layer.inputs else None)
+
+
+def int8_weight(layer: QuantLinear, weights: Weights, rounder: Any) -> Tensor:
     """``Int8Tensor`` with these codes and scales."""
     from torchao.quantization import PerRow, PerTensor
     from torchao.quantization.quant_primitives import MappingType
@@ -93,8 +116,6 @@ def int8_weight(path: str, layer: QuantLinear, weights: Weights, rounder: Any) -
     inputs, fixed = None, None
     if rounder is not None:
         if rounder.fixed is not None:
-            if not rounder.grid.symmetric:
-                raise Unsupported(f"{path}: the kernel for inputs of one fixed scale takes symmetric ones: give them so, or by token")
             fixed = rounder.delta.detach().clone()
         mapping = MappingType.SYMMETRIC if rounder.grid.symmetric else MappingType.ASYMMETRIC
         inputs = QuantizeTensorToInt8Kwargs(PerRow() if rounder.grid.over == "token" else PerTensor(), mapping)

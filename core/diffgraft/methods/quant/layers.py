@@ -404,7 +404,8 @@ def ensure_current(denoisers: Mapping[str, nn.Module], plugin: str) -> None:
             path = layers[int(held.int().argmin())][0]
             raise Unsupported(
                 f"{plugin}: the weights of {path}, which is quantised, were written to (a LoRA fused, weights loaded), and what it "
-                f"computes with are the ones before, rounded: take the plugin off (pipe.plugins.remove({plugin!r})), then put it on again"
+                f"computes with are the ones before, rounded: take the plugin off (pipe.plugins.remove({plugin!r})), unfuse the LoRA "
+                "(pipe.unfuse_lora()) where an artefact was made without it, then put it on again"
             )
 
 
