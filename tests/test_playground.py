@@ -57,7 +57,7 @@ def pick(page: Any, plugin: str) -> None:
     field = page.locator("#plugins input")
     field.click()
     field.fill(plugin)
-    page.get_by_role("option").filter(has_text=re.compile(rf"\b{plugin}:")).first.click()
+    page.get_by_role("option").filter(has_text=re.compile(rf"^\W*{plugin}\b")).first.click()
     field.blur()  # the list is closed
     page.locator(f".card-{plugin}").first.wait_for()
 

@@ -123,13 +123,13 @@ def after(order, plugin):
     return *pipes, kwargs
 
 
-def ensure_same(pipe, twin, kwargs=None):
-    """``kwargs``: of a call whose pictures are compared too."""
+def ensure_same(pipe, twin, kwargs=None, near=0.0):
+    """``kwargs``: of a call whose pictures are compared too; ``near``: how far weights may be from the twin's."""
     assert not hasattr(pipe, "plugins")
     assert not any(isinstance(module, Shares) for module in pipe.unet.modules())
     (found, weights), (classes, values) = told(pipe), told(twin)
     assert found == classes
-    assert all(torch.equal(weights[name], values[name]) for name in values)
+    assert all(torch.allclose(weights[name], values[name], rtol=0, atol=near) for name in values)
     assert kwargs is None or torch.equal(generate(pipe, kwargs), generate(twin, kwargs))
 
 
@@ -159,7 +159,7 @@ def test_what_has_weights_of_its_own_goes_or_is_refused_before_anything_is_touch
         error = str(refused)
     if error is None:
         if not order.endswith("fuse unload"):  # fused into what goes, and nobody can tell
-            ensure_same(pipe, twin)
+            ensure_same(pipe, twin, near=1e-6 if order.endswith("unfuse") else 0.0)  # what is added and taken away again leaves roundings
         return
     assert re.search(r"exchanges cannot be taken off: a LoRA .*(unload_lora_weights|unfuse_lora)", error)
     assert "fuse" in order or plugin is ExchangesParts

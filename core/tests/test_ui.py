@@ -173,6 +173,7 @@ def test_the_menu_lists_without_importing() -> None:
     code = "import sys; from diffgraft.ui.stacks import menu; assert len(menu()) > 5; print('diffgraft_deepcache' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "False"
     assert {name for _, name in menu()} == {name for name, offer in registry.installed().items() if not offer.broken}
+    assert [label for label, _ in menu() if "time shift" in label and "time_shift" in label], "both are typed"
 
 
 def test_a_clash_is_said_with_the_planners_reason_and_a_wrong_family_with_its_own() -> None:

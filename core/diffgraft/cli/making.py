@@ -105,9 +105,17 @@ def quantise(
     load_pipeline(pipe, plugins={plugin: knobs})
     denoisers = denoisers_of(pipe, registry.find_family(type(pipe)))
     told = simulated(denoisers, plugin, bits) if quantised_in(denoisers) else f"{bits}: no layer is quantised"
-    texts = read_prompts(prompt, prompts)
-    said = {"steps": steps, "guidance-scale": guidance_scale, "negative-prompt": negative_prompt, "height": height, "width": width,
-            "device": device, "dtype": dtype, "prompt": next(iter(texts), None), "class-label": (class_label or [None])[0]}  # fmt: skip
+    said = {
+        "steps": steps,
+        "guidance-scale": guidance_scale,
+        "negative-prompt": negative_prompt,
+        "height": height,
+        "width": width,
+        "device": device,
+        "dtype": dtype,
+        "prompt": next(iter(read_prompts(prompt, prompts)), None),
+        "class-label": class_label[0] if class_label else None,
+    }
     words = ["diffgraft", "run", pipeline, "-p", plugin]
     words += [word for knob in assignments(plugin, knobs) for word in ("-o", knob)]
     words += [word for each in arg or [] for word in ("-a", each)]

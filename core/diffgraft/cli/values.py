@@ -108,7 +108,7 @@ def specs_for(pipeline: str, names: list[str] | None, options: list[str] | None,
     """
     file = None if stack is None else read_stack(stack)
     own = [spec for spec in file.specs() if spec[0] not in file.disabled] if file else []
-    specs = plugin_specs(names, options, own, pipeline)
+    specs = plugin_specs(names, options, [(name, {**knobs}) for name, knobs in own], pipeline)
     for name, _ in specs:
         registry.named(name)
     folder = registry.resolve(pipeline)

@@ -179,7 +179,9 @@ class Page:
             made = {}
             for title, language in (("Python", "python"), ("YAML", "yaml"), ("Command", "shell"), ("Report", None)):
                 with gr.Tab(title):
-                    made[title] = gr.Code(language=language, wrap_lines=True, elem_id=title.lower(), **looks)
+                    made[title] = gr.Code(
+                        language=language, wrap_lines=True, show_line_numbers=False, buttons=["copy"], elem_id=title.lower(), **looks
+                    )
         self.written = [made["Python"], made["YAML"], made["Command"]]
         self.line, self.report = made["Python"], made["Report"]
         self.past = gr.Gallery(

@@ -72,7 +72,8 @@ def menu() -> list[tuple[str, str]]:
         quality = read(offer.module)
         goal = quality.card.goal if quality and quality.card else ""
         summary = re.sub(r" for diffgraft\b| \(arXiv [^)]*\)", "", offer.summary)
-        rows.append((goals.index(goal) if goal in goals else len(goals), name, f"{name}: {summary}" if summary else name))
+        label = f"{name} ({name.replace('_', ' ')})" if "_" in name else name  # the page finds what a label holds: "time shift" too
+        rows.append((goals.index(goal) if goal in goals else len(goals), name, f"{label}: {summary}" if summary else label))
     return [(label, name) for _, name, label in sorted(rows)]
 
 
