@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 LONGEST = 450
 """Lines of a file ("about 400")."""
-FLOORS = {"kernel": 4435, "stacks": 1044, "installed": 1801}
+FLOORS = {"kernel": 4441, "stacks": 1044, "installed": 1801}
 """Lines of the three lowest floors, docstrings included: each can be read in one sitting."""
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
+from weakref import ref
 
 from torch import nn
 
@@ -28,12 +29,17 @@ class Attached:
 
 @dataclass
 class Done:
-    """What one plugin has attached to models and exchanged there, and which LoRA were fused before (:func:`_fused`)."""
+    """What one plugin has attached to models and exchanged there, and which LoRA were fused before (:func:`_fused`). Models that the user
+    replaces are not held on to."""
 
-    models: Sequence[nn.Module]
+    refs: Sequence[ref[nn.Module]]
     things: Sequence[tuple[Attached, Any]]
     fused: frozenset[Any]
     slots: Sequence[Slot] = ()
+
+    @property
+    def models(self) -> list[nn.Module]:
+        return [model for each in self.refs if (model := each()) is not None]
 
     def places(self) -> dict[int, list[tuple[Any, str]]]:
         """Where each module lies by now, by its id: a LoRA that comes over it or is taken off moves it."""
@@ -56,7 +62,7 @@ class Surgery:
         if entry in self._done or not (things or "modules" in entry.plugin.points()):
             return
         models = [root_of(denoiser) for denoiser in denoisers_of(pipe, family).values()]
-        self._done[entry] = Done(models, things, _fused(models))
+        self._done[entry] = Done([*map(ref, models)], things, _fused(models))
         try:
             for thing, _ in things:
                 thing.put_on(pipe)
@@ -144,7 +150,7 @@ def _lies_free(slot: Slot) -> bool:
 def _fused(models: Iterable[nn.Module]) -> frozenset[Any]:
     """(LoRA layer, name) of each LoRA that is added to the weights below it, of the layers that are there."""
     layers = [module for model in models for module in model.modules() if hasattr(module, "merged_adapters")]
-    return frozenset((layer, name) for layer in layers for name in layer.merged_adapters)  # type: ignore[union-attr]
+    return frozenset((ref(layer), name) for layer in layers for name in layer.merged_adapters)  # type: ignore[union-attr]
 
 
 def _loras_in(part: nn.Module | nn.Parameter | None) -> set[Any]:
