@@ -19,8 +19,8 @@ from diffgraft.installed.family import Family
 from diffgraft.testing import Case, Cell, Pair
 from diffgraft.testing.cover import cover_pairs, covering, shuffled
 
-CASES, OWN_TESTS, PAIRS, FACTS, LOOKED_AT = 420, 2400, 320, 360, 24
-"""Cases of the contract, tests of plugins' own (most of them at present: what a core changes shows there first, and they take a quarter of
+CASES, OWN_TESTS, PAIRS, FACTS, LOOKED_AT = 400, 2000, 260, 360, 24
+"""Cases of the contract, tests of plugins' own (half of them at present: what a core changes shows there first, and they take a quarter of
 a second each), pairs, families' facts, unchanged plugins whose behaviour is looked at."""
 LEAST = 6
 """Of a plugin at least."""

@@ -255,7 +255,7 @@ BAD = {
     "calibrate on nothing": (["calibrate", "dpm_solver_v3", "--pipeline", "{sd}"], ["ConfigError", "--class-label CLASS", "--samples N"]),
     "quantise what cannot": (
         ["quantise", "{sd}", "-p", "sparse", "--bits", "w8a8", "--prompt", "x"],
-        ["Unsupported", "sparse cannot be calibrated; installed"],
+        ["Unsupported", "sparse quantises nothing after a calibration; installed plugins that do"],
     ),
     "evolve what cannot": (["evolve", "sparse", "--pipeline", "{sd}", "--prompt", "x", "--steps", "2"], ["Unsupported", "be searched"]),
     "show unknown": (["show", "sparze"], ["PluginNotFound", "did you mean 'sparse'"]),

@@ -129,15 +129,12 @@ def card_of(cls: type[Plugin]) -> Card | None:
     return quality.card if quality else None
 
 
-def goal_tables(
-    classes: Iterable[type[Plugin]], page: Callable[[str], str], place: Callable[[str, Card], str], most: int | None = None
-) -> str:
+def goal_tables(classes: Iterable[type[Plugin]], page: Callable[[str], str], place: Callable[[str, Card], str]) -> str:
     """Which plugin for what: a Markdown table for each goal that somebody serves. Plugins without a card are left out.
 
     Args:
         page: a plugin's name -> the address of its page.
         place: a plugin's name and card -> the address where its figures stand; linked where that is not its page.
-        most: so many plugins of a goal, those of the highest tier first.
     """
     cards = [(cls, card) for cls in classes if (card := card_of(cls))]
     lines = []
@@ -146,14 +143,12 @@ def goal_tables(
         if not here:
             continue
         lines += [f"**{words}**", "", "| plugin | families | takes | measured |", "|---|---|---|---|"]
-        for cls, card in sorted(here, key=lambda pair: (-tier_number(pair[0]), pair[0].name))[:most]:
+        for cls, card in sorted(here, key=lambda pair: (-tier_number(pair[0]), pair[0].name)):
             figures = as_markdown(card.gain) or "nothing yet"
             if card.gain and place(cls.name, card) != page(cls.name):
                 figures = f"[{figures}]({place(cls.name, card)})"
-            takes = ", ".join(TAKES.get(need.kind, need.kind) for need in cls.needs)
+            takes = ", ".join(dict.fromkeys(TAKES.get(need.kind, need.kind) for need in cls.needs))
             lines.append(table_row(f"[`{cls.name}`]({page(cls.name)})", families_in_words(cls), takes, figures))
-        if most is not None and len(here) > most:
-            lines += ["", f"And {len(here) - most} more: `diffgraft list`."]
         lines.append("")
     return "\n".join(lines)
 
