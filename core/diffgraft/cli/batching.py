@@ -127,9 +127,8 @@ def batch(
         tell_failed(broken)
         say(f"{state.todo} to draw, {len(state.there)} there already" + f", {len(broken)} broken" * bool(broken), err=True)
         try:
-            with terminable(), progress() as advance, logged() as log:
+            with terminable(), logged() as log:
                 for now in carried_out(state, tasks, results, Opening(base, kind, threads), pool):
-                    advance("pictures", now.done, now.todo)
                     log(now.done, now.todo)
         except (KeyboardInterrupt, SystemExit):
             say(f"stopped: {state.drawn} drawn, {len(state.there)} were there; the same command goes on", err=True)
@@ -162,7 +161,11 @@ def terminable() -> Iterator[None]:
 
 @contextmanager
 def logged() -> Iterator[Callable[[int, int], None]]:
-    """Without a terminal, where there is no bar: a line each tenth of the work, and each minute."""
+    """A progress bar; without a terminal a line each tenth of the work, and each minute."""
+    if console(err=True).is_terminal:
+        with progress() as advance:
+            yield partial(advance, "pictures")
+        return
     start = last = time.monotonic()
     tenth = 0
 
@@ -174,7 +177,7 @@ def logged() -> Iterator[Callable[[int, int], None]]:
         last, tenth = now, 10 * done // todo
         say(f"{done} of {todo} pictures, {timedelta(seconds=round(now - start))}", err=True)
 
-    yield (lambda done, todo: None) if console(err=True).is_terminal else log
+    yield log
 
 
 def kind_of(suffix: str) -> str:
