@@ -7,6 +7,7 @@ import os
 import pickle
 import sys
 import threading
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from probes import Everything, Probe, generate, tiny, trace
 from torch import nn
 
 KERNEL = str(Path(slots.__file__).parent)
+VISITS = 3
 
 
 class Replacing(Everything):
@@ -46,13 +48,16 @@ class Solver(Probe):
 
 
 def interrupted(action: Any, at: int, *files: str) -> bool:
-    """Whether a KeyboardInterrupt came at line number ``at`` of those that ``action`` executes in these files of the kernel."""
+    """Whether a KeyboardInterrupt came at line number ``at`` of those that ``action`` executes in these files of the kernel. Of a line that
+    a loop comes back to, its first visits count: a walk through all modules is not interrupted at each."""
     count = 0
+    visits: Counter[tuple[Any, int]] = Counter()
 
     def local(frame: Any, event: str, arg: Any) -> Any:
         nonlocal count
         if event == "line":
-            count += 1
+            visits[frame, frame.f_lineno] += 1
+            count += visits[frame, frame.f_lineno] <= VISITS
             if count == at:
                 sys.settrace(None)
                 raise KeyboardInterrupt
