@@ -190,7 +190,7 @@ def folder(tmp_path_factory):
     fight(BOUT, How(str(out), rounds=2, warmup=0, samples=2, batch=2, reference_steps=5, command="the command"))
     speed = How(str(out), rounds=1, warmup=0, samples=0, batch=1, reference_steps=0)
     for how in (speed, replace(speed, timed_batch=2, attention="_native_math")):
-        fight(Bout("speed", "flux", 2, plain(1)), how)
+        fight(Bout("speed", "flux", 2, plain(1), shape=SMALL["flux"]), how)
     return out
 
 

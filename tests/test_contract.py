@@ -66,11 +66,11 @@ LAYOUT = (
 
 
 EVERYWHERE = ("same_seed",)
-SHARE = 8
+SHARE = 12
 
 
 def spread(cases: list[Case]) -> list[Case]:
-    """A part of what the families repeat of a probe: each check on every eighth class, each check and each class once at least."""
+    """A part of what the families repeat of a probe: each check on every twelfth class, each check and each class once at least."""
     seen: dict[str, int] = {}
     classes: set[str] = set()
     kept = []

@@ -21,6 +21,7 @@ from diffgraft.kernel.defaults import give_defaults, own_defaults
 from diffgraft_pipelines.tiny import make
 from diffusers import DiffusionPipeline, StableDiffusionXLPipeline
 from PIL import Image
+from sampling import sample_of
 from typer.testing import CliRunner
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -58,8 +59,10 @@ ELSEWHERE = {"new", "check", "tune"}
 
 def pytest_generate_tests(metafunc: Any) -> None:
     if "readme" in metafunc.fixturenames:
-        slow = {"project": pytest.mark.slow}
-        metafunc.parametrize("readme", [pytest.param(path, id=name, marks=slow.get(name, ())) for name, path in READMES.items()])
+        of_plugins = [path.parent for name, path in READMES.items() if name != "project"]
+        names = [folder.name for folder in sample_of(metafunc.config).folders("READMEs that are run", of_plugins)]
+        project = pytest.param(READMES["project"], id="project", marks=pytest.mark.slow)
+        metafunc.parametrize("readme", [project, *(pytest.param(READMES[name], id=name) for name in names)])
 
 
 @pytest.fixture
