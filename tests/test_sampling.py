@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zlib
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 from diffgraft import PluginNotFound
 from diffgraft.testing import contract_sample, form_cells
-from sampling import LEAST, OWN_CONTRACT, Sample, level
+from sampling import LEAST, LOOKED_AT, OWN_CONTRACT, Sample, level
 
 
 def sample(*changed: str) -> Sample:
@@ -34,6 +35,14 @@ SIZES = {"a": 100, "b": 40, "c": 200, "d": 10}
 def test_what_changed_comes_first_and_the_whole_stays_within_the_budget(changed: tuple[str, ...], kept: dict[str, int]) -> None:
     most = sample(*changed).parts(200, SIZES)
     assert {name: min(size, most[name]) for name, size in SIZES.items()} == kept
+
+
+def test_folders_that_changed_are_looked_at_first_and_no_more_than_the_budget() -> None:
+    folders = [Path(f"p{i}") for i in range(3 * LOOKED_AT)]
+    for changed in (("p3", "p5"), [folder.name for folder in folders[: 2 * LOOKED_AT]]):
+        names = [folder.name for folder in sample(*changed).folders("some", folders)]
+        assert len(names) == LOOKED_AT
+        assert set(names) <= {*changed} or {*changed} <= set(names)
 
 
 @pytest.mark.parametrize("count", [0, 1, 17, 74, 400])

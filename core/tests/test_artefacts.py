@@ -166,7 +166,10 @@ def test_another_scheduler_step_count_or_size_is_refused_before_the_denoiser_run
     with pytest.raises(ArtefactMismatch, match=r"scheduler.beta_end: made for [\d.]+, found 0.02"):
         picture(pipe)
     pipe.scheduler = EulerDiscreteScheduler.from_config(own.config)
-    with pytest.raises(ArtefactMismatch, match=r"scheduler: made for .*, found EulerDiscreteScheduler"):
+    with pytest.raises(ArtefactMismatch, match=r"found EulerDiscreteScheduler; .*\(pipe.scheduler = EulerDiscreteScheduler.from_config"):
+        picture(pipe)
+    pipe.scheduler = type("Brought", (EulerDiscreteScheduler,), {"__module__": "diffgraft_someone"}).from_config(own.config)
+    with pytest.raises(ArtefactMismatch, match=r"found Brought; .* take off the plugin that brings Brought$"):
         picture(pipe)
     assert not ran
     pipe.scheduler = own

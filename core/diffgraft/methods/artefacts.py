@@ -282,10 +282,10 @@ class Artefact:
             said = {"--steps": steps if "steps" in fits else None, "--guidance-scale": guidance if "guidance" in fits else None}
             words = [f"{option} {value}" for option, value in said.items() if value is not None]
             words += ["--height H --width W"] if "shape" in fits and self.made_for.shape != tuple(shape) else []
-            other = type(scheduler).__name__ if any(each.startswith("scheduler") for each in differing) else None
+            other = type(scheduler) if any(each.startswith("scheduler") for each in differing) else None
             self._refuse(differing, self._another(words, other))
 
-    def _another(self, words: list[str], scheduler: str | None) -> str:
+    def _another(self, words: list[str], scheduler: type | None) -> str:
         """How one is made that fits a run: with the knobs of this one, and these words; of a pipeline with another scheduler."""
         if self.kind != "artefact":
             return make_again(self.made_for.plugin, self.kind)
@@ -293,9 +293,11 @@ class Artefact:
         more = " ".join([*words, as_options(plugin, knobs_of(plugin, self.facts))])
         if scheduler is None:
             return make_again(plugin, more=more.strip())
+        if not scheduler.__module__.startswith("diffusers."):
+            return f"a calibration takes the scheduler that a model is loaded with: take off the plugin that brings {scheduler.__name__}"
         return (
             f"a calibration takes the scheduler that a model is loaded with: save yours (pipe.scheduler = "
-            f"{scheduler}.from_config(pipe.scheduler.config); pipe.save_pretrained('model')) and "
+            f"{scheduler.__name__}.from_config(pipe.scheduler.config); pipe.save_pretrained('model')) and "
             f"{make_again(plugin, more=more.strip(), pipeline='model')}"
         )
 

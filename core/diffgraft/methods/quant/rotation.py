@@ -1,6 +1,8 @@
 """Randomised Hadamard rotations (QuaRot, arXiv 2404.00456): what is large in one channel is spread over many, and the product stays.
 
-x W^T = (x R)(W R)^T,    R = diag(signs) H / sqrt(h), in blocks of h channels
+    x W^T = (x R)(W R)^T,    R = diag(signs) H / sqrt(h)
+
+in blocks of h channels.
 """
 
 from __future__ import annotations
