@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import runpy
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,13 @@ def test_static_rules(folder: Path) -> None:
     assert verdict.ok, str(verdict)
     assert verdict.tier is not None, "bronze is what a plugin needs to land"
     assert quality_of(open_project(str(folder))).card is not None, "a plugin of this repository says in quality.toml what it is for"
+
+
+@pytest.mark.parametrize("script", sorted(ROOT.glob("plugins/*/benchmarks/*.py")), ids=lambda path: f"{path.parts[-3]}-{path.stem}")
+def test_what_a_benchmark_names_is_there(script: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It takes minutes to run, and is run when figures are made: a name that has gone would be found then."""
+    monkeypatch.syspath_prepend(str(script.parent))
+    runpy.run_path(str(script), run_name="asked")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

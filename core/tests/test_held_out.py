@@ -11,6 +11,7 @@ from diffgraft import ConfigError
 from diffgraft.lab.held_out import FIRST_SEED, HeldOut, decibels, feature_error
 from diffgraft.lab.nearest import Nearest
 from diffgraft.methods.quant.layers import quantised_in
+from PIL import Image
 from torch import nn
 
 
@@ -71,3 +72,14 @@ def test_figures_are_written_with_what_belongs_to_them(bench, tmp_path):
     assert told["pipeline"] == "emoji-pixel"
     assert told["steps"] == 2
     assert told["versions"]["torch"] == torch.__version__
+
+
+def test_a_grid_of_the_ways_lies_beside_the_figures(bench, tmp_path):
+    plain = bench.pictures()
+    rows = {"floats": plain, "darker": [0.9 * each for each in plain]}
+    bench.draw(None, "w4a8", rows)
+    bench.draw(tmp_path / "a.json", "w4a8", rows)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
+    with Image.open(tmp_path / "a.png") as grid:
+        assert grid.height > 2 * 128
+        assert grid.width > 2 * 128

@@ -23,6 +23,7 @@ from diffgraft.installed.anatomy import denoisers_of
 from diffgraft.installed.errors import ConfigError
 from diffgraft.kernel.loading import load_pipeline, unload
 from diffgraft.lab.metrics import psnr
+from diffgraft.lab.pictures import draw_grid, encode, strip, to_images
 from diffgraft.methods.artefacts import Artefact
 from diffgraft.methods.calibration import calibrate
 from diffgraft.methods.files import write_atomic
@@ -35,7 +36,7 @@ Samples = Annotated[int, typer.Option(min=1, help="Samples to compare.")]
 CalibrateOn = Annotated[int, typer.Option(min=1, help="Samples to calibrate on; none of them is compared on.")]
 Steps = Annotated[int | None, typer.Option(min=2)]
 Device = Annotated[str, typer.Option()]
-Out = Annotated[Path | None, typer.Option(help="Write the figures there as JSON.")]
+Out = Annotated[Path | None, typer.Option(help="Write the figures there as JSON, and a picture of the last plan beside it.")]
 
 FIRST_SEED = 1000
 """Of the samples that are calibrated on; those that are measured on have 0, 1, ..."""
@@ -125,7 +126,21 @@ class HeldOut:
 
     @property
     def title(self) -> str:
-        return f"{self.name}, {self.settings.steps} steps, {len(self.tested)} samples, calibrated on {len(self.teaching)}"
+        taught = f", calibrated on {len(self.teaching)}" if self.teaching else ""
+        return f"{self.name}, {self.settings.steps} steps, {len(self.tested)} samples{taught}"
+
+    def draw(self, out: Path | None, plan: str, shown: Mapping[str, Sequence[Pictures]]) -> None:
+        """Pictures beside the file of figures, where one is wanted: a row for each way, the first one what the others are held against."""
+        if out is None:
+            return
+        reference = next(iter(shown.values()))
+        rows = []
+        for way, found in shown.items():
+            near = decibels(found, reference)
+            told = [] if found is reference else [f"{near['mean']:.1f} dB", f"worst {near['worst']:.1f} dB"]
+            rows.append(([way, *told], [strip(to_images(pictures[0])) for pictures in found]))
+        grid = draw_grid(f"{self.title}: {plan}", "PSNR to the first row", [sample.label for sample in self.tested], rows, side=128)
+        write_atomic(out.with_suffix(".png"), encode([grid], ".png"))
 
     def write(self, out: Path | None, **figures: Any) -> None:
         """The facts and the figures as JSON, where a file is wanted."""

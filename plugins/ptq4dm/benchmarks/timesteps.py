@@ -90,7 +90,9 @@ def main(
     [denoiser] = bench.denoisers.values()
     heard, reference = Heard(denoiser), bench.pictures()
     heard.handle.remove()
-    for plan in bits or ["w8a8", "w6a6"]:
+    plans = bits or ["w8a8", "w6a6"]
+    for plan in plans:
+        seen = {"floats": reference}
         made_by: dict[str, list[PTQ4DM]] = {"nearest": [Nearest(bits=plan)]}
         for name, knobs in WAYS.items():
             for number in range(sets):
@@ -101,7 +103,8 @@ def main(
             for plugin in plugins:
                 with bench.grafted(plugin):
                     kept, plain = bytes_of(list(quantised_in(bench.denoisers).values()))
-                    found = decibels(bench.pictures(), reference)
+                    seen[name] = bench.pictures()
+                    found = decibels(seen[name], reference)
                     errors.append(heard.error())
                 means, worst, size = [*means, found["mean"]], [*worst, found["worst"]], kept / plain
             spread = statistics.stdev(errors) if len(errors) > 1 else 0.0
@@ -114,6 +117,7 @@ def main(
         shown = [f"{each[name]:.2f}" for name in ("psnr_db", "worst")] + [f"{each[name]:.4f}" for name in ("error", "spread", "bytes")]
         table.add_row(each["bits"], each["way"], *shown)
     console.print(table)
+    bench.draw(out, plans[-1], seen)
     bench.write(out, sets=sets, draws=draws, lines=lines)
 
 

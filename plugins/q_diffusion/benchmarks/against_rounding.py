@@ -24,7 +24,7 @@ import torch
 import typer
 from diffgraft import ModulesCall
 from diffgraft.lab.held_out import CalibrateOn, Device, HeldOut, Out, PipelineName, Plans, PromptFile, Samples, Steps, decibels
-from diffgraft.methods.inputs import make_pictures
+from diffgraft.methods.inputs import Pictures, make_pictures
 from diffgraft.methods.quant.affine import searched_scale
 from diffgraft.methods.quant.knobs import inputs_of, weights_of
 from diffgraft.methods.quant.layers import bytes_of, put, quantised, quantised_in
@@ -72,13 +72,14 @@ def shortcuts(bench: HeldOut, bits: str) -> dict[str, list[float]]:
     return {key: [(one / all_of) ** 0.5, (two / all_of) ** 0.5] for key, (one, two, all_of) in errors.items()}
 
 
-def compared(bench: HeldOut, plugin: QDiffusion, reference: Any) -> dict[str, Any]:
-    """Figures of a line of the table."""
+def compared(bench: HeldOut, plugin: QDiffusion, reference: Any) -> tuple[list[Pictures], dict[str, Any]]:
+    """(pictures, figures of a line of the table)."""
     with bench.grafted(plugin):
         size, plain = bytes_of(list(quantised_in(bench.denoisers).values()))
-        found = {**decibels(bench.pictures(), reference), "bytes": size / plain}
+        made = bench.pictures()
+    found = {**decibels(made, reference), "bytes": size / plain}
     print(plugin.config.bits, found, flush=True)
-    return found
+    return made, found
 
 
 def main(
@@ -103,19 +104,23 @@ def main(
     bench = HeldOut.load(pipeline, steps, prompts, samples, calibrate_on, device)
     learning = {"timesteps": timesteps, "iterations": iterations, "scale_iterations": scale_iterations, "lr": lr, "softmax": softmax}
     reference, lines, halves = bench.pictures(), [], {}
-    for plan in bits or ["w8a8", "w6a8", "w4a8", "w4a32"]:
+    plans = bits or ["w8a8", "w6a8", "w4a8", "w4a32"]
+    for plan in plans:
+        seen = {"floats": reference}
         if not plan.endswith("a32"):
             halves[plan] = shortcuts(bench, plan)
         ways = {"nearest": Nearest(bits=plan, split=False, softmax=softmax)}
         ways |= {name: QDiffusion(bits=plan, split=split, softmax=softmax) for name, split in SPLITS["searched"].items()}
         for name, plugin in ways.items():
-            lines.append({"bits": plan, "way": name, "seconds": 0.0, **compared(bench, plugin, reference)})
+            seen[name], figures = compared(bench, plugin, reference)
+            lines.append({"bits": plan, "way": name, "seconds": 0.0, **figures})
         for name, split in SPLITS["learned"].items():
             if split or unsplit:
                 kept = None if keep is None else keep / f"{pipeline} {plan} {name}.safetensors"
                 artefact, seconds = bench.calibrated(QDiffusion(bits=plan, split=split, **learning), kept)
                 plugin = QDiffusion(bits=plan, split=split, softmax=softmax, artefact=artefact)
-                lines.append({"bits": plan, "way": name, "seconds": seconds, **compared(bench, plugin, reference)})
+                seen[name], figures = compared(bench, plugin, reference)
+                lines.append({"bits": plan, "way": name, "seconds": seconds, **figures})
     table = Table(title=bench.title)
     for column in ("bits", "way", "PSNR dB", "worst", "bytes", "minutes to calibrate"):
         table.add_column(column)
@@ -128,6 +133,7 @@ def main(
         one, two = errors[worst]
         better = sum(b < a for a, b in errors.values())
         console.print(f"{plan}: worst shortcut {worst}: {one:.4f} with one grid, {two:.4f} with two; {better} of {len(errors)} gain")
+    bench.draw(out, plans[-1], seen)
     bench.write(out, **learning, lines=lines, shortcuts=halves)
 
 

@@ -58,18 +58,20 @@ def main(
     console = Console()
     bench, lines = HeldOut.load(pipeline, steps, prompts, samples, 0, device), []
     reference, features = bench.seeing(time_path(bench))
-    for plan in bits or ["w4a32", "w4a8", "w8a8"]:
+    plans = bits or ["w4a32", "w4a8", "w8a8"]
+    for plan in plans:
+        seen = {"floats": reference}
         for way, plugins in (
             ("all rounded", [Nearest(plan, over="token")]),
             ("time path in floats", [("temporal_feature_cache", {"across_runs": True}), Nearest(plan, over="token")]),
         ):
             with bench.grafted(*plugins) as pipe:
-                made, found = bench.seeing(time_path(bench))
+                seen[way], found = bench.seeing(time_path(bench))
                 counts = {} if len(plugins) == 1 else pipe.plugins.report().plugins["temporal_feature_cache"].counts
-            errors = {**feature_error(found, features), **decibels(made, reference)}
+            errors = {**feature_error(found, features), **decibels(seen[way], reference)}
             lines.append({"bits": plan, "way": way, **errors, "counts": counts})
     seconds = seconds_of(bench, runs)
-    table = Table(title=f"{pipeline}, {bench.settings.steps} steps, {samples} samples")
+    table = Table(title=bench.title)
     for column in ("bits", "way", "features' error", "cosine", "PSNR dB", "worst", "of the last picture"):
         table.add_column(column)
     for each in lines:
@@ -78,6 +80,7 @@ def main(
     console.print(table)
     ratios = [b / a for a, b in zip(seconds["without"], seconds["with"], strict=True)]
     console.print(f"time with / without: {statistics.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f})", highlight=False)
+    bench.draw(out, plans[-1], seen)
     bench.write(out, seconds=seconds, lines=lines)
 
 

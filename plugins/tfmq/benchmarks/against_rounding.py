@@ -68,16 +68,18 @@ def main(
         "learned": {"iterations": iterations, "scales": "one"},
         "tfmq": {"iterations": iterations},
     }
-    for plan in bits or ["w8a8", "w4a8", "w4a32"]:
+    plans = bits or ["w8a8", "w4a8", "w4a32"]
+    for plan in plans:
+        seen = {"floats": reference}
         for way, knobs in ways.items():
             if plan.endswith("a32") and way in ("plain, timesteps", "tfmq"):
                 continue  # no inputs to scale: as "plain" and as "learned"
             artefact, seconds = (None, 0.0) if knobs is None else bench.calibrated(TFMQ(bits=plan, **knobs))
             with bench.grafted(("tfmq", {"bits": plan, "artefact": artefact})):
-                made, found = bench.seeing(projections(bench))
+                seen[way], found = bench.seeing(projections(bench))
                 kept, plain = bytes_of(list(quantised_in(bench.denoisers).values()))
             facts = {} if artefact is None else {name: artefact.facts[name] for name in ("distance", "cosine")}
-            errors = {**feature_error(found, features), **decibels(made, reference)}
+            errors = {**feature_error(found, features), **decibels(seen[way], reference)}
             lines.append({"bits": plan, "way": way, **errors, "bytes": kept / plain, "seconds": seconds, "learned": facts})
             console.print(plan, way, f"{lines[-1]['error']:.4f}", f"{lines[-1]['mean']:.2f}", f"{seconds:.0f} s", highlight=False)
     table = Table(title=bench.title)
@@ -87,6 +89,7 @@ def main(
         figures = f"{each['error']:.4f}", f"{each['cosine']:.6f}", f"{each['mean']:.2f}", f"{each['worst']:.2f}", f"{each['bytes']:.3f}"
         table.add_row(each["bits"], each["way"], *figures)
     console.print(table)
+    bench.draw(out, plans[-1], seen)
     bench.write(out, iterations=iterations, lines=lines)
 
 

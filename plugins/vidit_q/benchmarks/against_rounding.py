@@ -103,11 +103,15 @@ def main(
     for name, knobs in {"balanced": {}, "balanced, 2 ranges": {"ranges": (500,)}, "mixed": {"bits": "w4a8", "mixed": mixed}}.items():
         artefacts[name], seconds[name] = bench.calibrated(ViDiTQ(**knobs))
     reference, lines = bench.pictures(), []
+    seen: dict[str, list[Pictures]] = {}
 
     def line(plan: str, way: str, found: list[Pictures], size: int, plain: int) -> None:
         lines.append({"bits": plan, "way": way, **decibels(found, reference), "bytes": size / plain})
+        seen[way] = found
 
-    for plan in bits or ["w8a8", "w6a8", "w4a8"]:
+    plans = bits or ["w8a8", "w6a8", "w4a8"]
+    for plan in plans:
+        seen = {"floats": reference}
         ways: dict[str, Any] = {"tensor": Nearest(plan, ours), "token": ViDiTQ(bits=plan)}
         ways["balanced, rotated"] = ViDiTQ(bits=plan, artefact=artefacts["balanced"], alpha=alpha, rotate=True)
         for name, artefact in artefacts.items():
@@ -126,6 +130,7 @@ def main(
         table.add_row(each["bits"], each["way"], f"{each['mean']:.2f}", f"{each['worst']:.2f}", f"{each['bytes']:.3f}")
     console.print(table)
     console.print(", ".join(f"{name}: {value / 60:.2f} min to calibrate" for name, value in seconds.items()), highlight=False)
+    bench.draw(out, plans[-1], seen)
     bench.write(out, alpha=alpha, mixed=mixed, seconds=seconds, lines=lines)
 
 

@@ -30,8 +30,10 @@ import typer
 from diffgraft import load_pipeline, unload
 from diffgraft.cli.values import load_bare
 from diffgraft.kernel.defaults import filled
+from diffgraft.lab.pictures import draw_grid, encode
 from diffgraft.methods.artefacts import Artefact
 from diffgraft.methods.examples import Example
+from diffgraft.methods.files import write_atomic
 from diffgraft.methods.fitting import FitPlan, Loader, beginning, fit, loss_of
 from diffgraft.methods.inputs import CallSettings, call_arguments
 from diffgraft.methods.quant.affine import UniformAffine, nearest_scale
@@ -134,6 +136,7 @@ def one_step(pipe: Any, plugin: ZOODiP, examples: Sequence[Example], knobs: dict
         return work(**call_arguments(work, [examples[0].sample(0)], CallSettings(steps=1)))
 
     with beginning(pipe, plugin, fitter, call, settings, 0) as (stack, _), Loader(stack.pipe, fitter, examples, plan) as load:
+        fitter.ensure_enough(stack.pipe, examples, ())
         loss_of(stack, fitter, load(0), plan).backward()
         batch = load(1)
         return peak_bytes(lambda: loss_of(stack, fitter, batch, plan).backward())
@@ -152,7 +155,7 @@ def main(
     looks: Annotated[int, typer.Option(min=1)] = 48,
     seeds: Annotated[int, typer.Option(min=1, help="Pictures made of each prompt.")] = 4,
     inference_steps: Annotated[int, typer.Option(min=1)] = 12,
-    out: Annotated[Path | None, typer.Option(help="Write the figures there as JSON.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Write the figures there as JSON, and a picture beside it.")] = None,
 ) -> None:
     """Similarity and memory of a learned glyph."""
     console = Console()
@@ -198,6 +201,7 @@ def main(
             return work(**call_arguments(work, [examples[0].sample(0)], CallSettings(steps=1)))
 
         with beginning(pipe, ZOODiP(), fitter, call, CallSettings(), 0) as (stack, _), Loader(stack.pipe, fitter, examples, plan) as load:
+            fitter.ensure_enough(stack.pipe, examples, ())
             for step in range(looks):
                 one = load(step)
                 arguments = filled(stack.pipe, (), fitter.arguments(one))
@@ -209,9 +213,11 @@ def main(
     ways: dict[str, tuple[Artefact, float, int]] = {"initial row": (begun, 0.0, 0)}
     ways["textual inversion, float"] = (*learn(Inversion(), ti_steps, {"rate": ti_rate, "bits": "w32a32"}), ti_steps)
     ways["zoodip, int8"] = (*learn(ZOODiP(), steps, {"rate": rate, "directions": directions, "together": True}), steps)
-    lines = []
+    lines, rows = [], [(["rendered"], [scene_of(*said, 1000) for said in SAID])]
     for name, (artefact, seconds, count) in ways.items():
-        cosine = judged(made_with(artefact, PROMPTS))
+        made = made_with(artefact, PROMPTS)
+        cosine = judged(made)
+        rows.append(([name, f"similarity {cosine.mean():.3f}"], made[::seeds]))
         error = float(cosine.std() / math.sqrt(len(cosine)))
         row = {"way": name, "cosine": float(cosine.mean()), "error": error, "loss": looked(artefact), "seconds": seconds, "steps": count}
         lines.append({**row, "losses": artefact.facts["fit"]["losses"]})
@@ -243,6 +249,8 @@ def main(
         versions = {"torch": torch.__version__, "diffusers": diffusers.__version__, "diffgraft": diffgraft.__version__}
         where = {"machine": platform.machine(), "threads": torch.get_num_threads(), "versions": versions}
         asked = {"glyph": glyph, "rate": rate, "ti_rate": ti_rate, "initial": initial, "directions": directions, "batch": batch}
+        grid = draw_grid(f"U+{glyph}, which the model has never seen", f"{inference_steps} steps", PROMPTS, rows, side=128)
+        write_atomic(out.with_suffix(".png"), encode([grid], ".png"))
         out.write_text(json.dumps({**asked, **where, "pictures": pictures, "lines": lines, "memory": memory}, indent=1) + "\n")
 
 
