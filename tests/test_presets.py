@@ -16,7 +16,7 @@ SHIPPED = [(plugin, name) for plugin in sorted(registry.installed()) for name in
 
 
 def test_some_are_shipped() -> None:
-    assert len({plugin for plugin, _ in SHIPPED}) >= 10
+    assert len({plugin for plugin, _ in SHIPPED}) >= 15
 
 
 @pytest.mark.parametrize(("plugin", "name"), SHIPPED, ids=map(":".join, SHIPPED))
