@@ -129,7 +129,7 @@ def test_catalogues(value, key):
 PLUGINS = [registry.find(name) for name, info in registry.installed().items() if info.allowed and not info.broken]
 
 
-@cases(1500)
+@cases(2500)
 @given(st.data())
 def test_knobs(data):
     cls = data.draw(st.sampled_from(PLUGINS))
@@ -187,7 +187,7 @@ arguments = st.lists(
 )
 
 
-@cases(300)
+@cases(500)
 @given(st.sampled_from(COMMANDS), arguments)
 def test_command_lines(tmp_path, monkeypatch, command, rest):
     if command == "doctor" and not rest:

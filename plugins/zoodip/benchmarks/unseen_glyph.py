@@ -136,7 +136,6 @@ def one_step(pipe: Any, plugin: ZOODiP, examples: Sequence[Example], knobs: dict
         return work(**call_arguments(work, [examples[0].sample(0)], CallSettings(steps=1)))
 
     with beginning(pipe, plugin, fitter, call, settings, 0) as (stack, _), Loader(stack.pipe, fitter, examples, plan) as load:
-        fitter.ensure_enough(stack.pipe, examples, ())
         loss_of(stack, fitter, load(0), plan).backward()
         batch = load(1)
         return peak_bytes(lambda: loss_of(stack, fitter, batch, plan).backward())
@@ -201,7 +200,6 @@ def main(
             return work(**call_arguments(work, [examples[0].sample(0)], CallSettings(steps=1)))
 
         with beginning(pipe, ZOODiP(), fitter, call, CallSettings(), 0) as (stack, _), Loader(stack.pipe, fitter, examples, plan) as load:
-            fitter.ensure_enough(stack.pipe, examples, ())
             for step in range(looks):
                 one = load(step)
                 arguments = filled(stack.pipe, (), fitter.arguments(one))

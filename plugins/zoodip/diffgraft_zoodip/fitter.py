@@ -93,6 +93,7 @@ class ZerothOrder(Fitter):
             )
         if self.config.last >= T:
             raise ConfigError(f"zoodip: last = {self.config.last}: this model was trained with timesteps 0 to {T - 1}")
+        self.tokenizer = with_token(pipe.tokenizer, self.config.token)
         self.abar = probe.scheduler.alphas_cumprod.detach().cpu().double()
         return Row(self.first_row(pipe), self.config.tau)
 
@@ -109,12 +110,12 @@ class ZerothOrder(Fitter):
     def ensure_enough(self, pipe: Any, examples: Sequence[Example], rows: Iterable[Sequence[int]]) -> None:
         if other := next((each for each in examples if each.prompt and self.config.token not in each.prompt), None):
             raise ConfigError(f"zoodip: the caption {other.prompt!r} does not name {self.config.token!r}, which is to be learned from it")
-        self.tokenizer = with_token(pipe.tokenizer, self.config.token)
+        tokenizer = with_token(pipe.tokenizer, self.config.token)
         texts = [self.caption(each) for each in examples]
-        there = (self.ids(texts) == len(pipe.tokenizer)).any(1).tolist()
+        there = (ids_of(tokenizer, texts) == len(pipe.tokenizer)).any(1).tolist()
         if cut := next((text for text, is_there in zip(texts, there, strict=True) if not is_there), None):
             raise ConfigError(
-                f"zoodip: the caption {cut!r} is cut off before {self.config.token!r}: {self.tokenizer.model_max_length} tokens are read; "
+                f"zoodip: the caption {cut!r} is cut off before {self.config.token!r}: {tokenizer.model_max_length} tokens are read; "
                 "shorten it, or name the token earlier"
             )
 
@@ -156,7 +157,7 @@ class ZerothOrder(Fitter):
         a, s = (level.float().view(-1, 1, 1, 1).to(x0) for level in (self.abar[t].sqrt(), (1 - self.abar[t]).sqrt()))
         x, target = a * x0 + s * noise, prediction_target(x0, noise, SignalNoise(a, s), self.kind)
         dtype = next(self.probe.target.denoisers["unet"].parameters()).dtype
-        ids, first = self.ids([self.caption(each) for each in batch.examples]).to(device), len(pipe.tokenizer)
+        ids, first = ids_of(self.tokenizer, [self.caption(each) for each in batch.examples]).to(device), len(pipe.tokenizer)
 
         def loss(several: Tensor) -> Tensor:
             parts = [several] if self.config.together else several.split(1)
@@ -175,11 +176,6 @@ class ZerothOrder(Fitter):
     def caption(self, example: Example) -> str:
         return example.prompt or self.config.template.replace("{}", self.config.token)
 
-    def ids(self, texts: Sequence[str]) -> Tensor:
-        """The tokens of captions [texts, length]."""
-        length = self.tokenizer.model_max_length
-        return self.tokenizer(texts, padding="max_length", max_length=length, truncation=True, return_tensors="pt").input_ids  # type: ignore[no-any-return]
-
     # the file -------------------------------------------------------------------------------------------------------------------------
 
     def values(self) -> dict[str, Tensor]:
@@ -191,3 +187,9 @@ class ZerothOrder(Fitter):
 
     def to_keep(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
         return {self.config.token: values[self.config.token]}
+
+
+def ids_of(tokenizer: Any, texts: Sequence[str]) -> Tensor:
+    """The tokens of captions [texts, length]."""
+    length = tokenizer.model_max_length
+    return tokenizer(texts, padding="max_length", max_length=length, truncation=True, return_tensors="pt").input_ids  # type: ignore[no-any-return]
